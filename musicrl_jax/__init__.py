@@ -1,0 +1,1 @@
+"""MusicRL-JAX: finetune text-to-music models on what listeners like."""

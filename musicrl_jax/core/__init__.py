@@ -1,0 +1,1 @@
+"""What every run needs and no machine learning: sharding, state, checkpoints, metrics, keys, tokens, spectra."""

@@ -1,0 +1,1 @@
+"""Linen modules and their frozen configs, one file a component."""

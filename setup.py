@@ -1,0 +1,38 @@
+"""Installs the package and the `musicrl` command; `data/`, `gin/` and `launch/` are used from the checkout."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="musicrl-jax",
+    version="0.1.0",
+    description="Finetune text-to-music models on what listeners like, in JAX and Flax",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["musicrl_jax", "musicrl_jax.*"]),
+    package_data={"musicrl_jax.report": ["*.j2"]},
+    entry_points={"console_scripts": ["musicrl=musicrl_jax.cli:main"]},
+    # T5X is on no package registry; its contracts (logical axes, SeqIO tasks, gin) are followed, its code is not needed.
+    install_requires=[
+        "array_record>=0.8",
+        "flax>=0.12.8",
+        "gin-config>=0.5",
+        "jax>=0.10.2",
+        "numpy>=2.0",
+        "optax>=0.2.8",
+        "orbax-checkpoint>=0.12",
+        "scipy>=1.15",
+        "sentencepiece>=0.2.1",
+        "seqio>=0.0.20",
+        "soundfile>=0.13",
+        "tensorboardX>=2.6.5",
+        "tensorflow-datasets>=4.9.10",
+        "tqdm>=4.66",
+    ],
+    extras_require={
+        "data": ["joblib>=1.4", "midirenderer>=0.1.3", "music21>=9.9", "pretty_midi>=0.2.11", "soxr>=1.0"],
+        "report": ["jinja2>=3.1", "matplotlib>=3.10", "pyloudnorm>=0.2"],
+        "test": ["hypothesis>=6.130", "librosa>=0.11", "pytest>=9.0", "ruff>=0.14", "scikit-learn>=1.7"],
+        "tpu": ["jax[tpu]>=0.10.2"],
+        "cuda": ["jax[cuda13]>=0.10.2"],
+    },
+)

@@ -1,0 +1,23 @@
+"""Strict JAX for every test: eight virtual devices, no silent promotion of dtypes or ranks, warnings are errors."""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for the builders in data/, which are not installed
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Warnings are errors, but for those that other packages' own code gives on import or inside."""
+    config.addinivalue_line("filterwarnings", "error")
+    for module in ("tensorflow", "keras", "seqio", "clu", "tensorflow_datasets", "google", "music21", "pretty_midi"):
+        config.addinivalue_line("filterwarnings", rf"ignore:::{module}(\..*)?")
