@@ -1,0 +1,72 @@
+"""The state of a training run: a plain pytree, and the optimiser that moves it."""
+
+import dataclasses
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Everything a step reads and writes.
+
+    Attributes:
+      step: int32 [], the updates done.
+      params: the trained weights.
+      state: the other collections of a module (codebooks under moving averages, statistics); {} for most.
+      opt_state: the optimiser's moments.
+    """
+
+    step: jax.Array
+    params: Any
+    state: Any
+    opt_state: Any
+
+
+def create_state(variables: Any, optimiser: optax.GradientTransformation) -> TrainState:
+    """The state before the first step, from a module's variables."""
+    state = dict(variables)
+    params = state.pop("params")
+    return TrainState(jnp.zeros((), jnp.int32), params, state, optimiser.init(params))
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimiser:
+    """Adam with decoupled weight decay, a linear warm-up, then a cosine to `final_fraction` of the rate.
+
+    Attributes:
+      learning_rate: the peak.
+      warmup_steps: steps of linear rise to the peak; 0 starts there.
+      final_fraction: the rate at the last step as a fraction of the peak; 1 keeps it constant.
+      b1, b2: Adam's decays.
+      weight_decay: decoupled, on all weights.
+      clip_norm: global gradient norm above which gradients are scaled down.
+    """
+
+    learning_rate: float = 1e-3
+    warmup_steps: int = 10
+    final_fraction: float = 0.1
+    b1: float = 0.9
+    b2: float = 0.98
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+
+    def schedule(self, steps: int) -> optax.Schedule:
+        """Learning rate as a function of the step, for a run of `steps`."""
+        return optax.warmup_cosine_decay_schedule(
+            self.learning_rate / (self.warmup_steps + 1),
+            self.learning_rate,
+            self.warmup_steps,
+            max(steps, self.warmup_steps + 1),
+            self.final_fraction * self.learning_rate,
+        )
+
+    def build(self, steps: int) -> optax.GradientTransformation:
+        """The optax chain for a run of `steps`."""
+        return optax.chain(
+            optax.clip_by_global_norm(self.clip_norm),
+            optax.adamw(self.schedule(steps), b1=self.b1, b2=self.b2, weight_decay=self.weight_decay),
+        )

@@ -1,0 +1,100 @@
+"""What is restored is what was saved, to the bit, or an error says why not."""
+
+import dataclasses
+import shutil
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from musicrl_jax.core import checkpoint
+from musicrl_jax.core.tokens import TokenLayout
+from musicrl_jax.models.musiclm import MusicLMConfig
+from musicrl_jax.models.transformer import TransformerConfig
+
+
+@pytest.fixture
+def tree():
+    key = jax.random.key(0)
+    return {
+        "params": {"w": jax.random.normal(key, (3, 4)), "half": jnp.ones(5, jnp.bfloat16) / 3},
+        "step": jnp.int32(7),
+        "flag": jnp.array(True),
+    }
+
+
+def assert_equal_bits(a, b):
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(np.asarray(x).tobytes(), np.asarray(y).tobytes()), a, b)
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+
+
+def test_model_comes_back_with_config_hash_and_assets(tmp_path, tree):
+    config = MusicLMConfig(TransformerConfig(1, 8, 2, 8), TransformerConfig(1, 4, 1, 8), TokenLayout(5, 6, 2), 3, 4)
+    saved = checkpoint.save_model(tmp_path / "m", config, tree, {"words.txt": b"\x00hello"})
+    model = checkpoint.load_model(tmp_path / "m", MusicLMConfig)
+    assert_equal_bits(tree, model.variables)
+    assert (model.config, model.hash, model.assets) == (config, saved, {"words.txt": b"\x00hello"})
+    assert checkpoint.model_hash(tmp_path / "m") == saved
+
+
+def test_hash_sees_one_bit_name_shape_and_dtype(tree):
+    reference = checkpoint.content_hash(tree)
+    nudged = {**tree, "step": jnp.int32(6)}
+    renamed = {**{k: v for k, v in tree.items() if k != "step"}, "stop": tree["step"]}
+    reshaped = {**tree, "params": {**tree["params"], "w": tree["params"]["w"].reshape(4, 3)}}
+    assert len({reference, *map(checkpoint.content_hash, (nudged, renamed, reshaped))}) == 4
+
+
+def test_another_kind_of_model_is_refused(tmp_path, tree):
+    checkpoint.save_model(tmp_path / "m", TokenLayout(), tree)
+    with pytest.raises(ValueError, match="holds a TokenLayout, not a MusicLMConfig"):
+        checkpoint.load_model(tmp_path / "m", MusicLMConfig)
+
+
+def test_missing_model_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no TokenLayout checkpoint in .*nowhere"):
+        checkpoint.load_model(tmp_path / "nowhere", TokenLayout)
+
+
+def test_changed_arrays_are_noticed(tmp_path, tree):
+    checkpoint.save_model(tmp_path / "a", TokenLayout(), tree)
+    checkpoint.save_model(tmp_path / "b", TokenLayout(), {**tree, "step": jnp.int32(8)})
+    shutil.rmtree(tmp_path / "a/model/variables")
+    shutil.copytree(tmp_path / "b/model/variables", tmp_path / "a/model/variables")
+    with pytest.raises(ValueError, match="is damaged"):
+        checkpoint.load_model(tmp_path / "a", TokenLayout)
+
+
+def test_run_state_comes_back_bit_equal(tmp_path, tree):
+    run = checkpoint.RunCheckpoints(tmp_path, {"size": 1})
+    assert run.latest_step() == 0
+    run.save(5, tree)
+    run.close()
+    again = checkpoint.RunCheckpoints(tmp_path, {"size": 1})
+    assert again.latest_step() == 5
+    assert_equal_bits(tree, again.restore(jax.tree.map(jnp.zeros_like, tree)))
+    again.close()
+
+
+def test_checkpoint_of_another_size_names_the_field(tmp_path):
+    identity = {"model": dataclasses.asdict(TokenLayout()), "steps": 3}
+    checkpoint.RunCheckpoints(tmp_path, identity).close()
+    other = {"model": dataclasses.asdict(TokenLayout(semantic_codes=8)), "steps": 3}
+    with pytest.raises(ValueError, match=r"model\.semantic_codes is 1024 there and 8 here"):
+        checkpoint.RunCheckpoints(tmp_path, other)
+
+
+def test_full_disk_is_said_before_anything_is_written(tmp_path, tree, monkeypatch):
+    run = checkpoint.RunCheckpoints(tmp_path, {})
+    run.save(1, tree)
+    run._manager.wait_until_finished()
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
+    with pytest.raises(OSError, match="no space to save"):
+        run.save(2, tree)
+    with pytest.raises(OSError, match="no space to save"):
+        checkpoint.save_model(tmp_path / "m", TokenLayout(), tree)
+    assert run.latest_step() == 1
+    assert_equal_bits(tree, run.restore(tree))
+    run.close()
