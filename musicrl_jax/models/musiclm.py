@@ -1,0 +1,197 @@
+"""The policy and its value function: a hierarchical transformer over frame-interleaved tokens.
+
+A temporal transformer runs once a 40 ms frame, a depth transformer over the K codes inside it (MusicRL 3.1; the
+hierarchy as in RQ-Transformer, arXiv 2203.01941, and UniAudio). MuLan tokens stand in front as a prefix.
+
+Legend: B clips, F frames, K codes in a frame, V ids at a place, M MuLan levels, D and d widths of the two transformers.
+"""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from musicrl_jax.core.tokens import TokenLayout
+from musicrl_jax.models.transformer import (
+    NEVER,
+    Cache,
+    Transformer,
+    TransformerConfig,
+    at_least_float32,
+    partitioned,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class MusicLMConfig:
+    """Sizes of the policy.
+
+    Attributes:
+      temporal: the transformer over frames.
+      depth: the transformer over the codes of one frame.
+      layout: how a frame's codes are laid out.
+      mulan_levels: MuLan tokens in the prefix, M.
+      mulan_codes: the codes of each.
+    """
+
+    temporal: TransformerConfig = TransformerConfig()
+    depth: TransformerConfig = TransformerConfig(layers=6, embed=512, heads=8, mlp=2048)
+    layout: TokenLayout = TokenLayout()
+    mulan_levels: int = 12
+    mulan_codes: int = 1024
+
+
+class Trunk(nn.Module):
+    """Everything below the heads: tokens of the past -> one vector for each token that comes next."""
+
+    config: MusicLMConfig
+
+    def setup(self) -> None:
+        c = self.config
+        table = nn.initializers.normal(c.temporal.embed**-0.5)
+        ids = c.layout.depth * c.layout.vocabulary
+        embed = nn.with_logical_partitioning(table, ("vocab", "embed"))
+        self.mulan_table = self.param("mulan_table", embed, (c.mulan_levels * c.mulan_codes, c.temporal.embed))
+        self.frame_table = self.param("frame_table", embed, (ids, c.temporal.embed))
+        self.code_table = self.param("code_table", embed, (ids, c.depth.embed))
+        self.begin = self.param("begin", nn.with_logical_partitioning(table, ("embed",)), (c.temporal.embed,))
+        self.place = self.param(
+            "place", nn.with_logical_partitioning(table, (None, "embed")), (c.layout.depth, c.depth.embed)
+        )
+        self.bridge = self.param("bridge", partitioned(("embed", None)), (c.temporal.embed, c.depth.embed))
+        self.temporal = Transformer(c.temporal)
+        self.depth = Transformer(c.depth)
+
+    def embed_mulan(self, mulan: jax.Array) -> jax.Array:
+        """The temporal transformer's prefix: int32 [B, M] -> [B, M, D]."""
+        c = self.config
+        offsets = jnp.arange(c.mulan_levels, dtype=jnp.int32) * c.mulan_codes
+        return self.mulan_table[mulan + jnp.broadcast_to(offsets, mulan.shape)]
+
+    def embed_frame(self, tokens: jax.Array) -> jax.Array:
+        """A whole frame as one input of the temporal transformer: int32 [..., K] -> [..., D]."""
+        return self.frame_table[self.config.layout.flat_ids(tokens)].sum(axis=-2)
+
+    def hidden(self, tokens: jax.Array, mulan: jax.Array, deterministic: bool = True) -> jax.Array:
+        """What is known before each token: tokens int32 [B, F, K], mulan int32 [B, M] -> [B, F, K, d].
+
+        The vector at (f, k) depends on the MuLan tokens, on all frames before f and on the codes before k in frame f.
+        """
+        c = self.config
+        batch, frames, places = tokens.shape
+        begin = jnp.broadcast_to(self.begin, (batch, 1, c.temporal.embed))
+        past = self.embed_frame(tokens[:, :-1])  # [B, F - 1, D]
+        x = self.temporal(jnp.concatenate([self.embed_mulan(mulan), begin, past], axis=1), deterministic)
+        context = x[:, c.mulan_levels :] @ self.bridge  # [B, F, d]
+        codes = self.code_table[c.layout.flat_ids(tokens)][:, :, :-1]  # [B, F, K - 1, d]
+        x = context[:, :, None] + jnp.pad(codes, ((0, 0), (0, 0), (1, 0), (0, 0))) + self.place[None, None]
+        x = self.depth(x.reshape(batch * frames, places, c.depth.embed), deterministic)
+        return x.reshape(batch, frames, places, c.depth.embed)
+
+    def temporal_bias(self, frames: int) -> jax.Array:
+        """The temporal attention's position bias for a clip of `frames`, computed once for the whole decoding."""
+        return self.temporal.bias(self.config.mulan_levels + frames)
+
+    def depth_bias(self) -> jax.Array:
+        """The same for the depth transformer."""
+        return self.depth.bias(self.config.layout.depth)
+
+    def start_clip(self, mulan: jax.Array, frames: int, bias: jax.Array) -> Cache:
+        """The temporal cache of a clip of `frames`, with the MuLan prefix inside."""
+        cache = self.temporal.empty_cache(len(mulan), self.config.mulan_levels + frames)
+        return self.temporal.extend(self.embed_mulan(mulan), cache, 0, bias)[1]
+
+    def next_frame(
+        self, previous: jax.Array, cache: Cache, frame: jax.Array, bias: jax.Array
+    ) -> tuple[jax.Array, Cache]:
+        """The context [B, d] of `frame` (0, 1, ...), given the codes int32 [B, K] of the one before it, if any."""
+        x = jnp.where(frame > 0, self.embed_frame(previous), self.begin[None])
+        x, cache = self.temporal.extend(x[:, None], cache, self.config.mulan_levels + frame, bias)
+        return x[:, 0] @ self.bridge, cache
+
+    def empty_depth_cache(self, batch: int) -> Cache:
+        """A cache for the codes of one frame."""
+        return self.depth.empty_cache(batch, self.config.layout.depth)
+
+    def next_code(
+        self, context: jax.Array, previous: jax.Array, cache: Cache, place: jax.Array, bias: jax.Array
+    ) -> tuple[jax.Array, Cache]:
+        """The hidden vector [B, d] at `place` (0 .. K - 1), given the code int32 [B] at the place before it."""
+        c = self.config
+        code = self.code_table[previous + (place - 1) * c.layout.vocabulary]
+        code = jnp.where(place > 0, code, 0.0)
+        x = context + code + self.place[place][None]
+        x, cache = self.depth.extend(x[:, None], cache, place, bias)
+        return x[:, 0], cache
+
+
+class MusicLM(nn.Module):
+    """The policy: a trunk and a softmax head for each place in the frame."""
+
+    config: MusicLMConfig
+
+    def setup(self) -> None:
+        c = self.config
+        self.trunk = Trunk(c)
+        self.head = self.param(
+            "head",
+            nn.with_logical_partitioning(nn.initializers.normal(c.depth.embed**-0.5), (None, "embed", "vocab")),
+            (c.layout.depth, c.depth.embed, c.layout.vocabulary),
+        )
+
+    def __call__(self, tokens: jax.Array, mulan: jax.Array, deterministic: bool = True) -> jax.Array:
+        """Logits of every token given those before it: int32 [B, F, K], int32 [B, M] -> f32 [B, F, K, V].
+
+        Codes that a place does not have get a score that makes their probability exactly 0.
+        """
+        hidden = self.trunk.hidden(tokens, mulan, deterministic)
+        logits = at_least_float32(jnp.einsum("bfkd,kdv->bfkv", hidden, self.head))
+        return jnp.where(self.config.layout.allowed[None, None], logits, NEVER)
+
+    def temporal_bias(self, frames: int) -> jax.Array:
+        """See Trunk."""
+        return self.trunk.temporal_bias(frames)
+
+    def depth_bias(self) -> jax.Array:
+        """See Trunk."""
+        return self.trunk.depth_bias()
+
+    def start_clip(self, mulan: jax.Array, frames: int, bias: jax.Array) -> Cache:
+        """See Trunk."""
+        return self.trunk.start_clip(mulan, frames, bias)
+
+    def next_frame(
+        self, previous: jax.Array, cache: Cache, frame: jax.Array, bias: jax.Array
+    ) -> tuple[jax.Array, Cache]:
+        """See Trunk."""
+        return self.trunk.next_frame(previous, cache, frame, bias)
+
+    def empty_depth_cache(self, batch: int) -> Cache:
+        """See Trunk."""
+        return self.trunk.empty_depth_cache(batch)
+
+    def next_logits(
+        self, context: jax.Array, previous: jax.Array, cache: Cache, place: jax.Array, bias: jax.Array
+    ) -> tuple[jax.Array, Cache]:
+        """Logits f32 [B, V] of the code at `place`, and the depth cache; arguments as in Trunk.next_code."""
+        hidden, cache = self.trunk.next_code(context, previous, cache, place, bias)
+        logits = at_least_float32(hidden @ self.head[place])
+        return jnp.where(jnp.asarray(self.config.layout.allowed)[place][None], logits, NEVER), cache
+
+
+class Value(nn.Module):
+    """V(s) for every token: the policy's trunk, started from its weights, under a scalar head that starts at 0."""
+
+    config: MusicLMConfig
+
+    def setup(self) -> None:
+        self.trunk = Trunk(self.config)
+        self.head = self.param(
+            "head", nn.with_logical_partitioning(nn.initializers.zeros, ("embed",)), (self.config.depth.embed,)
+        )
+        self.offset = self.param("offset", nn.initializers.zeros, ())
+
+    def __call__(self, tokens: jax.Array, mulan: jax.Array) -> jax.Array:
+        """Values f32 [B, F, K]; that of (f, k) has not seen the token at (f, k)."""
+        return at_least_float32(self.trunk.hidden(tokens, mulan)) @ self.head + self.offset

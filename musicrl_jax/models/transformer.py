@@ -1,0 +1,182 @@
+"""A causal transformer with T5's relative positions and gated feed-forward, run whole or a few positions at a time.
+
+MusicLM's stages: 24 layers, 16 heads of 64, width 1024, feed-forward 4096 (arXiv 2301.11325, 4.1; T5 1.1 blocks).
+The same function serves the full forward pass, the prefill and the cached step, so they cannot drift apart.
+
+Legend: B rows, S new positions, P all positions (past and new), D width, H heads, E width of a head.
+"""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Cache = list[tuple[jax.Array, jax.Array]]  # for each layer its keys and values, [B, H, P, E] each
+
+NEVER = -1e9  # a score that softmax turns into exactly 0 in float32
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerConfig:
+    """Sizes of one transformer.
+
+    Attributes:
+      layers: blocks.
+      embed: width D.
+      heads: attention heads, each embed // heads wide.
+      mlp: hidden width of the gated feed-forward.
+      dropout: rate after attention and feed-forward, in supervised training only.
+      relative_buckets: buckets of T5's relative position bias.
+      relative_distance: the distance from which on all positions share the last bucket.
+    """
+
+    layers: int = 24
+    embed: int = 1024
+    heads: int = 16
+    mlp: int = 4096
+    dropout: float = 0.1
+    relative_buckets: int = 32
+    relative_distance: int = 128
+
+    def __post_init__(self) -> None:
+        if self.embed % self.heads:
+            raise ValueError(f"TransformerConfig.heads={self.heads} must divide embed={self.embed}")
+
+
+def relative_bucket(distance: np.ndarray, buckets: int, max_distance: int) -> np.ndarray:
+    """T5's causal buckets (arXiv 1910.10683, 2.1): exact up to buckets/2 back, then logarithmic.
+
+    Args:
+      distance: int, query position minus key position; the future (negative) falls into bucket 0 and is masked.
+      buckets: how many buckets there are.
+      max_distance: from here on the last one.
+
+    Returns:
+      int32, the shape of `distance`.
+    """
+    distance = np.maximum(distance, 0)
+    exact = buckets // 2
+    scale = np.log(np.maximum(distance, 1) / exact) / np.log(max_distance / exact)
+    far = np.minimum(exact + (scale * (buckets - exact)).astype(np.int32), buckets - 1)
+    return np.where(distance < exact, distance, far).astype(np.int32)
+
+
+def partitioned(names: tuple[str | None, ...], fan_in_axes: int = 1) -> nn.initializers.Initializer:
+    """Truncated normal of variance 1 / fan-in over the first axes, with logical axis names for the mesh."""
+    in_axis = tuple(range(fan_in_axes))
+    out_axis = tuple(range(fan_in_axes, len(names)))
+    return nn.with_logical_partitioning(
+        nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", in_axis=in_axis, out_axis=out_axis), names
+    )
+
+
+def at_least_float32(x: jax.Array) -> jax.Array:
+    """x in float32, or in float64 where it is that already: what goes into a softmax, whatever the activations are."""
+    return x if jnp.finfo(x.dtype).bits >= 32 else x.astype(jnp.float32)
+
+
+def rms_norm(x: jax.Array, scale: jax.Array) -> jax.Array:
+    """x / rms(x) * scale over the last axis, T5's layer norm."""
+    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + 1e-6)
+    return x * inverse * jnp.broadcast_to(scale, x.shape)
+
+
+class Block(nn.Module):
+    """Pre-norm attention and gated feed-forward."""
+
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        bias: jax.Array,
+        cache: tuple[jax.Array, jax.Array] | None,
+        start: jax.Array | int,
+        deterministic: bool,
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        """x [B, S, D], bias [H, S, P] -> (y [B, S, D], the layer's keys and values)."""
+        c = self.config
+        width = c.embed // c.heads
+        heads_kernel = partitioned(("embed", "heads", "kv"))
+        ones = nn.with_logical_partitioning(nn.initializers.ones, ("embed",))
+
+        h = rms_norm(x, self.param("attention_norm", ones, (c.embed,)))
+        query = jnp.einsum("bsd,dhe->bhse", h, self.param("query", heads_kernel, (c.embed, c.heads, width)))
+        key = jnp.einsum("bsd,dhe->bhse", h, self.param("key", heads_kernel, (c.embed, c.heads, width)))
+        value = jnp.einsum("bsd,dhe->bhse", h, self.param("value", heads_kernel, (c.embed, c.heads, width)))
+        if cache is not None:
+            key = jax.lax.dynamic_update_slice_in_dim(cache[0], key, start, axis=2)
+            value = jax.lax.dynamic_update_slice_in_dim(cache[1], value, start, axis=2)
+        scores = jnp.einsum("bhse,bhpe->bhsp", query * width**-0.5, key) + bias[None]
+        weights = jax.nn.softmax(at_least_float32(scores), axis=-1).astype(x.dtype)
+        mixed = jnp.einsum("bhsp,bhpe->bshe", weights, value)
+        out = self.param("out", partitioned(("heads", "kv", "embed"), 2), (c.heads, width, c.embed))
+        h = jnp.einsum("bshe,hed->bsd", mixed, out)
+        x = x + nn.Dropout(c.dropout)(h, deterministic=deterministic)
+
+        h = rms_norm(x, self.param("mlp_norm", ones, (c.embed,)))
+        gate = jnp.einsum("bsd,dm->bsm", h, self.param("gate", partitioned(("embed", "mlp")), (c.embed, c.mlp)))
+        up = jnp.einsum("bsd,dm->bsm", h, self.param("up", partitioned(("embed", "mlp")), (c.embed, c.mlp)))
+        down = self.param("down", partitioned(("mlp", "embed")), (c.mlp, c.embed))
+        h = jnp.einsum("bsm,md->bsd", jax.nn.gelu(gate) * up, down)
+        return x + nn.Dropout(c.dropout)(h, deterministic=deterministic), (key, value)
+
+
+class Transformer(nn.Module):
+    """Blocks under one shared relative position bias, then a norm."""
+
+    config: TransformerConfig
+
+    def setup(self) -> None:
+        c = self.config
+        small = nn.initializers.normal(0.1)
+        self.relative = self.param(
+            "relative", nn.with_logical_partitioning(small, ("heads", None)), (c.heads, c.relative_buckets)
+        )
+        self.blocks = [Block(c, name=f"block_{i}") for i in range(c.layers)]
+        self.final_norm = self.param(
+            "final_norm", nn.with_logical_partitioning(nn.initializers.ones, ("embed",)), (c.embed,)
+        )
+
+    def bias(self, length: int) -> jax.Array:
+        """Added to the attention scores, [H, length, length]: learned by distance, NEVER towards the future."""
+        c = self.config
+        positions = np.arange(length)
+        distance = positions[:, None] - positions[None, :]
+        bucket = relative_bucket(distance, c.relative_buckets, c.relative_distance)
+        return jnp.where((distance >= 0)[None], self.relative[:, bucket], NEVER)
+
+    def empty_cache(self, batch: int, length: int) -> Cache:
+        """A cache of zeros for `length` positions."""
+        c = self.config
+        zeros = jnp.zeros((batch, c.heads, length, c.embed // c.heads), self.final_norm.dtype)
+        return [(zeros, zeros) for _ in range(c.layers)]
+
+    def __call__(self, x: jax.Array, deterministic: bool = True) -> jax.Array:
+        """All positions at once: x [B, S, D] -> [B, S, D]."""
+        bias = self.bias(x.shape[1])
+        for block in self.blocks:
+            x, _ = block(x, bias, None, 0, deterministic)
+        return rms_norm(x, self.final_norm)
+
+    def extend(self, x: jax.Array, cache: Cache, start: jax.Array | int, bias: jax.Array) -> tuple[jax.Array, Cache]:
+        """The positions start .. start + S - 1, given the cache of those before.
+
+        Args:
+          x: [B, S, D].
+          cache: of P positions, filled below `start`.
+          start: int32 [].
+          bias: `bias(P)`, computed once outside the loop.
+
+        Returns:
+          (y [B, S, D], the cache filled below start + S).
+        """
+        bias = jax.lax.dynamic_slice_in_dim(bias, start, x.shape[1], axis=1)
+        filled = []
+        for block, layer in zip(self.blocks, cache, strict=True):
+            x, layer = block(x, bias, layer, start, True)
+            filled.append(layer)
+        return rms_norm(x, self.final_norm), filled

@@ -1,0 +1,139 @@
+"""The policy: cached steps are the full forward pass, and no token sees itself or what comes after it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.linen import meta
+
+from musicrl_jax.core.keys import row_keys
+from musicrl_jax.core.tokens import TokenLayout
+from musicrl_jax.models.musiclm import MusicLM, MusicLMConfig, Value
+from musicrl_jax.models.transformer import TransformerConfig, relative_bucket
+from musicrl_jax.rl import sample as sampling
+
+CONFIG = MusicLMConfig(
+    TransformerConfig(2, 24, 2, 32, dropout=0.1, relative_buckets=8, relative_distance=16),
+    TransformerConfig(2, 16, 2, 24, dropout=0.1),
+    TokenLayout(semantic_codes=5, acoustic_codes=7, coarse_levels=2),
+    mulan_levels=3,
+    mulan_codes=4,
+)
+BATCH, FRAMES, DEPTH = 3, 20, 5
+
+
+@pytest.fixture(scope="module")
+def model():
+    module = MusicLM(CONFIG)
+    tokens = jnp.zeros((1, FRAMES, DEPTH), jnp.int32)
+    return module, meta.unbox(module.init(jax.random.key(0), tokens, jnp.zeros((1, 3), jnp.int32)))["params"]
+
+
+@pytest.fixture(scope="module")
+def drawn(model):
+    module, params = model
+    mulan = jax.random.randint(jax.random.key(1), (BATCH, 3), 0, 4)
+    draw = jax.jit(lambda p, m, k: sampling.sample(module, p, m, k, FRAMES, 0.9))
+    with jax.default_matmul_precision("highest"):
+        tokens, log_probs = draw(params, mulan, row_keys(jax.random.key(2), BATCH))
+    return mulan, tokens, log_probs
+
+
+def test_cached_sampling_agrees_with_the_full_forward_pass(model, drawn):
+    module, params = model
+    mulan, tokens, log_probs = drawn
+    with jax.default_matmul_precision("highest"):
+        rescored = sampling.token_log_probs(sampling.log_probs(module, params, tokens, mulan, 0.9), tokens)
+    assert np.abs(np.asarray(rescored - log_probs)).max() < 2e-5
+
+
+def test_cached_sampling_agrees_to_the_last_digits_in_float64(model, drawn):
+    module, params = model
+    with jax.enable_x64(True):
+        params = jax.tree.map(lambda w: w.astype(jnp.float64), params)
+        keys = row_keys(jax.random.key(2), BATCH)
+        tokens, log_probs = sampling.sample(module, params, drawn[0], keys, FRAMES, 0.9)
+        rescored = sampling.token_log_probs(sampling.log_probs(module, params, tokens, drawn[0], 0.9), tokens)
+        assert rescored.dtype == jnp.float64
+        assert np.abs(np.asarray(rescored - log_probs)).max() < 1e-10
+
+
+def test_only_codes_that_exist_are_drawn(drawn):
+    tokens = np.asarray(drawn[1])
+    assert tokens.min() >= 0 and tokens[:, :, 0].max() < 5 and tokens[:, :, 1:].max() < 7
+    assert len(np.unique(tokens[:, :, 1:])) == 7
+
+
+def test_samples_follow_the_tempered_distribution(model):
+    """The first code of many clips: counts against the probabilities of the full forward pass, by chi-square."""
+    module, params = model
+    mulan = jnp.ones((4000, 3), jnp.int32)
+    keys = row_keys(jax.random.key(5), 4000)
+    tokens, _ = jax.jit(lambda p, m, k: sampling.sample(module, p, m, k, 1, 0.7))(params, mulan, keys)
+    probabilities = np.exp(np.asarray(sampling.log_probs(module, params, tokens[:1], mulan[:1], 0.7)))[0, 0, 0]
+    counts = np.bincount(np.asarray(tokens)[:, 0, 0], minlength=7)
+    expected = 4000 * probabilities
+    assert np.square(counts[:5] - expected[:5]).sum() < 30 * expected.max()
+    chi_square = (np.square(counts[:5] - expected[:5]) / expected[:5]).sum()
+    assert chi_square < 18.5  # the 99.9 % point with 4 degrees of freedom
+
+
+def test_a_row_does_not_depend_on_its_batch(model, drawn):
+    module, params = model
+    mulan, tokens, _ = drawn
+    keys = row_keys(jax.random.key(2), BATCH)[1:2]
+    alone, _ = jax.jit(lambda p, m, k: sampling.sample(module, p, m, k, FRAMES, 0.9))(params, mulan[1:2], keys)
+    np.testing.assert_array_equal(alone[0], tokens[1])
+
+
+def test_logits_and_values_see_the_past_alone(model, drawn):
+    """A changed token at (f, k) moves no logit and no value at or before (f, k), and moves some after it."""
+    module, params = model
+    mulan, tokens, _ = drawn
+    critic = Value(CONFIG)
+    weights = meta.unbox(critic.init(jax.random.key(3), tokens, mulan))["params"]
+    weights = {**weights, "head": jax.random.normal(jax.random.key(4), weights["head"].shape)}
+    for f, k in ((0, 0), (0, 4), (7, 2), (FRAMES - 1, 3)):
+        changed = tokens.at[0, f, k].set((tokens[0, f, k] + 1) % 5)
+        for score in (
+            lambda t: sampling.log_probs(module, params, t, mulan, 1.0),
+            lambda t: sampling.values(critic, weights, t, mulan),
+        ):
+            before, after = (np.asarray(score(t))[0].reshape(FRAMES * DEPTH, -1) for t in (tokens, changed))
+            place = f * DEPTH + k
+            np.testing.assert_array_equal(before[: place + 1], after[: place + 1])
+            if place + 1 < FRAMES * DEPTH:
+                assert np.abs(before[place + 1 :] - after[place + 1 :]).max() > 1e-4
+
+
+def test_prompt_moves_the_first_frame(model, drawn):
+    module, params = model
+    mulan, tokens, _ = drawn
+    one = sampling.log_probs(module, params, tokens, mulan, 1.0)
+    other = sampling.log_probs(module, params, tokens, (mulan + 1) % 4, 1.0)
+    assert np.abs(np.asarray(one - other))[:, 0, 0, :5].max() > 1e-3
+
+
+def test_joint_of_a_tiny_clip_sums_to_one(model):
+    """All 5 x 7^4 clips of one frame, enumerated: the chain of conditionals is a distribution."""
+    module, params = model
+    grids = np.meshgrid(*[np.arange(n) for n in (5, 7, 7, 7, 7)], indexing="ij")
+    tokens = jnp.asarray(np.stack([grid.ravel() for grid in grids], axis=1)[:, None, :], jnp.int32)
+    mulan = jnp.zeros((len(tokens), 3), jnp.int32)
+    joint = sampling.token_log_probs(sampling.log_probs(module, params, tokens, mulan, 1.3), tokens).sum(axis=(1, 2))
+    np.testing.assert_allclose(np.exp(np.asarray(joint, np.float64)).sum(), 1.0, atol=1e-4)
+
+
+def test_scoring_has_no_dropout(model, drawn):
+    module, params = model
+    mulan, tokens, _ = drawn
+    quiet = [module.apply({"params": params}, tokens, mulan, rngs={"dropout": jax.random.key(i)}) for i in (0, 1)]
+    np.testing.assert_array_equal(*quiet)
+    loud = [module.apply({"params": params}, tokens, mulan, False, rngs={"dropout": jax.random.key(i)}) for i in (0, 1)]
+    assert np.abs(np.asarray(loud[0] - loud[1])).max() > 1e-3
+
+
+def test_relative_buckets_are_t5s():
+    """Exact below 16, logarithmic to 128, the last from there on: points computed by hand from arXiv 1910.10683."""
+    distance = np.array([-3, 0, 1, 15, 16, 31, 32, 64, 127, 128, 10_000])
+    np.testing.assert_array_equal(relative_bucket(distance, 32, 128), [0, 0, 1, 15, 16, 21, 21, 26, 31, 31, 31])
