@@ -1,0 +1,77 @@
+"""Building data sets: runs a TFDS builder that lies in a folder, and leaves ArrayRecords for random access."""
+
+import dataclasses
+import errno
+import importlib
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import tensorflow_datasets as tfds
+
+from musicrl_jax.inputs import tasks
+
+
+def prepare(builder: str, config: str | Mapping[str, Any], data_dir: str) -> str:
+    """Builds a data set under `data_dir`, unless it is there; its name, as `Clips.datasets` takes it.
+
+    `builder` is a folder such as 'data/score_clips', with `score_clips_dataset_builder.py` in it. `config`
+    names one of the configs that the builder comes with, or gives the fields of a new one: {'name': 'mine',
+    'folder': '~/music', ...}.
+
+    Raises FileNotFoundError where there is no builder, ValueError where there is no such config or field,
+    and OSError where the disk is full; an unfinished data set is never taken for a finished one.
+    """
+    module = _module(builder)
+    try:
+        made = module.Builder(config=_config(module, config), data_dir=Path(data_dir).expanduser())
+        made.download_and_prepare(file_format="array_record")
+    except Exception as error:
+        if tasks.disk_is_full(error):
+            raise OSError(
+                errno.ENOSPC, f"data_dir: no space left for {builder}: free some, or choose another disk", str(data_dir)
+            ) from error
+        raise
+    return f"{made.name}/{made.builder_config.name}" if made.builder_config else made.name
+
+
+def _module(builder: str) -> ModuleType:
+    folder = Path(builder).expanduser().resolve()
+    name = f"{folder.name}_dataset_builder"
+    if not (folder / f"{name}.py").is_file():
+        raise FileNotFoundError(f"builder: {builder!r} is no TFDS builder; {folder / name}.py is not there")
+    root = str(folder.parent.parent)
+    if root not in sys.path:
+        sys.path.insert(0, root)
+    return importlib.import_module(f"{folder.parent.name}.{folder.name}.{name}")
+
+
+def _config(module: ModuleType, config: str | Mapping[str, Any]) -> tfds.core.BuilderConfig:
+    known = module.Builder.builder_configs
+    if isinstance(config, str):
+        if config not in known:
+            raise ValueError(f"config {config!r} of {module.__name__} does not exist; there are {sorted(known)}")
+        return known[config]
+    classes = [
+        value
+        for value in vars(module).values()
+        if isinstance(value, type)
+        and issubclass(value, tfds.core.BuilderConfig)
+        and value.__module__ == module.__name__
+    ]
+    if len(classes) != 1:
+        raise ValueError(f"config {dict(config)}: {module.__name__} takes no fields; name one of {sorted(known)}")
+    (config_class,) = classes
+    fields = {field.name: field for field in dataclasses.fields(config_class)}
+    if unknown := sorted(set(config) - set(fields)):
+        raise ValueError(f"config has no field {', '.join(unknown)}; {config_class.__name__} has {sorted(fields)}")
+    needed = [
+        name
+        for name, field in fields.items()
+        if field.init and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    ]
+    if missing := sorted(set(needed) - set(config)):
+        raise ValueError(f"config lacks {', '.join(missing)}, which {config_class.__name__} needs")
+    return config_class(**config)

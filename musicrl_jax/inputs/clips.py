@@ -1,0 +1,278 @@
+"""Audio clips with their captions, and people's ratings of them.
+
+Legend: B clips, N samples, L text pieces.
+"""
+
+import csv
+import dataclasses
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import seqio
+import tensorflow as tf
+
+from musicrl_jax.inputs import tasks
+
+RATING_COLUMNS = ("clip", "rater", "score")
+LOWEST_SCORE, HIGHEST_SCORE = 1.0, 5.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Clips:
+    """A mixture of prepared clip sets.
+
+    A clip set is a TFDS folder with features `audio` (int16, fixed length), `caption`, `id` and, if it has
+    them, `attributes` (JSON), whose metadata say `sample_rate_hz`. Train needs records in every set; other
+    splits read the sets that have them.
+
+    Attributes:
+      datasets: rate of each set, by its folder under data_dir: {"score_clips/quickstart": 1.0,
+        "audio_folder/mine": 0.3}. The newest version is read.
+      data_dir: where prepared sets lie.
+      sample_rate_hz: what the model expects; a set of another rate is refused.
+      crop_seconds: length of a random window of each clip; None takes whole clips.
+      vocabulary: path of a SentencePiece model; given, batches hold `text`.
+      text_length: L, pieces of a caption; longer ones are cut, shorter ones are filled with 0.
+      with_captions: batches hold `caption` and `id` too, as object arrays of str, which JAX does not take.
+    """
+
+    datasets: Mapping[str, float]
+    data_dir: str
+    sample_rate_hz: int
+    crop_seconds: float | None = None
+    vocabulary: str | None = None
+    text_length: int = 64
+    with_captions: bool = False
+
+    def batches(
+        self, split: str, batch_size: int, seed: int, start_step: int = 0, epochs: int | None = None
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """{'audio': f32 [B, N] in [-1, 1)} and, with a vocabulary, {'text': i32 [B, L]}, in a fixed order.
+
+        A batch is a pure function of (seed, step). Endless, every batch full, where `epochs` is None. With
+        `epochs`, each epoch holds every clip of every set once, whatever its rate, and the last batch may
+        be smaller: nothing is dropped, and a caller that wants one shape pads it.
+
+        Raises FileNotFoundError or ValueError, before the first batch, where a set or the vocabulary is
+        missing, the sample rate is another, a crop is longer than a clip, or batch_size is more than the
+        split of endless data has.
+        """
+        if epochs is None and batch_size > self.count(split):
+            raise ValueError(
+                f"batch_size {batch_size} is more than the {self.count(split)} clips of split {split!r} in "
+                f"{sorted(self.datasets)}: lower it, or build a larger data set"
+            )
+        length = {"audio": self.samples(), "text": self.text_length}
+        return tasks.batches(
+            [(self._task(name), self.datasets[name]) for name in self._sets(split)],
+            split,
+            length,
+            batch_size,
+            seed,
+            start_step,
+            epochs,
+            passthrough=("caption", "id") if self.with_captions else (),
+        )
+
+    def count(self, split: str) -> int:
+        """The number of clips in a split, over all sets."""
+        return sum(len(self.records(name)[split]) for name in self._sets(split))
+
+    def splits(self) -> list[str]:
+        """The splits that have clips: a small folder of recordings may have no validation or test."""
+        return [split for split in tasks.SPLITS if any(split in self.records(name) for name in self.datasets)]
+
+    def captions(self, split: str) -> list[str]:
+        """The caption of every clip, set after set by name."""
+        return [text["caption"] for text in self._texts(split)]
+
+    def attributes(self, split: str) -> list[dict[str, Any]]:
+        """What is known to be true of every clip, in the order of `captions`; {} where a set does not say."""
+        return [json.loads(text.get("attributes") or "{}") for text in self._texts(split)]
+
+    def samples(self) -> int:
+        """N, the samples of a clip in a batch; ValueError where the sets do not allow it."""
+        lengths = {name: self._clip_samples(name) for name in self.datasets}
+        if self.crop_seconds is None:
+            if len(set(lengths.values())) != 1:
+                raise ValueError(f"crop_seconds: clips have different lengths, {lengths} samples: set one")
+            return next(iter(lengths.values()))
+        crop = round(self.crop_seconds * self.sample_rate_hz)
+        for name, samples in lengths.items():
+            if not 0 < crop <= samples:
+                raise ValueError(
+                    f"crop_seconds {self.crop_seconds} must be above 0 and at most {samples / self.sample_rate_hz}, "
+                    f"the length of the clips of {name!r}"
+                )
+        return crop
+
+    def records(self, name: str) -> dict[str, tasks.Records]:
+        """The records of one set, by split."""
+        return tasks.filled_splits(tasks.prepared(name, self.data_dir))
+
+    def _sets(self, split: str) -> list[str]:
+        """The sets that have records in a split, by name."""
+        if not self.datasets:
+            raise ValueError("datasets is empty: name at least one prepared data set and its rate")
+        empty = [name for name in sorted(self.datasets) if split not in self.records(name)]
+        if len(empty) == len(self.datasets) or (empty and split == "train"):
+            known = {name: sorted(self.records(name)) for name in empty}
+            raise ValueError(f"split {split!r} has no clips in {empty}; the splits that have: {known}")
+        return [name for name in sorted(self.datasets) if name not in empty]
+
+    def _clip_samples(self, name: str) -> int:
+        """The length of a set's clips, after a check that it is a clip set of the right rate."""
+        info = tasks.prepared(name, self.data_dir).info
+        spec = info.features.get_tensor_spec()
+        audio = spec.get("audio")
+        if audio is None or audio.dtype != tf.int16 or audio.shape.rank != 1 or audio.shape[0] is None:
+            raise ValueError(f"datasets: {name!r} is no clip set; `audio` must be int16 of a fixed length, not {audio}")
+        if missing := {"caption", "id"} - set(spec):
+            raise ValueError(f"datasets: {name!r} is no clip set; it lacks the text features {sorted(missing)}")
+        rate = (info.metadata or {}).get("sample_rate_hz")
+        if rate is None:
+            raise ValueError(f"datasets: the metadata of {name!r} do not say its sample_rate_hz: its builder must")
+        if rate != self.sample_rate_hz:
+            raise ValueError(
+                f"sample_rate_hz {self.sample_rate_hz} is not that of {name!r}, which is {rate}: "
+                f"build the data set at {self.sample_rate_hz} Hz, or choose a model of its rate"
+            )
+        return int(audio.shape[0])
+
+    def _task(self, name: str) -> seqio.Task:
+        """The SeqIO task of one set, registered under the set's name."""
+        spec = tasks.prepared(name, self.data_dir).info.features.get_tensor_spec()
+        source = tasks.RecordSource(self.records(name), {field: spec[field] for field in ("audio", "caption", "id")})
+        features = {"audio": tasks.number_feature(tf.float32, rank=1)}
+        steps = [tasks.crop_audio]
+        if self.vocabulary is not None:
+            features["text"] = tasks.text_feature(self.vocabulary)
+            steps.append(tasks.tokenize)
+        return tasks.register(name, source, steps, features)
+
+    def _texts(self, split: str) -> list[dict[str, str]]:
+        return [text for name in self._sets(split) for text in tasks.texts(name, self.data_dir, split)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Ratings:
+    """People's ratings of clips: one example for each row of a table.
+
+    Attributes:
+      clips: the clips that were rated, by their `id`; a rating belongs to its clip's split.
+      ratings_csv: a table with columns clip, rater and score, the score a number from 1 to 5.
+    """
+
+    clips: Clips
+    ratings_csv: str
+
+    def batches(
+        self, split: str, batch_size: int, seed: int, start_step: int = 0, epochs: int | None = None
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """{'audio': f32 [B, N], 'score': f32 [B] in [1, 5], 'rater': i32 [B], a place in `raters()`}.
+
+        Otherwise as `Clips.batches`; ValueError or FileNotFoundError too where the table is missing or a row is wrong.
+        """
+        if not (count := self.count(split)) or (epochs is None and batch_size > count):
+            raise ValueError(
+                f"batch_size {batch_size} is more than the {count} ratings of split {split!r} in {self.ratings_csv}"
+            )
+        spec = {
+            "audio": tf.TensorSpec([None], tf.int16),
+            "score": tf.TensorSpec([], tf.float32),
+            "rater": tf.TensorSpec([], tf.int32),
+        }
+        features = {
+            "audio": tasks.number_feature(tf.float32, rank=1),
+            "score": tasks.number_feature(tf.float32, rank=0),
+            "rater": tasks.number_feature(tf.int32, rank=0),
+        }
+        source = tasks.RecordSource({split: self._rated(split)}, spec)
+        task = tasks.register("ratings", source, [tasks.crop_audio], features)
+        length = {"audio": self.clips.samples()}
+        return tasks.batches([(task, 1.0)], split, length, batch_size, seed, start_step, epochs)
+
+    def count(self, split: str) -> int:
+        """The number of ratings of a split's clips."""
+        return len(self._rated(split))
+
+    def raters(self) -> list[str]:
+        """Everyone who rated, sorted."""
+        return sorted({rating.rater for rating in _read_ratings(self.ratings_csv)})
+
+    def _rated(self, split: str) -> "_RatedClips":
+        places = self._places()
+        raters = {rater: i for i, rater in enumerate(self.raters())}
+        sets = {name: self.clips.records(name) for name in self.clips.datasets}
+        rated = _RatedClips()
+        for rating in _read_ratings(self.ratings_csv):
+            if rating.clip not in places:
+                raise ValueError(
+                    f"ratings_csv {self.ratings_csv} line {rating.line}: no clip {rating.clip!r} "
+                    f"in {sorted(self.clips.datasets)}"
+                )
+            name, clip_split, index = places[rating.clip]
+            if clip_split == split:
+                rated.append((sets[name][split], index, rating.score, raters[rating.rater]))
+        return rated
+
+    def _places(self) -> dict[str, tuple[str, str, int]]:
+        """(set, split, number) of every clip, by id."""
+        places = {}
+        for name in self.clips.datasets:
+            for split in self.clips.records(name):
+                for index, text in enumerate(tasks.texts(name, self.clips.data_dir, split)):
+                    if text["id"] in places:
+                        raise ValueError(
+                            f"clips: the id {text['id']!r} is that of two clips, so a rating of it is unclear"
+                        )
+                    places[text["id"]] = (name, split, index)
+        return places
+
+
+class _RatedClips(list):
+    """Ratings (records of the clip's set and split, number of the clip, score, rater) as records."""
+
+    def __getitems__(self, indices: list[int]) -> list[Mapping[str, Any]]:
+        chosen = [self[i] for i in indices]
+        return [
+            {"audio": records[index]["audio"], "score": np.float32(score), "rater": np.int32(rater)}
+            for records, index, score, rater in chosen
+        ]
+
+
+class Rating(NamedTuple):
+    """One row of a table of ratings, and the line that it stands on."""
+
+    line: int
+    clip: str
+    rater: str
+    score: float
+
+
+def _read_ratings(path: str) -> list[Rating]:
+    """Every row; ValueError that names the line where one is wrong."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"ratings_csv: {path!r} is no file")
+    ratings = []
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file)
+        if missing := [column for column in RATING_COLUMNS if column not in (reader.fieldnames or ())]:
+            raise ValueError(f"ratings_csv {path} line 1: no column {', '.join(missing)}; it has {reader.fieldnames}")
+        for row in reader:
+            try:
+                score = float(row["score"])
+            except (TypeError, ValueError):
+                score = math.nan
+            if not LOWEST_SCORE <= score <= HIGHEST_SCORE:
+                raise ValueError(
+                    f"ratings_csv {path} line {reader.line_num}: score {row['score']!r} is no number from 1 to 5"
+                )
+            ratings.append(Rating(reader.line_num, row["clip"], row["rater"], score))
+    if not ratings:
+        raise ValueError(f"ratings_csv {path} holds no ratings")
+    return ratings

@@ -1,0 +1,199 @@
+"""Token data: clips that the frozen models have read once, on disk for the models that are trained on tokens.
+
+A token folder holds a TFDS data set a split (`train/`, in ArrayRecord shards) and `manifest.json`: the
+hashes of the models that wrote the tokens, their layout, and the number of examples of every split that is
+complete. A split that the manifest does not count is not there.
+
+Legend: B clips, F policy frames, T codec frames, Q codec levels, M MuLan levels.
+"""
+
+import dataclasses
+import errno
+import itertools
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+import tensorflow_datasets as tfds
+
+from musicrl_jax.inputs import tasks
+
+SCHEMA = "1.0.0"  # of the examples and the manifest; a change of either needs a new one
+MANIFEST = "manifest.json"
+FIELDS = {"semantic": 1, "acoustic": 2, "mulan": 1}  # the rank of each token field of an example
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokens:
+    """Tokens that `musicrl encode` wrote.
+
+    Attributes:
+      directory: the token folder.
+      models: the hash of each model that this run uses, by name ('mulan', 'semantic', 'codec'); tokens of
+        other models are refused. None takes what is there.
+    """
+
+    directory: str
+    models: Mapping[str, str] | None = None
+
+    def batches(
+        self, split: str, batch_size: int, seed: int, start_step: int = 0, epochs: int | None = None
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """{'semantic': i32 [B, F], 'acoustic': i32 [B, T, Q], 'mulan': i32 [B, M]}, in a fixed order.
+
+        A batch is a pure function of (seed, step). Endless, every batch full, where `epochs` is None; else
+        that many passes, the last batch perhaps smaller. Raises FileNotFoundError or ValueError, before the
+        first batch, where tokens are missing or other models wrote them.
+        """
+        count = self.count(split)  # also a check of the models
+        if epochs is None and batch_size > count:
+            raise ValueError(
+                f"batch_size {batch_size} is more than the {count} examples of split {split!r} in "
+                f"{self.directory}: lower it, or encode more clips"
+            )
+        records, spec = read(self.directory, split)
+        source = tasks.RecordSource({split: records}, {name: spec[name] for name in FIELDS})
+        features = {name: tasks.number_feature(tf.int32, rank) for name, rank in FIELDS.items()}
+        task = tasks.register("tokens", source, [], features)
+        length = {name: spec[name].shape[0] for name in FIELDS}
+        return tasks.batches([(task, 1.0)], split, length, batch_size, seed, start_step, epochs)
+
+    def count(self, split: str) -> int:
+        """The number of examples in a split."""
+        manifest = read_manifest(self.directory)
+        for name, expected in (self.models or {}).items():
+            if (found := manifest["models"].get(name)) != expected:
+                raise ValueError(
+                    f"tokens in {self.directory} were written by {name} {found}, and this run uses {name} {expected}: "
+                    "run `musicrl encode` again with the models of this run"
+                )
+        if split not in manifest["counts"]:
+            raise ValueError(
+                f"split {split!r} is not among {sorted(manifest['counts'])} in {self.directory}: "
+                "`musicrl encode` did not finish it"
+            )
+        return manifest["counts"][split]
+
+
+def read_manifest(directory: str) -> dict[str, Any]:
+    """{'schema', 'models': {name: hash}, 'layout': {...}, 'counts': {split: n}} of a token folder."""
+    path = Path(directory) / MANIFEST
+    if not path.is_file():
+        raise FileNotFoundError(f"directory: no tokens at {directory}; write them with `musicrl encode`")
+    manifest = json.loads(path.read_text())
+    if manifest["schema"] != SCHEMA:
+        raise ValueError(
+            f"tokens in {directory} have schema {manifest['schema']}, not {SCHEMA}: run `musicrl encode` again"
+        )
+    return manifest
+
+
+def read(directory: str, split: str) -> tuple[tasks.Records, dict[str, tf.TensorSpec]]:
+    """The examples of a split, with `id` and `caption`, in the order they were written; and each feature's spec."""
+    builder = tfds.builder_from_directory(Path(directory) / split)
+    return builder.as_data_source(split), builder.info.features.get_tensor_spec()
+
+
+def complete(directory: str, split: str, models: Mapping[str, str], layout: Mapping[str, Any]) -> bool:
+    """Whether a split was written to its end, by these models and in this layout."""
+    return split in _manifest(directory, models, layout)["counts"]
+
+
+def write_tokens(
+    directory: str,
+    split: str,
+    examples: Iterable[Mapping[str, np.ndarray | str]],
+    models: Mapping[str, str],
+    layout: Mapping[str, Any],
+    examples_per_shard: int = 256,
+) -> int:
+    """Writes a split's examples, and then counts it in the manifest; the number of examples.
+
+    An example is semantic i32 [F], acoustic i32 [T, Q], mulan i32 [M], id and caption, shapes equal in all.
+    What stood there for the split is replaced; splits that other models or another layout wrote no longer
+    count. A write that is cut off leaves no split. Raises OSError where the disk is full, and ValueError
+    where there are no examples, or one is no array of codes of the shape of the first.
+    """
+    folder = Path(directory) / split
+    if folder.exists() and not (Path(directory) / MANIFEST).is_file():
+        raise ValueError(f"directory: {directory} is no token folder, and has a {split!r} of its own: choose another")
+    examples = iter(examples)
+    if (first := next(examples, None)) is None:
+        raise ValueError(f"split {split!r}: there are no examples to write")
+    manifest = _manifest(directory, models, layout)
+    manifest["counts"].pop(split, None)
+    _write_manifest(directory, manifest)
+
+    partial = folder.with_name(f"{split}.partial")
+    for old in (folder, partial):
+        shutil.rmtree(old, ignore_errors=True)
+    try:
+        count = _write_shards(partial, split, first, examples, examples_per_shard)
+    except Exception as error:
+        if tasks.disk_is_full(error):
+            shutil.rmtree(partial)
+            message = "directory: no space left: free some, or choose another disk"
+            raise OSError(errno.ENOSPC, message, directory) from error
+        raise
+    os.replace(partial, folder)
+    manifest["counts"][split] = count
+    _write_manifest(directory, manifest)
+    return count
+
+
+def _write_shards(folder: Path, split: str, first: Mapping, rest: Iterator[Mapping], examples_per_shard: int) -> int:
+    """Writes a TFDS data set with one split into a new folder; the number of examples."""
+    folder.mkdir()
+    arrays = {
+        name: tfds.features.Tensor(shape=np.shape(first[name]), dtype=np.int32, encoding="bytes") for name in FIELDS
+    }
+    info = tfds.core.DatasetInfo(
+        builder=tfds.core.DatasetIdentity("tokens", tfds.core.Version(SCHEMA), str(folder), module_name=__name__),
+        features=tfds.features.FeaturesDict({**arrays, "id": tfds.features.Text(), "caption": tfds.features.Text()}),
+    )
+    writer = tfds.core.SequentialWriter(info, examples_per_shard, file_format="array_record")
+    writer.initialize_splits([split])
+    checked, count = _checked(first, rest), 0
+    # Each call writes the metadata anew, so examples are handed over by the shard.
+    while shard := list(itertools.islice(checked, examples_per_shard)):
+        writer.add_examples({split: shard})
+        count += len(shard)
+    writer.close_all()
+    return count
+
+
+def _checked(first: Mapping, rest: Iterator[Mapping]) -> Iterator[dict[str, Any]]:
+    for example in itertools.chain([first], rest):
+        codes = {name: np.asarray(example[name]) for name in FIELDS}
+        for name, array in codes.items():
+            if not np.issubdtype(array.dtype, np.integer) or array.min() < 0 or array.shape != np.shape(first[name]):
+                raise ValueError(
+                    f"{name} of clip {example['id']!r} must be codes of shape {np.shape(first[name])}, from 0 up; "
+                    f"it is {array.dtype} {array.shape}"
+                )
+        yield {name: array.astype(np.int32) for name, array in codes.items()} | {
+            "id": example["id"],
+            "caption": example["caption"],
+        }
+
+
+def _manifest(directory: str, models: Mapping[str, str], layout: Mapping[str, Any]) -> dict[str, Any]:
+    """The folder's manifest if these models and this layout wrote it, or a new one."""
+    new = json.loads(json.dumps({"schema": SCHEMA, "models": dict(models), "layout": dict(layout), "counts": {}}))
+    path = Path(directory) / MANIFEST
+    if not path.is_file():
+        return new
+    old = json.loads(path.read_text())
+    return old if {**old, "counts": {}} == new else new
+
+
+def _write_manifest(directory: str, manifest: Mapping[str, Any]) -> None:
+    Path(directory).mkdir(parents=True, exist_ok=True)
+    partial = Path(directory) / f"{MANIFEST}.partial"
+    partial.write_text(json.dumps(manifest, indent=2) + "\n")
+    os.replace(partial, Path(directory) / MANIFEST)

@@ -1,0 +1,120 @@
+"""Orders are checked against sets and counts over whole epochs, seeks against a walk from the start."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from musicrl_jax.inputs import order
+
+SEEDS = st.integers(0, 2**64)
+SIZES = st.lists(st.integers(1, 40), min_size=1, max_size=4)
+RATES = st.sampled_from([0.1, 0.25, 0.3, 1, 1.0, 2, 3.5, 7])
+
+
+@given(SEEDS, st.integers(1, 200), st.integers(0, 5))
+def test_every_epoch_is_a_permutation(seed, size, epoch):
+    ordinal = epoch * size + np.arange(size)
+    np.testing.assert_array_equal(np.sort(order.shuffled(seed, 0, ordinal, size)), np.arange(size))
+
+
+def test_seeds_epochs_and_components_have_orders_of_their_own():
+    ordinal = np.arange(1000)
+    orders = [
+        order.shuffled(seed, component, epoch * 1000 + ordinal, 1000)
+        for seed in (0, 1, 2**40)
+        for component in (0, 1)
+        for epoch in (0, 1, 2)
+    ]
+    # Two independent permutations agree in one place on average (Poisson), so 12 are out of the question.
+    agreements = [np.sum(a == b) for i, a in enumerate(orders) for b in orders[:i]]
+    assert max(agreements) < 12
+
+
+def test_places_are_uniform():
+    # Where record 0 of 8 stands, over 4000 epochs: each place 500 times, within 5 standard errors.
+    index = order.shuffled(3, 0, np.arange(8 * 4000), 8).reshape(4000, 8)
+    counts = np.bincount(np.argmax(index == 0, axis=1), minlength=8)
+    assert np.all(np.abs(counts - 500) < 5 * np.sqrt(4000 * (1 / 8) * (7 / 8)))
+
+
+@given(SEEDS, SIZES, st.data())
+@settings(deadline=None)
+def test_seek_equals_a_walk_from_the_start(seed, sizes, data):
+    rates = data.draw(st.lists(RATES, min_size=len(sizes), max_size=len(sizes)))
+    start = data.draw(st.integers(0, 300))
+    walk = order.example_at(seed, np.arange(start + 50), sizes, rates)
+    seek = order.example_at(seed, np.arange(start, start + 50), sizes, rates)
+    one = [order.example_at(seed, np.array([p]), sizes, rates) for p in (start, start + 49)]
+    for i in range(2):
+        np.testing.assert_array_equal(walk[i][start:], seek[i])
+        assert (one[0][i][0], one[1][i][0]) == (seek[i][0], seek[i][-1])
+
+
+@given(SEEDS, SIZES, st.data())
+@settings(deadline=None)
+def test_each_component_counts_its_own_examples(seed, sizes, data):
+    rates = data.draw(st.lists(RATES, min_size=len(sizes), max_size=len(sizes)))
+    component, ordinal = order.schedule(seed, np.arange(400), rates)
+    for c in range(len(sizes)):
+        np.testing.assert_array_equal(ordinal[component == c], np.arange(np.sum(component == c)))
+    position = data.draw(st.integers(0, 400))
+    expected = [int(np.sum(component[:position] == c)) for c in range(len(sizes))]
+    assert order.taken(seed, position, rates) == expected
+
+
+@given(SEEDS, SIZES)
+@settings(deadline=None)
+def test_rates_equal_to_sizes_give_every_record_once_an_epoch(seed, sizes):
+    total = sum(sizes)
+    for epoch in (0, 3):
+        component, index = order.example_at(seed, epoch * total + np.arange(total), sizes, sizes)
+        every = [(c, i) for c, size in enumerate(sizes) for i in range(size)]
+        assert sorted(zip(component.tolist(), index.tolist(), strict=True)) == every
+
+
+@pytest.mark.parametrize(
+    ("rates", "counts"),
+    [
+        ([1.0, 0.3], (10, 3)),
+        ([0.1, 0.2, 0.7], (1, 2, 7)),
+        ([2, 6], (1, 3)),
+        ([1e-3, 1], (1, 1000)),
+        ([5.0], (1,)),
+    ],
+)
+def test_mixture_rates_are_exact(rates, counts):
+    assert order.block_counts(rates) == counts
+    length = sum(counts)
+    component, _ = order.schedule(7, np.arange(20 * length), rates)
+    for block in component.reshape(20, length):
+        assert tuple(np.bincount(block)) == counts
+
+
+def test_far_positions_cost_no_more_than_near_ones():
+    component, index = order.example_at(0, np.array([10**15]), [10, 20], [1.0, 0.5])
+    assert component[0] in (0, 1) and 0 <= index[0] < [10, 20][component[0]]
+
+
+@pytest.mark.parametrize("rates", [[1.0, 0.0], [-1.0], [float("nan")], [float("inf")]])
+def test_rates_that_are_not_positive_are_refused(rates):
+    with pytest.raises(ValueError, match="must all be positive"):
+        order.block_counts(rates)
+
+
+def test_rates_that_hardly_repeat_are_refused():
+    with pytest.raises(ValueError, match="round them"):
+        order.block_counts([1.0, 0.123456789])
+
+
+def test_order_is_the_same_for_ever():
+    # A change here changes every resumed run: the figures are those of the first version.
+    component, index = order.example_at(0, np.arange(8), [5, 3], [2.0, 1.0])
+    assert component.tolist() == [0, 0, 1, 0, 1, 0, 1, 0]
+    assert index.tolist() == [2, 0, 1, 1, 0, 4, 2, 3]
+    assert order.example_keys(0, 1, np.arange(2)).tolist() == [[5232180285511217261, 0], [5232180285511217261, 1]]
+
+
+def test_examples_have_keys_of_their_own():
+    keys = np.concatenate([order.example_keys(seed, c, np.arange(100)) for seed in (0, 1) for c in (0, 1)])
+    assert keys.dtype == np.int64 and len(np.unique(keys, axis=0)) == 400

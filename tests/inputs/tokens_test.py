@@ -1,0 +1,165 @@
+"""Tokens come back as they were written, and only to the models that wrote them."""
+
+import errno
+import itertools
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from musicrl_jax.inputs import tokens
+from musicrl_jax.inputs.tokens import Tokens, write_tokens
+
+MODELS = {"mulan": "aa11", "semantic": "bb22", "codec": "cc33"}
+LAYOUT = {"semantic_codes": 64, "acoustic_codes": 1024, "levels": (4, 8)}
+
+
+def examples(count, start=0):
+    for i in range(start, start + count):
+        rng = np.random.default_rng(i)
+        yield {
+            "semantic": rng.integers(0, 64, 25),
+            "acoustic": rng.integers(0, 1024, (50, 8)).astype(np.int32),
+            "mulan": rng.integers(0, 256, 12).astype(np.int16),
+            "id": f"clip-{i}",
+            "caption": f"größer {i}",
+        }
+
+
+@pytest.fixture
+def folder(tmp_path):
+    folder = str(tmp_path / "tokens")
+    assert write_tokens(folder, "train", examples(11), MODELS, LAYOUT, examples_per_shard=4) == 11
+    return folder
+
+
+def test_what_is_written_is_read(folder):
+    records, _ = tokens.read(folder, "train")
+    assert len(records) == 11
+    assert len(list((Path(folder) / "train").glob("*array_record*"))) == 3
+    for record, example in zip(records, examples(11), strict=True):
+        assert (record["id"].decode(), record["caption"].decode()) == (example["id"], example["caption"])
+        for name in tokens.FIELDS:
+            np.testing.assert_array_equal(record[name], example[name])
+
+
+def test_batches_hold_every_example_once_an_epoch_and_resume(folder):
+    data = Tokens(folder, MODELS)
+    assert data.count("train") == 11
+    written = {example["semantic"].tobytes(): example for example in examples(11)}
+    batches = list(data.batches("train", 4, seed=0, epochs=1))
+    assert [len(batch["semantic"]) for batch in batches] == [4, 4, 3]
+    seen = set()
+    for batch in batches:
+        assert set(batch) == set(tokens.FIELDS) and {a.dtype for a in batch.values()} == {np.dtype(np.int32)}
+        for semantic, acoustic, mulan in zip(*(batch[name] for name in tokens.FIELDS), strict=True):
+            key = semantic.astype(np.int64).tobytes()
+            seen.add(key)
+            np.testing.assert_array_equal(acoustic, written[key]["acoustic"])
+            np.testing.assert_array_equal(mulan, written[key]["mulan"])
+    assert seen == set(written)
+    walk = list(itertools.islice(data.batches("train", 4, seed=5), 9))
+    for one, other in zip(itertools.islice(data.batches("train", 4, seed=5, start_step=6), 3), walk[6:], strict=True):
+        for name in one:
+            np.testing.assert_array_equal(one[name], other[name])
+
+
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_tokens_of_other_models_are_refused(folder, name):
+    data = Tokens(folder, {**MODELS, name: "ff99"})
+    message = rf"written by {name} {MODELS[name]}, and this run uses {name} ff99: run `musicrl encode`"
+    for read in (
+        data.count,
+        lambda split: data.batches(split, 2, seed=0),
+        lambda split: data.batches(split, 2, seed=0, epochs=1),
+    ):
+        with pytest.raises(ValueError, match=message):
+            read("train")
+    assert Tokens(folder).count("train") == 11
+
+
+def test_the_manifest_says_what_is_complete(folder):
+    assert tokens.complete(folder, "train", MODELS, LAYOUT)
+    assert not tokens.complete(folder, "test", MODELS, LAYOUT)
+    assert not tokens.complete(folder, "train", {**MODELS, "codec": "dd44"}, LAYOUT)
+    assert not tokens.complete(folder, "train", MODELS, {**LAYOUT, "semantic_codes": 65})
+    write_tokens(folder, "test", examples(3, 100), MODELS, LAYOUT)
+    manifest = tokens.read_manifest(folder)
+    assert manifest == {
+        "schema": tokens.SCHEMA,
+        "models": MODELS,
+        "layout": {**LAYOUT, "levels": [4, 8]},
+        "counts": {"train": 11, "test": 3},
+    }
+
+
+def test_other_models_start_afresh(folder):
+    other = {**MODELS, "codec": "dd44"}
+    write_tokens(folder, "test", examples(3, 100), other, LAYOUT)
+    assert tokens.read_manifest(folder)["counts"] == {"test": 3}
+    with pytest.raises(ValueError, match=r"split 'train' is not among \['test'\]"):
+        Tokens(folder, other).batches("train", 2, seed=0)
+    write_tokens(folder, "train", examples(5, 50), other, LAYOUT)
+    (batch,) = Tokens(folder, other).batches("train", 8, seed=0, epochs=1)
+    expected = sorted(example["mulan"].tolist() for example in examples(5, 50))
+    assert sorted(batch["mulan"].tolist()) == expected
+
+
+def test_a_write_that_fails_leaves_no_split(folder, tmp_path):
+    def broken():
+        yield from examples(2)
+        raise RuntimeError("stopped")
+
+    with pytest.raises(RuntimeError, match="stopped"):
+        write_tokens(folder, "train", broken(), MODELS, LAYOUT)
+    with pytest.raises(ValueError, match="did not finish"):
+        Tokens(folder).batches("train", 2, seed=0)
+    assert write_tokens(folder, "train", examples(4), MODELS, LAYOUT) == 4
+    assert Tokens(folder).count("train") == 4
+
+
+def test_a_full_disk_is_named_and_leaves_room(tmp_path):
+    def full():
+        yield from examples(2)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(OSError, match="directory: no space left: free some"):
+        write_tokens(str(tmp_path), "train", full(), MODELS, LAYOUT)
+    assert [p.name for p in tmp_path.iterdir()] == [tokens.MANIFEST]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("semantic", np.zeros(24, np.int32)),
+        ("mulan", -np.ones(12, np.int32)),
+        ("acoustic", np.zeros((50, 8), np.float32)),
+    ],
+)
+def test_codes_that_are_none_are_refused(tmp_path, field, value):
+    wrong = [*examples(1), {**next(examples(1)), "id": "odd", field: value}]
+    with pytest.raises(ValueError, match=f"{field} of clip 'odd' must be codes of shape"):
+        write_tokens(str(tmp_path), "train", wrong, MODELS, LAYOUT)
+
+
+def test_a_folder_that_is_none_of_ours_is_left_alone(tmp_path):
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "mine.wav").write_bytes(b"music")
+    with pytest.raises(ValueError, match="is no token folder, and has a 'train' of its own"):
+        write_tokens(str(tmp_path), "train", examples(1), MODELS, LAYOUT)
+    assert (tmp_path / "train" / "mine.wav").read_bytes() == b"music"
+
+
+def test_no_examples_no_tokens_and_an_old_schema_are_refused(folder, tmp_path):
+    with pytest.raises(ValueError, match="split 'test': there are no examples"):
+        write_tokens(folder, "test", [], MODELS, LAYOUT)
+    with pytest.raises(FileNotFoundError, match="musicrl encode"):
+        Tokens(str(tmp_path / "none")).count("train")
+    with pytest.raises(ValueError, match="batch_size 12 is more than the 11 examples"):
+        Tokens(folder).batches("train", 12, seed=0)
+    manifest = tokens.read_manifest(folder)
+    (tmp_path / "tokens" / tokens.MANIFEST).write_text(json.dumps({**manifest, "schema": "0.9.0"}))
+    with pytest.raises(ValueError, match=r"schema 0.9.0, not 1.0.0"):
+        Tokens(folder).count("train")
