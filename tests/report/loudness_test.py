@@ -1,0 +1,111 @@
+"""Level matching against BS.1770 written out from the ITU's tables, and FLAC read back."""
+
+import io
+
+import numpy as np
+import pytest
+import soundfile
+from scipy import signal
+
+from musicrl_jax.report import loudness
+
+
+def itu_lufs(wav: np.ndarray, sample_rate_hz: int) -> float:
+    """ITU-R BS.1770-4 for mono from its printed 48 kHz coefficients; other rates are resampled first."""
+    wav = signal.resample_poly(np.asarray(wav, np.float64), 48000, sample_rate_hz)
+    shelf = (
+        [1.53512485958697, -2.69169618940638, 1.19839281085285],
+        [1.0, -1.69065929318241, 0.73248077421585],
+    )
+    high_pass = [1.0, -2.0, 1.0], [1.0, -1.99004745483398, 0.99007225036621]
+    weighted = signal.lfilter(*high_pass, signal.lfilter(*shelf, wav))
+    starts = range(0, len(weighted) - 19200 + 1, 4800)
+    powers = np.array([np.mean(weighted[s : s + 19200] ** 2) for s in starts])
+
+    def lufs(power):
+        return -0.691 + 10.0 * np.log10(power + 1e-30)
+
+    gated = powers[lufs(powers) > -70.0]
+    gated = gated[lufs(gated) > lufs(gated.mean()) - 10.0]
+    return float(lufs(gated.mean()))
+
+
+def plucks(seed: int, seconds: float, sample_rate_hz: int, level: float) -> np.ndarray:
+    """Decaying tones with pauses between them, so that the gates have work to do."""
+    rng = np.random.default_rng(seed)
+    t = np.arange(round(0.5 * sample_rate_hz)) / sample_rate_hz
+    notes = [
+        np.sin(2.0 * np.pi * rng.uniform(100.0, 3000.0) * t) * np.exp(-8.0 * t) * rng.choice([0.01, 1.0])
+        for _ in range(round(seconds / 0.5))
+    ]
+    return (level * np.concatenate(notes)).astype(np.float32)
+
+
+def decibels(wav: np.ndarray) -> float:
+    return 10.0 * np.log10(np.mean(np.square(wav.astype(np.float64))))
+
+
+@pytest.mark.parametrize("sample_rate_hz", [16000, 24000, 48000])
+def test_matched_clips_are_equally_loud(sample_rate_hz):
+    clips = [plucks(1, 4.0, sample_rate_hz, 0.02), plucks(2, 4.0, sample_rate_hz, 0.9)]
+    matched = loudness.level_match(clips, sample_rate_hz)
+    first, second = (itu_lufs(clip.wav, sample_rate_hz) for clip in matched)
+    assert abs(first - second) < 0.1
+    for clip, before in zip(matched, clips, strict=True):
+        assert clip.loudness == pytest.approx(itu_lufs(before, sample_rate_hz), abs=0.1)
+        assert clip.unit == "LUFS"
+        np.testing.assert_allclose(clip.wav, before * 10.0 ** (clip.gain_db / 20.0), rtol=1e-5, atol=1e-7)
+
+
+def test_steady_tones_reach_the_target():
+    t = np.arange(32000) / 16000
+    matched = loudness.level_match([a * np.sin(2.0 * np.pi * 1000.0 * t) for a in (0.01, 0.5)], 16000)
+    for clip in matched:
+        assert itu_lufs(clip.wav, 16000) == pytest.approx(loudness.TARGET_LUFS, abs=0.1)
+        assert clip.wav.dtype == np.float32
+
+
+def test_a_peak_brings_both_clips_down_together():
+    t = np.arange(64000) / 16000
+    steady = (0.1 * np.sin(2.0 * np.pi * 440.0 * t)).astype(np.float32)
+    click = 0.1 * steady
+    click[30000] = 0.9
+    matched = loudness.level_match([steady, click], 16000)
+    assert max(np.max(np.abs(clip.wav)) for clip in matched) == pytest.approx(10.0 ** (-1.0 / 20.0), rel=1e-5)
+    levels = [itu_lufs(clip.wav, 16000) for clip in matched]
+    assert levels[0] == pytest.approx(levels[1], abs=0.1)
+    assert levels[0] < loudness.TARGET_LUFS - 5.0
+
+
+def test_silence_stays_silent_and_holds_nobody_back():
+    heard = plucks(3, 4.0, 16000, 0.3)
+    for quiet in (np.zeros(64000, np.float32), np.full(64000, 1e-6, np.float32)):
+        silent, other = loudness.level_match([quiet, heard], 16000)
+        assert silent.silent and silent.gain_db == 0.0
+        np.testing.assert_array_equal(silent.wav, quiet)
+        assert not other.silent
+        assert other.gain_db == loudness.level_match([heard, heard], 16000)[0].gain_db
+    both = loudness.level_match([np.zeros(64000), np.zeros(64000)], 16000)
+    assert all(clip.silent and not np.any(clip.wav) for clip in both)
+
+
+@pytest.mark.parametrize("samples", [1, 100, 6399])
+def test_very_short_clips_are_matched_by_rms(samples):
+    rng = np.random.default_rng(samples)
+    clips = [(a * rng.uniform(0.5, 1.0, samples)).astype(np.float32) for a in (0.01, 0.8)]
+    matched = loudness.level_match(clips, 16000)
+    assert decibels(matched[0].wav) == pytest.approx(decibels(matched[1].wav), abs=1e-3)
+    assert decibels(matched[0].wav) == pytest.approx(loudness.TARGET_LUFS, abs=1e-3)
+    assert [clip.unit for clip in matched] == ["dBFS", "dBFS"]
+
+
+def test_one_gating_block_is_long_enough():
+    clips = [plucks(5, 0.5, 16000, a)[:6400] for a in (0.05, 0.5)]
+    assert [clip.unit for clip in loudness.level_match(clips, 16000)] == ["LUFS", "LUFS"]
+
+
+def test_flac_keeps_length_rate_and_samples():
+    wav = plucks(4, 1.5, 16000, 0.7)
+    decoded, rate = soundfile.read(io.BytesIO(loudness.flac(wav, 16000)), dtype="float32")
+    assert rate == 16000 and decoded.shape == wav.shape
+    np.testing.assert_allclose(decoded, wav, atol=1.0 / 32768)

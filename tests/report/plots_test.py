@@ -1,0 +1,131 @@
+"""What the drawings hold: data in its place, one colour scale a pair, nothing that acts on the page."""
+
+import base64
+import io
+import re
+import xml.etree.ElementTree
+
+import librosa
+import matplotlib
+import numpy as np
+import pytest
+from matplotlib import image
+
+from musicrl_jax.report import curves, plots
+
+
+def tone(hz, level, seconds=1.0, sample_rate_hz=16000):
+    return (level * np.sin(2.0 * np.pi * hz * np.arange(round(seconds * sample_rate_hz)) / sample_rate_hz)).astype(
+        np.float32
+    )
+
+
+def pixels(svg: str) -> np.ndarray:
+    """The embedded spectrogram: RGB [M, S, 3] in 0..1, top row highest."""
+    encoded = re.search(r'href="data:image/png;base64,([^"]*)"', svg)[1]
+    picture = image.imread(io.BytesIO(base64.b64decode(encoded, validate=True)))[..., :3]
+    return picture[::-1] if "scale(1 -1)" in svg else picture
+
+
+def shown_decibels(svg: str, low: float, high: float) -> np.ndarray:
+    """Invert the colour map: dB [M, S] to half a colour step."""
+    table = plots.COLOURS(np.arange(plots.LEVELS))[:, :3]
+    level = np.argmin(np.abs(pixels(svg)[:, :, None, :] - table[None, None]).sum(-1), axis=-1)
+    return low + (level + 0.5) / plots.LEVELS * (high - low)
+
+
+def test_mel_decibels_equal_librosa():
+    wav = (tone(440.0, 0.3) + tone(3000.0, 0.01)).astype(np.float32)
+    ours = plots.mel_decibels(wav, 16000)
+    assert ours.shape == (100, 80)
+    windows = np.stack([np.pad(wav, 1024)[s * 160 + 1024 - 432 :][:1024] for s in range(100)])  # centred on a hop
+    hann = 0.5 - 0.5 * np.cos(2.0 * np.pi * np.arange(1024) / 1024)
+    mel = np.abs(np.fft.rfft(windows * hann)) @ librosa.filters.mel(sr=16000, n_fft=1024, n_mels=80).T
+    np.testing.assert_allclose(ours, 20.0 * np.log10(np.maximum(mel, 1e-5)), atol=0.05)
+
+
+def test_a_pair_shares_one_scale():
+    wavs = tone(1000.0, 0.5), tone(1000.0, 0.05)  # 20 dB apart
+    decibels = [plots.mel_decibels(wav, 16000) for wav in wavs]
+    low, high = plots.colour_range(decibels)
+    assert high == pytest.approx(max(image.max() for image in decibels)) and high - low == plots.RANGE_DB
+    loud, soft = (shown_decibels(svg, low, high) for svg in plots.pair_svgs(wavs, 16000, ("a", "b")))
+    step = plots.RANGE_DB / plots.LEVELS
+    assert loud.max() - soft.max() == pytest.approx(20.0, abs=step)
+    np.testing.assert_allclose(np.sort(loud.ravel())[-500:], np.sort(decibels[0].ravel())[-500:], atol=step)
+    alone = plots.pair_svgs((wavs[1], wavs[1]), 16000, ("a", "b"))[0]
+    assert not np.array_equal(pixels(alone), pixels(plots.pair_svgs(wavs, 16000, ("a", "b"))[1]))
+
+
+def test_silence_is_dark_not_bright():
+    silence = np.zeros(16000, np.float32)
+    for other in (silence, tone(500.0, 0.3)):
+        drawn = pixels(plots.pair_svgs((silence, other), 16000, ("a", "b"))[0])
+        np.testing.assert_allclose(drawn - np.asarray(plots.COLOURS(0))[None, None, :3], 0.0, atol=0.01)
+
+
+@pytest.mark.parametrize("samples", [1, 50, 700])
+def test_very_short_clips_can_be_drawn(samples):
+    wav = tone(1000.0, 0.5)[:samples] + np.float32(0.01)
+    first, second = (pixels(svg) for svg in plots.pair_svgs((wav, wav), 16000, ("a", "b")))
+    assert first.shape == (80, max(1, samples // 160), 3)
+    np.testing.assert_array_equal(first, second)
+
+
+def test_running_mean_by_hand():
+    np.testing.assert_allclose(plots.running_mean(np.array([1.0, 2.0, 6.0, 4.0]), 3), [1.5, 3.0, 4.0, 5.0])
+    np.testing.assert_allclose(plots.running_mean(np.array([1.0, 2.0, 6.0]), 1), [1.0, 2.0, 6.0])
+
+
+def line_points(svg: str, colour: int) -> np.ndarray:
+    """The last path in a series' colour that is longer than a legend's line: [P, 2] in drawing units."""
+    paths = re.findall(rf'<path d="([^"]*)"[^>]*stroke: var\(--series-{colour}\)', svg)
+    points = [np.array(re.findall(r"[ML] (\S+) ([\d.]+)", path), float) for path in paths]
+    return [p for p in points if len(p) > 2][-1]
+
+
+def test_a_line_goes_through_its_points():
+    y = np.array([3.0, 1.0, 2.0, 5.0])
+    svg = plots.curve_svg(curves.Curve("Loss", "step", "nats", {"train": (np.array([0, 10, 20, 40]), y)}))
+    drawn = line_points(svg, 0)
+    np.testing.assert_allclose((drawn[:, 0] - drawn[0, 0]) / np.ptp(drawn[:, 0]), [0, 0.25, 0.5, 1], atol=1e-3)
+    np.testing.assert_allclose((drawn[:, 1].max() - drawn[:, 1]) / np.ptp(drawn[:, 1]), (y - 1.0) / 4.0, atol=1e-3)
+
+
+def test_points_that_are_not_finite_are_left_out():
+    y = np.array([3.0, np.nan, 2.0, np.inf, 1.0])
+    assert len(line_points(plots.curve_svg(curves.Curve("a", "b", "c", {"d": (np.arange(5), y)})), 0)) == 3
+
+
+def test_a_curve_without_points_says_so():
+    for series in (
+        {},
+        {"train": (np.array([]), np.array([]))},
+        {"train": (np.array([1]), np.array([np.nan]))},
+    ):
+        assert "nothing was logged" in plots.curve_svg(curves.Curve("Loss", "step", "nats", series))
+
+
+def test_drawings_are_inert_and_take_the_pages_colours():
+    names = [f"<b>&{i}$_x$" for i in range(8)]
+    series = {name: (np.arange(50), np.arange(50.0) + i) for i, name in enumerate(names)}
+    before = dict(matplotlib.rcParams)
+    curve = plots.curve_svg(curves.Curve('a "quoted" <title>', "step", "$y$", series))
+    pair = plots.pair_svgs((tone(500.0, 0.2), tone(900.0, 0.2)), 16000, ('a "quoted" <title>', "b"))
+    assert dict(matplotlib.rcParams) == before
+    for svg in (curve, *pair):
+        root = xml.etree.ElementTree.fromstring(svg)  # well-formed, and so is the escaped label
+        assert root.attrib["aria-label"].startswith('a "quoted" <title>') or root.attrib["aria-label"] == "b"
+        assert "<style" not in svg and "http" not in svg and "var(--ink-soft)" in svg
+        assert not any(colour in svg for colour in plots.VARIABLES)
+    texts = [text.text for text in xml.etree.ElementTree.fromstring(curve).iter("text")]
+    assert set(names) <= set(texts) and "$y$" in texts
+    ids = [re.findall(r' id="([^"]*)"', svg) for svg in (curve, *pair)]
+    assert not set(ids[0]) & set(ids[1]) and not set(ids[1]) & set(ids[2])
+    for svg, own in zip((curve, *pair), ids, strict=True):
+        assert set(re.findall(r'(?:url\(#|href="#)([^")]+)', svg)) == set(own)
+
+
+def test_the_same_curve_is_the_same_bytes():
+    curve = curves.Curve("Loss", "step", "nats", {"train": (np.arange(60), np.sin(np.arange(60.0)))})
+    assert plots.curve_svg(curve) == plots.curve_svg(curve)
