@@ -1,0 +1,64 @@
+"""What a training objective is. `musicrl_jax/train.py` drives any of these; each is a short file beside this one."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+Batch = dict[str, jax.Array]
+Metrics = dict[str, jax.Array]
+
+
+class Data(Protocol):
+    """A data set as objectives see it: `inputs.Clips`, `inputs.Tokens`, `inputs.Ratings`."""
+
+    def batches(
+        self, split: str, batch_size: int, seed: int, start_step: int = 0, epochs: int | None = None
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """Batches in an order that is a pure function of (seed, step)."""
+
+    def count(self, split: str) -> int:
+        """The number of examples in a split."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """A model's config, its data and its loss.
+
+    Attributes:
+      model: the frozen config of the module that is trained.
+      data: where batches come from.
+    """
+
+    model: Any
+    data: Data
+
+    def init(self, key: jax.Array, batch: Batch) -> dict[str, Any]:
+        """The module's variables: 'params' and whatever other collections it keeps. Traced under jit."""
+        raise NotImplementedError(f"{type(self).__name__} must define init")
+
+    def loss(
+        self, params: Any, state: Any, frozen: Any, batch: Batch, key: jax.Array
+    ) -> tuple[jax.Array, tuple[Any, Metrics]]:
+        """(loss f32 [], (new state, metrics f32 [] each)) in training mode. Pure; jitted by train."""
+        raise NotImplementedError(f"{type(self).__name__} must define loss")
+
+    def evaluate(self, params: Any, state: Any, frozen: Any, batch: Batch, key: jax.Array) -> Metrics:
+        """Metrics of one validation batch; by default those of the loss."""
+        return self.loss(params, state, frozen, batch, key)[1][1]
+
+    def frozen(self) -> Any:
+        """Weights of other models that the loss needs, loaded once and passed as an argument."""
+        return {}
+
+    def finish(
+        self, variables: dict[str, Any], frozen: Any, batches: Callable[[], Iterator[dict[str, np.ndarray]]]
+    ) -> dict[str, Any]:
+        """The variables after what follows the last step, such as k-means; `batches()` is an epoch of training data."""
+        return variables
+
+    def assets(self) -> dict[str, bytes]:
+        """Files that travel inside the checkpoint, such as a vocabulary."""
+        return {}
