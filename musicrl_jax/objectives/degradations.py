@@ -1,0 +1,141 @@
+"""Known damage to clips, and the pseudo-MOS that a documented distance to the clean clip gives.
+
+Where nobody has rated audio, the quality regressor learns from this: a clip is damaged in one of six ways (or
+not at all) by a strength in [0, 1], and its label is
+
+    pseudo-MOS = 1 + 4 * exp(-d / d0),    d0 = 6 dB,
+
+with d the mean absolute difference of clean and damaged log-mels in decibels, over two resolutions. It is no opinion of
+people: it knows how far a clip is from the clean one, not how much that annoys.
+
+Everything runs on the device, and depends on its key alone. `degrade` leaves clips of strength 0 as they are.
+
+Legend: B clips, N samples, T codec frames, Q codec levels, S spectral frames, M mel bands, W windows of a dropout.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from musicrl_jax.core import spectral
+
+KINDS = ("clean", "codec", "noise", "band_limit", "clipping", "dropouts", "wow")
+
+DISTANCE_SCALE_DB = 6.0  # d0
+DISTANCE_WINDOWS = (512, 2048)
+DISTANCE_MELS = 64
+DISTANCE_RANGE = 1e-3  # bands 60 dB under the clean clip's loudest band count as silent
+
+WEAKEST_NOISE_DB = 40.0  # signal-to-noise ratio; the strongest noise has 0 dB
+LOWEST_CUTOFF_HZ = 500.0
+BAND_LIMIT_ORDER = 8
+DEEPEST_CLIPPING_DB = 30.0  # under the clip's peak
+DROPOUT_MS = 50
+WIDEST_WOW = 0.06  # of the speed: one semitone up and down
+WOW_HZ = 4.0
+
+Codec = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+def noise(key: jax.Array, wav: jax.Array, strength: jax.Array) -> jax.Array:
+    """White noise at a signal-to-noise ratio of 40 dB (strength 0+) to 0 dB (strength 1)."""
+    hiss = jax.random.normal(key, wav.shape)
+    ratio_db = WEAKEST_NOISE_DB * (1.0 - strength)  # [B]
+    gain = _rms(wav) / _rms(hiss) * 10.0 ** (-ratio_db / 20.0)
+    return wav + gain[:, None] * hiss
+
+
+def band_limit(wav: jax.Array, strength: jax.Array, sample_rate_hz: int) -> jax.Array:
+    """Low-pass whose cutoff (-3 dB) falls geometrically from Nyquist to 500 Hz; 48 dB an octave, zero phase."""
+    nyquist = sample_rate_hz / 2
+    cutoff = nyquist * (LOWEST_CUTOFF_HZ / nyquist) ** strength  # [B]
+    hz = jnp.fft.rfftfreq(wav.shape[1], 1 / sample_rate_hz)
+    power = 1.0 / (1.0 + (hz[None, :] / cutoff[:, None]) ** (2 * BAND_LIMIT_ORDER))
+    return jnp.fft.irfft(jnp.fft.rfft(wav) * jnp.sqrt(power).astype(jnp.complex64), n=wav.shape[1])
+
+
+def clipping(wav: jax.Array, strength: jax.Array) -> jax.Array:
+    """Cut off at 0 to 30 dB under the clip's own peak, then raised to its old loudness (RMS); the peak never rises."""
+    limit = jnp.max(jnp.abs(wav), axis=1) * 10.0 ** (-DEEPEST_CLIPPING_DB * strength / 20.0)  # [B]
+    cut = jnp.clip(wav, -limit[:, None], limit[:, None])
+    return cut * (_rms(wav) / jnp.maximum(_rms(cut), 1e-9))[:, None]
+
+
+def dropouts(key: jax.Array, wav: jax.Array, strength: jax.Array, sample_rate_hz: int) -> jax.Array:
+    """Stretches of 50 ms fall silent, each with probability `strength`; at 1 nothing is left."""
+    length = sample_rate_hz * DROPOUT_MS // 1000
+    draws = jax.random.uniform(key, (wav.shape[0], -(-wav.shape[1] // length)))  # [B, W]
+    kept = jnp.repeat(draws >= strength[:, None], length, axis=1)[:, : wav.shape[1]]
+    return jnp.where(kept, wav, 0.0)
+
+
+def wow(key: jax.Array, wav: jax.Array, strength: jax.Array, sample_rate_hz: int) -> jax.Array:
+    """Speed swings by up to 6 % four times a second, from a random phase: resampled at n + a sin(...), linearly."""
+    sway = 2.0 * jnp.pi * WOW_HZ / sample_rate_hz  # radians a sample
+    phase = jax.random.uniform(key, (wav.shape[0], 1), maxval=2.0 * jnp.pi)
+    place = jnp.arange(wav.shape[1], dtype=jnp.float32)[None, :]  # [1, N]
+    shift = WIDEST_WOW * strength[:, None] / sway * jnp.sin(sway * place + phase)  # [B, N] samples
+    place = jnp.clip(place + shift, 0.0, wav.shape[1] - 1.0)
+    left = jnp.minimum(place.astype(jnp.int32), wav.shape[1] - 2)
+    share = place - left.astype(jnp.float32)
+    before = jnp.take_along_axis(wav, left, axis=1)
+    after = jnp.take_along_axis(wav, left + 1, axis=1)
+    return before + share * (after - before)
+
+
+def kept_levels(strength: jax.Array, levels: int) -> jax.Array:
+    """[B] int32: how many of a codec's Q levels are heard; Q up to strength 1/Q, 1 at the end."""
+    return jnp.clip(levels - jnp.floor(strength * levels).astype(jnp.int32), 1, levels)
+
+
+def degrade(
+    key: jax.Array, wav: jax.Array, strength: jax.Array, sample_rate_hz: int, codec: Codec
+) -> tuple[jax.Array, jax.Array]:
+    """(damaged clips [B, N], kind [B] int32, a place in KINDS) for wav [B, N] and strength [B] in [0, 1].
+
+    Row i gets kind i mod 7. Batches come in a random order, so that is as good as a draw; it is balanced, and each kind
+    of damage is worked out for its own rows only. `codec(wav, strength)` sends clips through a codec.
+    """
+    keys = dict(zip(KINDS, jax.random.split(key, len(KINDS)), strict=True))
+    damage = {
+        "clean": lambda wav, strength: wav,
+        "codec": codec,
+        "noise": lambda wav, strength: noise(keys["noise"], wav, strength),
+        "band_limit": lambda wav, strength: band_limit(wav, strength, sample_rate_hz),
+        "clipping": clipping,
+        "dropouts": lambda wav, strength: dropouts(keys["dropouts"], wav, strength, sample_rate_hz),
+        "wow": lambda wav, strength: wow(keys["wow"], wav, strength, sample_rate_hz),
+    }
+    kind = jnp.arange(wav.shape[0], dtype=jnp.int32) % len(KINDS)
+    damaged = wav
+    for index, name in enumerate(KINDS[: wav.shape[0]]):
+        rows = slice(index, None, len(KINDS))
+        damaged = damaged.at[rows].set(damage[name](wav[rows], strength[rows]))
+    return jnp.where(strength[:, None] > 0, damaged, wav), kind
+
+
+def distance(clean: jax.Array, degraded: jax.Array, sample_rate_hz: int) -> jax.Array:
+    """[B] float32 decibels: mean absolute difference of log-mels, averaged over windows of 512 and 2048 samples.
+
+    Levels 60 dB or more under the clean clip's loudest band are raised to there first, in both clips: damage that
+    nobody can hear does not count.
+    """
+    total = 0.0
+    for window in DISTANCE_WINDOWS:
+        first, second = (
+            spectral.mel_magnitude(wav, sample_rate_hz, DISTANCE_MELS, window, window // 4) for wav in (clean, degraded)
+        )  # [B, S, M]
+        floor = jnp.maximum(DISTANCE_RANGE * jnp.max(first, axis=(1, 2), keepdims=True), 1e-5)
+        gap = 20.0 * jnp.abs(jnp.log10(jnp.maximum(first, floor)) - jnp.log10(jnp.maximum(second, floor)))
+        total = total + jnp.mean(gap, axis=(1, 2)) / len(DISTANCE_WINDOWS)
+    return total
+
+
+def pseudo_mos(clean: jax.Array, degraded: jax.Array, sample_rate_hz: int) -> jax.Array:
+    """[B] float32 in (1, 5]: 1 + 4 exp(-distance / 6 dB). 5 where the clips are equal."""
+    return 1.0 + 4.0 * jnp.exp(-distance(clean, degraded, sample_rate_hz) / DISTANCE_SCALE_DB)
+
+
+def _rms(wav: jax.Array) -> jax.Array:
+    return jnp.sqrt(jnp.mean(jnp.square(wav), axis=1))

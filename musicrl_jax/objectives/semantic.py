@@ -1,0 +1,99 @@
+"""Trains the semantic encoder by masked prediction (BEST-RQ), then clusters its features into tokens.
+
+Legend: B clips, N samples, F policy frames (25 Hz), D width, P frames of many clips.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from musicrl_jax.models import kmeans, semantic
+from musicrl_jax.objectives.objective import Batch, Data, Metrics, Objective
+
+POINTS_PER_CODE = 256  # frames that k-means looks at
+KMEANS_ITERATIONS = 20
+LEAST_STD = 1e-3  # of a feature
+
+
+@dataclasses.dataclass(frozen=True)
+class SemanticObjective(Objective):
+    """Cross-entropy of the random codes of masked frames; batches {'audio': f32 [B, N]}."""
+
+    model: semantic.SemanticConfig
+    data: Data
+
+    def init(self, key: jax.Array, batch: Batch) -> dict[str, Any]:
+        """Variables whose mel statistics are those of `batch`; k-means is still all zeros."""
+        module = semantic.SemanticEncoder(self.model)
+        variables = dict(module.init(key, batch["audio"], *_masking(key, self.model, batch["audio"])))
+        mels = module.apply(variables, batch["audio"], method="log_mels")
+        std = jnp.maximum(jnp.std(mels, axis=(0, 1)), semantic.LEAST_STD)
+        return variables | {"statistics": {"mean": jnp.mean(mels, axis=(0, 1)), "std": std}}
+
+    def loss(
+        self, params: Any, state: Any, frozen: Any, batch: Batch, key: jax.Array
+    ) -> tuple[jax.Array, tuple[Any, Metrics]]:
+        """Mean nats over the masked frames; metrics: loss, accuracy of the first guess, perplexity of the targets."""
+        module = semantic.SemanticEncoder(self.model)
+        mask, noise = _masking(key, self.model, batch["audio"])
+        logits, targets = module.apply({"params": params, **state}, batch["audio"], mask, noise)
+        weight = mask.astype(jnp.float32) / jnp.maximum(jnp.sum(mask), 1).astype(jnp.float32)  # [B, F]
+        nats = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), targets)
+        hit = (jnp.argmax(logits, axis=-1) == targets).astype(jnp.float32)
+        loss = jnp.sum(weight * nats)
+        metrics = {
+            "loss": loss,
+            "accuracy": jnp.sum(weight * hit),
+            "target_perplexity": perplexity(targets, self.model.targets),
+        }
+        return loss, (state, metrics)
+
+    def finish(
+        self, variables: dict[str, Any], frozen: Any, batches: Callable[[], Iterator[dict[str, np.ndarray]]]
+    ) -> dict[str, Any]:
+        """Fills 'kmeans': standardises the features of training clips per dimension and clusters them.
+
+        Looks at 256 frames a code, the first that come in the shuffled order. Raises ValueError where the whole
+        training set has fewer frames than there are codes.
+        """
+        features = self._features(variables, batches())  # [P, D]
+        mean, std = features.mean(axis=0), np.maximum(features.std(axis=0), LEAST_STD)
+        standard = (features - mean) / std
+        centroids = kmeans.kmeans(jax.random.key(0), jnp.asarray(standard), self.model.codes, KMEANS_ITERATIONS)
+        fitted = {"mean": jnp.asarray(mean), "std": jnp.asarray(std), "centroids": centroids}
+        return variables | {"kmeans": fitted}
+
+    def _features(self, variables: dict[str, Any], batches: Iterator[dict[str, np.ndarray]]) -> np.ndarray:
+        """[P, D] float32, P = 256 * codes or all there are."""
+        module = semantic.SemanticEncoder(self.model)
+        features = jax.jit(lambda variables, wav: module.apply(variables, wav, method="features"))
+        wanted = POINTS_PER_CODE * self.model.codes
+        parts, found = [], 0
+        for batch in batches:
+            part = np.asarray(features(variables, batch["audio"]))
+            parts.append(part.reshape(-1, part.shape[-1]))
+            found += len(parts[-1])
+            if found >= wanted:
+                break
+        if found < self.model.codes:
+            raise ValueError(f"codes = {self.model.codes}, but there are {found} frames of training clips: lower it")
+        return np.concatenate(parts)[:wanted]
+
+
+def perplexity(codes: jax.Array, size: int) -> jax.Array:
+    """exp of the entropy of how often each of `size` codes occurs in `codes` (any shape): 1 to `size`, float32 []."""
+    share = jnp.bincount(codes.reshape(-1), length=size).astype(jnp.float32) / codes.size
+    return jnp.exp(-jnp.sum(jax.scipy.special.xlogy(share, share)))
+
+
+def _masking(key: jax.Array, config: semantic.SemanticConfig, wav: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(mask [B, F] bool, noise [B, F, 4M] standard normal) for wav [B, N]."""
+    mask_key, noise_key = jax.random.split(key)
+    clips, frames = wav.shape[0], wav.shape[1] * semantic.FRAME_RATE_HZ // (semantic.STACK * config.sample_rate_hz)
+    noise = jax.random.normal(noise_key, (clips, frames, semantic.STACK * config.mels))
+    return semantic.draw_mask(mask_key, clips, frames), noise

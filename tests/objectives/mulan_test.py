@@ -1,0 +1,142 @@
+"""Training MuLan: the loss leaves chance behind, the quantizer is fitted, the vocabulary travels."""
+
+import dataclasses
+import io
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import sentencepiece
+from flax import linen as nn
+
+from musicrl_jax.models import mulan, resnet, rvq
+from musicrl_jax.objectives import mulan as objective
+
+CAPTIONS = [f"a {word} tone" for word in ("low", "middling", "high", "shrill")]
+CONFIG = mulan.MuLanConfig(
+    sample_rate_hz=16_000,
+    window_seconds=1.0,
+    audio=resnet.ResNetConfig(mels=16, widths=(8,), blocks=1),
+    text_layers=1,
+    text_heads=2,
+    text_embed=16,
+    text_mlp=32,
+    text_length=24,
+    pieces=400,
+    embed=8,
+    levels=2,
+    codes=4,
+)
+
+
+def tones() -> np.ndarray:
+    """Two clips for each caption, [8, 8000]."""
+    time = np.arange(8000) / 16_000
+    hz = np.repeat([200.0, 600.0, 1800.0, 5400.0], 2) * np.tile([1.0, 1.05], 4)
+    return (0.3 * np.sin(2 * np.pi * hz[:, None] * time)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def vocabulary(tmp_path_factory):
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(CAPTIONS * 20),
+        model_writer=model,
+        vocab_size=300,
+        hard_vocab_limit=False,
+        byte_fallback=True,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        minloglevel=2,
+    )
+    path = tmp_path_factory.mktemp("vocabulary") / "v.model"
+    path.write_bytes(model.getvalue())
+    return str(path)
+
+
+class Captioned:
+    """Eight clips in one batch."""
+
+    def __init__(self, vocabulary):
+        processor = sentencepiece.SentencePieceProcessor(model_file=vocabulary)
+        self.text = np.zeros((8, 24), np.int32)
+        for row, caption in zip(self.text, np.repeat(CAPTIONS, 2), strict=True):
+            pieces = processor.encode(str(caption))
+            row[: len(pieces)] = pieces
+
+    def batches(self, split, batch_size, seed, start_step=0, epochs=None):
+        return iter([{"audio": tones(), "text": self.text}])
+
+    def count(self, split):
+        return 8
+
+
+@pytest.fixture(scope="module")
+def trained(vocabulary):
+    """(objective, variables after 150 steps and finish, metrics of the first and the last step)."""
+    task = objective.MuLanObjective(CONFIG, Captioned(vocabulary), vocabulary)
+    batch = next(task.data.batches("train", 8, 0))
+    variables = nn.unbox(jax.jit(task.init)(jax.random.key(0), batch))
+    params, state = variables["params"], {"rvq": variables["rvq"]}
+
+    @jax.jit
+    def step(params):
+        gradient = jax.value_and_grad(task.loss, has_aux=True)
+        (_, (_, metrics)), slope = gradient(params, state, {}, batch, jax.random.key(0))
+        norm = optax.tree.norm(slope)
+        return jax.tree.map(lambda p, g: p - 0.1 * g / norm, params, slope), metrics
+
+    seen = []
+    for _ in range(150):
+        params, metrics = step(params)
+        seen.append(metrics)
+    done = task.finish({"params": params, **state}, {}, lambda: task.data.batches("train", 8, 0, epochs=1))
+    return task, done, seen[0], seen[-1]
+
+
+def test_leaves_chance_behind(trained):
+    _, _, first, last = trained
+    np.testing.assert_allclose(first["chance"], np.log(8), rtol=1e-6)
+    assert first["loss"] > 1.0
+    assert last["loss"] < 0.2
+    assert last["recall_1"] == 1
+
+
+def test_quantizer_is_fitted_to_audio_embeddings(trained):
+    task, done, _, _ = trained
+    use = jax.jit(mulan.MuLan(CONFIG).apply, static_argnames="method")
+    embedding = use(done, tones(), method="embed_audio")
+    codes = use(done, embedding, method="quantize")
+    assert codes.shape == (8, 2)
+    np.testing.assert_array_equal(codes[::2, 0], codes[1::2, 0])  # one code for each caption
+    assert len(np.unique(codes[:, 0])) == 4
+    rest = embedding - rvq.dequantize(done["rvq"]["codebooks"], codes)
+    assert np.mean(np.sum(np.square(rest), -1)) < 0.05
+    text = use(done, jnp.asarray(task.data.text), method="embed_text")
+    np.testing.assert_array_equal(use(done, text, method="quantize")[:, 0], codes[:, 0])
+
+
+def test_more_codes_than_clips_is_named(trained):
+    task, done, _, _ = trained
+    greedy = dataclasses.replace(task, model=dataclasses.replace(CONFIG, codes=9))
+    with pytest.raises(ValueError, match=r"codes = 9.*8 training clips"):
+        greedy.finish(done, {}, lambda: task.data.batches("train", 8, 0, epochs=1))
+
+
+def test_the_vocabulary_travels_and_must_fit(trained, tmp_path):
+    task, _, _, _ = trained
+    content = task.assets()["vocabulary.model"]
+    assert sentencepiece.SentencePieceProcessor(model_proto=content).decode([5]) is not None
+    small = objective.MuLanObjective(mulan.MuLanConfig(pieces=100), task.data, task.vocabulary)
+    batch = next(task.data.batches("train", 8, 0))
+    with pytest.raises(ValueError, match=r"MuLanConfig\.pieces = 100"):
+        small.init(jax.random.key(0), batch)
+    with pytest.raises(ValueError, match=r"Clips\.vocabulary"):
+        task.init(jax.random.key(0), {"audio": batch["audio"]})
+    lost = objective.MuLanObjective(CONFIG, task.data, str(tmp_path / "none.model"))
+    with pytest.raises(FileNotFoundError, match=r"none\.model"):
+        lost.init(jax.random.key(0), batch)
