@@ -60,6 +60,7 @@ class Builder(tfds.core.GeneratorBasedBuilder):
                 }
             ),
             supervised_keys=None,
+            metadata=tfds.core.MetadataDict({"sample_rate_hz": self.builder_config.sample_rate_hz}),
         )
 
     def _example_writer(self) -> RepeatableWriter:

@@ -55,7 +55,12 @@ def born_sharded(mesh: Mesh, create: Callable[..., Any], *arguments: Any) -> tup
     abstract = jax.eval_shape(create, *arguments)
     shardings = nn.logical_to_mesh_sharding(nn.get_partition_spec(abstract), mesh, RULES)
     with jax.set_mesh(mesh):
-        tree = jax.jit(lambda *a: nn.meta.unbox(create(*a)), out_shardings=shardings)(*arguments)
+        born = jax.jit(
+            lambda *a: nn.meta.unbox(create(*a)),
+            out_shardings=shardings,
+            compiler_options={"xla_backend_optimization_level": 0},  # runs once: what counts is that it compiles fast
+        )
+        tree = born(*arguments)
     return tree, shardings
 
 

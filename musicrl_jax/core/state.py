@@ -33,6 +33,13 @@ def create_state(variables: Any, optimiser: optax.GradientTransformation) -> Tra
     return TrainState(jnp.zeros((), jnp.int32), params, state, optimiser.init(params))
 
 
+def moved(optimiser: optax.GradientTransformation, gradients: Any, opt_state: Any, params: Any) -> tuple[Any, Any]:
+    """(params, opt_state) after one step."""
+    with jax.numpy_dtype_promotion("standard"):  # optax raises Python floats to integer powers
+        updates, opt_state = optimiser.update(gradients, opt_state, params)
+    return optax.apply_updates(params, updates), opt_state
+
+
 @dataclasses.dataclass(frozen=True)
 class Optimiser:
     """Adam with decoupled weight decay, a linear warm-up, then a cosine to `final_fraction` of the rate.

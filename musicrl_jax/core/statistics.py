@@ -22,7 +22,7 @@ def mean_interval(values: np.ndarray, seed: int = 0, resamples: int = 10_000) ->
 
 
 def frechet_distance(first: np.ndarray, second: np.ndarray) -> float:
-    """Frechet distance of two Gaussians fitted to points [n, D] and [m, D]: |mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^1/2).
+    """Frechet distance of Gaussians fitted to points [n, D] and [m, D]: |mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^1/2).
 
     At least 0; the square root's trace is that of the symmetric S1^1/2 S2 S1^1/2, which is stable.
     """

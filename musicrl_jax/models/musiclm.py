@@ -35,9 +35,11 @@ class MusicLMConfig:
       mulan_codes: the codes of each.
     """
 
-    temporal: TransformerConfig = TransformerConfig()
-    depth: TransformerConfig = TransformerConfig(layers=6, embed=512, heads=8, mlp=2048)
-    layout: TokenLayout = TokenLayout()
+    temporal: TransformerConfig = dataclasses.field(default_factory=TransformerConfig)
+    depth: TransformerConfig = dataclasses.field(
+        default_factory=lambda: TransformerConfig(layers=6, embed=512, heads=8, mlp=2048)
+    )
+    layout: TokenLayout = dataclasses.field(default_factory=TokenLayout)
     mulan_levels: int = 12
     mulan_codes: int = 1024
 

@@ -2,9 +2,11 @@
 
 import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 import tensorflow_datasets as tfds
 
 from musicrl_jax.inputs import build
@@ -86,3 +88,28 @@ def test_a_full_disk_is_named_and_leaves_nothing_prepared(ramp_builder, tmp_path
         build.prepare(ramp_builder, {"name": "big", "train": 1, "full": True}, str(tmp_path))
     with pytest.raises(FileNotFoundError, match="no prepared data set 'ramp/big'"):
         Clips({"ramp/big": 1.0}, str(tmp_path), 100).count("train")
+
+
+def test_a_folder_of_recordings_can_be_built_and_read(tmp_path):
+    """The builder in data/audio_folder and Clips agree on what a clip set is."""
+    (tmp_path / "music").mkdir()
+    for i in range(6):
+        tone = 0.1 * np.sin(np.arange(8000) * (0.1 + 0.01 * i))
+        soundfile.write(tmp_path / "music" / f"{i}.wav", tone, 8000, subtype="PCM_16")
+    rows = "".join(f"{i}.wav,tone {i}\n" for i in range(6))
+    (tmp_path / "captions.csv").write_text("file,caption\n" + rows)
+    config = {
+        "name": "mine",
+        "folder": str(tmp_path / "music"),
+        "captions": str(tmp_path / "captions.csv"),
+        "clip_seconds": 0.5,
+        "sample_rate_hz": 8000,
+    }
+    name = build.prepare(str(Path(__file__).parents[2] / "data/audio_folder"), config, str(tmp_path / "data"))
+    clips = Clips({name: 1.0}, str(tmp_path / "data"), 8000, with_captions=True)
+    assert sum(clips.count(split) for split in clips.splits()) == 12
+    for batch in clips.batches("train", 1, seed=0, epochs=1):
+        i = int(batch["caption"][0].removeprefix("tone "))
+        tone = 0.1 * np.sin(np.arange(8000) * (0.1 + 0.01 * i))
+        start = 4000 * int(np.abs(batch["audio"][0] - tone[:4000]).max() > 1e-3)
+        np.testing.assert_allclose(batch["audio"][0], tone[start : start + 4000], atol=1e-4)
