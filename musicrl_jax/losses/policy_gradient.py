@@ -2,10 +2,11 @@
 
 The objective, for clips of S tokens and a KL strength a:
 
-    J = (1 - a) E[R] - a KL(pi || anchor),    KL = E[sum_t KL_t],    KL_t = sum_v pi(v | s_t) log(pi(v | s_t) / anchor(v | s_t))
+    J = (1 - a) E[R] - a KL(pi || anchor),    KL = E[sum_t KL_t],
+    KL_t = sum_v pi(v | s_t) log(pi(v | s_t) / anchor(v | s_t))
 
-Differentiating KL_t alone along sampled paths leaves out that earlier tokens choose the states in which later KL is paid.
-The exact gradient adds sum_t grad log pi(a_t | s_t) * (KL still to come), with sum_{t' > t} KL_t' as its weight.
+Differentiating KL_t alone along sampled paths leaves out that earlier tokens choose the states in which later KL is
+paid. The exact gradient adds sum_t grad log pi(a_t | s_t) * (KL still to come), with sum_{t' > t} KL_t' as its weight.
 
 Legend: B clips, S tokens of a clip in the order in which they are drawn, V codes.
 """

@@ -49,7 +49,7 @@ def write_comparison(
       path: of the HTML file.
       summary: what `musicrl_jax.evaluate` returns.
       prompts: n held-out prompts.
-      results: for 'base' and 'finetuned' the arrays 'wav' f32 [n, s, N], 'reward' f32 [n, s] and one like it for each term.
+      results: for 'base' and 'finetuned' the arrays 'wav' f32 [n, s, N], 'reward' f32 [n, s], and each term's likewise.
       sample_rate_hz: of the clips.
       run_dir: the run's folder; its name is the title.
       finetuned: folder of the RL run, whose curves are drawn.

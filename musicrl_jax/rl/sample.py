@@ -74,7 +74,7 @@ def sample(
 
 
 def log_probs(model: MusicLM, params: Any, tokens: jax.Array, mulan: jax.Array, temperature: float) -> jax.Array:
-    """The tempered log-distribution before every token, f32 [B, F, K, V]; the same function that `sample` draws from."""
+    """The tempered log-distribution before every token, f32 [B, F, K, V]: the one that `sample` draws from."""
     return jax.nn.log_softmax(model.apply({"params": params}, tokens, mulan) / temperature, axis=-1)
 
 

@@ -1,0 +1,201 @@
+"""The `musicrl` command: `musicrl VERB [--gin_file=FILE] [--gin.NAME=VALUE] [--PARAMETER=VALUE]`.
+
+This file alone imports gin. Verbs and configs are registered here from outside, so that they stay plain functions and
+dataclasses for whoever calls them from Python.
+"""
+
+import argparse
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import jax
+
+import gin
+from gin import config_parser
+from musicrl_jax import encode, evaluate, generate, run, train, train_rl
+from musicrl_jax.core import checkpoint, state, tokens
+from musicrl_jax.inputs import build, clips, prompts, vocabulary
+from musicrl_jax.inputs import tokens as token_data
+from musicrl_jax.models import (
+    conformer,
+    mulan,
+    musiclm,
+    resnet,
+    rewards,
+    semantic,
+    soundstorm,
+    soundstream,
+    transformer,
+)
+from musicrl_jax.objectives import codec, fine, policy, quality
+from musicrl_jax.objectives import mulan as mulan_objective
+from musicrl_jax.objectives import semantic as semantic_objective
+from musicrl_jax.rl import rewards as reward_terms
+
+
+def folder(root: str, name: str) -> str:
+    """root/name: how gin files name the models of a run, each under a scope of its own."""
+    return str(Path(root) / name)
+
+
+VERBS: dict[str, Callable] = {
+    "run": run.run,
+    "build": build.prepare,
+    "vocabulary": vocabulary.build,
+    "train": train.train,
+    "encode": encode.encode,
+    "train_rl": train_rl.train_rl,
+    "evaluate": evaluate.evaluate,
+    "generate": generate.generate,
+}
+
+CONFIGS: tuple[Callable, ...] = (
+    folder,
+    checkpoint.model_hash,
+    state.Optimiser,
+    tokens.TokenLayout,
+    clips.Clips,
+    clips.Ratings,
+    prompts.Prompts,
+    token_data.Tokens,
+    transformer.TransformerConfig,
+    conformer.ConformerConfig,
+    resnet.ResNetConfig,
+    soundstream.SoundStreamConfig,
+    semantic.SemanticConfig,
+    mulan.MuLanConfig,
+    musiclm.MusicLMConfig,
+    soundstorm.SoundStormConfig,
+    rewards.QualityConfig,
+    codec.CodecObjective,
+    semantic_objective.SemanticObjective,
+    mulan_objective.MuLanObjective,
+    policy.PolicyObjective,
+    fine.FineObjective,
+    quality.QualityObjective,
+    reward_terms.TextAdherence,
+    reward_terms.AcousticQuality,
+    reward_terms.Mixture,
+)
+
+
+def register() -> dict[str, Callable]:
+    """Makes verbs and configs known to gin; the verbs, with their parameters filled from it."""
+    for config in CONFIGS:
+        gin.external_configurable(config, module="musicrl")
+    return {name: gin.external_configurable(verb, name, module="musicrl") for name, verb in VERBS.items()}
+
+
+class _References(config_parser.ParserDelegate):
+    """Notes what a gin text refers to."""
+
+    def __init__(self) -> None:
+        self.scopes: set[str] = set()
+        self.macros: set[str] = set()
+
+    def configurable_reference(self, scoped_configurable_name: str, evaluate: bool) -> str:
+        """Notes every scope on the way to the configurable."""
+        self.scopes.update(scoped_configurable_name.split("/")[:-1])
+        return scoped_configurable_name
+
+    def macro(self, macro_name: str) -> str:
+        """Notes the macro."""
+        self.macros.add(macro_name)
+        return macro_name
+
+
+def check_bindings(text: str) -> None:
+    """ValueError where a gin config holds what nothing reads: a macro without a use, a scope that no reference opens.
+
+    gin itself refuses an unknown configurable or parameter, but takes a misspelt macro or scope in silence.
+    """
+    references = _References()
+    macros, scoped = set(), {}
+    for statement in config_parser.ConfigParser(text, references):
+        if not isinstance(statement, config_parser.BindingStatement):
+            continue
+        if not statement.arg_name:
+            macros.add(statement.selector)
+        for scope in statement.scope.split("/") if statement.scope else ():
+            scoped.setdefault(scope, f"{statement.scope}/{statement.selector}.{statement.arg_name}")
+    for macro in sorted(macros - references.macros):
+        raise ValueError(f"gin: nothing reads the macro {macro}; remove it, or mend its name")
+    for scope in sorted(set(scoped) - references.scopes):
+        raise ValueError(
+            f"gin: nothing reads {scoped[scope]}: no @{scope}/... stands in the config; mend the scope's name"
+        )
+
+
+def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The verb and the flags; the second part are gin bindings from --gin.NAME=VALUE and --PARAMETER=VALUE."""
+    parser = argparse.ArgumentParser(
+        prog="musicrl", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("verb", choices=VERBS)
+    parser.add_argument("--gin_file", action="append", default=[], help="a gin file; may be given several times")
+    parser.add_argument("--gin_search_paths", default="", help="folders to look for gin files in, comma-separated")
+    parser.add_argument("--dry_run", action="store_true", help="print the config, check it, and stop")
+    known, rest = parser.parse_known_args(arguments)
+    bindings = []
+    for flag in rest:
+        name, equals, value = flag.removeprefix("--").partition("=")
+        if not flag.startswith("--") or not equals:
+            parser.error(f"{flag!r} is not of the form --NAME=VALUE")
+        if name.startswith("gin."):
+            bindings.append(f"{name.removeprefix('gin.')} = {value}")
+        else:
+            bindings.append(f"{known.verb}.{name} = {value if _is_gin_value(value) else repr(value)}")
+    return known, bindings
+
+
+def _is_gin_value(text: str) -> bool:
+    """Whether a flag's value reads as a gin value; if not it is taken as a string."""
+    try:
+        list(config_parser.ConfigParser(f"x = {text}", _References()))
+    except SyntaxError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _saved_config() -> Iterator[None]:
+    """Leaves config.gin, what was asked for, and operative_config.gin, what was used, in MODEL_DIR, if there is one."""
+    try:
+        folder = Path(gin.query_parameter("MODEL_DIR/macro.value"))
+    except ValueError:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.gin").write_text(gin.config_str())
+    try:
+        yield
+    finally:
+        (folder / "operative_config.gin").write_text(gin.operative_config_str())
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one verb; the exit status."""
+    verbs = register()
+    flags, bindings = parse(sys.argv[1:] if arguments is None else arguments)
+    jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR"))
+    for path in (*filter(None, flags.gin_search_paths.split(",")), Path(__file__).parents[1]):
+        gin.add_config_file_search_path(str(path))
+    try:
+        gin.parse_config_files_and_bindings(flags.gin_file, bindings)
+        check_bindings(gin.config_str())
+        if flags.dry_run:
+            print(gin.config_str())
+            return 0
+        with _saved_config():
+            verbs[flags.verb]()
+    except (ValueError, OSError, FloatingPointError, ModuleNotFoundError) as error:
+        print(f"musicrl {flags.verb}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

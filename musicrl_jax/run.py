@@ -1,0 +1,44 @@
+"""A whole run: its stages one after the other in one process, each of which leaves done work alone."""
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from musicrl_jax.core.files import write_json
+
+SECONDS = "seconds.json"
+SUMMARY = "summary.json"
+
+
+def run(model_dir: str, stages: Mapping[str, Callable[[], Any]]) -> dict[str, Any]:
+    """Runs the stages in order and writes `model_dir`/summary.json.
+
+    Run again, finished stages return at once; after an interruption the one that was cut off goes on from its newest
+    checkpoint. The summary is what the last stage returned, with the seconds spent in every stage over all attempts.
+
+    Args:
+      model_dir: the run's folder.
+      stages: the name of each stage and the function that does it.
+    """
+    directory = Path(model_dir)
+    seconds: dict[str, float] = read_seconds(model_dir)
+    result: Any = None
+    for number, (name, stage) in enumerate(stages.items(), start=1):
+        print(f"\n[{number}/{len(stages)}] {name}", flush=True)
+        start = time.monotonic()
+        try:
+            result = stage()
+        finally:
+            seconds[name] = seconds.get(name, 0.0) + time.monotonic() - start
+            write_json(directory / SECONDS, seconds)
+    summary = {**(result or {}), "seconds": seconds}
+    write_json(directory / SUMMARY, summary)
+    return summary
+
+
+def read_seconds(model_dir: str) -> dict[str, float]:
+    """Seconds spent so far in each stage of a run; {} before the first."""
+    path = Path(model_dir) / SECONDS
+    return json.loads(path.read_text()) if path.exists() else {}

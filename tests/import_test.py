@@ -1,0 +1,70 @@
+"""Who may import whom: core <- models | losses | inputs <- objectives | rl <- verbs <- cli; a home for each library."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "musicrl_jax"
+FILES = sorted(PACKAGE.rglob("*.py"))
+MAY_IMPORT = {
+    "core": {"core"},
+    "models": {"core", "models"},
+    "losses": {"core", "losses"},
+    "inputs": {"core", "inputs"},
+    "report": {"core", "report"},
+    "objectives": {"core", "models", "losses", "inputs", "objectives"},
+    "rl": {"core", "models", "losses", "inputs", "rl"},
+}
+HOMES = {
+    "gin": {"cli.py"},
+    "tensorflow": {"inputs"},
+    "seqio": {"inputs"},
+    "tensorflow_datasets": {"inputs"},
+    "sentencepiece": {"inputs", "objectives/mulan.py"},
+    "flax.linen": {"models", "core/sharding.py"},
+    "orbax": {"core/checkpoint.py"},
+    "matplotlib": {"report"},
+    "jinja2": {"report"},
+}
+
+
+def imports(path):
+    """Every module that a file imports, with `from a.b import c` as both a.b and a.b.c."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_run_one_way(path):
+    place = path.relative_to(PACKAGE)
+    room = place.parts[0] if len(place.parts) > 1 else None
+    for name in imports(path):
+        parts = name.split(".")
+        assert parts[0] != "data", f"{place} imports {name}: the package never imports the builders"
+        if parts[0] != "musicrl_jax" or len(parts) < 2:
+            continue
+        assert parts[1] != "cli", f"{place} imports the command"
+        if room in MAY_IMPORT:
+            assert parts[1] in MAY_IMPORT[room], f"{place} imports {name}"
+        elif place.name != "cli.py":
+            assert parts[1] in set(MAY_IMPORT) | {"run"}, f"{place} imports {name}: a verb stands on its own"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_each_library_has_one_home(path):
+    place = str(path.relative_to(PACKAGE))
+    for name in imports(path):
+        for library, homes in HOMES.items():
+            if name == library or name.startswith(library + "."):
+                assert place in homes or place.split("/")[0] in homes, f"{place} imports {library}"
+
+
+def test_gin_folder_is_no_package():
+    """An __init__.py there would hide the library of that name."""
+    assert not list((PACKAGE.parent / "gin").rglob("__init__.py"))

@@ -1,0 +1,140 @@
+"""The supervised loop: one device equals eight, a resumed run equals an uninterrupted one, bad settings are named."""
+
+import dataclasses
+import json
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from musicrl_jax.core import checkpoint, sharding
+from musicrl_jax.core.state import Optimiser, create_state
+from musicrl_jax.core.tokens import TokenLayout
+from musicrl_jax.models.musiclm import MusicLMConfig
+from musicrl_jax.models.transformer import TransformerConfig
+from musicrl_jax.objectives.policy import PolicyObjective
+from musicrl_jax.train import train
+
+CONFIG = MusicLMConfig(
+    TransformerConfig(1, 16, 4, 16, dropout=0.0), TransformerConfig(1, 8, 2, 16), TokenLayout(8, 8, 2), 2, 4
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class RandomTokens:
+    """Token batches that are a pure function of (seed, step); `fail_at` stands for a kill."""
+
+    fail_at: int | None = None
+
+    def batches(self, split, batch_size, seed, start_step=0, epochs=None):
+        step = start_step
+        while True:
+            if step == self.fail_at and split == "train":
+                raise KeyboardInterrupt
+            rng = np.random.default_rng([seed, step, len(split)])
+            yield {
+                "semantic": rng.integers(0, 8, (batch_size, 6)).astype(np.int32),
+                "acoustic": rng.integers(0, 8, (batch_size, 12, 3)).astype(np.int32),
+                "mulan": rng.integers(0, 4, (batch_size, 2)).astype(np.int32),
+                "id": np.array(["x"] * batch_size, object),
+            }
+            step += 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy(PolicyObjective):
+    """The policy's objective without a token folder to name its lineage."""
+
+    data: Any
+
+    def assets(self):
+        return {}
+
+
+def run(folder, **changes):
+    arguments = {
+        "steps": 4,
+        "batch_size": 8,
+        "optimiser": Optimiser(1e-2, 1),
+        "seed": 3,
+        "log_every": 1,
+        "save_every": 2,
+    }
+    data = changes.pop("data", RandomTokens())
+    return train(Policy(CONFIG, data), str(folder), **{**arguments, **changes})
+
+
+def losses(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    run(folder)
+    return folder
+
+
+def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(tmp_path, whole):
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "cut", data=RandomTokens(fail_at=3))
+    run(tmp_path / "cut")
+    assert losses(whole) == losses(tmp_path / "cut")
+    assert checkpoint.model_hash(whole) == checkpoint.model_hash(tmp_path / "cut")
+    assert run(tmp_path / "cut") == {}  # done already
+
+
+def test_one_device_equals_eight_on_any_mesh():
+    """Loss and gradients of one batch, on meshes 1x1x1, 8x1x1 and 2x2x2."""
+    objective = Policy(CONFIG, RandomTokens())
+    batch = next(objective.data.batches("train", 8, 0))
+    found = []
+
+    def create(key, arrays):
+        return create_state(objective.init(key, arrays), Optimiser().build(10))
+
+    for devices, (fsdp, tensor) in ((1, (1, 1)), (8, (1, 1)), (8, (2, 2))):
+        mesh = jax.sharding.Mesh(
+            np.array(jax.devices()[:devices]).reshape(devices // (fsdp * tensor), fsdp, tensor),
+            ("data", "fsdp", "tensor"),
+        )
+        arrays = sharding.put_batch(mesh, batch)
+        state, _ = sharding.born_sharded(mesh, create, jax.random.key(0), arrays)
+        with jax.set_mesh(mesh), jax.default_matmul_precision("highest"):
+            step = jax.jit(jax.value_and_grad(lambda p, b: objective.loss(p, {}, {}, b, jax.random.key(1))[0]))
+            found.append(jax.device_get(step(state.params, arrays)))
+        if tensor > 1:  # the weights are really split
+            assert len(state.params["trunk"]["temporal"]["block_0"]["gate"].sharding.device_set) == devices
+            assert not state.params["trunk"]["temporal"]["block_0"]["gate"].sharding.is_fully_replicated
+    for loss, gradients in found[1:]:
+        np.testing.assert_allclose(loss, found[0][0], atol=1e-6)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), gradients, found[0][1])
+
+
+def test_another_size_in_the_same_folder_is_refused(whole):
+    other = dataclasses.replace(CONFIG, mulan_codes=5)
+    with pytest.raises(ValueError, match=r"model\.mulan_codes is 4 there and 5 here"):
+        train(Policy(other, RandomTokens()), str(whole), 4, 8, Optimiser(1e-2, 1), seed=3)
+
+
+def test_a_batch_that_does_not_divide_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"batch_size=6 .* multiple of the 8 data shards"):
+        run(tmp_path, batch_size=6)
+
+
+def test_a_mesh_that_does_not_divide_is_named():
+    with pytest.raises(ValueError, match="fsdp=3 times tensor=1 must divide the 8 devices"):
+        sharding.make_mesh(fsdp=3)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    @dataclasses.dataclass(frozen=True)
+    class Broken(Policy):
+        def loss(self, params, state, frozen, batch, key):
+            loss, (state, metrics) = super().loss(params, state, frozen, batch, key)
+            return loss, (state, {**metrics, "loss": loss * jnp.nan})
+
+    with pytest.raises(FloatingPointError, match="loss is nan at step 0"):
+        train(Broken(CONFIG, RandomTokens()), str(tmp_path), 2, 8, Optimiser())
