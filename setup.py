@@ -11,7 +11,7 @@ setup(
     packages=find_packages(include=["musicrl_jax", "musicrl_jax.*"]),
     package_data={"musicrl_jax.report": ["*.j2"]},
     entry_points={"console_scripts": ["musicrl=musicrl_jax.cli:main"]},
-    # T5X is on no package registry; its contracts (logical axes, SeqIO tasks, gin) are followed, its code is not needed.
+    # T5X is on no package registry; its contracts (logical axes, SeqIO tasks, gin) are followed without it.
     install_requires=[
         "array_record>=0.8",
         "flax>=0.12.8",

@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# The tests: lint, the fast ones, then the slow ones. `launch/test.sh fast` leaves the slow ones out.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+launch/setup.sh
+.venv/bin/ruff check .
+.venv/bin/python -m pytest -m "not slow"
+[ "${1:-}" = fast ] || .venv/bin/python -m pytest -m slow

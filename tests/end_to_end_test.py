@@ -1,0 +1,175 @@
+"""The whole quickstart at tiny size: every stage, run again, interrupted, and asked for music."""
+
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import soundfile
+
+import gin
+from musicrl_jax import cli, train_rl
+from musicrl_jax.core import checkpoint
+from musicrl_jax.core.metrics import MetricWriter
+from musicrl_jax.generate import generate
+from musicrl_jax.inputs.clips import Clips
+from musicrl_jax.inputs.tokens import Tokens
+from musicrl_jax.models.mulan import MuLan, MuLanConfig
+from musicrl_jax.models.semantic import SemanticConfig, SemanticEncoder
+from musicrl_jax.models.soundstream import SoundStream, SoundStreamConfig
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[1]
+
+
+def musicrl(verb, folder, *flags):
+    """One command, as from a shell, against the run in `folder`."""
+    gin.clear_config()
+    shared = (
+        f"--gin_file={ROOT}/gin/runs/tiny.gin",
+        f"--gin.DATA_DIR='{folder}/data'",
+        f"--gin.MODEL_DIR='{folder}/run'",
+    )
+    return cli.main([verb, *shared, *flags])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A finished run whose RL stage was interrupted after its second step and taken up again."""
+    folder = tmp_path_factory.mktemp("tiny")
+    patch = pytest.MonkeyPatch()
+
+    class Interrupted(MetricWriter):
+        def write(self, step, metrics, prefix=""):
+            if step == 2:
+                raise KeyboardInterrupt
+            super().write(step, metrics, prefix)
+
+    patch.setattr(train_rl, "MetricWriter", Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        musicrl("run", folder)
+    patch.undo()
+    assert not checkpoint.has_model(folder / "run/rl")
+    assert musicrl("run", folder) == 0
+    return folder
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_summary_and_page_say_what_was_found(folder):
+    summary = json.loads((folder / "run/summary.json").read_text())
+    for name in ("reward_base", "reward_finetuned", "reward_gain"):
+        assert summary[name]["low"] <= summary[name]["mean"] <= summary[name]["high"]
+    gain = summary["reward_finetuned"]["mean"] - summary["reward_base"]["mean"]
+    assert summary["reward_gain"]["mean"] == pytest.approx(gain, abs=1e-6)
+    assert summary["kl"]["mean"] > 0
+    models = ["codec", "semantic", "mulan", "quality", "encode", "policy", "fine"]
+    assert list(summary["seconds"]) == ["data", "vocabulary", *models, "rl", "evaluate"]
+    assert all(second > 0 for second in summary["seconds"].values())
+    assert "simulated" not in Path(summary["page"]).read_text() and "pseudo-MOS" in Path(summary["page"]).read_text()
+    assert checkpoint.has_model(summary["checkpoint"])
+    # The total is the weighted sum of its terms.
+    terms = summary["terms"]
+    assert summary["reward_base"]["mean"] == pytest.approx(sum(t["base"]["mean"] for t in terms.values()), abs=1e-5)
+
+
+def test_kl_starts_at_zero_to_the_bit_and_the_sampler_agrees_with_the_learner(folder):
+    metrics = lines(folder / "run/rl/metrics.jsonl")
+    assert [line["step"] for line in metrics] == [0, 1, 2]
+    assert metrics[0]["kl"] == 0.0 and metrics[-1]["kl"] > 0
+    assert max(line["sampler_drift"] for line in metrics) < 2e-5
+    assert all(line["skipped"] == 0 for line in metrics)
+
+
+def test_the_interrupted_run_is_the_uninterrupted_one(folder):
+    assert musicrl("train_rl", folder, f"--model_dir={folder}/again") == 0
+    assert lines(folder / "again/metrics.jsonl") == lines(folder / "run/rl/metrics.jsonl")
+    assert checkpoint.model_hash(folder / "again") == checkpoint.model_hash(folder / "run/rl")
+
+
+def test_run_again_reuses_everything(folder, capsys):
+    models = {path: path.stat().st_mtime_ns for path in (folder / "run").rglob("manifest.json")}
+    page = (folder / "run/evaluation/page.html").read_bytes()
+    assert musicrl("run", folder) == 0
+    assert "evaluated already" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in (folder / "run").rglob("manifest.json")} == models
+    assert (folder / "run/evaluation/page.html").read_bytes() == page
+
+
+def test_another_size_in_the_same_folder_is_refused(folder, capsys):
+    assert musicrl("run", folder, "--gin.SoundStreamConfig.channels=5") == 1
+    assert "model.channels is 4 there and 5 here" in capsys.readouterr().err
+
+
+def test_tokens_are_those_of_the_models(folder):
+    """encode -> read: a clip's tokens, read back, are what the three models say of it."""
+    clips = Clips({"score_clips/tiny": 1.0}, f"{folder}/data", 16000)
+    wav = np.concatenate([b["audio"] for b in clips.batches("test", 8, seed=0, epochs=1)])
+    tokens = [b for b in Tokens(f"{folder}/run/tokens").batches("test", 16, seed=0, epochs=1)]
+    found = {
+        name: {row.tobytes() for batch in tokens for row in batch[name]} for name in ("semantic", "acoustic", "mulan")
+    }
+    semantic = checkpoint.load_model(folder / "run/semantic", SemanticConfig)
+    codec = checkpoint.load_model(folder / "run/codec", SoundStreamConfig)
+    mulan = checkpoint.load_model(folder / "run/mulan", MuLanConfig)
+    embedding = MuLan(mulan.config).apply(mulan.variables, wav, method="embed_audio")
+    expected = {
+        "semantic": SemanticEncoder(semantic.config).apply(semantic.variables, wav, method="tokens"),
+        "acoustic": SoundStream(codec.config).apply(codec.variables, wav, method="encode"),
+        "mulan": MuLan(mulan.config).apply(mulan.variables, embedding, method="quantize"),
+    }
+    for name, codes in expected.items():
+        same = [np.asarray(row, np.int32).tobytes() in found[name] for row in codes]
+        assert np.mean(same) > 0.8, name  # compiled alone, a distance can round the other way and flip a code
+
+
+def test_prompts_become_clips(folder, tmp_path):
+    out = tmp_path / "reel.wav"
+    flags = (f"--checkpoint={folder}/run/rl", "--clip_seconds=1.0", f"--out={out}")
+    assert cli.main(["generate", "--prompt=a fast Irish reel on a harp", *flags]) == 0
+    wav, rate = soundfile.read(out)
+    assert (len(wav), rate) == (16000, 16000) and np.abs(wav).max() > 0
+
+
+def test_a_prompt_gives_its_clip_whatever_else_is_asked(folder, tmp_path):
+    prompts = ["a slow air", "быстрая джига на скрипке 🎻", "a jig " * 500]
+    paths = generate(prompts, f"{folder}/run/rl", str(tmp_path / "all"), clip_seconds=0.4)
+    alone = generate(prompts[1], f"{folder}/run/rl", str(tmp_path / "one.wav"), clip_seconds=0.4)
+    clips = [soundfile.read(path)[0] for path in paths]
+    np.testing.assert_array_equal(clips[1], soundfile.read(alone[0])[0])
+    assert len({clip.tobytes() for clip in clips}) == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"prompt": "   "}, "prompt '   ' is empty"),
+        ({"clip_seconds": 0.99}, "clip_seconds=0.99 must be a multiple"),
+        ({"out": "x.wav", "prompt": ["a", "b"]}, "one file, but there are several prompts"),
+        ({"temperature": 0.0}, "temperature=0.0 must be above 0"),
+    ],
+)
+def test_bad_requests_are_named(folder, tmp_path, monkeypatch, changes, complaint):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=complaint):
+        generate(**{"prompt": "a reel", "checkpoint": f"{folder}/run/rl", "clip_seconds": 0.4, **changes})
+    assert not list(tmp_path.rglob("*.wav"))
+
+
+def test_models_that_do_not_belong_together_are_refused(folder, tmp_path):
+    """The same sizes, other weights: only the lineage can tell, and without it the clip would be noise."""
+    codec = tmp_path / "codec"
+    shutil.copytree(folder / "run/codec", codec)
+    model = checkpoint.load_model(codec, SoundStreamConfig)
+    louder = jax.tree.map(lambda w: w * 1.5, model.variables["params"])
+    checkpoint.save_model(codec, model.config, {**model.variables, "params": louder})
+    with pytest.raises(ValueError, match="was trained on tokens of codec"):
+        generate("a reel", f"{folder}/run/rl", str(tmp_path / "x.wav"), 0.4, codec=str(codec))
+    with pytest.raises(ValueError, match="holds a SoundStreamConfig, not a MusicLMConfig"):
+        generate("a reel", f"{folder}/run/codec", str(tmp_path / "x.wav"), 0.4)
+    with pytest.raises(FileNotFoundError, match="no MusicLMConfig checkpoint"):
+        generate("a reel", f"{folder}/run/nowhere", str(tmp_path / "x.wav"), 0.4)
