@@ -3,7 +3,7 @@
 Where nobody has rated audio, the quality regressor learns from this: a clip is damaged in one of six ways (or
 not at all) by a strength in [0, 1], and its label is
 
-    pseudo-MOS = 1 + 4 * exp(-d / d0),    d0 = 6 dB,
+    pseudo-MOS = 1 + 4 * exp(-d / d0),    d0 = 12 dB,
 
 with d the mean absolute difference of clean and damaged log-mels in decibels, over two resolutions. It is no opinion of
 people: it knows how far a clip is from the clean one, not how much that annoys.
@@ -22,7 +22,7 @@ from musicrl_jax.core import spectral
 
 KINDS = ("clean", "codec", "noise", "band_limit", "clipping", "dropouts", "wow")
 
-DISTANCE_SCALE_DB = 6.0  # d0
+DISTANCE_SCALE_DB = 12.0  # d0: a thin codec, some 11 dB off, lies mid-scale, and what is worse still has room
 DISTANCE_WINDOWS = (512, 2048)
 DISTANCE_MELS = 64
 DISTANCE_RANGE = 1e-3  # bands 60 dB under the clean clip's loudest band count as silent
@@ -133,7 +133,7 @@ def distance(clean: jax.Array, degraded: jax.Array, sample_rate_hz: int) -> jax.
 
 
 def pseudo_mos(clean: jax.Array, degraded: jax.Array, sample_rate_hz: int) -> jax.Array:
-    """[B] float32 in (1, 5]: 1 + 4 exp(-distance / 6 dB). 5 where the clips are equal."""
+    """[B] float32 in (1, 5]: 1 + 4 exp(-distance / 12 dB). 5 where the clips are equal."""
     return 1.0 + 4.0 * jnp.exp(-distance(clean, degraded, sample_rate_hz) / DISTANCE_SCALE_DB)
 
 

@@ -78,13 +78,19 @@ class QualityObjective(Objective):
         return _metrics(guess, score) | {"clean_first": _share(above & damaged, damaged)}
 
     def _labelled(self, frozen: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """(clips [B, N], scores [B])."""
+        """(clips [B, N], scores [B]); of pseudo-MOS clips the second half goes through the codec after its damage.
+
+        All that RL will score has come out of the codec: the regressor must tell good from bad there too.
+        """
         if "score" in batch:
             return batch["audio"], batch["score"]
         wav, rate = batch["audio"], self.model.sample_rate_hz
         damage_key, strength_key = jax.random.split(key)
         strength = jax.random.uniform(strength_key, (wav.shape[0],))
-        damaged, _ = degradations.degrade(damage_key, wav, strength, rate, through(frozen))
+        send = through(frozen)
+        damaged, _ = degradations.degrade(damage_key, wav, strength, rate, send)
+        half = len(wav) // 2
+        damaged = damaged.at[half:].set(send(damaged[half:], jnp.zeros(len(wav) - half)))
         return damaged, degradations.pseudo_mos(wav, damaged, rate)
 
 
