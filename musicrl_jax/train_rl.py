@@ -84,6 +84,10 @@ class Learner:
             value={**state.value, "trunk": jax.tree.map(jnp.copy, base["trunk"])},
         )
 
+    def with_baseline(self, state: RLState, reward: jax.Array) -> RLState:
+        """V starts at the first rollout's mean reward f32 [B]; from 0, all that was drawn first would be pushed up."""
+        return state.replace(value={**state.value, "offset": reward.mean()})
+
     def update(
         self, state: RLState, anchor: Any, rollout: Rollout, reward: jax.Array
     ) -> tuple[RLState, dict[str, jax.Array]]:
@@ -230,6 +234,8 @@ def train_rl(
             text = sharding.put_batch(mesh, next(batches))["text"]
             rollout = rollout_step(state.policy, frozen, text, jnp.int32(step))
             reward, terms = reward_step(scorers, rollout)
+            if step == 0:
+                state = learner.with_baseline(state, reward)
             state, metrics = update_step(state, anchor, rollout, reward)
             reward, terms, metrics = jax.device_get((reward, terms, metrics))
             mixture.check(terms)
