@@ -55,8 +55,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Compares two policies on the same held-out prompts and seeds; writes summary and page, and returns the summary.
 
-    Beside the rewards stand three figures that were not trained on: the KL to the base; diversity, the mean pairwise
-    distance of the clips; and the Frechet distance between the semantic features of generated and of real held-out
+    Beside the rewards stand three figures that were not trained on: the KL to the base; diversity, the mean distance
+    between the semantic features of two clips; and the Frechet distance between those of generated and of real held-out
     clips, frame by frame. The semantic model takes no part in the reward.
 
     Args:
@@ -136,7 +136,11 @@ def evaluate(
     results = {"base": collect("base", before.policy), "finetuned": collect("finetuned", after.policy)}
     for result in results.values():
         mixture.check({term.name: result[term.name] for term in mixture.mixture.terms})
+    # Semantic features, each dimension in units of its spread over real clips.
     real = _real_features(clips, listener, batch_size)
+    centre, spread = real.mean(axis=(0, 1)), real.std(axis=(0, 1))
+    heard = {which: result["features"][:, 0] for which, result in results.items()} | {"real": real}
+    heard = {which: (features - centre) / spread for which, features in heard.items()}  # [clips, F, D]
 
     # Figures: means over seeds first, then intervals over prompts.
     names = [TOTAL, *(term.name for term in mixture.mixture.terms)]
@@ -147,17 +151,15 @@ def evaluate(
             **{which: mean_interval(values, seed) for which, values in per_prompt.items()},
             "gain": mean_interval(per_prompt["finetuned"] - per_prompt["base"], seed),
         }
-    frames_of = {
-        which: result["features"].reshape(-1, result["features"].shape[-1]) for which, result in results.items()
-    }
     summary = {
         **{f"reward_{which}": scores[TOTAL][which] for which in ("base", "finetuned", "gain")},
         "terms": {name: scores[name] for name in names[1:]},
         "kl": mean_interval(results["finetuned"]["kl"].mean(axis=1), seed),
-        "diversity": {
-            which: mean_pairwise_distance(result["features"].mean(axis=2)[:, 0]) for which, result in results.items()
+        "diversity": {which: mean_pairwise_distance(features.mean(axis=1)) for which, features in heard.items()},
+        "frechet": {
+            which: frechet_distance(*(np.concatenate(features) for features in (heard[which], heard["real"])))
+            for which in ("base", "finetuned")
         },
-        "frechet": {which: frechet_distance(points, real) for which, points in frames_of.items()},
         "page": str(directory / "page.html"),
         "checkpoint": str(finetuned),
         "identity": identity,
@@ -184,12 +186,11 @@ def evaluate(
 
 
 def _real_features(clips: Clips, listener: checkpoint.Model, batch_size: int) -> np.ndarray:
-    """Semantic features of every frame of the real test clips, [frames, D]."""
+    """Semantic features of the real test clips, [clips, F, D]."""
     features = jax.jit(lambda v, wav: SemanticEncoder(listener.config).apply(v, wav, method="features"))
     found = []
     for batch in clips.batches("test", batch_size, seed=0, epochs=1):
         missing = batch_size - len(batch["audio"])
         wav = jnp.pad(batch["audio"], ((0, missing), (0, 0)))
         found.append(np.asarray(features(listener.variables, wav))[: batch_size - missing])
-    stacked = np.concatenate(found)
-    return stacked.reshape(-1, stacked.shape[-1])
+    return np.concatenate(found)

@@ -12,7 +12,7 @@ SECONDS = "seconds.json"
 SUMMARY = "summary.json"
 
 
-def run(model_dir: str, stages: Mapping[str, Callable[[], Any]]) -> dict[str, Any]:
+def run(model_dir: str, stages: Mapping[str, Callable[[], Any]], only: str = "") -> None:
     """Runs the stages in order and writes `model_dir`/summary.json.
 
     Run again, finished stages return at once; after an interruption the one that was cut off goes on from its newest
@@ -21,21 +21,27 @@ def run(model_dir: str, stages: Mapping[str, Callable[[], Any]]) -> dict[str, An
     Args:
       model_dir: the run's folder.
       stages: the name of each stage and the function that does it.
+      only: names of stages, separated by commas; the others are left out, and no summary is written.
+
+    Raises:
+      ValueError: where `only` names no stage.
     """
+    chosen = only.split(",") if only else list(stages)
+    if unknown := [name for name in chosen if name not in stages]:
+        raise ValueError(f"run.only={only!r}: {unknown[0]!r} is none of the stages {', '.join(stages)}")
     directory = Path(model_dir)
     seconds: dict[str, float] = read_seconds(model_dir)
     result: Any = None
-    for number, (name, stage) in enumerate(stages.items(), start=1):
-        print(f"\n[{number}/{len(stages)}] {name}", flush=True)
+    for number, name in enumerate(chosen, start=1):
+        print(f"\n[{number}/{len(chosen)}] {name}", flush=True)
         start = time.monotonic()
         try:
-            result = stage()
+            result = stages[name]()
         finally:
             seconds[name] = seconds.get(name, 0.0) + time.monotonic() - start
             write_json(directory / SECONDS, seconds)
-    summary = {**(result or {}), "seconds": seconds}
-    write_json(directory / SUMMARY, summary)
-    return summary
+    if not only:
+        write_json(directory / SUMMARY, {**result, "seconds": seconds})
 
 
 def read_seconds(model_dir: str) -> dict[str, float]:

@@ -5,6 +5,7 @@ end, the finished model in `model_dir`/model.
 """
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -108,11 +109,11 @@ def train(
                 checkpoints.save(step + 1, state)
 
         # What follows the last step, and the figures on data that was not trained on.
-        variables = objective.finish(
-            {"params": state.params, **state.state},
-            frozen,
-            lambda: objective.data.batches("train", batch_size, seed, epochs=1),
-        )
+        def epoch() -> Iterator[dict[str, np.ndarray]]:
+            total = -(-objective.data.count("train") // batch_size)
+            return iter(Progress(objective.data.batches("train", batch_size, seed, epochs=1), "last pass", total))
+
+        variables = objective.finish({"params": state.params, **state.state}, frozen, epoch)
         metrics = _validate(objective, variables, frozen, mesh, batch_size, seed, evaluation_batches)
         writer.write(steps, metrics, prefix="validation/")
     print(f"{directory.name:>9}  validation  " + "  ".join(f"{k} {v:.3f}" for k, v in metrics.items()), flush=True)

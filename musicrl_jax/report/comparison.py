@@ -96,7 +96,8 @@ def write_comparison(
                 "Diversity",
                 summary["diversity"]["base"],
                 summary["diversity"]["finetuned"],
-                "mean pairwise cosine distance of the clips' semantic features; 0 would be one clip for all prompts",
+                "mean distance between two clips' semantic features, 0 if all prompts gave one clip; "
+                f"of real clips it is {summary['diversity']['real']:.2f}",
             ),
             Measure(
                 "Frechet distance to real clips",
