@@ -6,7 +6,8 @@ The objective, for clips of S tokens and a KL strength a:
     KL_t = sum_v pi(v | s_t) log(pi(v | s_t) / anchor(v | s_t))
 
 Differentiating KL_t alone along sampled paths leaves out that earlier tokens choose the states in which later KL is
-paid. The exact gradient adds sum_t grad log pi(a_t | s_t) * (KL still to come), with sum_{t' > t} KL_t' as its weight.
+paid. The exact gradient adds sum_t grad log pi(a_t | s_t) * (KL still to come), with sum_{t' > t} KL_t' as its weight. That
+weight is large early in a clip and much the same in all clips, so it gets a baseline of its own: the other clips' mean.
 
 Legend: B clips, S tokens of a clip in the order in which they are drawn, V codes.
 """
@@ -27,6 +28,14 @@ def still_to_come(per_token: jax.Array) -> jax.Array:
     """Sum over the tokens after each token, the token itself left out: f32 [B, S] -> f32 [B, S]."""
     inclusive = jnp.flip(jnp.cumsum(jnp.flip(per_token, axis=1), axis=1), axis=1)
     return inclusive - per_token
+
+
+def other_clips_mean(x: jax.Array) -> jax.Array:
+    """For each clip the mean over the other clips, position by position: f32 [B, S] -> f32 [B, S], 0 where B is 1.
+
+    The other clips are independent of this one, so as a baseline it leaves the expected gradient as it is.
+    """
+    return (x.sum(axis=0, keepdims=True) - x) / max(len(x) - 1, 1)
 
 
 def policy_loss(
@@ -53,7 +62,9 @@ def policy_loss(
     log_probs = jnp.take_along_axis(log_policy, tokens[..., None], axis=-1)[..., 0]  # [B, S]
     kl = full_kl(log_policy, log_anchor)  # [B, S]
     reward_advantage = rewards[:, None] - values
-    advantage = (1 - kl_strength) * reward_advantage - kl_strength * still_to_come(kl)
+    kl_to_come = still_to_come(kl)
+    kl_advantage = kl_to_come - other_clips_mean(kl_to_come)
+    advantage = (1 - kl_strength) * reward_advantage - kl_strength * kl_advantage
     surrogate = log_probs * jax.lax.stop_gradient(advantage) - kl_strength * kl
     metrics = {
         "kl": kl.sum(axis=1).mean(),

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from musicrl_jax.losses.policy_gradient import full_kl, policy_loss, still_to_come, value_loss
+from musicrl_jax.losses.policy_gradient import full_kl, other_clips_mean, policy_loss, still_to_come, value_loss
 
 CODES, STEPS, STRENGTH = 4, 3, 0.3
 SEQUENCES = np.array(list(itertools.product(range(CODES), repeat=STEPS)))
@@ -93,6 +93,36 @@ def truth(double, problem):
 
 def test_mean_gradient_is_exact(truth, problem):
     assert relative_error(mean_gradient(problem), truth) < 1e-7
+
+
+def test_baselines_across_clips_leave_the_gradient_exact(truth, problem):
+    """Batches of two clips: all 64 x 64 pairs, each with its probability."""
+    theta = jnp.asarray(problem["theta"])
+    first, second = (grid.ravel() for grid in np.meshgrid(np.arange(64), np.arange(64), indexing="ij"))
+    rows = np.stack([first, second], axis=1)
+
+    def one(theta, tokens, rewards, values):
+        log_policy = log_distribution(theta, tokens)
+        log_anchor = log_distribution(jnp.asarray(problem["anchor"]), tokens)
+        return -policy_loss(log_policy, log_anchor, tokens, rewards, values, STRENGTH)[0]
+
+    gradients = jax.vmap(jax.grad(one), in_axes=(None, 0, 0, 0))(
+        theta,
+        jnp.asarray(SEQUENCES[rows]),
+        jnp.asarray(problem["rewards"][rows]),
+        jnp.asarray(problem["values"][contexts(SEQUENCES)][rows]),
+    )
+    probabilities = sequence_probabilities(theta)
+    found = jnp.einsum("b,bij->ij", probabilities[first] * probabilities[second], gradients)
+    assert relative_error(np.asarray(found), truth) < 1e-7
+
+
+def test_a_mean_that_includes_the_clip_itself_shrinks_the_gradient(double):
+    """Why the clip is left out of its own baseline: with it in, two clips lose half of their signal."""
+    x = jnp.asarray([[1.0, 5.0], [3.0, 1.0]])
+    np.testing.assert_allclose(other_clips_mean(x), x[::-1])
+    np.testing.assert_allclose(x - x.mean(axis=0, keepdims=True), (x - other_clips_mean(x)) / 2)
+    np.testing.assert_allclose(other_clips_mean(x[:1]), [[0.0, 0.0]])
 
 
 def test_a_baseline_that_saw_the_action_is_caught(truth, problem):
