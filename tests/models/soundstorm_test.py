@@ -41,7 +41,7 @@ class Oracle:
     def apply(self, variables, codes, masked):
         self.calls.append(np.asarray(masked))
         right = (codes[:, :, :1] + jnp.arange(2, 5)[None, None]) % 6
-        sure = 30.0 - jnp.arange(codes.shape[1], dtype=jnp.float32)[None, :, None, None] * 0.5
+        sure = 12.0 - jnp.arange(codes.shape[1], dtype=jnp.float32)[None, :, None, None] * 0.3
         return jax.nn.one_hot(right, 6) * sure
 
 

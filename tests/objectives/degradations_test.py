@@ -152,7 +152,7 @@ def test_distance_equals_librosa():
             gaps.append(np.abs(20 * np.log10(np.maximum(mels[0], floor) / np.maximum(mels[1], floor))).mean())
         expected.append(np.mean(gaps))
     np.testing.assert_allclose(distance(clean, other), expected, rtol=1e-3)
-    np.testing.assert_allclose(mos(clean, other), 1 + 4 * np.exp(-np.array(expected) / 6), rtol=1e-3)
+    np.testing.assert_allclose(mos(clean, other), 1 + 4 * np.exp(-np.array(expected) / 12), rtol=1e-3)
 
 
 def degrade(key, wav, strength):
