@@ -20,6 +20,6 @@ if [ ! -e "$stamp" ]; then
   echo "Installing into .venv ..."
   "$python" -m venv --clear .venv
   .venv/bin/python -m pip install --quiet --upgrade pip
-  .venv/bin/python -m pip install --quiet "${pins[@]}" --editable '.[data,report,test]'
+  .venv/bin/python -m pip install --quiet ${pins[@]+"${pins[@]}"} --editable '.[data,report,test]'
   touch "$stamp"
 fi

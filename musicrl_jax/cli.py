@@ -5,10 +5,12 @@ dataclasses for whoever calls them from Python.
 """
 
 import argparse
-import contextlib
+import inspect
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import tokenize
+import typing
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -147,32 +149,50 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         if name.startswith("gin."):
             bindings.append(f"{name.removeprefix('gin.')} = {value}")
         else:
-            bindings.append(f"{known.verb}.{name} = {value if _is_gin_value(value) else repr(value)}")
+            plain = _takes_text(known.verb, name) and not value.startswith(("%", "@", "[", "'", '"'))
+            bindings.append(f"{known.verb}.{name} = {repr(value) if plain or not _is_gin_value(value) else value}")
     return known, bindings
+
+
+def _takes_text(verb: str, name: str) -> bool:
+    """Whether a verb's parameter is a text, so that "3" is one too."""
+    parameter = inspect.signature(VERBS[verb]).parameters.get(name)
+    return parameter is not None and str in (parameter.annotation, *typing.get_args(parameter.annotation))
 
 
 def _is_gin_value(text: str) -> bool:
     """Whether a flag's value reads as a gin value; if not it is taken as a string."""
     try:
         list(config_parser.ConfigParser(f"x = {text}", _References()))
-    except SyntaxError:
+    except (SyntaxError, tokenize.TokenError):
         return False
     return True
 
 
-@contextlib.contextmanager
-def _saved_config() -> Iterator[None]:
-    """Leaves config.gin, what was asked for, and operative_config.gin, what was used, in MODEL_DIR, if there is one."""
+def _check_required(verb: str) -> None:
+    """ValueError where a parameter without a default has no value."""
+    parameters = inspect.signature(VERBS[verb]).parameters.values()
+    required = {parameter.name for parameter in parameters if parameter.default is inspect.Parameter.empty}
+    if missing := sorted(required - set(gin.get_bindings(f"musicrl.{verb}", resolve_references=False))):
+        raise ValueError(
+            f"{missing[0]} is not set: give --{missing[0]}=VALUE, or run this stage of a gin file's run by "
+            f"`musicrl run --only=STAGE --gin_file=FILE`"
+        )
+
+
+def _save_config(begun: bool) -> None:
+    """Leaves in MODEL_DIR, if there is one, config.gin: what was asked for; and at the end what of it was used.
+
+    At the beginning an older config stays: the run may yet be refused.
+    """
     try:
         folder = Path(gin.query_parameter("MODEL_DIR/macro.value"))
     except ValueError:
-        yield
         return
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.gin").write_text(gin.config_str())
-    try:
-        yield
-    finally:
+    if not begun or not (folder / "config.gin").exists():
+        (folder / "config.gin").write_text(gin.config_str())
+    if not begun:
         (folder / "operative_config.gin").write_text(gin.operative_config_str())
 
 
@@ -189,8 +209,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if flags.dry_run:
             print(gin.config_str())
             return 0
-        with _saved_config():
-            verbs[flags.verb]()
+        _check_required(flags.verb)
+        _save_config(begun=True)
+        verbs[flags.verb]()
+        _save_config(begun=False)
     except (ValueError, OSError, FloatingPointError, ModuleNotFoundError) as error:
         print(f"musicrl {flags.verb}: {error}", file=sys.stderr)
         return 1

@@ -3,6 +3,7 @@
 Legend: B clips, M MuLan levels, F frames, T codec frames, Q codec levels.
 """
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,11 +23,12 @@ def encode(data: Clips, codec: str, semantic: str, mulan: str, tokens_dir: str, 
     """Writes the tokens of every clip of every split to `tokens_dir`, with a manifest; leaves finished splits alone.
 
     Args:
-      data: the clips, with captions.
+      data: the clips.
       codec, semantic, mulan: folders of the three checkpoints.
       tokens_dir: where the token data set goes.
       batch_size: clips at a time; changes nothing in the result.
     """
+    data = dataclasses.replace(data, with_captions=True)
     models = {
         "codec": checkpoint.load_model(codec, SoundStreamConfig),
         "semantic": checkpoint.load_model(semantic, SemanticConfig),

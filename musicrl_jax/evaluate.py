@@ -27,6 +27,7 @@ from musicrl_jax.rl.rewards import Mixture
 from musicrl_jax.rl.sample import log_probs
 from musicrl_jax.run import read_seconds
 
+LEAST_SPREAD = 1e-3  # of a feature over real clips; one that never moves is not blown up
 TOTAL = "reward"  # the mixture's name among the scores
 
 
@@ -70,7 +71,7 @@ def evaluate(
       training: folders whose metrics are drawn on the page.
       notes: honest words for the page.
       clip_seconds, temperature: as in training.
-      count: held-out prompts.
+      count: held-out prompts, or all where there are fewer.
       seeds: clips a prompt and policy.
       batch_size: clips at a time.
       seed: of the sampling; a stream of its own, apart from training's.
@@ -92,17 +93,20 @@ def evaluate(
     identity = {
         "hashes": {**before.hashes, "finetuned": after.hashes["policy"], "semantic": listener.hash, **mixture.hashes},
         "settings": [clip_seconds, temperature, count, seeds, seed, shown, worst, mixture.mixture.weights],
+        "data": checkpoint.describe([prompts, clips, notes]),
     }
     done = directory / "summary.json"
-    if done.exists() and json.loads(done.read_text())["identity"] == identity:
+    if done.exists() and (summary := json.loads(done.read_text()))["identity"] == identity:
         print(f"{directory}: evaluated already")
-        return json.loads(done.read_text())
+        _print(summary)
+        return summary
 
     asked = prompts.unique("test")[:count]
+    if len(asked) < 2:
+        raise ValueError(f"prompts: {len(asked)} held-out prompts that training did not see; an interval needs more")
     if len(asked) < count:
-        raise ValueError(
-            f"evaluate.count={count}, but only {len(asked)} held-out prompts exist: lower it or add prompts"
-        )
+        print(f"only {len(asked)} held-out prompts exist, not {count}")
+        count = len(asked)
     text = vocabulary.encode(before.vocabulary, asked, prompts.text_length)
     studio, frames = before.studio, before.studio.frames(clip_seconds)
 
@@ -138,7 +142,7 @@ def evaluate(
         mixture.check({term.name: result[term.name] for term in mixture.mixture.terms})
     # Semantic features, each dimension in units of its spread over real clips.
     real = _real_features(clips, listener, batch_size)
-    centre, spread = real.mean(axis=(0, 1)), real.std(axis=(0, 1))
+    centre, spread = real.mean(axis=(0, 1)), np.maximum(real.std(axis=(0, 1)), LEAST_SPREAD)
     heard = {which: result["features"][:, 0] for which, result in results.items()} | {"real": real}
     heard = {which: (features - centre) / spread for which, features in heard.items()}  # [clips, F, D]
 
@@ -178,11 +182,15 @@ def evaluate(
         notes,
     )
     write_json(done, summary)
+    _print(summary)
+    return summary
+
+
+def _print(summary: dict[str, Any]) -> None:
     for which in ("base", "finetuned", "gain"):
         numbers = summary[f"reward_{which}"]
         print(f"reward {which:>9}  {numbers['mean']:+.4f}  [{numbers['low']:+.4f}, {numbers['high']:+.4f}]")
-    print(f"KL {summary['kl']['mean']:.2f} nats a clip; page: {summary['page']}; checkpoint: {finetuned}", flush=True)
-    return summary
+    print(f"KL {summary['kl']['mean']:.2f} nats a clip; page: {summary['page']}; checkpoint: {summary['checkpoint']}")
 
 
 def _real_features(clips: Clips, listener: checkpoint.Model, batch_size: int) -> np.ndarray:

@@ -41,7 +41,7 @@ def run(model_dir: str, stages: Mapping[str, Callable[[], Any]], only: str = "")
             seconds[name] = seconds.get(name, 0.0) + time.monotonic() - start
             write_json(directory / SECONDS, seconds)
     if not only:
-        write_json(directory / SUMMARY, {**result, "seconds": seconds})
+        write_json(directory / SUMMARY, {**(result or {}), "seconds": seconds})
 
 
 def read_seconds(model_dir: str) -> dict[str, float]:

@@ -35,7 +35,7 @@ def train(
 ) -> dict[str, float]:
     """Trains an objective and writes `model_dir`/model; goes on from the newest checkpoint there, if any.
 
-    A run that is done already is left as it is, whatever was asked; one with other sizes or settings is refused.
+    A run that is done already is left as it is; one with other sizes, settings or data is refused.
 
     Args:
       objective: what is trained.
@@ -47,10 +47,10 @@ def train(
       fsdp, tensor: sizes of the mesh's axes; data takes the other devices.
       log_every: steps between two lines of metrics.
       save_every: steps between two checkpoints.
-      evaluation_batches: validation batches at the end.
+      evaluation_batches: validation batches at the end, if there are validation examples.
 
     Returns:
-      The validation metrics.
+      The validation metrics; {} where nothing was left to do.
 
     Raises:
       ValueError: where model_dir holds another run.
@@ -59,7 +59,7 @@ def train(
     directory = Path(model_dir)
     identity = {
         "objective": type(objective).__name__,
-        "model": checkpoint.config_to_json(objective.model),
+        **checkpoint.describe(objective),
         "batch_size": batch_size,
         "optimiser": dataclasses.asdict(optimiser),
         "seed": seed,
@@ -100,12 +100,13 @@ def train(
     with jax.set_mesh(mesh), MetricWriter(directory, start) as writer:
         for step in progress:
             state, metrics = step_function(state, frozen, sharding.put_batch(mesh, next(batches)))
-            if step % log_every == 0 or step == steps - 1:
+            saved = (step + 1) % save_every == 0
+            if step % log_every == 0 or step == steps - 1 or saved:
                 numbers = {name: float(value) for name, value in metrics.items()}
                 _stop_unless_finite(numbers, step, directory)
                 writer.write(step, numbers)
                 progress.note(f"loss {numbers['loss']:.3f}")
-            if (step + 1) % save_every == 0:
+            if saved:
                 checkpoints.save(step + 1, state)
 
         # What follows the last step, and the figures on data that was not trained on.
@@ -125,7 +126,13 @@ def train(
 def _validate(
     objective: Objective, variables: Any, frozen: Any, mesh: Any, batch_size: int, seed: int, count: int
 ) -> dict[str, float]:
-    """Means over `count` validation batches."""
+    """Means over `count` validation batches, smaller ones where there are few examples; {} where there are none."""
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    available = objective.data.count("validation") if "validation" in objective.data.splits() else 0
+    batch_size = min(batch_size, available // shards * shards)
+    if not batch_size:
+        print("too few validation examples for one batch: not validated")
+        return {}
     state = dict(variables)
     params = state.pop("params")
     evaluate = jax.jit(objective.evaluate)

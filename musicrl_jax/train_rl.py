@@ -29,6 +29,8 @@ from musicrl_jax.rl.rewards import Mixture
 from musicrl_jax.rl.rollout import Rollout
 from musicrl_jax.rl.sample import log_probs, token_log_probs, values
 
+MOST_SKIPPED = 10  # updates without a finite reward and gradient, before a run gives up
+
 
 @flax.struct.dataclass
 class RLState:
@@ -86,7 +88,9 @@ class Learner:
 
     def with_baseline(self, state: RLState, reward: jax.Array) -> RLState:
         """V starts at the first rollout's mean reward f32 [B]; from 0, all that was drawn first would be pushed up."""
-        return state.replace(value={**state.value, "offset": reward.mean()})
+        finite = jnp.isfinite(reward)
+        mean = jnp.where(finite, reward, 0.0).sum() / jnp.maximum(finite.sum(dtype=jnp.float32), 1.0)
+        return state.replace(value={**state.value, "offset": mean})
 
     def update(
         self, state: RLState, anchor: Any, rollout: Rollout, reward: jax.Array
@@ -183,10 +187,15 @@ def train_rl(
     directory = Path(model_dir)
     loaded = rollouts.load(base, fine, codec, mulan)
     mixture = rewards.load()
+    if Path(prompts.vocabulary).read_bytes() != loaded.vocabulary:
+        raise ValueError(
+            f"Prompts.vocabulary={prompts.vocabulary!r} is not the one that {mulan} was trained with: use that"
+        )
     studio, frames = loaded.studio, loaded.studio.frames(clip_seconds)
     identity = {
         "hashes": {**loaded.hashes, **mixture.hashes},
         "rewards": mixture.mixture.weights,
+        "prompts": checkpoint.describe(prompts),
         "batch_size": batch_size,
         "clip_seconds": clip_seconds,
         "kl_strength": kl_strength,
@@ -243,6 +252,11 @@ def train_rl(
             numbers |= {"reward": reward.mean(), "reward_std": reward.std(), **metrics}
             numbers["kl_per_second"] = numbers["kl"] / clip_seconds
             writer.write(step, numbers)
+            if metrics["skipped"] > MOST_SKIPPED:
+                raise FloatingPointError(
+                    f"{directory.name}: {MOST_SKIPPED + 1} updates had a reward or gradient that is not finite, the "
+                    f"last at step {step}; mend the reward or lower the learning rate"
+                )
             progress.note(f"reward {numbers['reward']:.3f}  kl {numbers['kl']:.2f}")
             if (step + 1) % save_every == 0:
                 checkpoints.save(step + 1, state)

@@ -72,6 +72,19 @@ def test_flags_are_bindings_of_the_verb():
     ]
 
 
+@pytest.mark.parametrize("prompt", ["80's synth pop", "'tis a reel", "3", 'a "slow" air', "медленно", "x = (", ""])
+def test_any_prompt_stays_a_text(prompt):
+    _, (binding,) = cli.parse(["generate", f"--prompt={prompt}"])
+    gin.parse_config(binding.replace("generate.prompt", "TEXT"))
+    assert gin.query_parameter("TEXT/macro.value") == prompt
+
+
+@pytest.mark.parametrize("verb", ["train", "generate", "build"])
+def test_a_verb_names_what_it_lacks(verb, capsys):
+    assert musicrl(verb) == 1
+    assert "is not set: give --" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("argument", ["prompt", "-prompt=x", "--prompt"])
 def test_what_is_no_flag_is_refused(argument):
     with pytest.raises(SystemExit):

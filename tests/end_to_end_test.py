@@ -86,9 +86,18 @@ def test_kl_starts_at_zero_to_the_bit_and_the_sampler_agrees_with_the_learner(fo
 
 
 def test_the_interrupted_run_is_the_uninterrupted_one(folder):
-    assert musicrl("train_rl", folder, f"--model_dir={folder}/again") == 0
+    assert musicrl("train_rl", folder, f"--gin.RL='{folder}/again'") == 0
     assert lines(folder / "again/metrics.jsonl") == lines(folder / "run/rl/metrics.jsonl")
     assert checkpoint.model_hash(folder / "again") == checkpoint.model_hash(folder / "run/rl")
+
+
+def test_verbs_work_from_the_gin_file_alone(folder, capsys):
+    assert musicrl("encode", folder, f"--gin.TOKENS='{folder}/tokens_again'") == 0
+    manifests = [json.loads((folder / name / "manifest.json").read_text()) for name in ("run/tokens", "tokens_again")]
+    assert manifests[0] == manifests[1]
+    assert musicrl("run", folder, "--only=evaluate") == 0
+    assert musicrl("run", folder, "--only=sing") == 1
+    assert "'sing' is none of the stages" in capsys.readouterr().err
 
 
 def test_run_again_reuses_everything(folder, capsys):

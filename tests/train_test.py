@@ -2,6 +2,10 @@
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,14 +28,21 @@ CONFIG = MusicLMConfig(
 
 @dataclasses.dataclass(frozen=True)
 class RandomTokens:
-    """Token batches that are a pure function of (seed, step); `fail_at` stands for a kill."""
+    """Token batches that are a pure function of (seed, step); `killed_at` stands for a kill before that step."""
 
-    fail_at: int | None = None
+    size: int = 8
+    killed_at = None
+
+    def splits(self):
+        return ["train", "validation"]
+
+    def count(self, split):
+        return 100
 
     def batches(self, split, batch_size, seed, start_step=0, epochs=None):
         step = start_step
         while True:
-            if step == self.fail_at and split == "train":
+            if step == self.killed_at and split == "train":
                 raise KeyboardInterrupt
             rng = np.random.default_rng([seed, step, len(split)])
             yield {
@@ -77,9 +88,11 @@ def whole(tmp_path_factory):
     return folder
 
 
-def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(tmp_path, whole):
+def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(tmp_path, whole, monkeypatch):
+    monkeypatch.setattr(RandomTokens, "killed_at", 3)
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "cut", data=RandomTokens(fail_at=3))
+        run(tmp_path / "cut")
+    monkeypatch.undo()
     run(tmp_path / "cut")
     assert losses(whole) == losses(tmp_path / "cut")
     assert checkpoint.model_hash(whole) == checkpoint.model_hash(tmp_path / "cut")
@@ -111,6 +124,36 @@ def test_one_device_equals_eight_on_any_mesh():
     for loss, gradients in found[1:]:
         np.testing.assert_allclose(loss, found[0][0], atol=1e-6)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), gradients, found[0][1])
+
+
+def test_a_model_trained_on_eight_devices_loads_on_one(whole):
+    """In a process of its own, since the number of devices is fixed when JAX starts."""
+    code = (
+        "import sys; from musicrl_jax.core import checkpoint; from musicrl_jax.models.musiclm import MusicLMConfig;"
+        "import jax; assert jax.device_count() == 1;"
+        "model = checkpoint.load_model(sys.argv[1], MusicLMConfig); print(checkpoint.content_hash(model.variables))"
+    )
+    environment = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(
+        [sys.executable, "-c", code, whole], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.stdout.strip() == checkpoint.model_hash(whole), done.stderr
+
+
+def test_other_data_in_the_same_folder_is_refused(whole):
+    with pytest.raises(ValueError, match=r"data\.size is 8 there and 9 here"):
+        run(whole, data=RandomTokens(size=9))
+
+
+def test_few_validation_examples_are_enough_and_none_are_no_error(tmp_path, capsys):
+    @dataclasses.dataclass(frozen=True)
+    class Few(RandomTokens):
+        def count(self, split):
+            return 3
+
+    assert run(tmp_path, steps=1, data=Few()) == {}
+    assert "not validated" in capsys.readouterr().out
+    assert checkpoint.has_model(tmp_path)
 
 
 def test_another_size_in_the_same_folder_is_refused(whole):

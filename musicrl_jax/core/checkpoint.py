@@ -1,6 +1,6 @@
 """Models and runs on disk, by Orbax.
 
-A *model* folder is what other stages and `serve` read: the weights, the config that rebuilds the module, a hash of the
+A *model* folder is what other stages read: the weights, the config that rebuilds the module, a hash of the
 content and any files that belong to it. A *run* folder holds the states of a training run, so that it can go on.
 """
 
@@ -77,6 +77,24 @@ def config_from_json(config_class: type, fields: dict[str, Any], where: str) -> 
     return config_class(**values)
 
 
+def describe(value: Any) -> Any:
+    """A setting as plain JSON, for the identity of a run: a model's folder by its hash, another path by its name.
+
+    A run may then move to another disk, and is another run where a model that it builds on changed.
+    """
+    if dataclasses.is_dataclass(value):
+        return {field.name: describe(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {str(name): describe(part) for name, part in value.items()}
+    if isinstance(value, tuple | list):
+        return [describe(part) for part in value]
+    if isinstance(value, str) and has_model(value):
+        return model_hash(value)
+    if isinstance(value, str | Path):
+        return Path(value).name
+    return value
+
+
 def check_space(directory: Path, tree: Any) -> None:
     """OSError, before anything is written, where `directory` has no room for the arrays of `tree`."""
     needed = int(SAVE_MARGIN * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)))
@@ -105,6 +123,7 @@ def save_model(directory: str | Path, config: Any, variables: Any, assets: dict[
     """Writes `directory`/model, whole or not at all, and returns its hash."""
     directory = Path(directory).absolute() / MODEL
     directory.parent.mkdir(parents=True, exist_ok=True)
+    variables = jax.device_get(variables)  # an array that remembers its mesh could not be read on another
     check_space(directory.parent, variables)
     partial = directory.with_name(directory.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -151,7 +170,7 @@ class RunCheckpoints:
     `identity` says what run this is (configs, sizes, hashes); a folder that holds another run's states is refused.
     """
 
-    def __init__(self, directory: str | Path, identity: dict[str, Any], keep: int = 1):
+    def __init__(self, directory: str | Path, identity: dict[str, Any]):
         self._directory = Path(directory).absolute() / "checkpoints"
         self._directory.mkdir(parents=True, exist_ok=True)
         identity = json.loads(json.dumps(identity))
@@ -161,7 +180,7 @@ class RunCheckpoints:
         else:
             write_json(path, identity)
         self._manager = ocp.CheckpointManager(
-            self._directory, options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=False)
+            self._directory, options=ocp.CheckpointManagerOptions(max_to_keep=1, create=False)
         )
 
     def latest_step(self) -> int:

@@ -200,6 +200,10 @@ class Ratings:
         """The number of ratings of a split's clips."""
         return len(self._rated(split))
 
+    def splits(self) -> list[str]:
+        """The splits that have rated clips."""
+        return [split for split in self.clips.splits() if self.count(split)]
+
     def raters(self) -> list[str]:
         """Everyone who rated, sorted."""
         return sorted({rating.rater for rating in _read_ratings(self.ratings_csv)})

@@ -149,7 +149,7 @@ def text_feature(vocabulary: str) -> seqio.Feature:
     """The output feature 'text' of a SentencePiece model's path; FileNotFoundError where there is none."""
     if not Path(vocabulary).is_file():
         raise FileNotFoundError(
-            f"vocabulary: {vocabulary!r} is no file; `musicrl train` of MuLan writes one from the captions"
+            f"vocabulary: {vocabulary!r} is no file; `musicrl vocabulary` writes one from the captions"
         )
     return seqio.Feature(seqio.SentencePieceVocabulary(vocabulary), add_eos=False, dtype=tf.int32)
 

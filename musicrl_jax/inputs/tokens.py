@@ -63,6 +63,10 @@ class Tokens:
         length = {name: spec[name].shape[0] for name in FIELDS}
         return tasks.batches([(task, 1.0)], split, length, batch_size, seed, start_step, epochs)
 
+    def splits(self) -> list[str]:
+        """The splits that `musicrl encode` finished."""
+        return list(read_manifest(self.directory)["counts"])
+
     def count(self, split: str) -> int:
         """The number of examples in a split."""
         manifest = read_manifest(self.directory)

@@ -6,8 +6,8 @@ The objective, for clips of S tokens and a KL strength a:
     KL_t = sum_v pi(v | s_t) log(pi(v | s_t) / anchor(v | s_t))
 
 Differentiating KL_t alone along sampled paths leaves out that earlier tokens choose the states in which later KL is
-paid. The exact gradient adds sum_t grad log pi(a_t | s_t) * (KL still to come), with sum_{t' > t} KL_t' as its weight. That
-weight is large early in a clip and much the same in all clips, so it gets a baseline of its own: the other clips' mean.
+paid. The exact gradient adds sum_t grad log pi(a_t | s_t) * (KL still to come), with sum_{t' > t} KL_t' as its weight.
+That weight is large early in a clip and much the same in all clips, so it has a baseline: the other clips' mean.
 
 Legend: B clips, S tokens of a clip in the order in which they are drawn, V codes.
 """

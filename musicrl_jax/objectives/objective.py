@@ -22,6 +22,9 @@ class Data(Protocol):
     def count(self, split: str) -> int:
         """The number of examples in a split."""
 
+    def splits(self) -> list[str]:
+        """The splits that have examples."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Objective:

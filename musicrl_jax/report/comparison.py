@@ -22,11 +22,10 @@ LABELS = {
     "acoustic_quality": "(q - 1) / 4 for the regressor's score q, a pseudo-MOS unless it learned people's ratings",
 }
 CURVES = (
-    ("Reward terms", "reward", ("reward", "text_adherence", "acoustic_quality")),
-    ("KL to the base, a clip", "nats", ("kl",)),
-    ("KL to the base, a second", "nats", ("kl_per_second",)),
-    ("Value loss", "squared error", ("value_loss",)),
-    ("Explained variance of the value", "share of Var R", ("explained_variance",)),
+    ("KL to the base, a clip", "nats", "kl"),
+    ("KL to the base, a second", "nats", "kl_per_second"),
+    ("Value loss", "squared error", "value_loss"),
+    ("Explained variance of the value", "share of Var R", "explained_variance"),
 )
 
 
@@ -108,8 +107,8 @@ def write_comparison(
         ],
         interval_note=f"95 % bootstrap over {len(prompts)} prompts, {seeds} clip(s) each",
         curves=[
-            Curve(title, "step", unit, {name: rl[name] for name in names if name in rl})
-            for title, unit, names in CURVES
+            Curve("Reward and its terms", "step", "reward", {name: rl[name] for name in ("reward", *terms)}),
+            *(Curve(title, "step", unit, {name: rl[name]}) for title, unit, name in CURVES),
         ],
         training=[
             Curve(Path(folder).name, "step", "loss", {"training": read_metrics(Path(folder) / FILE_NAME)["loss"]})

@@ -1,7 +1,7 @@
 """Reward terms and their mixture.
 
 A term says what it is called, in which range it lies and which weights it needs; `score` is a pure function
-(weights, Rollout) -> f32 [B] on the device. A user's own term is a frozen dataclass with the same four members.
+(weights, Rollout) -> f32 [B] on the device. A user's own term is a frozen dataclass with the same five members.
 
 Legend: B clips.
 """

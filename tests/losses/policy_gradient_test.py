@@ -136,7 +136,7 @@ def test_kl_along_the_path_alone_is_caught(truth, problem):
         surrogate = (1 - a) * log_probs * (rewards[:, None] - values) - a * full_kl(log_policy, log_anchor)
         return -surrogate.sum(axis=1).mean(), {}
 
-    assert relative_error(mean_gradient(problem, loss=local), truth) > 0.01
+    assert relative_error(mean_gradient(problem, loss=local), truth) > 0.05
 
 
 def test_sampled_log_ratio_as_a_loss_is_caught(truth, problem):
