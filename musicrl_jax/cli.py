@@ -198,6 +198,7 @@ def _save_config(begun: bool) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one verb; the exit status."""
+    gin.clear_config()  # what an earlier call in this process asked for is no part of this one
     verbs = register()
     flags, bindings = parse(sys.argv[1:] if arguments is None else arguments)
     jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR"))

@@ -75,6 +75,13 @@ def test_a_reward_that_is_not_finite_skips_the_update_and_is_counted(start, step
         jax.tree.map(np.testing.assert_array_equal, getattr(after, name), getattr(state, name))
 
 
+def test_the_value_starts_at_the_mean_of_the_finite_rewards(learner, start):
+    reward = jnp.asarray([0.25, jnp.nan, 0.75, jnp.inf])
+    value = learner.with_baseline(start[0], reward).value
+    assert float(value["offset"]) == 0.5
+    jax.tree.map(np.testing.assert_array_equal, value["trunk"], start[0].value["trunk"])
+
+
 def test_permuted_clips_give_the_same_update(start, steps, rollout):
     reward = jax.random.uniform(jax.random.key(4), (BATCH,))
     order = jax.random.permutation(jax.random.key(5), BATCH)

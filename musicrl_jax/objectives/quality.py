@@ -46,7 +46,7 @@ class QualityObjective(Objective):
         return dict(rewards.Quality(self.model).init(key, batch["audio"][:1]))
 
     def frozen(self) -> Codec | dict[str, Any]:
-        """The codec, or {} where there are ratings. ValueError where it is of another sample rate."""
+        """The codec, or {} where none is given. ValueError where it is of another sample rate."""
         if not self.codec:
             return {}
         codec = checkpoint.load_model(self.codec, soundstream.SoundStreamConfig)
