@@ -56,6 +56,11 @@ def test_names_that_nothing_knows_are_errors(binding, complaint, capsys):
     assert complaint in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("macro", ["VOCABULARY", "CODEC", "TOKENS", "RL", "EVALUATION"])
+def test_any_folder_may_lie_elsewhere(macro):
+    assert musicrl("run", f"--gin_file={ROOT}/gin/runs/tiny.gin", f"--gin.{macro}='/elsewhere'", "--dry_run") == 0
+
+
 def test_a_missing_gin_file_is_named(capsys):
     assert musicrl("run", "--gin_file=gin/runs/nowhere.gin") == 1
     assert "nowhere.gin" in capsys.readouterr().err
