@@ -3,6 +3,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 launch/setup.sh
+export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}  # XLA buffers on huge pages: fewer page faults
 .venv/bin/ruff check .
 .venv/bin/python -m pytest -m "not slow"
 [ "${1:-}" = fast ] || .venv/bin/python -m pytest -m slow
