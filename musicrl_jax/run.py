@@ -21,7 +21,8 @@ def run(model_dir: str, stages: Mapping[str, Callable[[], Any]], only: str = "")
     Args:
       model_dir: the run's folder.
       stages: the name of each stage and the function that does it.
-      only: names of stages, separated by commas; the others are left out, and no summary is written.
+      only: names of stages, separated by commas; the others are left out, and no summary is written where the last
+        stage is one of them.
 
     Raises:
       ValueError: where `only` names no stage.
@@ -40,7 +41,7 @@ def run(model_dir: str, stages: Mapping[str, Callable[[], Any]], only: str = "")
         finally:
             seconds[name] = seconds.get(name, 0.0) + time.monotonic() - start
             write_json(directory / SECONDS, seconds)
-    if not only:
+    if chosen[-1] == list(stages)[-1]:
         write_json(directory / SUMMARY, {**(result or {}), "seconds": seconds})
 
 
