@@ -81,9 +81,10 @@ class Studio:
         """
         embedding = self.mulan.apply(frozen["mulan"], text, method="embed_text")
         mulan = self.mulan.apply(frozen["mulan"], embedding, method="quantize")
-        tokens, log_probs = sample(self.musiclm, policy, mulan, keys, frames, temperature)
+        keys = jax.vmap(jax.random.split)(keys)  # [B, 2]: what the policy does must not show in the noise of the rest
+        tokens, log_probs = sample(self.musiclm, policy, mulan, keys[:, 0], frames, temperature)
         _, coarse = deinterleave(tokens)
-        acoustic = fill_fine(self.soundstorm, frozen["soundstorm"], coarse, keys)
+        acoustic = fill_fine(self.soundstorm, frozen["soundstorm"], coarse, keys[:, 1])
         wav = self.soundstream.apply(frozen["soundstream"], acoustic, method="decode")
         return Rollout(text, embedding, mulan, tokens, log_probs, acoustic, wav)
 
