@@ -1,5 +1,7 @@
 """The `musicrl` command: `musicrl VERB [--gin_file=FILE] [--gin.NAME=VALUE] [--PARAMETER=VALUE]`.
 
+A space does for the equals sign.
+
 This file alone imports gin. Verbs and configs are registered here from outside, so that they stay plain functions and
 dataclasses for whoever calls them from Python.
 """
@@ -7,10 +9,11 @@ dataclasses for whoever calls them from Python.
 import argparse
 import inspect
 import os
+import re
 import sys
 import tokenize
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -84,6 +87,10 @@ CONFIGS: tuple[Callable, ...] = (
 )
 
 
+# Of a flag that takes a text: a macro, a call, a list or a quoted text; anything else is the text itself.
+GIN_TEXT = re.compile(r"""%[A-Z_]+$|@[\w./]+\(\)$|\[|['"]""")
+
+
 def register() -> dict[str, Callable]:
     """Makes verbs and configs known to gin; the verbs, with their parameters filled from it."""
     for config in CONFIGS:
@@ -92,15 +99,17 @@ def register() -> dict[str, Callable]:
 
 
 class _References(config_parser.ParserDelegate):
-    """Notes what a gin text refers to."""
+    """Notes what a gin text refers to; the scopes of folders apart, since they name no stage."""
 
     def __init__(self) -> None:
         self.scopes: set[str] = set()
+        self.folders: set[str] = set()
         self.macros: set[str] = set()
 
     def configurable_reference(self, scoped_configurable_name: str, evaluate: bool) -> str:
         """Notes every scope on the way to the configurable."""
-        self.scopes.update(scoped_configurable_name.split("/")[:-1])
+        *scopes, name = scoped_configurable_name.split("/")
+        (self.folders if _is_folder(name) else self.scopes).update(scopes)
         return scoped_configurable_name
 
     def macro(self, macro_name: str) -> str:
@@ -109,28 +118,34 @@ class _References(config_parser.ParserDelegate):
         return macro_name
 
 
+def _is_folder(selector: str) -> bool:
+    return selector.split(".")[-1] == folder.__name__
+
+
 def check_bindings(text: str) -> None:
     """ValueError where a gin config holds what nothing reads: a macro without a use, a scope that no reference opens.
 
     gin itself refuses an unknown configurable or parameter, but takes a misspelt macro or scope in silence.
     """
     references = _References()
-    macros, scoped = set(), {}
+    macros, scoped, folders = set(), {}, {}
     for statement in config_parser.ConfigParser(text, references):
         if not isinstance(statement, config_parser.BindingStatement):
             continue
         if not statement.arg_name:
             macros.add(statement.selector)
-        if statement.selector.split(".")[-1] == folder.__name__:
-            continue  # the name of a folder has no reader where its macro names another one: --gin.CODEC="'elsewhere'"
         for scope in statement.scope.split("/") if statement.scope else ():
-            scoped.setdefault(scope, f"{statement.scope}/{statement.selector}.{statement.arg_name}")
+            found = folders if _is_folder(statement.selector) else scoped
+            found.setdefault(scope, f"{statement.scope}/{statement.selector}.{statement.arg_name}")
     for macro in sorted(macros - references.macros):
         raise ValueError(f"gin: nothing reads the macro {macro}; remove it, or mend its name")
-    for scope in sorted(set(scoped) - references.scopes):
-        raise ValueError(
-            f"gin: nothing reads {scoped[scope]}: no @{scope}/... stands in the config; mend the scope's name"
-        )
+    # A folder's name has no reader where its macro names a folder elsewhere: --gin.CODEC="'elsewhere'".
+    named = references.folders | {macro.lower() for macro in macros}
+    for found, known in ((scoped, references.scopes), (folders, named)):
+        for scope in sorted(set(found) - known):
+            raise ValueError(
+                f"gin: nothing reads {found[scope]}: no @{scope}/... stands in the config; mend the scope's name"
+            )
 
 
 def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -144,14 +159,20 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--dry_run", action="store_true", help="print the config, check it, and stop")
     known, rest = parser.parse_known_args(arguments)
     bindings = []
-    for flag in rest:
+    waiting = iter([*rest, "--"])
+    flag = next(waiting)
+    while flag != "--":
+        following = next(waiting)
         name, equals, value = flag.removeprefix("--").partition("=")
+        if not equals and not following.startswith("--"):
+            equals, value, following = "=", following, next(waiting)
         if not flag.startswith("--") or not equals:
             parser.error(f"{flag!r} is not of the form --NAME=VALUE")
+        flag = following
         if name.startswith("gin."):
             bindings.append(f"{name.removeprefix('gin.')} = {value}")
         else:
-            plain = _takes_text(known.verb, name) and not value.startswith(("%", "@", "[", "'", '"'))
+            plain = _takes_text(known.verb, name) and not GIN_TEXT.match(value)
             bindings.append(f"{known.verb}.{name} = {repr(value) if plain or not _is_gin_value(value) else value}")
     return known, bindings
 
@@ -171,15 +192,42 @@ def _is_gin_value(text: str) -> bool:
     return True
 
 
-def _check_required(verb: str) -> None:
-    """ValueError where a parameter without a default has no value."""
-    parameters = inspect.signature(VERBS[verb]).parameters.values()
-    required = {parameter.name for parameter in parameters if parameter.default is inspect.Parameter.empty}
-    if missing := sorted(required - set(gin.get_bindings(f"musicrl.{verb}", resolve_references=False))):
-        raise ValueError(
-            f"{missing[0]} is not set: give --{missing[0]}=VALUE, or run this stage of a gin file's run by "
-            f"`musicrl run --only=STAGE --gin_file=FILE`"
-        )
+def check_required(verb: str) -> None:
+    """ValueError where the verb, or anything that its parameters refer to, lacks a parameter without a default.
+
+    gin itself finds that out when the configurable is called, which in a run may be after an hour.
+    """
+    waiting: list[tuple[tuple[str, ...], str, Callable]] = [((), f"musicrl.{verb}", VERBS[verb])]
+    seen = set()
+    while waiting:
+        scope, selector, called = waiting.pop()
+        if (scope, selector) in seen:
+            continue
+        seen.add((scope, selector))
+        bound = gin.get_bindings("/".join((*scope, selector)), resolve_references=False)
+        for parameter in inspect.signature(called).parameters.values():
+            if parameter.default is inspect.Parameter.empty and parameter.name not in bound:
+                if called is VERBS[verb]:
+                    raise ValueError(
+                        f"{parameter.name} is not set: give --{parameter.name}=VALUE, or run this stage of a gin "
+                        f"file's run by `musicrl run --only=STAGE --gin_file=FILE`"
+                    )
+                name = "/".join((*scope, selector.split(".")[-1]))
+                raise ValueError(f"{name}.{parameter.name} is not set: give --gin.{name}.{parameter.name}=VALUE")
+        for reference in _references(list(bound.values())):
+            part = tuple(reference.scopes) or scope  # gin passes a scope on to references that open none
+            waiting.append((part, reference.configurable.selector, reference.configurable.wrapped))
+
+
+def _references(value: typing.Any) -> Iterator[gin.config.ConfigurableReference]:
+    """The gin references in a value, however deep in tuples, lists and dicts."""
+    if isinstance(value, gin.config.ConfigurableReference):
+        yield value
+    elif isinstance(value, dict):
+        yield from _references(list(value.values()))
+    elif isinstance(value, tuple | list):
+        for part in value:
+            yield from _references(part)
 
 
 def _save_config(begun: bool) -> None:
@@ -211,8 +259,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_bindings(gin.config_str())
         if flags.dry_run:
             print(gin.config_str())
+        check_required(flags.verb)
+        if flags.dry_run:
             return 0
-        _check_required(flags.verb)
         _save_config(begun=True)
         verbs[flags.verb]()
         _save_config(begun=False)

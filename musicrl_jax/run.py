@@ -12,7 +12,7 @@ SECONDS = "seconds.json"
 SUMMARY = "summary.json"
 
 
-def run(model_dir: str, stages: Mapping[str, Callable[[], Any]], only: str = "") -> None:
+def run(model_dir: str, stages: Mapping[str, Callable[[], Any]], only: str = "", skip: str = "") -> None:
     """Runs the stages in order and writes `model_dir`/summary.json.
 
     Run again, finished stages return at once; after an interruption the one that was cut off goes on from its newest
@@ -23,13 +23,17 @@ def run(model_dir: str, stages: Mapping[str, Callable[[], Any]], only: str = "")
       stages: the name of each stage and the function that does it.
       only: names of stages, separated by commas; the others are left out, and no summary is written where the last
         stage is one of them.
+      skip: names of stages to leave out, such as that of a model which was trained elsewhere.
 
     Raises:
-      ValueError: where `only` names no stage.
+      ValueError: where `only` or `skip` names no stage, or none is left.
     """
-    chosen = only.split(",") if only else list(stages)
-    if unknown := [name for name in chosen if name not in stages]:
-        raise ValueError(f"run.only={only!r}: {unknown[0]!r} is none of the stages {', '.join(stages)}")
+    wanted, unwanted = (set(filter(None, names.split(","))) for names in (only, skip))
+    if unknown := sorted((wanted | unwanted) - set(stages)):
+        raise ValueError(f"run: {unknown[0]!r} is none of the stages {', '.join(stages)}; mend only or skip")
+    chosen = [name for name in stages if name in (wanted or stages) and name not in unwanted]
+    if not chosen:
+        raise ValueError(f"run.only={only!r} and run.skip={skip!r} leave no stage: name fewer to skip")
     directory = Path(model_dir)
     seconds: dict[str, float] = read_seconds(model_dir)
     result: Any = None

@@ -9,7 +9,7 @@ import gin
 from musicrl_jax import cli
 
 ROOT = Path(__file__).parents[1]
-RUNS = sorted((ROOT / "gin").glob("runs/*.gin")) + sorted((ROOT / "gin").glob("experiments/*.gin"))
+RUNS = sorted((ROOT / "gin").glob("runs/*.gin"))
 
 
 @pytest.fixture(autouse=True)
@@ -28,9 +28,9 @@ def test_every_run_resolves(path, capsys):
     assert musicrl("run", f"--gin_file={path}", "--dry_run") == 0
     printed = capsys.readouterr().out
     assert "run.stages" in printed
-    # Every configurable that a binding asks for can be built: nothing required is missing.
-    for name in re.findall(r"^(\w+Config)\.\w+ = ", printed, flags=re.MULTILINE):
-        gin.get_configurable(f"musicrl.{name}")()
+    for scope, name in re.findall(r"^((?:\w+/)?)(\w+Config)\.\w+ = ", printed, flags=re.MULTILINE):
+        with gin.config_scope(scope.rstrip("/") or None):
+            gin.get_configurable(f"musicrl.{name}")()  # its own checks pass
 
 
 def test_files_that_are_no_runs_are_included_by_one():
@@ -49,11 +49,37 @@ def test_files_that_are_no_runs_are_included_by_one():
         ("--gin.codek/train.steps=3", "nothing reads codek/train.steps"),
         ("--gin.train.steps=%NOWHERE", "NOWHERE"),
         ("--stpes=3", "stpes"),
+        ("--gin.tokens/Clips.crop_seconds=1.0", "nothing reads tokens/Clips.crop_seconds"),
+        ("--gin.codek/folder.name='x'", "nothing reads codek/folder.name"),
     ],
 )
 def test_names_that_nothing_knows_are_errors(binding, complaint, capsys):
     assert musicrl("run", f"--gin_file={ROOT}/gin/runs/tiny.gin", binding, "--dry_run") == 1
     assert complaint in capsys.readouterr().err
+
+
+def without(name, tmp_path):
+    """The tiny run in one file, without the bindings of `name`."""
+    text = "\n".join((ROOT / f"gin/{part}.gin").read_text() for part in ("folders", "musicrl", "runs/tiny"))
+    left_out = (f"{name} ", "include 'gin/folders", "include 'gin/musicrl")
+    path = tmp_path / "run.gin"
+    path.write_text("\n".join(line for line in text.splitlines() if not line.startswith(left_out)))
+    return "run", f"--gin_file={path}", "--dry_run"
+
+
+@pytest.mark.parametrize("name", ["data/build.builder", "vocabulary/vocabulary.size", "rl/train_rl.steps"])
+def test_the_name_of_every_stage_is_its_scope(name, tmp_path, capsys):
+    """A binding under that scope is read; without one, the stage lacks a parameter."""
+    run = without(name.split("/")[1], tmp_path)
+    assert musicrl(*run) == 1
+    assert f"{name} is not set: give --gin.{name}=VALUE" in capsys.readouterr().err
+    assert musicrl(*run, f"--gin.{name}=1") == 0
+
+
+@pytest.mark.parametrize("name", ["train_rl.kl_strength", "Clips.data_dir", "codec/train.objective", "MODEL_DIR"])
+def test_what_a_later_stage_lacks_is_said_at_once(name, tmp_path, capsys):
+    assert musicrl(*without(name, tmp_path)) == 1
+    assert re.split("[./]", name)[-1] in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("macro", ["VOCABULARY", "CODEC", "TOKENS", "RL", "EVALUATION"])
@@ -75,9 +101,13 @@ def test_flags_are_bindings_of_the_verb():
         "X = 'y'",
         "generate.clip_seconds = 2.0",
     ]
+    spaced = ["generate", "--prompt", "a fast reel", "--seed", "3", "--gin.X", "'y'", "--clip_seconds=2.0"]
+    assert cli.parse(spaced) == (flags, bindings)
 
 
-@pytest.mark.parametrize("prompt", ["80's synth pop", "'tis a reel", "3", 'a "slow" air', "медленно", "x = (", ""])
+@pytest.mark.parametrize(
+    "prompt", ["80's synth pop", "'tis a reel", "3", 'a "slow" air', "медленно", "x = (", "", "@jazz", "%x"]
+)
 def test_any_prompt_stays_a_text(prompt):
     _, (binding,) = cli.parse(["generate", f"--prompt={prompt}"])
     gin.parse_config(binding.replace("generate.prompt", "TEXT"))
@@ -90,10 +120,12 @@ def test_a_verb_names_what_it_lacks(verb, capsys):
     assert "is not set: give --" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("argument", ["prompt", "-prompt=x", "--prompt"])
-def test_what_is_no_flag_is_refused(argument):
+@pytest.mark.parametrize(
+    "arguments", [["prompt"], ["-prompt=x"], ["--prompt"], ["--prompt", "--seed=3"], ["--seed=3", "x"]]
+)
+def test_what_is_no_flag_is_refused(arguments):
     with pytest.raises(SystemExit):
-        cli.parse(["generate", argument])
+        cli.parse(["generate", *arguments])
 
 
 def test_an_unknown_verb_is_refused():

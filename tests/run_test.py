@@ -1,0 +1,68 @@
+"""Stages run in their order, what is left out is left out, and the summary belongs to the last one."""
+
+import json
+
+import pytest
+
+from musicrl_jax.run import read_seconds, run
+
+NAMES = ("data", "codec", "evaluate")
+
+
+@pytest.fixture
+def made():
+    return []
+
+
+@pytest.fixture
+def stages(made):
+    def stage(name):
+        def do():
+            made.append(name)
+            return {"from": name}
+
+        return do
+
+    return {name: stage(name) for name in NAMES}
+
+
+@pytest.mark.parametrize(
+    ("only", "skip", "expected"),
+    [
+        ("", "", NAMES),
+        ("evaluate,data", "", ("data", "evaluate")),
+        ("", "codec", ("data", "evaluate")),
+        ("data,codec", "data", ("codec",)),
+    ],
+)
+def test_the_stages_that_are_asked_for_run_in_order(stages, made, tmp_path, only, skip, expected):
+    run(str(tmp_path), stages, only, skip)
+    assert tuple(made) == expected
+    assert set(read_seconds(str(tmp_path))) == set(expected)
+    summary = tmp_path / "summary.json"
+    assert summary.exists() == ("evaluate" in expected)
+    if summary.exists():
+        assert json.loads(summary.read_text()) == {"from": "evaluate", "seconds": read_seconds(str(tmp_path))}
+
+
+@pytest.mark.parametrize(
+    ("only", "skip", "complaint"),
+    [("sing", "", "'sing' is none"), ("", "sing", "'sing' is none"), ("codec", "codec", "leave no stage")],
+)
+def test_what_names_no_stage_is_refused_before_any_runs(stages, made, tmp_path, only, skip, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        run(str(tmp_path), stages, only, skip)
+    assert not made
+
+
+def test_seconds_of_an_interrupted_stage_count(stages, tmp_path):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(str(tmp_path), {"data": stages["data"], "codec": interrupted})
+    first = read_seconds(str(tmp_path))
+    assert set(first) == {"data", "codec"} and not (tmp_path / "summary.json").exists()
+    run(str(tmp_path), stages)
+    second = read_seconds(str(tmp_path))
+    assert all(second[name] >= first[name] for name in first)
