@@ -92,8 +92,8 @@ def evaluate(
     listener = checkpoint.load_model(semantic, SemanticConfig)
     identity = {
         "hashes": {**before.hashes, "finetuned": after.hashes["policy"], "semantic": listener.hash, **mixture.hashes},
-        "settings": [clip_seconds, temperature, count, seeds, seed, shown, worst, mixture.mixture.weights],
-        "data": checkpoint.describe([prompts, clips, notes]),
+        "settings": [clip_seconds, temperature, count, seeds, seed, shown, worst],
+        "data": checkpoint.describe([rewards, prompts, clips, notes]),
     }
     done = directory / "summary.json"
     if done.exists() and (summary := json.loads(done.read_text()))["identity"] == identity:

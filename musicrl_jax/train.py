@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 
 from musicrl_jax.core import checkpoint, sharding
 from musicrl_jax.core.keys import step_key
@@ -54,7 +55,7 @@ def train(
 
     Raises:
       ValueError: where model_dir holds another run.
-      FloatingPointError: where the loss stops being finite.
+      FloatingPointError: where the loss, its gradient or a validation metric is not finite.
     """
     directory = Path(model_dir)
     identity = {
@@ -91,6 +92,7 @@ def train(
         gradient = jax.value_and_grad(objective.loss, has_aux=True)
         (_, (other, metrics)), gradients = gradient(state.params, state.state, frozen, batch, key)
         params, opt_state = moved(transform, gradients, state.opt_state, state.params)
+        metrics = {**metrics, "gradient_norm": optax.tree.norm(gradients)}
         return TrainState(state.step + 1, params, other, opt_state), metrics
 
     replicated = sharding.replicated(mesh)
@@ -116,6 +118,7 @@ def train(
 
         variables = objective.finish({"params": state.params, **state.state}, frozen, epoch)
         metrics = _validate(objective, variables, frozen, mesh, batch_size, seed, evaluation_batches)
+        _stop_unless_finite(metrics, steps, directory)
         writer.write(steps, metrics, prefix="validation/")
     print(f"{directory.name:>9}  validation  " + "  ".join(f"{k} {v:.3f}" for k, v in metrics.items()), flush=True)
     checkpoints.close()
@@ -148,5 +151,6 @@ def _stop_unless_finite(metrics: dict[str, float], step: int, directory: Path) -
     bad = [name for name, value in metrics.items() if not np.isfinite(value)]
     if bad:
         raise FloatingPointError(
-            f"{directory.name}: {bad[0]} is {metrics[bad[0]]} at step {step}; lower Optimiser.learning_rate"
+            f"{directory.name}: {bad[0]} is {metrics[bad[0]]} at step {step}; lower Optimiser.learning_rate, "
+            "in a new MODEL_DIR"
         )

@@ -194,7 +194,7 @@ def train_rl(
     studio, frames = loaded.studio, loaded.studio.frames(clip_seconds)
     identity = {
         "hashes": {**loaded.hashes, **mixture.hashes},
-        "rewards": mixture.mixture.weights,
+        "rewards": checkpoint.describe(rewards),
         "prompts": checkpoint.describe(prompts),
         "batch_size": batch_size,
         "clip_seconds": clip_seconds,

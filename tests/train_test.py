@@ -172,6 +172,21 @@ def test_a_mesh_that_does_not_divide_is_named():
         sharding.make_mesh(fsdp=3)
 
 
+def test_a_gradient_that_is_not_finite_stops_the_run_before_its_model_is_saved(tmp_path, monkeypatch):
+    """At the last step, whose own loss is still finite."""
+    loss = Policy.loss
+
+    def cliff(self, params, state, frozen, batch, key):
+        value, extra = loss(self, params, state, frozen, batch, key)
+        level = jax.tree.leaves(params)[0].reshape(-1)[0]
+        return value + jnp.where(level == level, 0.0 * jnp.sqrt(jnp.maximum(level * 0.0, 0.0)), 0.0), extra
+
+    monkeypatch.setattr(Policy, "loss", cliff)
+    with pytest.raises(FloatingPointError, match="gradient_norm is nan"):
+        run(tmp_path / "cliff", steps=1)
+    assert not checkpoint.has_model(tmp_path / "cliff")
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     @dataclasses.dataclass(frozen=True)
     class Broken(Policy):

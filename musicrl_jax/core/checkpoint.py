@@ -7,6 +7,7 @@ content and any files that belong to it. A *run* folder holds the states of a tr
 import dataclasses
 import hashlib
 import json
+import os
 import shutil
 import typing
 from pathlib import Path
@@ -78,9 +79,10 @@ def config_from_json(config_class: type, fields: dict[str, Any], where: str) -> 
 
 
 def describe(value: Any) -> Any:
-    """A setting as plain JSON, for the identity of a run: a model's folder by its hash, another path by its name.
+    """A setting as plain JSON, for the identity of a run: a model's folder and a file by their content's hash, another
+    folder by its name.
 
-    A run may then move to another disk, and is another run where a model that it builds on changed.
+    A run may then move to another disk, and is another run where a model or a file that it builds on changed.
     """
     if dataclasses.is_dataclass(value):
         return {field.name: describe(getattr(value, field.name)) for field in dataclasses.fields(value)}
@@ -88,10 +90,12 @@ def describe(value: Any) -> Any:
         return {str(name): describe(part) for name, part in value.items()}
     if isinstance(value, tuple | list):
         return [describe(part) for part in value]
-    if isinstance(value, str) and has_model(value):
-        return model_hash(value)
     if isinstance(value, str | Path):
-        return Path(value).name
+        if os.path.isfile(value):
+            return hashlib.sha256(Path(value).read_bytes()).hexdigest()
+        if os.path.isdir(value):
+            return model_hash(value) if has_model(value) else Path(value).name
+        return str(value)
     return value
 
 
@@ -102,7 +106,7 @@ def check_space(directory: Path, tree: Any) -> None:
     if needed > free:
         raise OSError(
             f"no space to save in {directory}: {needed / 1e6:.0f} MB needed, {free / 1e6:.0f} MB free; "
-            f"free some or choose another MODEL_DIR. The last checkpoint there is whole."
+            f"free some or choose another MODEL_DIR. What was saved before is whole."
         )
 
 
@@ -167,21 +171,22 @@ def load_model(directory: str | Path, config_class: type) -> Model:
 class RunCheckpoints:
     """The states of one training run, the newest kept, under `directory`/checkpoints.
 
-    `identity` says what run this is (configs, sizes, hashes); a folder that holds another run's states is refused.
+    `identity` says what run this is (configs, sizes, hashes); a folder that holds another run's states or model is
+    refused. A run that was refused before its first state leaves nothing that binds the next.
     """
 
     def __init__(self, directory: str | Path, identity: dict[str, Any]):
         self._directory = Path(directory).absolute() / "checkpoints"
         self._directory.mkdir(parents=True, exist_ok=True)
-        identity = json.loads(json.dumps(identity))
-        path = self._directory / "run.json"
-        if path.exists():
-            _check_identity(json.loads(path.read_text()), identity, self._directory)
-        else:
-            write_json(path, identity)
         self._manager = ocp.CheckpointManager(
             self._directory, options=ocp.CheckpointManagerOptions(max_to_keep=1, create=False)
         )
+        identity = json.loads(json.dumps(identity))
+        path = self._directory / "run.json"
+        if path.exists() and (self.latest_step() or has_model(directory)):
+            _check_identity(json.loads(path.read_text()), identity, self._directory)
+        else:
+            write_json(path, identity)
 
     def latest_step(self) -> int:
         """The step of the newest state, or 0 where there is none."""

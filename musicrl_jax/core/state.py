@@ -47,7 +47,7 @@ class Optimiser:
     Attributes:
       learning_rate: the peak.
       warmup_steps: steps of linear rise to the peak; 0 starts there.
-      final_fraction: the rate at the last step as a fraction of the peak; 1 keeps it constant.
+      final_fraction: the rate after the last step as a fraction of the peak; 1 keeps it constant.
       b1, b2: Adam's decays.
       weight_decay: decoupled, on all weights.
       clip_norm: global gradient norm above which gradients are scaled down.

@@ -78,12 +78,28 @@ def test_run_state_comes_back_bit_equal(tmp_path, tree):
     again.close()
 
 
-def test_checkpoint_of_another_size_names_the_field(tmp_path):
+def test_checkpoint_of_another_size_names_the_field(tmp_path, tree):
     identity = {"model": dataclasses.asdict(TokenLayout()), "steps": 3}
-    checkpoint.RunCheckpoints(tmp_path, identity).close()
     other = {"model": dataclasses.asdict(TokenLayout(semantic_codes=8)), "steps": 3}
+    checkpoint.RunCheckpoints(tmp_path, other).close()  # without a state it binds nobody
+    run = checkpoint.RunCheckpoints(tmp_path, identity)
+    run.save(1, tree)
+    run.close()
     with pytest.raises(ValueError, match=r"model\.semantic_codes is 1024 there and 8 here"):
         checkpoint.RunCheckpoints(tmp_path, other)
+
+
+def test_a_setting_is_described_by_what_it_holds(tmp_path, tree):
+    checkpoint.save_model(tmp_path / "m", TokenLayout(), tree)
+    (tmp_path / "votes.csv").write_text("clip,rater,score\n")
+    describe = checkpoint.describe
+    first = describe(str(tmp_path / "votes.csv"))
+    (tmp_path / "votes.csv").write_text("clip,rater,score\nx,y,3\n")
+    assert describe(str(tmp_path / "votes.csv")) != first
+    assert describe(str(tmp_path / "m")) == checkpoint.model_hash(tmp_path / "m")
+    assert describe(tmp_path) == tmp_path.name
+    assert describe(("score_clips/mine", "x" * 5000)) != describe(("audio_folder/mine", "x" * 5000))
+    assert describe({"layout": TokenLayout(5, 6, 2)})["layout"]["semantic_codes"] == 5
 
 
 def test_full_disk_is_said_before_anything_is_written(tmp_path, tree, monkeypatch):
