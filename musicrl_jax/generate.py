@@ -42,6 +42,7 @@ def generate(
     Raises:
       ValueError: where a prompt is empty or the models do not belong together.
       FileNotFoundError: where a checkpoint is missing.
+      OSError: where a clip cannot be written.
     """
     if temperature <= 0:
         raise ValueError(f"temperature={temperature} must be above 0")
@@ -61,7 +62,10 @@ def generate(
     for row, path in enumerate(Progress(paths, "generate", len(paths))):
         wav = draw(loaded.policy, loaded.frozen, text[row : row + 1], row_keys(step_key(seed, 0), 1))
         path.parent.mkdir(parents=True, exist_ok=True)
-        soundfile.write(path, np.clip(np.asarray(wav[0]), -1, 1), loaded.studio.sample_rate_hz)
+        try:
+            soundfile.write(path, np.clip(np.asarray(wav[0]), -1, 1), loaded.studio.sample_rate_hz)
+        except soundfile.LibsndfileError as error:
+            raise OSError(f"cannot write {path}: {error}; free some space or choose another out") from error
         print(path)
     return paths
 

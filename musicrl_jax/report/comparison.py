@@ -22,10 +22,10 @@ LABELS = {
     "acoustic_quality": "(q - 1) / 4 for the regressor's score q, a pseudo-MOS unless it learned people's ratings",
 }
 CURVES = (
-    ("KL to the base, a clip", "nats", "kl"),
-    ("KL to the base, a second", "nats", "kl_per_second"),
-    ("Value loss", "squared error", "value_loss"),
-    ("Explained variance of the value", "share of Var R", "explained_variance"),
+    ("KL to the base, a clip", "nats", ("kl",)),
+    ("KL to the base, a second", "nats", ("kl_per_second",)),
+    ("Value loss", "squared error", ("value_loss",)),
+    ("Explained variance of the value", "share of Var R", ("explained_variance",)),
 )
 
 
@@ -70,12 +70,17 @@ def write_comparison(
             sides.append(Clip(result["wav"][row, 0], sample_rate_hz, scores))
         return Pair(prompts[row], *sides)
 
+    def history(folder: str) -> dict[str, Any]:
+        """A run's metrics; {} where the model was brought without them."""
+        path = Path(folder) / FILE_NAME
+        return read_metrics(path) if path.exists() else {}
+
     first, worst = clips
     gains = (results["finetuned"]["reward"] - results["base"]["reward"])[:, 0]
     lost = [int(row) for row in np.argsort(gains, kind="stable")[:worst] if gains[row] < 0]
     hashes = summary["identity"]["hashes"]
     seeds = results["base"]["reward"].shape[1]
-    rl = read_metrics(Path(finetuned) / FILE_NAME)
+    rl = history(finetuned)
     report = Report(
         title=Path(run_dir).name,
         facts={
@@ -107,12 +112,14 @@ def write_comparison(
         ],
         interval_note=f"95 % bootstrap over {len(prompts)} prompts, {seeds} clip(s) each",
         curves=[
-            Curve("Reward and its terms", "step", "reward", {name: rl[name] for name in ("reward", *terms)}),
-            *(Curve(title, "step", unit, {name: rl[name]}) for title, unit, name in CURVES),
+            Curve(title, "step", unit, {name: rl[name] for name in names if name in rl})
+            for title, unit, names in (("Reward and its terms", "reward", ("reward", *terms)), *CURVES)
+            if not rl.keys().isdisjoint(names)
         ],
         training=[
-            Curve(Path(folder).name, "step", "loss", {"training": read_metrics(Path(folder) / FILE_NAME)["loss"]})
+            Curve(Path(folder).name, "step", "loss", {"training": history(folder)["loss"]})
             for folder in training
+            if history(folder)
         ],
         pairs=[pair(row) for row in range(min(first, len(prompts)))],
         pairs_rule=f"The first {first} held-out prompts, as they come; the first seed of each.",

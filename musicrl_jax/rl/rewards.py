@@ -131,10 +131,10 @@ class LoadedMixture:
         return total, scores
 
     def check(self, scores: dict[str, np.ndarray]) -> None:
-        """ValueError where a term left its range; NaN is left to the update, which skips it."""
+        """ValueError where a term left its range; what is not finite is left to the update, which skips it."""
         for term in self.mixture.terms:
             values = np.asarray(scores[term.name])
-            outside = values[(values < term.low - 1e-4) | (values > term.high + 1e-4)]
+            outside = values[np.isfinite(values) & ((values < term.low - 1e-4) | (values > term.high + 1e-4))]
             if outside.size:
                 raise ValueError(
                     f"reward {term.name} is {outside[0]:.4g}, outside [{term.low}, {term.high}]: mend the term"
