@@ -22,12 +22,15 @@ from musicrl_jax.models.soundstream import SoundStream, SoundStreamConfig
 def encode(data: Clips, codec: str, semantic: str, mulan: str, tokens_dir: str, batch_size: int = 32) -> None:
     """Writes the tokens of every clip of every split to `tokens_dir`, with a manifest; leaves finished splits alone.
 
+    ValueError where the same models wrote tokens of other clips there.
+
     Args:
       data: the clips.
       codec, semantic, mulan: folders of the three checkpoints.
       tokens_dir: where the token data set goes.
       batch_size: clips at a time; changes nothing in the result.
     """
+    identity = checkpoint.describe(data)
     data = dataclasses.replace(data, with_captions=True)
     models = {
         "codec": checkpoint.load_model(codec, SoundStreamConfig),
@@ -71,7 +74,7 @@ def encode(data: Clips, codec: str, semantic: str, mulan: str, tokens_dir: str, 
                 }
 
     for split in data.splits():
-        if tokens.complete(tokens_dir, split, hashes, layout):
+        if tokens.complete(tokens_dir, split, hashes, layout, identity):
             print(f"{tokens_dir}: {split} encoded already")
         else:
-            tokens.write_tokens(tokens_dir, split, examples(split), hashes, layout)
+            tokens.write_tokens(tokens_dir, split, examples(split), hashes, layout, identity)

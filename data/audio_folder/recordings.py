@@ -5,6 +5,7 @@ Shapes: N samples of a clip.
 
 import csv
 import hashlib
+import io
 import json
 import pathlib
 import re
@@ -38,7 +39,15 @@ def read_captions(path: pathlib.Path) -> list[Row]:
         raise FileNotFoundError(f"captions: {path} does not exist: give a .jsonl or .csv with columns file, caption")
     if path.suffix not in (".jsonl", ".csv"):
         raise ValueError(f"captions: {path} ends in {path.suffix!r}: give a .jsonl or .csv file")
-    rows = _read_jsonl(path) if path.suffix == ".jsonl" else _read_csv(path)
+    content = path.read_bytes()
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise ValueError(
+            f"{path}, line {line}: byte {content[error.start]:#x} is not UTF-8: save it as UTF-8"
+        ) from error
+    rows = _read_jsonl(path, text) if path.suffix == ".jsonl" else _read_csv(path, text)
     seen = {}
     for line, row in rows:
         for column in _COLUMNS:
@@ -99,9 +108,9 @@ def splits_of(files: list[str]) -> dict[str, str]:
     return splits
 
 
-def _read_jsonl(path: pathlib.Path) -> list[tuple[int, Row]]:
+def _read_jsonl(path: pathlib.Path, content: str) -> list[tuple[int, Row]]:
     rows = []
-    for line, text in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for line, text in enumerate(content.splitlines(), start=1):
         if not text.strip():
             continue
         try:
@@ -116,16 +125,15 @@ def _read_jsonl(path: pathlib.Path) -> list[tuple[int, Row]]:
     return rows
 
 
-def _read_csv(path: pathlib.Path) -> list[tuple[int, Row]]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file)
-        if missing := [column for column in _COLUMNS if column not in (reader.fieldnames or ())]:
-            raise ValueError(f"{path}, line 1: column {missing[0]!r} is missing; there are {reader.fieldnames or []}")
-        return [(reader.line_num, row) for row in reader]
+def _read_csv(path: pathlib.Path, content: str) -> list[tuple[int, Row]]:
+    reader = csv.DictReader(io.StringIO(content, newline=""))
+    if missing := [column for column in _COLUMNS if column not in (reader.fieldnames or ())]:
+        raise ValueError(f"{path}, line 1: column {missing[0]!r} is missing; there are {reader.fieldnames or []}")
+    return [(reader.line_num, row) for row in reader]
 
 
 def _to_int16(samples: np.ndarray) -> np.ndarray:
-    return np.round(samples / max(1.0, np.abs(samples).max()) * 32767).astype(np.int16)
+    return np.round(samples / np.abs(samples).max(initial=1.0) * 32767).astype(np.int16)
 
 
 def _cut(samples: np.ndarray, length: int) -> list[np.ndarray]:

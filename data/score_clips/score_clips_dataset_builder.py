@@ -12,10 +12,10 @@ import joblib
 import numpy as np
 import tensorflow_datasets as tfds
 
-from data.progress import progress
 from data.records import RepeatableWriter
 from data.score_clips import chunks, scores
 from data.score_clips.instruments import FEW, INSTRUMENTS
+from musicrl_jax.core.progress import Progress
 
 SPLITS = ("train", "validation", "test")
 _CHUNK = 8  # clips or pieces that a worker takes at once, and that a build started again need not redo
@@ -117,7 +117,7 @@ class Builder(tfds.core.GeneratorBasedBuilder):
         if not self.data_path.exists():
             _check_space(self.data_path, 2 * self._bytes())  # the clips are in the cache and in the data set
         self._memory = joblib.Memory(cache, verbose=0)
-        tfds.disable_progress_bar()  # TFDS's bars know no totals and fill logs; `progress` does better
+        tfds.disable_progress_bar()  # TFDS's bars know no totals and fill logs; Progress does better
         super().download_and_prepare(**options)
         shutil.rmtree(cache, ignore_errors=True)
         built = json.loads((self.data_path / "metadata.json").read_text())
@@ -159,7 +159,7 @@ class Builder(tfds.core.GeneratorBasedBuilder):
         clips = self._in_parallel(
             chunks.rendered, jobs, split, config.seed, config.clip_seconds, config.sample_rate_hz, config.instruments
         )
-        for clip, audio, caption in progress(clips, total, f"score_clips/{config.name} {split} clips"):
+        for clip, audio, caption in Progress(clips, f"score_clips/{config.name} {split} clips", total):
             yield (
                 clip.id,
                 {
@@ -177,7 +177,7 @@ class Builder(tfds.core.GeneratorBasedBuilder):
         wanted = scores.quotas(config.pieces)
         chosen = {split: [] for split in SPLITS}
         found = self._choose(scores.candidates(config.collections, config.seed), wanted)
-        for split, piece in progress(found, sum(wanted.values()), f"score_clips/{config.name} scores"):
+        for split, piece in Progress(found, f"score_clips/{config.name} scores", sum(wanted.values())):
             chosen[split].append(piece)
         if not all(chosen.values()):
             raise ValueError(

@@ -173,7 +173,7 @@ class Ratings:
     def batches(
         self, split: str, batch_size: int, seed: int, start_step: int = 0, epochs: int | None = None
     ) -> Iterator[dict[str, np.ndarray]]:
-        """{'audio': f32 [B, N], 'score': f32 [B] in [1, 5], 'rater': i32 [B], a place in `raters()`}.
+        """{'audio': f32 [B, N], 'score': f32 [B] in [1, 5]}.
 
         Otherwise as `Clips.batches`; ValueError or FileNotFoundError too where the table is missing or a row is wrong.
         """
@@ -181,15 +181,10 @@ class Ratings:
             raise ValueError(
                 f"batch_size {batch_size} is more than the {count} ratings of split {split!r} in {self.ratings_csv}"
             )
-        spec = {
-            "audio": tf.TensorSpec([None], tf.int16),
-            "score": tf.TensorSpec([], tf.float32),
-            "rater": tf.TensorSpec([], tf.int32),
-        }
+        spec = {"audio": tf.TensorSpec([None], tf.int16), "score": tf.TensorSpec([], tf.float32)}
         features = {
             "audio": tasks.number_feature(tf.float32, rank=1),
             "score": tasks.number_feature(tf.float32, rank=0),
-            "rater": tasks.number_feature(tf.int32, rank=0),
         }
         source = tasks.RecordSource({split: self._rated(split)}, spec)
         task = tasks.register("ratings", source, [tasks.crop_audio], features)
@@ -204,13 +199,8 @@ class Ratings:
         """The splits that have rated clips."""
         return [split for split in self.clips.splits() if self.count(split)]
 
-    def raters(self) -> list[str]:
-        """Everyone who rated, sorted."""
-        return sorted({rating.rater for rating in _read_ratings(self.ratings_csv)})
-
     def _rated(self, split: str) -> "_RatedClips":
         places = self._places()
-        raters = {rater: i for i, rater in enumerate(self.raters())}
         sets = {name: self.clips.records(name) for name in self.clips.datasets}
         rated = _RatedClips()
         for rating in _read_ratings(self.ratings_csv):
@@ -221,7 +211,7 @@ class Ratings:
                 )
             name, clip_split, index = places[rating.clip]
             if clip_split == split:
-                rated.append((sets[name][split], index, rating.score, raters[rating.rater]))
+                rated.append((sets[name][split], index, rating.score))
         return rated
 
     def _places(self) -> dict[str, tuple[str, str, int]]:
@@ -239,14 +229,11 @@ class Ratings:
 
 
 class _RatedClips(list):
-    """Ratings (records of the clip's set and split, number of the clip, score, rater) as records."""
+    """Ratings (records of the clip's set and split, number of the clip, score) as records."""
 
     def __getitems__(self, indices: list[int]) -> list[Mapping[str, Any]]:
         chosen = [self[i] for i in indices]
-        return [
-            {"audio": records[index]["audio"], "score": np.float32(score), "rater": np.int32(rater)}
-            for records, index, score, rater in chosen
-        ]
+        return [{"audio": records[index]["audio"], "score": np.float32(score)} for records, index, score in chosen]
 
 
 class Rating(NamedTuple):
@@ -254,7 +241,6 @@ class Rating(NamedTuple):
 
     line: int
     clip: str
-    rater: str
     score: float
 
 
@@ -276,7 +262,7 @@ def _read_ratings(path: str) -> list[Rating]:
                 raise ValueError(
                     f"ratings_csv {path} line {reader.line_num}: score {row['score']!r} is no number from 1 to 5"
                 )
-            ratings.append(Rating(reader.line_num, row["clip"], row["rater"], score))
+            ratings.append(Rating(reader.line_num, row["clip"], score))
     if not ratings:
         raise ValueError(f"ratings_csv {path} holds no ratings")
     return ratings

@@ -1,8 +1,8 @@
 """Token data: clips that the frozen models have read once, on disk for the models that are trained on tokens.
 
 A token folder holds a TFDS data set a split (`train/`, in ArrayRecord shards) and `manifest.json`: the
-hashes of the models that wrote the tokens, their layout, and the number of examples of every split that is
-complete. A split that the manifest does not count is not there.
+hashes of the models that wrote the tokens, their layout, the data that was read, and the number of examples
+of every split that is complete. A split that the manifest does not count is not there.
 
 Legend: B clips, F policy frames, T codec frames, Q codec levels, M MuLan levels.
 """
@@ -23,7 +23,7 @@ import tensorflow_datasets as tfds
 
 from musicrl_jax.inputs import tasks
 
-SCHEMA = "1.0.0"  # of the examples and the manifest; a change of either needs a new one
+SCHEMA = "1.1.0"  # of the examples and the manifest; a change of either needs a new one
 MANIFEST = "manifest.json"
 FIELDS = {"semantic": 1, "acoustic": 2, "mulan": 1}  # the rank of each token field of an example
 
@@ -85,7 +85,7 @@ class Tokens:
 
 
 def read_manifest(directory: str) -> dict[str, Any]:
-    """{'schema', 'models': {name: hash}, 'layout': {...}, 'counts': {split: n}} of a token folder."""
+    """{'schema', 'models': {name: hash}, 'layout': {...}, 'data': {...}, 'counts': {split: n}} of a token folder."""
     path = Path(directory) / MANIFEST
     if not path.is_file():
         raise FileNotFoundError(f"directory: no tokens at {directory}; write them with `musicrl encode`")
@@ -103,9 +103,11 @@ def read(directory: str, split: str) -> tuple[tasks.Records, dict[str, tf.Tensor
     return builder.as_data_source(split), builder.info.features.get_tensor_spec()
 
 
-def complete(directory: str, split: str, models: Mapping[str, str], layout: Mapping[str, Any]) -> bool:
-    """Whether a split was written to its end, by these models and in this layout."""
-    return split in _manifest(directory, models, layout)["counts"]
+def complete(
+    directory: str, split: str, models: Mapping[str, str], layout: Mapping[str, Any], data: Mapping[str, Any]
+) -> bool:
+    """Whether a split was written to its end, by these models and in this layout; ValueError if from other data."""
+    return split in _manifest(directory, models, layout, data)["counts"]
 
 
 def write_tokens(
@@ -114,14 +116,16 @@ def write_tokens(
     examples: Iterable[Mapping[str, np.ndarray | str]],
     models: Mapping[str, str],
     layout: Mapping[str, Any],
+    data: Mapping[str, Any],
     examples_per_shard: int = 256,
 ) -> int:
     """Writes a split's examples, and then counts it in the manifest; the number of examples.
 
     An example is semantic i32 [F], acoustic i32 [T, Q], mulan i32 [M], id and caption, shapes equal in all.
-    What stood there for the split is replaced; splits that other models or another layout wrote no longer
-    count. A write that is cut off leaves no split. Raises OSError where the disk is full, and ValueError
-    where there are no examples, or one is no array of codes of the shape of the first.
+    `data` says, as JSON, what the examples were read from. What stood there for the split is replaced; splits
+    that other models or another layout wrote no longer count. A write that is cut off leaves no split. Raises
+    OSError where the disk is full, and ValueError where there are no examples, one is no array of codes of the
+    shape of the first, or the folder holds splits that the same models wrote from other data.
     """
     folder = Path(directory) / split
     if folder.exists() and not (Path(directory) / MANIFEST).is_file():
@@ -129,7 +133,7 @@ def write_tokens(
     examples = iter(examples)
     if (first := next(examples, None)) is None:
         raise ValueError(f"split {split!r}: there are no examples to write")
-    manifest = _manifest(directory, models, layout)
+    manifest = _manifest(directory, models, layout, data)
     manifest["counts"].pop(split, None)
     _write_manifest(directory, manifest)
 
@@ -186,14 +190,23 @@ def _checked(first: Mapping, rest: Iterator[Mapping]) -> Iterator[dict[str, Any]
         }
 
 
-def _manifest(directory: str, models: Mapping[str, str], layout: Mapping[str, Any]) -> dict[str, Any]:
-    """The folder's manifest if these models and this layout wrote it, or a new one."""
-    new = json.loads(json.dumps({"schema": SCHEMA, "models": dict(models), "layout": dict(layout), "counts": {}}))
+def _manifest(
+    directory: str, models: Mapping[str, str], layout: Mapping[str, Any], data: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The folder's manifest if these models and this layout wrote it, or a new one; ValueError if from other data."""
+    new = {"schema": SCHEMA, "models": dict(models), "layout": dict(layout), "data": dict(data), "counts": {}}
+    new = json.loads(json.dumps(new))
     path = Path(directory) / MANIFEST
     if not path.is_file():
         return new
     old = json.loads(path.read_text())
-    return old if {**old, "counts": {}} == new else new
+    if any(old.get(name) != new[name] for name in ("schema", "models", "layout")) or not old["counts"]:
+        return new
+    was, now = old["data"], new["data"]
+    if changed := [name for name in was | now if was.get(name) != now.get(name)]:
+        difference = "; ".join(f"{name} {was.get(name)}, not {now.get(name)}" for name in changed)
+        raise ValueError(f"tokens in {directory} were encoded from {difference}: give another TOKENS folder")
+    return old
 
 
 def _write_manifest(directory: str, manifest: Mapping[str, Any]) -> None:

@@ -7,7 +7,9 @@ text (not used), 2 unknown.
 Legend: B prompts, L text pieces.
 """
 
+import hashlib
 import io
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 
+from musicrl_jax.core.files import write_json
 from musicrl_jax.inputs.clips import Clips
 
 BYTE_PIECES = 256
@@ -23,15 +26,25 @@ BYTE_PIECES = 256
 def build(data: Clips, path: str, size: int) -> None:
     """Trains a model of at most `size` pieces on the train captions; does nothing where `path` is there.
 
-    Few captions give fewer pieces. The same captions give the same bytes. ValueError where `size` has no
-    room for bytes and letters.
+    Few captions give fewer pieces. The same captions give the same bytes. `path`.json says what a model was
+    made from; one without it, brought from elsewhere, is used as it is. ValueError where `path` was made with
+    another size or from other captions, or `size` has no room for bytes and letters.
     """
+    captions, made_from = data.captions("train"), Path(f"{path}.json")
+    wanted = {"size": size, "captions": hashlib.sha256(json.dumps(captions).encode()).hexdigest()}
     if Path(path).exists():
+        found = json.loads(made_from.read_text()) if made_from.exists() else wanted
+        told = {"size": f"with size {found['size']}, not {size}", "captions": "from other captions"}
+        if changed := [told[name] for name in wanted if found[name] != wanted[name]]:
+            raise ValueError(
+                f"vocabulary {path} was made {' and '.join(changed)}: give another VOCABULARY, delete it, "
+                f"or delete {made_from} to use it as it is"
+            )
         return
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(data.captions("train")),
+            sentence_iterator=iter(captions),
             model_writer=model,
             model_type="unigram",
             vocab_size=size,
@@ -49,7 +62,7 @@ def build(data: Clips, path: str, size: int) -> None:
         raise ValueError(
             f"size {size} is too small: {BYTE_PIECES} pieces are bytes, besides all letters ({error})"
         ) from None
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_json(made_from, wanted)  # first: a model without it counts as brought from elsewhere
     partial = Path(f"{path}.partial")
     partial.write_bytes(model.getvalue())
     os.replace(partial, path)

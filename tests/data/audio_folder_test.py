@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 
 import numpy as np
 import pytest
@@ -129,6 +130,8 @@ def _damage(path: pathlib.Path, fault: str) -> None:
         soundfile.write(path, samples, RATE_HZ, subtype="FLOAT")
     elif fault == "short":
         _write(path, _music(0.5))
+    elif fault == "one sample":
+        _write(path, np.ones(1, np.float32), 96000)
     else:
         path.write_bytes(faults[fault])
 
@@ -149,6 +152,7 @@ def _damage(path: pathlib.Path, fault: str) -> None:
         ("text", "bad.wav", "not readable as audio, or damaged"),
         ("text", "bad.mp3", "not readable as audio, or damaged"),
         ("short", "bad.wav", "shorter than a clip"),
+        ("one sample", "bad.wav", "shorter than a clip"),
     ],
 )
 def test_a_bad_file_is_named_counted_and_skipped(tmp_path, capsys, fault, file, reason):
@@ -198,6 +202,14 @@ def test_a_mistake_in_the_captions_is_told_by_line_and_column(tmp_path, name, te
         _build(tmp_path, name)
 
 
+@pytest.mark.parametrize("ending", ["csv", "jsonl"])
+def test_captions_that_are_not_utf8_are_told_by_file_and_line(tmp_path, ending):
+    path = tmp_path / f"captions.{ending}"
+    path.write_bytes("file,caption\na.wav,größer\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=rf"captions.{ending}, line 2: byte 0xf6 is not UTF-8: save it as UTF-8"):
+        recordings.read_captions(path)
+
+
 def test_a_missing_captions_file_or_folder_is_told(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"captions: .*captions.jsonl does not exist"):
         _build(tmp_path)
@@ -208,3 +220,72 @@ def test_a_missing_captions_file_or_folder_is_told(tmp_path):
 def test_bad_configs_name_the_field(tmp_path):
     with pytest.raises(ValueError, match="clip_seconds is 0"):
         _build(tmp_path, seconds=0)
+
+
+@pytest.fixture
+def three(tmp_path) -> pathlib.Path:
+    """A folder with three recordings and captions, built."""
+    (tmp_path / "music").mkdir()
+    for file in "abc":
+        _write(tmp_path / f"music/{file}.wav", _music(1.0))
+    _say(tmp_path, "a.wav", "b.wav", "c.wav")
+    _build(tmp_path, inside="music")
+    return tmp_path
+
+
+def _recaption(folder):
+    _say(folder, "c.wav", "b.wav", "a.wav")
+
+
+def _add(folder):
+    _write(folder / "music/d.wav", _music(1.0))
+    _say(folder, "a.wav", "b.wav", "c.wav", "d.wav")
+
+
+def _lengthen(folder):
+    _write(folder / "music/b.wav", _music(2.0))
+
+
+def _remove(folder):
+    (folder / "music/c.wav").unlink()
+
+
+@pytest.mark.parametrize(
+    ("change", "config", "message"),
+    [
+        (_recaption, {}, "another captions file: give"),
+        (_add, {}, r"another captions file; another set of recordings \(d.wav\): give"),
+        (_lengthen, {}, r"another set of recordings \(b.wav\): give"),
+        (_remove, {}, r"another set of recordings \(c.wav\): give"),
+        (None, {"seconds": 0.5}, r"another clip_seconds \(1, now 0.5\): give"),
+        (
+            lambda folder: shutil.copytree(folder / "music", folder / "more"),
+            {"inside": "more"},
+            r"another folder \(music",
+        ),
+    ],
+)
+def test_what_a_name_was_built_from_may_not_change(three, change, config, message):
+    _build(three, inside="music")  # nothing changed
+    if change:
+        change(three)
+    with pytest.raises(ValueError, match=rf"1.0.0 was built from {message}") as refusal:
+        _build(three, **{"inside": "music"} | config)
+    if not config:
+        assert str(refusal.value).endswith("another name than 'mine', or delete that folder")
+        shutil.rmtree(three / "built")
+        assert _examples(_build(three, inside="music"))
+
+
+def test_a_set_outlives_its_recordings(three):
+    whole = _examples(_build(three, inside="music"))
+    assert len(whole) == 3
+    for file in "abc":
+        (three / f"music/{file}.wav").unlink()
+    assert len(_examples(_build(three, inside="music"))) == 3
+    (three / "music").rmdir()
+    assert len(_examples(_build(three, inside="music"))) == 3
+    (three / "captions.jsonl").unlink()
+    assert len(_examples(_build(three, inside="music"))) == 3
+    with pytest.raises(ValueError, match="another clip_seconds"):
+        _build(three, inside="music", seconds=0.5)

@@ -91,9 +91,22 @@ def test_mixture_rates_are_exact(rates, counts):
         assert tuple(np.bincount(block)) == counts
 
 
-def test_far_positions_cost_no_more_than_near_ones():
-    component, index = order.example_at(0, np.array([10**15]), [10, 20], [1.0, 0.5])
-    assert component[0] in (0, 1) and 0 <= index[0] < [10, 20][component[0]]
+def test_far_positions_cost_no_more_than_near_ones(monkeypatch):
+    drawn = []
+
+    class Counted(np.random.Philox):
+        def random_raw(self, size):
+            drawn.append(size)
+            return super().random_raw(size)
+
+    monkeypatch.setattr(np.random, "Philox", Counted)
+    for position in (0, 10**15):
+        order.permutation.cache_clear()
+        order._block.cache_clear()
+        drawn.clear()
+        component, index = order.example_at(0, np.array([position]), [8, 8], [3.0, 1.0])
+        assert component[0] in (0, 1) and 0 <= index[0] < 8
+        assert drawn == [4, 8]  # one block, one permutation
 
 
 @pytest.mark.parametrize("rates", [[1.0, 0.0], [-1.0], [float("nan")], [float("inf")]])

@@ -14,6 +14,7 @@ from musicrl_jax.inputs.tokens import Tokens, write_tokens
 
 MODELS = {"mulan": "aa11", "semantic": "bb22", "codec": "cc33"}
 LAYOUT = {"semantic_codes": 64, "acoustic_codes": 1024, "levels": (4, 8)}
+DATA = {"datasets": {"score_clips/tiny": 1.0}, "crop_seconds": None}
 
 
 def examples(count, start=0):
@@ -31,7 +32,7 @@ def examples(count, start=0):
 @pytest.fixture
 def folder(tmp_path):
     folder = str(tmp_path / "tokens")
-    assert write_tokens(folder, "train", examples(11), MODELS, LAYOUT, examples_per_shard=4) == 11
+    assert write_tokens(folder, "train", examples(11), MODELS, LAYOUT, DATA, examples_per_shard=4) == 11
     return folder
 
 
@@ -81,27 +82,42 @@ def test_tokens_of_other_models_are_refused(folder, name):
 
 
 def test_the_manifest_says_what_is_complete(folder):
-    assert tokens.complete(folder, "train", MODELS, LAYOUT)
-    assert not tokens.complete(folder, "test", MODELS, LAYOUT)
-    assert not tokens.complete(folder, "train", {**MODELS, "codec": "dd44"}, LAYOUT)
-    assert not tokens.complete(folder, "train", MODELS, {**LAYOUT, "semantic_codes": 65})
-    write_tokens(folder, "test", examples(3, 100), MODELS, LAYOUT)
+    assert tokens.complete(folder, "train", MODELS, LAYOUT, DATA)
+    assert not tokens.complete(folder, "test", MODELS, LAYOUT, DATA)
+    assert not tokens.complete(folder, "train", {**MODELS, "codec": "dd44"}, LAYOUT, DATA)
+    assert not tokens.complete(folder, "train", MODELS, {**LAYOUT, "semantic_codes": 65}, DATA)
+    write_tokens(folder, "test", examples(3, 100), MODELS, LAYOUT, DATA)
     manifest = tokens.read_manifest(folder)
     assert manifest == {
         "schema": tokens.SCHEMA,
         "models": MODELS,
         "layout": {**LAYOUT, "levels": [4, 8]},
+        "data": DATA,
         "counts": {"train": 11, "test": 3},
     }
 
 
+def test_other_data_are_refused(folder):
+    other = {**DATA, "datasets": {"audio_folder/mine": 0.5}}
+    message = (
+        r"encoded from datasets {'score_clips/tiny': 1.0}, not {'audio_folder/mine': 0.5}: give another TOKENS folder"
+    )
+    for split in ("train", "test"):
+        with pytest.raises(ValueError, match=message):
+            tokens.complete(folder, split, MODELS, LAYOUT, other)
+        with pytest.raises(ValueError, match=message):
+            write_tokens(folder, split, examples(3), MODELS, LAYOUT, other)
+    assert Tokens(folder).count("train") == 11
+    assert not tokens.complete(folder, "train", {**MODELS, "codec": "dd44"}, LAYOUT, other)
+
+
 def test_other_models_start_afresh(folder):
     other = {**MODELS, "codec": "dd44"}
-    write_tokens(folder, "test", examples(3, 100), other, LAYOUT)
+    write_tokens(folder, "test", examples(3, 100), other, LAYOUT, DATA)
     assert tokens.read_manifest(folder)["counts"] == {"test": 3}
     with pytest.raises(ValueError, match=r"split 'train' is not among \['test'\]"):
         Tokens(folder, other).batches("train", 2, seed=0)
-    write_tokens(folder, "train", examples(5, 50), other, LAYOUT)
+    write_tokens(folder, "train", examples(5, 50), other, LAYOUT, DATA)
     (batch,) = Tokens(folder, other).batches("train", 8, seed=0, epochs=1)
     expected = sorted(example["mulan"].tolist() for example in examples(5, 50))
     assert sorted(batch["mulan"].tolist()) == expected
@@ -113,10 +129,10 @@ def test_a_write_that_fails_leaves_no_split(folder, tmp_path):
         raise RuntimeError("stopped")
 
     with pytest.raises(RuntimeError, match="stopped"):
-        write_tokens(folder, "train", broken(), MODELS, LAYOUT)
+        write_tokens(folder, "train", broken(), MODELS, LAYOUT, DATA)
     with pytest.raises(ValueError, match="did not finish"):
         Tokens(folder).batches("train", 2, seed=0)
-    assert write_tokens(folder, "train", examples(4), MODELS, LAYOUT) == 4
+    assert write_tokens(folder, "train", examples(4), MODELS, LAYOUT, DATA) == 4
     assert Tokens(folder).count("train") == 4
 
 
@@ -126,7 +142,7 @@ def test_a_full_disk_is_named_and_leaves_room(tmp_path):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with pytest.raises(OSError, match="directory: no space left: free some"):
-        write_tokens(str(tmp_path), "train", full(), MODELS, LAYOUT)
+        write_tokens(str(tmp_path), "train", full(), MODELS, LAYOUT, DATA)
     assert [p.name for p in tmp_path.iterdir()] == [tokens.MANIFEST]
 
 
@@ -141,25 +157,25 @@ def test_a_full_disk_is_named_and_leaves_room(tmp_path):
 def test_codes_that_are_none_are_refused(tmp_path, field, value):
     wrong = [*examples(1), {**next(examples(1)), "id": "odd", field: value}]
     with pytest.raises(ValueError, match=f"{field} of clip 'odd' must be codes of shape"):
-        write_tokens(str(tmp_path), "train", wrong, MODELS, LAYOUT)
+        write_tokens(str(tmp_path), "train", wrong, MODELS, LAYOUT, DATA)
 
 
 def test_a_folder_that_is_none_of_ours_is_left_alone(tmp_path):
     (tmp_path / "train").mkdir()
     (tmp_path / "train" / "mine.wav").write_bytes(b"music")
     with pytest.raises(ValueError, match="is no token folder, and has a 'train' of its own"):
-        write_tokens(str(tmp_path), "train", examples(1), MODELS, LAYOUT)
+        write_tokens(str(tmp_path), "train", examples(1), MODELS, LAYOUT, DATA)
     assert (tmp_path / "train" / "mine.wav").read_bytes() == b"music"
 
 
 def test_no_examples_no_tokens_and_an_old_schema_are_refused(folder, tmp_path):
     with pytest.raises(ValueError, match="split 'test': there are no examples"):
-        write_tokens(folder, "test", [], MODELS, LAYOUT)
+        write_tokens(folder, "test", [], MODELS, LAYOUT, DATA)
     with pytest.raises(FileNotFoundError, match="musicrl encode"):
         Tokens(str(tmp_path / "none")).count("train")
     with pytest.raises(ValueError, match="batch_size 12 is more than the 11 examples"):
         Tokens(folder).batches("train", 12, seed=0)
     manifest = tokens.read_manifest(folder)
     (tmp_path / "tokens" / tokens.MANIFEST).write_text(json.dumps({**manifest, "schema": "0.9.0"}))
-    with pytest.raises(ValueError, match=r"schema 0.9.0, not 1.0.0"):
+    with pytest.raises(ValueError, match=r"schema 0.9.0, not 1.1.0"):
         Tokens(folder).count("train")
