@@ -19,9 +19,11 @@ import jax.numpy as jnp
 def full_kl(log_policy: jax.Array, log_anchor: jax.Array) -> jax.Array:
     """KL_t over the full vocabulary: log-distributions f32 [B, S, V] -> f32 [B, S], at least 0, exactly 0 where equal.
 
-    A code that neither allows (probability 0 in both) adds nothing.
+    A code that the policy never draws (log-probability -inf, whatever the anchor's) adds nothing, to the gradient too.
     """
-    return jnp.sum(jnp.exp(log_policy) * (log_policy - log_anchor), axis=-1)
+    drawn = log_policy > -jnp.inf
+    ratio = jnp.where(drawn, log_policy, 0.0) - jnp.where(drawn, log_anchor, 0.0)
+    return jnp.sum(jnp.exp(log_policy) * ratio, axis=-1)
 
 
 def still_to_come(per_token: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""The policy gradient against enumeration (oracle E): 4 codes, 3 steps, all 64 sequences, float64.
+"""The policy gradient against enumeration: 4 codes, 3 steps, all 64 sequences, float64.
 
 The truth is the central finite difference of the enumerated objective (1 - a) E[R] - a KL. What the library's loss
 gives is averaged over all sequences, each with its probability, so nothing is sampled.
@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy.special import rel_entr, softmax
 
 from musicrl_jax.losses.policy_gradient import full_kl, other_clips_mean, policy_loss, still_to_come, value_loss
 
@@ -163,11 +164,24 @@ def test_kl_metric_is_the_enumerated_kl(double, problem):
     np.testing.assert_allclose((p * per_sequence).sum(), (p * jnp.log(p / q)).sum(), rtol=1e-12)
 
 
-def test_kl_of_equal_policies_is_zero_to_the_bit():
-    logits = jax.random.normal(jax.random.key(0), (3, 5, 7)).at[:, :, 6].set(-1e9)
-    for temperature in (0.7, 0.9, 0.99, 1.3):
-        log_policy = jax.nn.log_softmax(logits / temperature, axis=-1)
-        np.testing.assert_array_equal(full_kl(log_policy, log_policy), np.zeros((3, 5), np.float32))
+@pytest.mark.parametrize("never", [-1e9, -np.inf])
+def test_kl_of_a_token_equals_scipy(never):
+    """Of 7 codes the last is in neither distribution, and the first in the anchor's alone."""
+    policy, anchor = np.random.default_rng(1).normal(size=(2, 3, 5, 7))
+    policy[..., [0, 6]] = anchor[..., 6] = never
+    expected = rel_entr(softmax(policy, axis=-1), softmax(anchor, axis=-1)).sum(axis=-1)
+    log_policy, log_anchor = (jax.nn.log_softmax(x.astype(np.float32), axis=-1) for x in (policy, anchor))
+    np.testing.assert_allclose(full_kl(log_policy, log_anchor), expected, rtol=1e-4)
+    assert expected.min() > 0.1
+    slopes = jax.grad(lambda x: full_kl(jax.nn.log_softmax(x, axis=-1), log_anchor).sum())(policy.astype(np.float32))
+    assert np.isfinite(slopes).all() and np.abs(slopes[..., 1:6]).max() > 0.1
+    np.testing.assert_array_equal(slopes[..., [0, 6]], 0.0)
+
+
+def test_kl_is_infinite_where_the_anchor_forbids_what_the_policy_draws():
+    halves, one = np.log(np.float32([[[0.5, 0.5]]])), np.float32([[[0.0, -np.inf]]])
+    assert full_kl(halves, one) == np.inf
+    np.testing.assert_allclose(full_kl(one, halves), np.log(2), rtol=1e-6)
 
 
 def test_still_to_come_leaves_out_the_present():
