@@ -1,6 +1,7 @@
 """Prompts -> wav files."""
 
 import hashlib
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -44,8 +45,8 @@ def generate(
       FileNotFoundError: where a checkpoint is missing.
       OSError: where a clip cannot be written.
     """
-    if temperature <= 0:
-        raise ValueError(f"temperature={temperature} must be above 0")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature={temperature} must be above 0 and finite")
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     paths = [_path(out, words, single=len(prompts) == 1) for words in prompts]
     beside = Path(checkpoint).parent

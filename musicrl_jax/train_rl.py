@@ -8,6 +8,7 @@ Legend: B clips, S = F K tokens of a clip in the order in which they are drawn, 
 """
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -182,8 +183,8 @@ def train_rl(
     """
     if not 0 <= kl_strength < 1:
         raise ValueError(f"train_rl.kl_strength={kl_strength} must lie in [0, 1)")
-    if temperature <= 0:
-        raise ValueError(f"train_rl.temperature={temperature} must be above 0")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"train_rl.temperature={temperature} must be above 0 and finite")
     directory = Path(model_dir)
     loaded = rollouts.load(base, fine, codec, mulan)
     mixture = rewards.load()

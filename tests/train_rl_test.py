@@ -1,4 +1,8 @@
-"""The learner on a tiny policy: what its first step must be, and what must not move it."""
+"""The learner on a tiny policy: what its first step must be, and what must not move it. Then the loop around it."""
+
+import dataclasses
+import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -7,17 +11,20 @@ import optax
 import pytest
 from flax.linen import meta
 
+from musicrl_jax import train_rl
+from musicrl_jax.core import checkpoint, sharding
 from musicrl_jax.core.keys import row_keys
 from musicrl_jax.core.tokens import TokenLayout
 from musicrl_jax.models.musiclm import MusicLM, MusicLMConfig, Value
 from musicrl_jax.models.transformer import TransformerConfig
-from musicrl_jax.rl.rollout import Rollout
+from musicrl_jax.rl.rollout import Loaded, Rollout
 from musicrl_jax.rl.sample import sample
 from musicrl_jax.train_rl import Learner
 
 CONFIG = MusicLMConfig(
     TransformerConfig(2, 16, 2, 32, dropout=0.0), TransformerConfig(1, 16, 2, 16), TokenLayout(6, 6, 1), 2, 4
 )
+SMALL = dataclasses.replace(CONFIG, temporal=TransformerConfig(1, 16, 2, 32, dropout=0.0))  # compiles faster
 BATCH, FRAMES, TEMPERATURE = 32, 8, 0.99
 
 
@@ -107,3 +114,142 @@ def test_reward_rises_and_the_anchor_holds(start, steps):
     # A policy that always plays 0 costs -log p(0) a frame, 8 frames long: the KL is of that size, not below it.
     assert kls[0] == 0.0 and kls[-1] > 0.3 * FRAMES * np.log(2 * rewards[-1] / (2 * rewards[0]))
     jax.tree.map(np.testing.assert_array_equal, anchor, kept)
+
+
+class Studio:
+    """The policy alone: a prompt is its MuLan tokens, and a rollout has its keys in place of the codec's codes."""
+
+    musiclm = MusicLM(SMALL)
+
+    def frames(self, clip_seconds):
+        return FRAMES
+
+    def rollout(self, policy, frozen, text, keys, frames, temperature):
+        tokens, log_probs = sample(self.musiclm, policy, text, keys, frames, temperature)
+        empty = jnp.zeros((len(text), 1), jnp.float32)
+        return Rollout(text, empty, text, tokens, log_probs, jax.random.key_data(keys), empty)
+
+
+@dataclasses.dataclass
+class Listener:
+    """A mixture that counts zeros among the semantic codes, and keeps what it heard in every step."""
+
+    weight: float = 1.0
+    heard: list = dataclasses.field(default_factory=list)
+    variables: dict = dataclasses.field(default_factory=dict)
+    hashes: dict = dataclasses.field(default_factory=dict)
+
+    def load(self):
+        return self
+
+    def score(self, variables, rollout):
+        reward = self.weight * (rollout.tokens[:, :, 0] == 0).mean(axis=1, dtype=jnp.float32)
+        return reward, {"tokens": rollout.tokens, "log_probs": rollout.log_probs, "keys": rollout.acoustic}
+
+    def check(self, terms):
+        self.heard.append(terms)
+
+
+@dataclasses.dataclass(frozen=True)
+class OnePrompt:
+    """The same prompt for every clip."""
+
+    vocabulary: str
+
+    def batches(self, split, batch_size, seed, start_step):
+        while True:
+            yield {"text": np.ones((batch_size, 2), np.int32)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Descent:
+    """A tenth of the gradient: near gradients give near weights, where Adam's first step would be their sign."""
+
+    def build(self, steps):
+        return optax.sgd(0.1)
+
+
+@functools.cache
+def base():
+    shapes = np.zeros((1, 1, SMALL.layout.depth), int), np.zeros((1, SMALL.mulan_levels), int)
+    return meta.unbox(jax.jit(MusicLM(SMALL).init)(jax.random.key(2), *shapes))["params"]
+
+
+def loop(folder, mesh=None, weight=1.0, vocabulary=b"words", **settings):
+    """train_rl itself on `mesh` -> (what was heard in every step, the last state on its devices, lines of metrics)."""
+    (folder / "vocabulary.model").write_bytes(vocabulary)
+    listener, states = Listener(weight), []
+    settings = {"steps": 3, "kl_strength": 0.02, "temperature": TEMPERATURE, "batch_size": BATCH, **settings}
+    with pytest.MonkeyPatch.context() as patch:
+        loaded = Loaded(Studio(), base(), {}, b"words", {}, b"{}")
+        patch.setattr(train_rl.rollouts, "load", lambda *folders: loaded)
+        patch.setattr(checkpoint.RunCheckpoints, "save", lambda self, step, state: states.append(state))
+        if mesh is not None:
+            patch.setattr(sharding, "make_mesh", lambda fsdp, tensor: mesh)
+        train_rl.train_rl(
+            f"{folder}/run",
+            *("base", "fine", "codec", "mulan"),
+            rewards=listener,
+            prompts=OnePrompt(f"{folder}/vocabulary.model"),
+            clip_seconds=1.0,
+            policy_optimiser=Descent(),
+            value_optimiser=Descent(),
+            save_every=settings["steps"],
+            **settings,
+        )
+    lines = (folder / "run/metrics.jsonl").read_text().splitlines()
+    return listener.heard, states[-1], [json.loads(line) for line in lines]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    mesh = jax.make_mesh(
+        (1, 1, 1), ("data", "fsdp", "tensor"), (jax.sharding.AxisType.Auto,) * 3, devices=jax.devices()[:1]
+    )
+    return loop(tmp_path_factory.mktemp("alone"), mesh)
+
+
+@pytest.mark.parametrize(("fsdp", "tensor"), [(1, 1), (2, 2)])
+def test_eight_devices_do_what_one_does(alone, fsdp, tensor, tmp_path):
+    many = loop(tmp_path, fsdp=fsdp, tensor=tensor)
+    assert [run[1].value["offset"].sharding.num_devices for run in (alone, many)] == [1, 8]
+    assert many[1].policy["head"].sharding.is_fully_replicated == (fsdp == 1)
+    for one, other in zip(alone[0], many[0], strict=True):
+        np.testing.assert_array_equal(other["tokens"], one["tokens"])
+        np.testing.assert_allclose(other["log_probs"], one["log_probs"], atol=1e-5)
+    for name in ("policy", "value"):
+        one, other = (jax.device_get(getattr(run[1], name)) for run in (alone, many))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(b, a, atol=1e-6), one, other)
+    for one, other in zip(alone[2], many[2], strict=True):
+        assert other == pytest.approx(one, rel=1e-4, abs=1e-5)
+
+
+def test_no_two_clips_of_a_run_have_the_same_key(alone):
+    keys = np.concatenate([step["keys"] for step in alone[0]])
+    assert len(np.unique(keys, axis=0)) == len(keys) == 3 * BATCH
+    clips = np.concatenate([step["tokens"].reshape(BATCH, -1) for step in alone[0]])
+    assert len(np.unique(clips, axis=0)) == len(clips)  # of one prompt
+
+
+def test_a_run_whose_updates_are_all_skipped_gives_up(tmp_path):
+    with pytest.raises(FloatingPointError, match=r"^run: 11 updates had a .* at step 10;"):
+        loop(tmp_path, weight=np.nan, steps=20)
+    assert not checkpoint.has_model(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"kl_strength": -0.001}, r"kl_strength=-0.001 must lie in \[0, 1\)"),
+        ({"kl_strength": 1.0}, r"kl_strength=1.0 must lie in \[0, 1\)"),
+        ({"kl_strength": np.nan}, r"kl_strength=nan must lie in \[0, 1\)"),
+        ({"temperature": 0.0}, "temperature=0.0 must be above 0"),
+        ({"temperature": -1.0}, "temperature=-1.0 must be above 0"),
+        ({"temperature": np.nan}, "temperature=nan must be above 0 and finite"),
+        ({"vocabulary": b"other words"}, r"Prompts.vocabulary=.* is not the one that mulan was trained with"),
+    ],
+)
+def test_bad_settings_are_named_before_anything_is_written(tmp_path, changes, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        loop(tmp_path, **changes)
+    assert not (tmp_path / "run").exists()

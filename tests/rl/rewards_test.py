@@ -82,7 +82,7 @@ def test_acoustic_quality_takes_one_to_five_to_zero_to_one(wav):
     assert (np.asarray(scores) > 0).all() and (np.asarray(scores) < 1).all()
 
 
-@pytest.mark.parametrize("value", [-0.01, 1.01, np.inf])
+@pytest.mark.parametrize("value", [-0.01, 1.01])
 def test_a_score_out_of_its_range_is_named(value):
     loaded = Mixture((Peak(),), {"peak": 1.0}).load()
     loaded.check({"peak": np.array([0.0, 0.5, 1.0])})
@@ -90,8 +90,8 @@ def test_a_score_out_of_its_range_is_named(value):
         loaded.check({"peak": np.array([0.5, value])})
 
 
-def test_a_score_that_is_no_number_is_left_to_the_update():
-    Mixture((Peak(),), {"peak": 1.0}).load().check({"peak": np.array([0.5, np.nan])})
+def test_a_score_that_is_not_finite_is_left_to_the_update():
+    Mixture((Peak(),), {"peak": 1.0}).load().check({"peak": np.array([0.5, np.nan, np.inf, -np.inf])})
 
 
 def test_a_term_named_twice_is_refused():
