@@ -1,6 +1,10 @@
 """The whole quickstart at tiny size: every stage, run again, interrupted, and asked for music."""
 
+import base64
+import html
+import io
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -15,7 +19,8 @@ from musicrl_jax.core import checkpoint
 from musicrl_jax.core.metrics import MetricWriter
 from musicrl_jax.generate import generate
 from musicrl_jax.inputs.clips import Clips
-from musicrl_jax.inputs.tokens import Tokens
+from musicrl_jax.inputs.prompts import Prompts
+from musicrl_jax.inputs.tokens import Tokens, read
 from musicrl_jax.models.mulan import MuLan, MuLanConfig
 from musicrl_jax.models.semantic import SemanticConfig, SemanticEncoder
 from musicrl_jax.models.soundstream import SoundStream, SoundStreamConfig
@@ -70,11 +75,27 @@ def test_summary_and_page_say_what_was_found(folder):
     models = ["codec", "semantic", "mulan", "quality", "encode", "policy", "fine"]
     assert list(summary["seconds"]) == ["data", "vocabulary", *models, "rl", "evaluate"]
     assert all(second > 0 for second in summary["seconds"].values())
-    assert "simulated" not in Path(summary["page"]).read_text() and "pseudo-MOS" in Path(summary["page"]).read_text()
     assert checkpoint.has_model(summary["checkpoint"])
     # The total is the weighted sum of its terms.
     terms = summary["terms"]
     assert summary["reward_base"]["mean"] == pytest.approx(sum(t["base"]["mean"] for t in terms.values()), abs=1e-5)
+
+
+def test_the_page_holds_what_it_says(folder):
+    """Both models' clips of the first two held-out prompts, of one that lost if any did, all terms and the notes."""
+    page = (folder / "run/evaluation/page.html").read_text()
+    prompts = Prompts("", ("score_clips/tiny",), data_dir=f"{folder}/data").unique("test")
+    heard = re.findall(r'<audio [^>]*aria-label="(\w+) model, 1\.0 seconds: ([^"]*)"', page)
+    asked = [(side, prompt) for prompt in prompts[:2] for side in ("Base", "Finetuned")]
+    assert [(side, html.unescape(prompt)) for side, prompt in heard[:4]] == asked
+    assert len(heard) in (4, 6) and page.count('src="data:audio/flac;base64,') == len(heard)
+    sounds = re.findall(r'src="data:audio/flac;base64,([^"]+)"', page)
+    decoded = [soundfile.read(io.BytesIO(base64.b64decode(sound))) for sound in sounds]
+    assert all((len(wav), rate) == (16000, 16000) and np.abs(wav).max() > 0 for wav, rate in decoded)
+    for term in ("reward", "text_adherence", "acoustic_quality"):
+        assert f'<th scope="row">{term} <small>' in page
+    assert "a pseudo-MOS unless it learned people&#39;s ratings" in page
+    assert "<p>A test of the machinery; nothing here is music.</p>" in page
 
 
 def test_kl_starts_at_zero_to_the_bit_and_the_sampler_agrees_with_the_learner(folder):
@@ -115,13 +136,13 @@ def test_another_size_in_the_same_folder_is_refused(folder, capsys):
 
 
 def test_tokens_are_those_of_the_models(folder):
-    """encode -> read: a clip's tokens, read back, are what the three models say of it."""
-    clips = Clips({"score_clips/tiny": 1.0}, f"{folder}/data", 16000)
-    wav = np.concatenate([b["audio"] for b in clips.batches("test", 8, seed=0, epochs=1)])
-    tokens = [b for b in Tokens(f"{folder}/run/tokens").batches("test", 16, seed=0, epochs=1)]
-    found = {
-        name: {row.tobytes() for batch in tokens for row in batch[name]} for name in ("semantic", "acoustic", "mulan")
-    }
+    """encode -> read: a clip's tokens, found by its id, are what the three models say of it."""
+    clips = Clips({"score_clips/tiny": 1.0}, f"{folder}/data", 16000, with_captions=True)
+    batches = list(clips.batches("test", 8, seed=1, epochs=1))  # in another order than encode's
+    wav, ids, captions = (np.concatenate([b[name] for b in batches]) for name in ("audio", "id", "caption"))
+    written = {row["id"].decode(): row for row in read(f"{folder}/run/tokens", "test")[0]}
+    assert sorted(written) == sorted(ids) and len(ids) >= 2
+    assert [written[name]["caption"].decode() for name in ids] == list(captions)
     semantic = checkpoint.load_model(folder / "run/semantic", SemanticConfig)
     codec = checkpoint.load_model(folder / "run/codec", SoundStreamConfig)
     mulan = checkpoint.load_model(folder / "run/mulan", MuLanConfig)
@@ -132,8 +153,21 @@ def test_tokens_are_those_of_the_models(folder):
         "mulan": MuLan(mulan.config).apply(mulan.variables, embedding, method="quantize"),
     }
     for name, codes in expected.items():
-        same = [np.asarray(row, np.int32).tobytes() in found[name] for row in codes]
-        assert np.mean(same) > 0.8, name  # compiled alone, a distance can round the other way and flip a code
+        found = np.stack([written[clip][name] for clip in ids])
+        assert found.shape == codes.shape
+        assert len(np.unique(found.reshape(len(found), -1), axis=0)) >= 2, f"{name}: all clips have the same tokens"
+        same = (found[:, None] == np.asarray(codes)[None]).reshape(len(ids), len(ids), -1).mean(axis=2)
+        own = np.diagonal(same)
+        assert own.min() > 0.8, name  # compiled alone, a distance can round the other way and flip a code
+        others = [np.diagonal(np.roll(same, shift, axis=1)).mean() for shift in range(1, len(ids))]
+        assert own.mean() > max(others), f"{name}: another clip's tokens would do as well"
+    # What training reads are these rows, each whole.
+    whole = [
+        b"".join(batch[name][i].tobytes() for name in expected)
+        for batch in Tokens(f"{folder}/run/tokens").batches("test", 16, seed=0, epochs=1)
+        for i in range(len(batch["mulan"]))
+    ]
+    assert sorted(whole) == sorted(b"".join(row[name].tobytes() for name in expected) for row in written.values())
 
 
 def test_prompts_become_clips(folder, tmp_path):
