@@ -143,6 +143,5 @@ class Conformer(nn.Module):
         if layers is not None and not 1 <= layers <= self.config.layers:
             raise ValueError(f"layers = {layers} is not between 1 and the conformer's {self.config.layers}")
         for index in range(self.config.layers if layers is None else layers):
-            x = nn.with_logical_constraint(x, ("batch", None, "embed"))
             x = Block(self.config, name=f"block_{index}")(x)
         return x

@@ -53,11 +53,6 @@ class SoundStreamConfig:
         """Samples in a codec frame."""
         return math.prod(self.strides)
 
-    @property
-    def frame_rate_hz(self) -> int:
-        """Codec frames in a second."""
-        return self.sample_rate_hz // self.stride
-
 
 def causal_conv(features: int, kernel: int, name: str, stride: int = 1, dilation: int = 1) -> nn.Conv:
     """A convolution [B, N, D] -> [B, N / stride, features] whose output n sees inputs up to (n + 1) * stride - 1."""

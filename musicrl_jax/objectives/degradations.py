@@ -89,13 +89,11 @@ def kept_levels(strength: jax.Array, levels: int) -> jax.Array:
     return jnp.clip(levels - jnp.floor(strength * levels).astype(jnp.int32), 1, levels)
 
 
-def degrade(
-    key: jax.Array, wav: jax.Array, strength: jax.Array, sample_rate_hz: int, codec: Codec
-) -> tuple[jax.Array, jax.Array]:
-    """(damaged clips [B, N], kind [B] int32, a place in KINDS) for wav [B, N] and strength [B] in [0, 1].
+def degrade(key: jax.Array, wav: jax.Array, strength: jax.Array, sample_rate_hz: int, codec: Codec) -> jax.Array:
+    """Damaged clips [B, N] for wav [B, N] and strength [B] in [0, 1].
 
-    Row i gets kind i mod 7. Batches come in a random order, so that is as good as a draw; it is balanced, and each kind
-    of damage is worked out for its own rows only. `codec(wav, strength)` sends clips through a codec.
+    Row i gets kind i mod 7 of KINDS. Batches come in a random order, so that is as good as a draw; it is balanced, and
+    each kind of damage is worked out for its own rows only. `codec(wav, strength)` sends clips through a codec.
     """
     keys = dict(zip(KINDS, jax.random.split(key, len(KINDS)), strict=True))
     damage = {
@@ -107,12 +105,11 @@ def degrade(
         "dropouts": lambda wav, strength: dropouts(keys["dropouts"], wav, strength, sample_rate_hz),
         "wow": lambda wav, strength: wow(keys["wow"], wav, strength, sample_rate_hz),
     }
-    kind = jnp.arange(wav.shape[0], dtype=jnp.int32) % len(KINDS)
     damaged = wav
     for index, name in enumerate(KINDS[: wav.shape[0]]):
         rows = slice(index, None, len(KINDS))
         damaged = damaged.at[rows].set(damage[name](wav[rows], strength[rows]))
-    return jnp.where(strength[:, None] > 0, damaged, wav), kind
+    return jnp.where(strength[:, None] > 0, damaged, wav)
 
 
 def distance(clean: jax.Array, degraded: jax.Array, sample_rate_hz: int) -> jax.Array:

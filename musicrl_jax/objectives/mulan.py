@@ -35,12 +35,14 @@ class MuLanObjective(Objective):
     vocabulary: str
 
     def init(self, key: jax.Array, batch: Batch) -> dict[str, Any]:
-        """The variables; ValueError where the vocabulary does not fit the model or batches have no text."""
+        """The variables; ValueError where the vocabulary or the number of clips does not fit the model, or batches have
+        no text."""
         if "text" not in batch:
             raise ValueError("the data gives no 'text': set Clips.vocabulary to the SentencePiece model's path")
         size = sentencepiece.SentencePieceProcessor(model_proto=self.assets()[VOCABULARY]).get_piece_size()
         if size > self.model.pieces:
             raise ValueError(f"{self.vocabulary} has {size} pieces, MuLanConfig.pieces = {self.model.pieces}: raise it")
+        self._check_clips(self.data.count("train"))
         return dict(mulan.MuLan(self.model).init(key, batch["audio"][:1], batch["text"][:1]))
 
     def loss(
@@ -69,12 +71,15 @@ class MuLanObjective(Objective):
             found += len(parts[-1])
             if found >= CLIPS_PER_CODE * self.model.codes:
                 break
-        if found < self.model.codes:
-            raise ValueError(f"MuLanConfig.codes = {self.model.codes}, but there are {found} training clips: lower it")
+        self._check_clips(found)
         points = jnp.asarray(np.concatenate(parts))  # [P, E]
         key = jax.random.key(0)
         codebooks = kmeans.fit_rvq(key, points, self.model.levels, self.model.codes, KMEANS_ITERATIONS)
         return variables | {"rvq": {"codebooks": codebooks}}
+
+    def _check_clips(self, count: int) -> None:
+        if count < self.model.codes:
+            raise ValueError(f"MuLanConfig.codes = {self.model.codes}, but there are {count} training clips: lower it")
 
     def assets(self) -> dict[str, bytes]:
         """The vocabulary's file, under the name vocabulary.model."""

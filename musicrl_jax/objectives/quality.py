@@ -88,7 +88,7 @@ class QualityObjective(Objective):
         damage_key, strength_key = jax.random.split(key)
         strength = jax.random.uniform(strength_key, (wav.shape[0],))
         send = through(frozen)
-        damaged, _ = degradations.degrade(damage_key, wav, strength, rate, send)
+        damaged = degradations.degrade(damage_key, wav, strength, rate, send)
         half = len(wav) // 2
         damaged = damaged.at[half:].set(send(damaged[half:], jnp.zeros(len(wav) - half)))
         return damaged, degradations.pseudo_mos(wav, damaged, rate)

@@ -157,9 +157,9 @@ def test_brown_noise_falls_by_6_db_an_octave():
     np.testing.assert_allclose(np.square(noise).mean(), 1.0, rtol=1e-5)
 
 
-def test_a_codec_says_its_rate():
+def test_the_default_codec_has_50_frames_a_second():
     config = soundstream.SoundStreamConfig()
-    assert (config.stride, config.frame_rate_hz) == (480, 50)
+    assert (config.stride, config.sample_rate_hz) == (480, 480 * 50)
 
 
 @pytest.mark.parametrize(

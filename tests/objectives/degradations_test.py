@@ -161,17 +161,17 @@ def degrade(key, wav, strength):
 
 def test_strength_zero_is_the_clean_clip_and_scores_five():
     wav = np.tile(music(), (4, 1))[:15]
-    got, kind = jax.jit(degrade)(KEY, wav, jnp.zeros(15))
+    got = jax.jit(degrade)(KEY, wav, jnp.zeros(15))
     np.testing.assert_array_equal(got, wav)
-    np.testing.assert_array_equal(kind, [*range(7), *range(7), 0])
     np.testing.assert_array_equal(mos(wav, got), 5)
 
 
 def test_kinds_are_balanced_and_depend_on_the_key():
     wav = np.tile(music(), (4, 1))[:15]
-    got, kind = jax.jit(degrade)(KEY, wav, jnp.full(15, 0.6))
-    again, _ = jax.jit(degrade)(KEY, wav, jnp.full(15, 0.6))
-    other, _ = jax.jit(degrade)(jax.random.key(1), wav, jnp.full(15, 0.6))
+    kind = [*range(7), *range(7), 0]
+    got = jax.jit(degrade)(KEY, wav, jnp.full(15, 0.6))
+    again = jax.jit(degrade)(KEY, wav, jnp.full(15, 0.6))
+    other = jax.jit(degrade)(jax.random.key(1), wav, jnp.full(15, 0.6))
     np.testing.assert_array_equal(got, again)
     changed = np.any(np.asarray(got) != wav, axis=1)
     np.testing.assert_array_equal(changed, np.asarray(kind) > 0)

@@ -49,7 +49,7 @@ def test_labels_are_the_pseudo_mos_of_what_is_heard(codec, variables):
     damage_key, strength_key = jax.random.split(key)
     strength = jax.random.uniform(strength_key, (8,))
     through = objective.through(codec)
-    heard, _ = jax.jit(lambda w, s: degradations.degrade(damage_key, w, s, 16_000, through))(wav, strength)
+    heard = jax.jit(lambda w, s: degradations.degrade(damage_key, w, s, 16_000, through))(wav, strength)
     coded = jax.jit(through)(heard[4:], jnp.zeros(4))  # the second half then goes through the whole codec
     heard = jnp.concatenate([heard[:4], coded])
     label = np.asarray(jax.jit(degradations.pseudo_mos, static_argnums=2)(wav, heard, 16_000))
