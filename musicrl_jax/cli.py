@@ -159,16 +159,13 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--dry_run", action="store_true", help="print the config, check it, and stop")
     known, rest = parser.parse_known_args(arguments)
     bindings = []
-    waiting = iter([*rest, "--"])
-    flag = next(waiting)
-    while flag != "--":
-        following = next(waiting)
+    while rest:
+        flag = rest.pop(0)
         name, equals, value = flag.removeprefix("--").partition("=")
-        if not equals and not following.startswith("--"):
-            equals, value, following = "=", following, next(waiting)
-        if not flag.startswith("--") or not equals:
+        if not equals and rest and not rest[0].startswith("--"):
+            equals, value = "=", rest.pop(0)
+        if not flag.startswith("--") or not name or not equals:
             parser.error(f"{flag!r} is not of the form --NAME=VALUE")
-        flag = following
         if name.startswith("gin."):
             bindings.append(f"{name.removeprefix('gin.')} = {value}")
         else:

@@ -121,7 +121,15 @@ def test_a_verb_names_what_it_lacks(verb, capsys):
 
 
 @pytest.mark.parametrize(
-    "arguments", [["prompt"], ["-prompt=x"], ["--prompt"], ["--prompt", "--seed=3"], ["--seed=3", "x"]]
+    "arguments",
+    [
+        ["prompt"],
+        ["-prompt=x"],
+        ["--prompt"],
+        ["--prompt", "--seed=3"],
+        ["--seed=3", "x"],
+        ["--seed=3", "--", "--prompt=x"],
+    ],
 )
 def test_what_is_no_flag_is_refused(arguments):
     with pytest.raises(SystemExit):

@@ -14,6 +14,8 @@ import numpy as np
 import soundfile
 import soxr
 
+from musicrl_jax.core.files import read_text
+
 Row = dict[str, str]
 
 _COLUMNS = ("file", "caption")
@@ -39,14 +41,7 @@ def read_captions(path: pathlib.Path) -> list[Row]:
         raise FileNotFoundError(f"captions: {path} does not exist: give a .jsonl or .csv with columns file, caption")
     if path.suffix not in (".jsonl", ".csv"):
         raise ValueError(f"captions: {path} ends in {path.suffix!r}: give a .jsonl or .csv file")
-    content = path.read_bytes()
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content[: error.start].count(b"\n") + 1
-        raise ValueError(
-            f"{path}, line {line}: byte {content[error.start]:#x} is not UTF-8: save it as UTF-8"
-        ) from error
+    text = read_text(path)
     rows = _read_jsonl(path, text) if path.suffix == ".jsonl" else _read_csv(path, text)
     seen = {}
     for line, row in rows:
@@ -110,7 +105,7 @@ def splits_of(files: list[str]) -> dict[str, str]:
 
 def _read_jsonl(path: pathlib.Path, content: str) -> list[tuple[int, Row]]:
     rows = []
-    for line, text in enumerate(content.splitlines(), start=1):
+    for line, text in enumerate(content.split("\n"), start=1):
         if not text.strip():
             continue
         try:

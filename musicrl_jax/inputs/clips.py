@@ -5,6 +5,7 @@ Legend: B clips, N samples, L text pieces.
 
 import csv
 import dataclasses
+import io
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -15,6 +16,7 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
+from musicrl_jax.core.files import read_text
 from musicrl_jax.inputs import tasks
 
 RATING_COLUMNS = ("clip", "rater", "score")
@@ -249,20 +251,19 @@ def _read_ratings(path: str) -> list[Rating]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"ratings_csv: {path!r} is no file")
     ratings = []
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file)
-        if missing := [column for column in RATING_COLUMNS if column not in (reader.fieldnames or ())]:
-            raise ValueError(f"ratings_csv {path} line 1: no column {', '.join(missing)}; it has {reader.fieldnames}")
-        for row in reader:
-            try:
-                score = float(row["score"])
-            except (TypeError, ValueError):
-                score = math.nan
-            if not LOWEST_SCORE <= score <= HIGHEST_SCORE:
-                raise ValueError(
-                    f"ratings_csv {path} line {reader.line_num}: score {row['score']!r} is no number from 1 to 5"
-                )
-            ratings.append(Rating(reader.line_num, row["clip"], score))
+    reader = csv.DictReader(io.StringIO(read_text(path), newline=""))
+    if missing := [column for column in RATING_COLUMNS if column not in (reader.fieldnames or ())]:
+        raise ValueError(f"ratings_csv {path} line 1: no column {', '.join(missing)}; it has {reader.fieldnames}")
+    for row in reader:
+        try:
+            score = float(row["score"])
+        except (TypeError, ValueError):
+            score = math.nan
+        if not LOWEST_SCORE <= score <= HIGHEST_SCORE:
+            raise ValueError(
+                f"ratings_csv {path} line {reader.line_num}: score {row['score']!r} is no number from 1 to 5"
+            )
+        ratings.append(Rating(reader.line_num, row["clip"], score))
     if not ratings:
         raise ValueError(f"ratings_csv {path} holds no ratings")
     return ratings

@@ -12,6 +12,7 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
+from musicrl_jax.core.files import read_text
 from musicrl_jax.inputs import tasks
 
 TRAIN_PERCENT, VALIDATION_PERCENT = 90, 5  # of the lines of text files; the rest is test
@@ -104,11 +105,9 @@ def _split(line: str) -> str:
 
 def _lines(file: str) -> Iterable[str]:
     try:
-        text = Path(file).expanduser().read_text(encoding="utf-8-sig")
+        text = read_text(Path(file).expanduser())
     except FileNotFoundError:
         raise FileNotFoundError(f"files: {file!r} is no file") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"files: {file!r} is not UTF-8 ({error}): convert it") from None
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not lines:
         raise ValueError(f"files: {file!r} holds no prompts")

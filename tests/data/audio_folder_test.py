@@ -210,6 +210,13 @@ def test_captions_that_are_not_utf8_are_told_by_file_and_line(tmp_path, ending):
         recordings.read_captions(path)
 
 
+def test_a_caption_may_hold_any_line_separator_that_json_allows(tmp_path):
+    captions = [f"a reel{mark}for two" for mark in "\u2028\u2029\x85"]
+    rows = [json.dumps({"file": f"{i}.wav", "caption": text}, ensure_ascii=False) for i, text in enumerate(captions)]
+    (tmp_path / "captions.jsonl").write_bytes("\r\n".join(rows).encode())
+    assert [row["caption"] for row in recordings.read_captions(tmp_path / "captions.jsonl")] == captions
+
+
 def test_a_missing_captions_file_or_folder_is_told(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"captions: .*captions.jsonl does not exist"):
         _build(tmp_path)

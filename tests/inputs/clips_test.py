@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -197,6 +198,13 @@ def test_ratings_carry_the_audio_and_score_of_their_row(data_dir, table):
 def test_a_wrong_table_of_ratings_is_refused_with_its_line(data_dir, table, text, message):
     with pytest.raises(ValueError, match=message):
         Ratings(Clips({"ramp/ten": 1.0}, data_dir, 100), table(text)).batches("train", 1, seed=0)
+
+
+def test_a_table_of_ratings_that_is_not_utf8_is_told_by_file_and_line(data_dir, table):
+    path = table("clip,rater,score\n")
+    Path(path).write_bytes("clip,rater,score\nten-train-0,Jürgen,3\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"ratings.csv, line 2: byte 0xfc is not UTF-8: save it as UTF-8"):
+        Ratings(Clips({"ramp/ten": 1.0}, data_dir, 100), path).count("train")
 
 
 def test_a_missing_table_of_ratings_is_refused(data_dir):

@@ -64,7 +64,7 @@ def test_few_prompts_fill_a_batch_by_coming_again(vocabulary_path, tmp_path):
     ("content", "error", "message"),
     [
         (None, FileNotFoundError, "is no file"),
-        (b"\xff\xfe caf\xe9", ValueError, "is not UTF-8"),
+        (b"a reel\ncaf\xe9", ValueError, r"prompts.txt, line 2: byte 0xe9 is not UTF-8"),
         (b"\n \n", ValueError, "holds no prompts"),
         (b"one tune\n", ValueError, "has no prompts that earlier splits lack"),
     ],
