@@ -22,7 +22,7 @@ from musicrl_jax.models.soundstream import SoundStream, SoundStreamConfig
 def encode(data: Clips, codec: str, semantic: str, mulan: str, tokens_dir: str, batch_size: int = 32) -> None:
     """Writes the tokens of every clip of every split to `tokens_dir`, with a manifest; leaves finished splits alone.
 
-    ValueError where the same models wrote tokens of other clips there.
+    ValueError where the same models wrote tokens of other clips there, or find none for a clip.
 
     Args:
       data: the clips.
@@ -68,6 +68,11 @@ def encode(data: Clips, codec: str, semantic: str, mulan: str, tokens_dir: str, 
             wav = np.pad(batch["audio"], ((0, batch_size - count), (0, 0)))
             codes = jax.device_get(read(variables, wav))
             for i in range(count):
+                if wrong := [name for name, code in codes.items() if code[i].min() < 0]:
+                    raise ValueError(
+                        f"clip {batch['id'][i]!r} of {split!r} has no {' and no '.join(wrong)} tokens: what the models "
+                        "computed is not finite; train that model again, with a lower Optimiser.learning_rate"
+                    )
                 yield {name: code[i] for name, code in codes.items()} | {
                     "id": batch["id"][i],
                     "caption": batch["caption"][i],

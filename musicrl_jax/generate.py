@@ -12,7 +12,7 @@ import soundfile
 
 from musicrl_jax.core.keys import row_keys, step_key
 from musicrl_jax.core.progress import Progress
-from musicrl_jax.inputs import vocabulary
+from musicrl_jax.inputs import pieces
 from musicrl_jax.rl import rollout as rollouts
 
 
@@ -41,7 +41,7 @@ def generate(
       fine, codec, mulan: folders of the other models; by default those beside the checkpoint, as in a run's folder.
 
     Raises:
-      ValueError: where a prompt is empty or the models do not belong together.
+      ValueError: where a prompt is empty, the models do not belong together or give samples that are not finite.
       FileNotFoundError: where a checkpoint is missing.
       OSError: where a clip cannot be written.
     """
@@ -53,7 +53,7 @@ def generate(
     loaded = rollouts.load(
         checkpoint, fine or str(beside / "fine"), codec or str(beside / "codec"), mulan or str(beside / "mulan")
     )
-    text = vocabulary.encode(loaded.vocabulary, prompts, loaded.studio.mulan.config.text_length)
+    text = pieces.encode(loaded.vocabulary, prompts, loaded.studio.mulan.config.text_length)
     frames = loaded.studio.frames(clip_seconds)
 
     @jax.jit
@@ -61,10 +61,15 @@ def generate(
         return loaded.studio.rollout(policy, frozen, text, keys, frames, temperature).wav
 
     for row, path in enumerate(Progress(paths, "generate", len(paths))):
-        wav = draw(loaded.policy, loaded.frozen, text[row : row + 1], row_keys(step_key(seed, 0), 1))
+        wav = np.asarray(draw(loaded.policy, loaded.frozen, text[row : row + 1], row_keys(step_key(seed, 0), 1))[0])
+        if not np.isfinite(wav).all():
+            raise ValueError(
+                f"the clip for {prompts[row]!r} has samples that are not finite: the codec of {checkpoint} is broken; "
+                "train it again, with a lower Optimiser.learning_rate"
+            )
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            soundfile.write(path, np.clip(np.asarray(wav[0]), -1, 1), loaded.studio.sample_rate_hz)
+            soundfile.write(path, np.clip(wav, -1, 1), loaded.studio.sample_rate_hz)
         except soundfile.LibsndfileError as error:
             raise OSError(f"cannot write {path}: {error}; free some space or choose another out") from error
         print(path)

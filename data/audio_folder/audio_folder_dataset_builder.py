@@ -3,10 +3,13 @@
 import collections
 import dataclasses
 import hashlib
+import itertools
 import json
+import math
 import pathlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent import futures
 
 import joblib
 import numpy as np
@@ -15,6 +18,9 @@ import tensorflow_datasets as tfds
 from data.audio_folder import recordings
 from data.records import RepeatableWriter
 from musicrl_jax.core.progress import Progress
+
+_AHEAD = 2**24  # samples of a file that are read before its turn, 32 MiB; the rest of a longer one comes in its turn
+_NAMED = 5  # files of a fault that are named on stderr; skipped.json names all
 
 
 @dataclasses.dataclass(eq=False, kw_only=True)
@@ -30,8 +36,12 @@ class AudioFolderConfig(tfds.core.BuilderConfig):
 
     def __post_init__(self):
         for field in ("clip_seconds", "sample_rate_hz"):
-            if getattr(self, field) <= 0:
+            if not 0 < getattr(self, field) < math.inf:
                 raise ValueError(f"audio_folder/{self.name}: {field} is {getattr(self, field)}: give more than 0")
+        if not self.samples:
+            raise ValueError(
+                f"audio_folder/{self.name}: clip_seconds is {self.clip_seconds}, less than a sample: give more"
+            )
 
     @property
     def samples(self) -> int:
@@ -94,17 +104,21 @@ class Builder(tfds.core.GeneratorBasedBuilder):
             raise FileNotFoundError(f"audio_folder/{config.name}: folder {folder} does not exist")
         rows = recordings.read_captions(pathlib.Path(config.captions).expanduser())
         (self.data_path / "made_from.json").write_text(json.dumps(self._made_from(), indent=2))
-        skipped = self._check(folder, list(dict.fromkeys(row["file"] for row in rows)))
-        rows = [row for row in rows if row["file"] not in skipped]
+        peaks, skipped = self._check(folder, list(dict.fromkeys(row["file"] for row in rows)))
+        rows = [row for row in rows if row["file"] in peaks]
         self._tell(skipped, len(rows))
         splits = recordings.splits_of([row["file"] for row in rows])
         by_split = {
             split: [row for row in rows if splits[row["file"]] == split] for split in ("train", "validation", "test")
         }
-        return {split: self._generate_examples(split, folder, chosen) for split, chosen in by_split.items() if chosen}
+        return {
+            split: self._generate_examples(split, folder, chosen, peaks) for split, chosen in by_split.items() if chosen
+        }
 
-    def _generate_examples(self, split: str, folder: pathlib.Path, rows: list[recordings.Row]):
-        read = self._in_parallel(self._clips, [folder / row["file"] for row in rows])
+    def _generate_examples(
+        self, split: str, folder: pathlib.Path, rows: list[recordings.Row], peaks: dict[str, np.float32]
+    ):
+        read = _in_parallel(lambda row: self._clips(folder / row["file"], peaks[row["file"]]), rows)
         told = Progress(
             zip(rows, read, strict=True), f"audio_folder/{self.builder_config.name} {split} files", len(rows)
         )
@@ -132,19 +146,29 @@ class Builder(tfds.core.GeneratorBasedBuilder):
             "recordings": sizes if any(size is not None for size in sizes.values()) else None,
         }
 
-    def _check(self, folder: pathlib.Path, files: list[str]) -> dict[str, str]:
-        """The reason why it cannot be used, for each file that cannot."""
-        reasons = self._in_parallel(self._fault, [folder / file for file in files])
+    def _check(
+        self, folder: pathlib.Path, files: list[str]
+    ) -> tuple[dict[str, np.float32], dict[str, recordings.Unusable]]:
+        """The peak of each file that can be used, and what is wrong with each that cannot."""
+        found = _in_parallel(lambda file: self._examine(folder / file), files)
         told = Progress(
-            zip(files, reasons, strict=True), f"audio_folder/{self.builder_config.name} files checked", len(files)
+            zip(files, found, strict=True), f"audio_folder/{self.builder_config.name} files checked", len(files)
         )
-        return {file: reason for file, reason in told if reason}
+        outcomes = dict(told)
+        skipped = {file: found for file, found in outcomes.items() if isinstance(found, recordings.Unusable)}
+        return {file: found for file, found in outcomes.items() if file not in skipped}, skipped
 
-    def _tell(self, skipped: dict[str, str], left: int) -> None:
-        by_reason = collections.defaultdict(list)
-        for file, reason in skipped.items():
-            by_reason[reason].append(file)
-        summary = "; ".join(f"{len(files)} {reason} ({', '.join(files)})" for reason, files in by_reason.items())
+    def _examine(self, path: pathlib.Path) -> np.float32 | recordings.Unusable:
+        try:
+            return recordings.examine(path, self.builder_config.clip_seconds, self.builder_config.sample_rate_hz)
+        except recordings.Unusable as unusable:
+            return unusable
+
+    def _tell(self, skipped: dict[str, recordings.Unusable], left: int) -> None:
+        by_reason = collections.defaultdict(dict)
+        for file, unusable in skipped.items():
+            by_reason[unusable.reason][file] = unusable.value
+        summary = "; ".join(f"{len(files)} {reason} ({_named(files)})" for reason, files in by_reason.items())
         if not left:
             raise ValueError(f"audio_folder/{self.builder_config.name}: no file can be used: {summary}")
         if skipped:
@@ -152,20 +176,41 @@ class Builder(tfds.core.GeneratorBasedBuilder):
         by_reason = {reason: {"count": len(files), "files": files} for reason, files in by_reason.items()}
         (self.data_path / "skipped.json").write_text(json.dumps(by_reason, indent=2))
 
-    def _fault(self, path: pathlib.Path) -> str | None:
+    def _clips(self, path: pathlib.Path, peak: np.float32) -> Iterator[np.ndarray]:
+        """A file's clips, the first of them read already."""
+        clips = self._read(path, peak)
+        return itertools.chain(list(itertools.islice(clips, max(1, _AHEAD // self.builder_config.samples))), clips)
+
+    def _read(self, path: pathlib.Path, peak: np.float32) -> Iterator[np.ndarray]:
         try:
-            self._clips(path)
+            yield from recordings.read_clips(
+                path, self.builder_config.clip_seconds, self.builder_config.sample_rate_hz, peak
+            )
         except recordings.Unusable as unusable:
-            return str(unusable)
-        return None
+            raise ValueError(f"{path} changed since it was checked: {unusable}; build again") from unusable
 
-    def _clips(self, path: pathlib.Path) -> list[np.ndarray]:
-        return recordings.read_clips(path, self.builder_config.clip_seconds, self.builder_config.sample_rate_hz)
 
-    def _in_parallel(self, function, paths: list[pathlib.Path]) -> Iterator:
-        """In threads, in order: decoding and resampling let go of the interpreter's lock."""
-        parallel = joblib.Parallel(n_jobs=joblib.cpu_count(), prefer="threads", return_as="generator")
-        return parallel(joblib.delayed(function)(path) for path in paths)
+def _in_parallel(function: Callable, items: Iterable) -> Iterator:
+    """function(item) in order, by threads: decoding and resampling let go of the interpreter's lock.
+
+    They are ahead by two items a thread, no more: joblib's generator would read a whole folder into memory.
+    """
+    threads = joblib.cpu_count()
+    with futures.ThreadPoolExecutor(threads) as pool:
+        ahead = collections.deque()
+        for item in items:
+            ahead.append(pool.submit(function, item))
+            if len(ahead) > 2 * threads:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+
+
+def _named(files: dict[str, str]) -> str:
+    """The first files, each with what was found."""
+    named = [f"{file}: {value}" if value else file for file, value in itertools.islice(files.items(), _NAMED)]
+    more = len(files) - len(named)
+    return ", ".join(named) + (f" and {more} more, all in skipped.json" if more else "")
 
 
 def _change(name: str, built: object, now: object) -> str:

@@ -1,4 +1,4 @@
-"""Recordings: the list of files and captions, and one file's clips.
+"""Recordings: the list of files and captions, and one file's clips, read in blocks so that length costs no memory.
 
 Shapes: N samples of a clip.
 """
@@ -9,6 +9,7 @@ import io
 import json
 import pathlib
 import re
+from collections.abc import Iterator
 
 import numpy as np
 import soundfile
@@ -20,6 +21,9 @@ Row = dict[str, str]
 
 _COLUMNS = ("file", "caption")
 _ENOUGH = 0.95  # of a clip: a file that is a little shorter is repeated from its start
+_BLOCK = 2**20  # samples of all channels together that are decoded at once
+_LEAST_RATE_HZ = 1000  # below it the header is wrong, and resampling would make hours out of a small file
+_GREATEST = 2.0**31  # in full scales: 32-bit samples read as floats still pass
 # What libsndfile notes of a wav, an aiff and an ogg that end early; a wav's 2^32 - 1 bytes mean "streamed".
 _CUT_SHORT = re.compile(
     r"(?m)^\s*(?:data|SSND) : (?!4294967295)\d+ \(should be"
@@ -27,8 +31,23 @@ _CUT_SHORT = re.compile(
 )
 
 
+class _Forward(soundfile.SoundFile):
+    """A file that is read from its start to its end.
+
+    soundfile seeks after every read, to where it is already. In an mp3 that loses the decoder's
+    memory, and each block but the first begins with wrong samples.
+    """
+
+    def seekable(self) -> bool:
+        return False
+
+
 class Unusable(ValueError):
-    """A recording that cannot be used; its text is the reason, the same for all files with the same fault."""
+    """A recording that cannot be used: the reason and its mend, the same for all files with this fault; a value."""
+
+    def __init__(self, reason: str, value: str = ""):
+        super().__init__(f"{reason} ({value})" if value else reason)
+        self.reason, self.value = reason, value
 
 
 def read_captions(path: pathlib.Path) -> list[Row]:
@@ -60,29 +79,74 @@ def read_captions(path: pathlib.Path) -> list[Row]:
     return [row for _, row in rows]
 
 
-def read_clips(path: pathlib.Path, clip_seconds: float, sample_rate_hz: int) -> list[np.ndarray]:
+def examine(path: pathlib.Path, clip_seconds: float, sample_rate_hz: int) -> np.float32:
+    """The file's greatest magnitude at `sample_rate_hz`, in full scales. Reads all of it; raises Unusable."""
+    peak, count = np.float32(0.0), 0
+    for samples in _blocks(path, sample_rate_hz):
+        count += len(samples)
+        peak = np.maximum(peak, np.abs(samples).max(initial=0.0))  # keeps a NaN, as max would not
+    if not peak < _GREATEST:
+        raise Unusable("samples far beyond full scale: export it again", f"{peak:.3g} times")
+    if count < _ENOUGH * round(clip_seconds * sample_rate_hz):
+        reason = f"shorter than a clip of {clip_seconds:g} s: give longer files, or build with shorter clip_seconds"
+        raise Unusable(reason, f"{count / sample_rate_hz:.3f} s")
+    return peak
+
+
+def read_clips(path: pathlib.Path, clip_seconds: float, sample_rate_hz: int, peak: np.float32) -> Iterator[np.ndarray]:
     """The file as mono int16 [N] clips that do not overlap; a tail shorter than a clip is dropped.
 
-    A file between 95 and 100 % of one clip is repeated from its start. Samples beyond full scale (mp3, opus
-    and float files can have them) bring the whole file down. Raises Unusable.
+    `peak` is what `examine` found: samples beyond full scale (mp3, opus and float files can have them) bring the whole
+    file down. A file between 95 and 100 % of one clip is repeated from its start. Raises Unusable.
     """
+    length = round(clip_seconds * sample_rate_hz)
+    scale = max(peak, np.float32(1.0))
+    left, first = np.zeros(0, np.int16), True
+    for samples in _blocks(path, sample_rate_hz):
+        left = np.concatenate([left, np.round(samples / scale * 32767).astype(np.int16)])
+        whole = len(left) // length * length
+        yield from left[:whole].reshape(-1, length)
+        left, first = left[whole:], first and not whole
+    if first and len(left):
+        yield np.resize(left, length)
+
+
+def _blocks(path: pathlib.Path, sample_rate_hz: int) -> Iterator[np.ndarray]:
+    """The file as mono float32 at `sample_rate_hz`, a block at a time; together what the whole file would give."""
     if not path.is_file():
-        raise Unusable("missing")
+        raise Unusable("missing: put the file there, or mend its name in the captions")
     if path.stat().st_size == 0:
-        raise Unusable("zero-length file")
+        raise Unusable("zero bytes long: copy the file again")
     try:
-        with soundfile.SoundFile(path) as file:
-            promised, rate_hz, log = file.frames, file.samplerate, file.extra_info
-            samples = file.read(dtype="float32", always_2d=True).mean(axis=1)
+        with _Forward(path) as file:
+            yield from _resampled(file, sample_rate_hz)
     except soundfile.LibsndfileError as error:
-        raise Unusable("not readable as audio, or damaged") from error
-    if len(samples) < promised or _CUT_SHORT.search(log):
-        raise Unusable("truncated")
+        raise Unusable("not readable as audio, or damaged: replace it, or convert it to wav or flac") from error
+    except TypeError as error:  # soundfile asks for the rate of a .raw
+        raise Unusable("raw samples without a header: convert it to wav or flac") from error
+
+
+def _resampled(file: _Forward, sample_rate_hz: int) -> Iterator[np.ndarray]:
+    rate_hz, promised, read = file.samplerate, file.frames, 0
+    if _CUT_SHORT.search(file.extra_info):
+        raise Unusable("truncated: copy or fetch the file again", "less than its header says")
     if promised == 0:
-        raise Unusable("no samples")
-    if not np.isfinite(samples).all():
-        raise Unusable("NaN or infinite samples")
-    return _cut(_to_int16(soxr.resample(samples, rate_hz, sample_rate_hz)), round(clip_seconds * sample_rate_hz))
+        raise Unusable("no samples: export it again")
+    if rate_hz < _LEAST_RATE_HZ:
+        raise Unusable("a sample rate that no recording has: mend its header, or export it again", f"{rate_hz} Hz")
+    stream = soxr.ResampleStream(rate_hz, sample_rate_hz, 1, dtype="float32")
+    while len(samples := file.read(_BLOCK // file.channels, dtype="float32", always_2d=True)):
+        with np.errstate(over="ignore", invalid="ignore"):  # told of below
+            mono = samples.mean(axis=1)
+        if not (finite := np.isfinite(mono)).all():
+            at = (read + int(np.argmin(finite))) / rate_hz
+            raise Unusable("NaN or infinite samples: export it again", f"the first at {at:.3f} s")
+        read += len(samples)
+        yield stream.resample_chunk(mono)
+    if read < promised:
+        found = f"{read / rate_hz:.3f} of {promised / rate_hz:.3f} s"
+        raise Unusable("truncated: copy or fetch the file again", found)
+    yield stream.resample_chunk(np.zeros(0, np.float32), last=True)
 
 
 def splits_of(files: list[str]) -> dict[str, str]:
@@ -125,15 +189,3 @@ def _read_csv(path: pathlib.Path, content: str) -> list[tuple[int, Row]]:
     if missing := [column for column in _COLUMNS if column not in (reader.fieldnames or ())]:
         raise ValueError(f"{path}, line 1: column {missing[0]!r} is missing; there are {reader.fieldnames or []}")
     return [(reader.line_num, row) for row in reader]
-
-
-def _to_int16(samples: np.ndarray) -> np.ndarray:
-    return np.round(samples / np.abs(samples).max(initial=1.0) * 32767).astype(np.int16)
-
-
-def _cut(samples: np.ndarray, length: int) -> list[np.ndarray]:
-    if len(samples) < _ENOUGH * length:
-        raise Unusable("shorter than a clip")
-    if len(samples) < length:
-        samples = np.resize(samples, length)
-    return [samples[at : at + length] for at in range(0, len(samples) - length + 1, length)]

@@ -75,15 +75,15 @@ def stft_magnitude(wav: jax.Array, window: int, hop: int) -> jax.Array:
     """Hann-windowed Fourier magnitudes of wav [..., N]: [..., N // hop, window // 2 + 1] float32.
 
     Not normalised (a full-scale sine peaks at window / 4). The frames are those of `frames`. At silence the
-    gradient is 0, not NaN.
+    gradient is 0, not NaN. A NaN in a frame makes the frame NaN.
     """
     hann = 0.5 - 0.5 * np.cos(2.0 * np.pi * np.arange(window) / window)
     framed = frames(wav.astype(jnp.float32), window, hop)
     taper = jnp.broadcast_to(jnp.asarray(hann, jnp.float32), framed.shape)
     spectrum = jnp.fft.rfft(framed * taper, axis=-1)  # [..., S, K]
     power = jnp.square(spectrum.real) + jnp.square(spectrum.imag)
-    audible = power > 0.0
-    return jnp.where(audible, jnp.sqrt(jnp.where(audible, power, 1.0)), 0.0)
+    silent = power == 0.0  # not a NaN: that must not pass for silence
+    return jnp.where(silent, 0.0, jnp.sqrt(jnp.where(silent, 1.0, power)))
 
 
 def mel_magnitude(wav: jax.Array, sample_rate_hz: int, n_mels: int, window: int, hop: int) -> jax.Array:

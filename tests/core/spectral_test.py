@@ -55,6 +55,16 @@ def test_frame_is_centred_on_its_hop():
     np.testing.assert_allclose(energy[4], energy[6], rtol=1e-4)
 
 
+def test_a_nan_is_not_taken_for_silence():
+    wav = np.zeros((1, 1600), np.float32)
+    wav[0, 800] = np.nan
+    mels = np.asarray(spectral.log_mel(jnp.asarray(wav), 16000, 16, 256, 64))
+    reached = np.isnan(mels).all(axis=-1)[0]
+    centre = np.arange(25) * 64 + 32
+    np.testing.assert_array_equal(reached, (centre - 128 <= 800) & (centre + 128 > 800))
+    assert (mels[0, ~reached] == np.log(np.float32(1e-5))).all()
+
+
 def test_gradient_is_finite_at_silence_and_right_elsewhere():
     def total(wav):
         return jnp.sum(spectral.log_mel(wav, 16000, 16, 256, 64))
