@@ -5,7 +5,8 @@ give to masked log-mels. MusicLM's w2v-BERT is not public; this stands in for it
 clusters of an inner layer's features, standardised per dimension, at 25 Hz.
 
 Collections: 'params' is trained. 'statistics' (mean and std of every mel band), 'quantizer' (projection and
-codebook) and 'kmeans' (mean, std and centroids) are not, but belong to the model: without them tokens mean nothing.
+codebook) and 'kmeans' (mean, std, centroids, and how well they fit) are not, but belong to the model: without them
+tokens mean nothing.
 
 Legend: B clips, N samples, S spectral frames (100 Hz), F policy frames (25 Hz, S // 4), M mel bands, D width,
 C codes of k-means, R codes of the random codebook.
@@ -90,6 +91,10 @@ class SemanticEncoder(nn.Module):
         self.feature_mean = self.variable("kmeans", "mean", jnp.zeros, (width,))
         self.feature_std = self.variable("kmeans", "std", jnp.ones, (width,))
         self.centroids = self.variable("kmeans", "centroids", jnp.zeros, (self.config.codes, width))
+        self.variable("kmeans", "share", jnp.zeros, (self.config.codes,))
+        self.variable("kmeans", "inertia", jnp.zeros, ())
+        self.variable("kmeans", "iterations", jnp.zeros, (), jnp.int32)
+        self.variable("kmeans", "converged", jnp.zeros, (), bool)
         axes = nn.with_logical_partitioning
         init = nn.initializers.lecun_normal()
         self.entry = nn.Dense(width, kernel_init=axes(init, (None, "embed")))
@@ -110,7 +115,8 @@ class SemanticEncoder(nn.Module):
 
     def targets(self, stacked: jax.Array) -> jax.Array:
         """[B, F, 4M] -> [B, F] int32: the random codeword nearest in angle to the random projection."""
-        return jnp.argmax(stacked @ self.projection.value @ self.codebook.value.T, axis=-1).astype(jnp.int32)
+        projected = jnp.matmul(stacked, self.projection.value, precision=jax.lax.Precision.HIGHEST)  # [B, F, 16]
+        return jnp.argmax(projected @ self.codebook.value.T, axis=-1).astype(jnp.int32)
 
     def __call__(self, wav: jax.Array, mask: jax.Array, noise: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Guesses and truth for every frame: (logits [B, F, R] float32, targets [B, F] int32).

@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import librosa
 import numpy as np
 import pytest
 from flax import linen as nn
@@ -66,6 +67,15 @@ def test_stacked_frames_are_standardised_in_time_order(variables, wav):
             )
 
 
+def test_front_end_equals_librosa(variables, wav):
+    padded = np.pad(np.asarray(wav), ((0, 0), ((1024 - 160) // 2, 1024)))  # frame s is centred on the middle of hop s
+    mel = librosa.feature.melspectrogram(
+        y=padded, sr=16_000, n_fft=1024, hop_length=160, n_mels=16, power=1.0, center=False
+    )
+    expected = np.log(np.maximum(mel, 1e-5)).transpose(0, 2, 1)[:, :100]
+    np.testing.assert_allclose(apply(variables, "log_mels", wav), expected, atol=1e-4)
+
+
 def test_targets_are_the_nearest_random_codeword(variables):
     quantizer = jax.tree.map(np.asarray, variables["quantizer"])
     assert quantizer["projection"].shape == (64, 16)
@@ -113,7 +123,7 @@ def test_tokens_are_the_nearest_standardised_centroid(variables, wav):
     centroids = rng.normal(size=(8, 16))
     fitted = {"mean": mean, "std": std, "centroids": centroids}
     fitted = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), fitted)
-    got = apply(variables | {"kmeans": fitted}, "tokens", wav)
+    got = apply(variables | {"kmeans": variables["kmeans"] | fitted}, "tokens", wav)
     distance = ((((features - mean) / std)[:, :, None] - centroids) ** 2).sum(-1)
     np.testing.assert_array_equal(got, distance.argmin(-1))
     assert len(np.unique(got)) > 2

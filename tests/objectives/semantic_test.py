@@ -1,12 +1,18 @@
 """Training the semantic encoder: what is learned, what stays frozen, and k-means afterwards."""
 
+import contextlib
+import dataclasses
+import io
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import scipy.stats
 from flax import linen as nn
 
+from musicrl_jax.core import sharding
 from musicrl_jax.models import conformer, semantic
 from musicrl_jax.objectives import semantic as objective
 
@@ -94,9 +100,18 @@ def test_loss_counts_masked_frames_only(trained):
     np.testing.assert_allclose(metrics["accuracy"], (logits.argmax(-1) == targets)[np.asarray(mask)].mean(), rtol=1e-5)
 
 
-def test_finish_clusters_standardised_features(trained):
+@pytest.fixture(scope="module")
+def finished(trained):
+    """The variables after k-means, and what it printed."""
     task, _, after, _, _ = trained
-    done = task.finish(after, {}, lambda: task.data.batches("train", 4, 0, epochs=1))
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        done = task.finish(after, {}, lambda: task.data.batches("train", 4, 0, epochs=1))
+    return done, printed.getvalue()
+
+
+def test_finish_clusters_standardised_features(finished):
+    done, printed = finished
     module = semantic.SemanticEncoder(CONFIG)
     use = jax.jit(module.apply, static_argnames="method")
     features = np.asarray(use(done, tones(8), method="features")).reshape(-1, 16)
@@ -107,6 +122,60 @@ def test_finish_clusters_standardised_features(trained):
     standard = (features - features.mean(0)) / features.std(0)
     for code in range(4):
         np.testing.assert_allclose(done["kmeans"]["centroids"][code], standard[tokens == code].mean(0), atol=0.05)
+    np.testing.assert_allclose(done["kmeans"]["share"], np.bincount(tokens) / 200, atol=0.011)
+    assert "200 frames in 4 codes" in printed
+    assert "converged 1  used 4" in printed
+
+
+def test_finish_on_a_mesh_equals_one_device(trained, finished):
+    task, _, after, _, _ = trained
+    wav = tones(12)
+
+    def batches():  # the last one is smaller
+        return iter([{"audio": wav[:8]}, {"audio": wav[8:]}])
+
+    alone = task.finish(after, {}, batches)["kmeans"]
+    mesh = sharding.make_mesh(fsdp=2, tensor=1)
+    with jax.set_mesh(mesh):
+        spread = task.finish(jax.device_put(after, sharding.replicated(mesh)), {}, batches)["kmeans"]
+    np.testing.assert_allclose(spread["centroids"], alone["centroids"], atol=1e-4)
+    np.testing.assert_array_equal(spread["share"], alone["share"])
+
+
+def test_evaluation_reports_the_use_of_tokens(trained, finished):
+    task, _, _, _, _ = trained
+    done, _ = finished
+    state = {name: value for name, value in done.items() if name != "params"}
+    batch = {"audio": jnp.asarray(tones(8)[2:6])}
+    metrics = jax.jit(task.evaluate)(done["params"], state, {}, batch, jax.random.key(0))
+    tokens = semantic.SemanticEncoder(CONFIG).apply(done, batch["audio"], method="tokens")
+    share = np.bincount(np.asarray(tokens).reshape(-1), minlength=4) / 100
+    np.testing.assert_allclose(metrics["token_perplexity"], np.exp(scipy.stats.entropy(share)), rtol=1e-5)
+    _, (_, loss_metrics) = jax.jit(task.loss)(done["params"], state, {}, batch, jax.random.key(0))
+    np.testing.assert_allclose(metrics["loss"], loss_metrics["loss"], rtol=1e-5)
+    shares = np.asarray(done["kmeans"]["share"])
+    np.testing.assert_allclose(metrics["kmeans_perplexity"], np.exp(scipy.stats.entropy(shares)), rtol=1e-5)
+    np.testing.assert_allclose(metrics["kmeans_largest_share"], shares.max())
+    np.testing.assert_allclose(metrics["kmeans_used"], 4)
+    assert 0 < metrics["kmeans_inertia"] < 1
+    assert metrics["kmeans_converged"] == 1
+
+
+def test_without_standardisation_the_target_codebook_collapses():
+    rng = np.random.default_rng(3)
+    loudness = rng.uniform(0.05, 1, (16, 1, 1)) * rng.uniform(0.3, 1, (16, 20, 1))  # of each clip and each 50 ms of it
+    wav = (loudness * tones(16).reshape(16, 20, 800)).reshape(16, 16_000).astype(np.float32)
+    many = objective.SemanticObjective(dataclasses.replace(CONFIG, targets=64), Tones())
+    variables = nn.unbox(jax.jit(many.init)(jax.random.key(0), {"audio": jnp.asarray(wav)}))
+    module = semantic.SemanticEncoder(many.model)
+
+    @jax.jit
+    def used(variables):
+        stacked = module.apply(variables, wav, method="stacked")
+        return objective.perplexity(module.apply(variables, stacked, method="targets"), 64)
+
+    raw = {"mean": jnp.zeros(16), "std": jnp.ones(16)}
+    assert used(variables) > 3 * used(variables | {"statistics": raw})
 
 
 def test_too_few_frames_for_the_codes_is_named(trained):
