@@ -17,7 +17,7 @@ from musicrl_jax.core.files import write_json
 from musicrl_jax.core.keys import row_keys, step_key
 from musicrl_jax.core.progress import Progress
 from musicrl_jax.core.statistics import frechet_distance, mean_interval, mean_pairwise_distance
-from musicrl_jax.inputs import vocabulary
+from musicrl_jax.inputs import pieces
 from musicrl_jax.inputs.clips import Clips
 from musicrl_jax.inputs.prompts import Prompts
 from musicrl_jax.losses.policy_gradient import full_kl
@@ -107,7 +107,7 @@ def evaluate(
     if len(asked) < count:
         print(f"only {len(asked)} held-out prompts exist, not {count}")
         count = len(asked)
-    text = vocabulary.encode(before.vocabulary, asked, prompts.text_length)
+    text = pieces.encode(before.vocabulary, asked, prompts.text_length)
     studio, frames = before.studio, before.studio.frames(clip_seconds)
 
     @jax.jit

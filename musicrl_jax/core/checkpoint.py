@@ -22,6 +22,7 @@ from musicrl_jax.core.files import write_json
 MANIFEST = "manifest.json"
 MODEL = "model"
 SAVE_MARGIN = 1.1  # the disk space asked for, over the bytes of the arrays
+NO_IDENTITY = {"identity": False}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,8 +53,12 @@ def content_hash(tree: Any) -> str:
 
 
 def config_to_json(config: Any) -> dict[str, Any]:
-    """A config dataclass as plain JSON, with its class's name under 'kind'."""
-    return {"kind": type(config).__name__, **json.loads(json.dumps(dataclasses.asdict(config)))}
+    """A config dataclass as plain JSON, with its class's name under 'kind'; so are the configs in it."""
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    return {"kind": type(config).__name__} | {
+        name: config_to_json(value) if dataclasses.is_dataclass(value) else json.loads(json.dumps(value))
+        for name, value in values.items()
+    }
 
 
 def config_from_json(config_class: type, fields: dict[str, Any], where: str) -> Any:
@@ -70,8 +75,10 @@ def config_from_json(config_class: type, fields: dict[str, Any], where: str) -> 
         )
     values = {}
     for name, value in fields.items():
-        if dataclasses.is_dataclass(hints[name]):
-            value = config_from_json(hints[name], value, where)
+        if isinstance(value, dict):  # a config; of several that a field may hold, the one that is named
+            choices = [choice for choice in (hints[name], *typing.get_args(hints[name])) if isinstance(choice, type)]
+            named = [choice for choice in choices if choice.__name__ == value.get("kind")]
+            value = config_from_json((named or choices)[0], value, where)
         elif isinstance(value, list):
             value = tuple(value)
         values[name] = value
@@ -82,10 +89,12 @@ def describe(value: Any) -> Any:
     """A setting as plain JSON, for the identity of a run: a model's folder and a file by their content's hash, another
     folder by its name.
 
-    A run may then move to another disk, and is another run where a model or a file that it builds on changed.
+    A run may then move to another disk, and is another run where a model or a file that it builds on changed. A field
+    of `field(metadata=NO_IDENTITY)`, such as a cache's folder, is left out.
     """
     if dataclasses.is_dataclass(value):
-        return {field.name: describe(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        told = [field.name for field in dataclasses.fields(value) if field.metadata != NO_IDENTITY]
+        return {name: describe(getattr(value, name)) for name in told}
     if isinstance(value, dict):
         return {str(name): describe(part) for name, part in value.items()}
     if isinstance(value, tuple | list):

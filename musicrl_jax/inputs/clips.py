@@ -5,6 +5,7 @@ Legend: B clips, N samples, L text pieces.
 
 import csv
 import dataclasses
+import functools
 import io
 import json
 import math
@@ -37,7 +38,7 @@ class Clips:
       data_dir: where prepared sets lie.
       sample_rate_hz: what the model expects; a set of another rate is refused.
       crop_seconds: length of a random window of each clip; None takes whole clips.
-      vocabulary: path of a SentencePiece model; given, batches hold `text`.
+      vocabulary: path of a SentencePiece model or a BERT's tokenizer.json; given, batches hold `text`.
       text_length: L, pieces of a caption; longer ones are cut, shorter ones are filled with 0.
       with_captions: batches hold `caption` and `id` too, as object arrays of str, which JAX does not take.
     """
@@ -152,8 +153,8 @@ class Clips:
         features = {"audio": tasks.number_feature(tf.float32, rank=1)}
         steps = [tasks.crop_audio]
         if self.vocabulary is not None:
-            features["text"] = tasks.text_feature(self.vocabulary)
-            steps.append(tasks.tokenize)
+            features["text"] = tasks.text_feature()
+            steps.append(functools.partial(tasks.tokenize, vocabulary=self.vocabulary))
         return tasks.register(name, source, steps, features)
 
     def _texts(self, split: str) -> list[dict[str, str]]:

@@ -4,12 +4,12 @@ Legend: B prompts, L text pieces.
 """
 
 import dataclasses
+import functools
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
-import seqio
 import tensorflow as tf
 
 from musicrl_jax.core.files import read_text
@@ -27,7 +27,7 @@ class Prompts:
     case and spacing.
 
     Attributes:
-      vocabulary: path of a SentencePiece model.
+      vocabulary: path of a SentencePiece model or of a BERT's tokenizer.json.
       datasets: clip sets, by their folders under data_dir.
       files: text files in UTF-8; blank lines are skipped.
       data_dir: where prepared sets lie.
@@ -53,7 +53,8 @@ class Prompts:
                 f"split {split!r} of {[*self.datasets, *self.files]} has no prompts that earlier splits lack"
             )
         source = tasks.RecordSource({split: records}, {"prompt": tf.TensorSpec([], tf.string)})
-        task = tasks.register("prompts", source, [tokenize], {"text": tasks.text_feature(self.vocabulary)})
+        tokenize = functools.partial(tasks.tokenize, vocabulary=self.vocabulary, field="prompt")
+        task = tasks.register("prompts", source, [tokenize], {"text": tasks.text_feature()})
         length = {"text": self.text_length}
         return tasks.batches([(task, 1.0)], split, length, batch_size, seed, start_step, passthrough=("prompt",))
 
@@ -82,13 +83,6 @@ class Prompts:
             yield from (text["caption"] for text in tasks.texts(name, self.data_dir, split))
         for file in self.files:
             yield from (line for line in _lines(file) if _split(line) == split)
-
-
-def tokenize(
-    dataset: tf.data.Dataset, sequence_length: Mapping[str, int], output_features: Mapping[str, seqio.Feature]
-) -> tf.data.Dataset:
-    """`tasks.tokenize` of the field `prompt`."""
-    return tasks.tokenize(dataset, sequence_length, output_features, field="prompt")
 
 
 def _words(text: str) -> str:

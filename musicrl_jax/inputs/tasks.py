@@ -20,7 +20,7 @@ import seqio
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
-from musicrl_jax.inputs import order
+from musicrl_jax.inputs import order, pieces
 
 tf.config.set_visible_devices([], "GPU")  # the accelerators are JAX's
 
@@ -127,31 +127,29 @@ def crop_audio(dataset: tf.data.Dataset, sequence_length: Mapping[str, int]) -> 
 
 
 def tokenize(
-    dataset: tf.data.Dataset,
-    sequence_length: Mapping[str, int],
-    output_features: Mapping[str, seqio.Feature],
-    field: str = "caption",
+    dataset: tf.data.Dataset, sequence_length: Mapping[str, int], vocabulary: str, field: str = "caption"
 ) -> tf.data.Dataset:
     """`field` as int32 [L] pieces under 'text', cut at `sequence_length['text']` or filled with 0.
 
-    The same pieces as `vocabulary.encode` gives.
+    The same pieces as `pieces.encode` gives, but a text without any is let through. FileNotFoundError where
+    `vocabulary` is no file.
     """
-    length, vocabulary = sequence_length["text"], output_features["text"].vocabulary
+    length = sequence_length["text"]
+    read = pieces.reader(pieces.content(vocabulary), length)
 
-    def pieces(example: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
-        ids = vocabulary.encode_tf(example[field])[:length]
-        return {**example, "text": tf.ensure_shape(tf.pad(ids, [[0, length - tf.shape(ids)[0]]]), [length])}
+    def ids(text: bytes) -> np.ndarray:
+        return pieces.filled(read(text.decode()), length)
 
-    return dataset.map(pieces, num_parallel_calls=tf.data.AUTOTUNE)
+    def add(example: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+        text = tf.numpy_function(ids, [example[field]], tf.int32, stateful=False)
+        return {**example, "text": tf.ensure_shape(text, [length])}
+
+    return dataset.map(add, num_parallel_calls=tf.data.AUTOTUNE)
 
 
-def text_feature(vocabulary: str) -> seqio.Feature:
-    """The output feature 'text' of a SentencePiece model's path; FileNotFoundError where there is none."""
-    if not Path(vocabulary).is_file():
-        raise FileNotFoundError(
-            f"vocabulary: {vocabulary!r} is no file; `musicrl vocabulary` writes one from the captions"
-        )
-    return seqio.Feature(seqio.SentencePieceVocabulary(vocabulary), add_eos=False, dtype=tf.int32)
+def text_feature() -> seqio.Feature:
+    """The output feature 'text' that `tokenize` makes."""
+    return seqio.Feature(seqio.PassThroughVocabulary(0), add_eos=False, dtype=tf.int32)
 
 
 def number_feature(dtype: tf.DType, rank: int) -> seqio.Feature:

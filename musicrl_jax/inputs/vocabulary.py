@@ -1,20 +1,16 @@
-"""Text as pieces: a SentencePiece model, trained on captions, that can spell anything.
+"""A SentencePiece model, trained on captions, that can spell anything.
 
 Case is folded and compatibility forms are unified (NFKC) before a text is cut into pieces; what no piece
 covers is spelt in bytes, so that there is no unknown text in any script. Piece 0 is padding, 1 the end of a
-text (not used), 2 unknown.
-
-Legend: B prompts, L text pieces.
+text (not used), 2 unknown. `pieces.py` reads it.
 """
 
 import hashlib
 import io
 import json
 import os
-from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import sentencepiece
 
 from musicrl_jax.core.files import write_json
@@ -66,23 +62,3 @@ def build(data: Clips, path: str, size: int) -> None:
     partial = Path(f"{path}.partial")
     partial.write_bytes(model.getvalue())
     os.replace(partial, path)
-
-
-def encode(model: bytes | str, prompts: Sequence[str], length: int) -> np.ndarray:
-    """Prompts as pieces, i32 [B, L]: filled up with 0, and cut after `length` pieces.
-
-    `model` is the content of a SentencePiece model, or its path. ValueError where a prompt has nothing to
-    say or is not text.
-    """
-    content = model if isinstance(model, bytes) else Path(model).read_bytes()
-    processor = sentencepiece.SentencePieceProcessor(model_proto=content)
-    text = np.zeros((len(prompts), length), np.int32)  # [B, L]
-    for row, prompt in zip(text, prompts, strict=True):
-        try:
-            pieces = processor.encode(prompt.encode())[:length]
-        except UnicodeEncodeError:
-            raise ValueError(f"prompt {prompt!r} is not valid Unicode: give it in UTF-8") from None
-        if not prompt.strip() or not pieces:
-            raise ValueError(f"prompt {prompt!r} is empty: say what the music should be like")
-        row[: len(pieces)] = pieces
-    return text

@@ -32,7 +32,8 @@ def contrastive(
 
     Returns:
         The loss, float32 []: ln(B) (`chance`) is what it costs to know nothing. Metrics: loss, chance, temperature,
-        recall_1 and recall_10 (share of clips whose own caption is among the 1 or 10 nearest; ties count half).
+        recall_1 and recall_10 (share of clips whose own caption is among the 1 or 10 nearest; ties count half), and
+        median_rank, where that caption stands for half of the clips, 1 being best.
     """
     size = audio.shape[0]
     own = jnp.eye(size, dtype=bool)
@@ -49,6 +50,7 @@ def contrastive(
         "temperature": temperature,
         "recall_1": jnp.mean((rank < 1).astype(jnp.float32)),
         "recall_10": jnp.mean((rank < 10).astype(jnp.float32)),
+        "median_rank": jnp.median(rank) + 1,
     }
 
 

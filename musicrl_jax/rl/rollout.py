@@ -97,7 +97,7 @@ class Loaded:
       studio: the modules.
       policy: MusicLM's weights.
       frozen: variables of the other three.
-      vocabulary: MuLan's SentencePiece model.
+      vocabulary: the content of the vocabulary that MuLan reads text with.
       hashes: each model's content hash, by name.
       lineage: the content of tokens.json, which says whose tokens the policy was trained on.
     """
@@ -143,7 +143,7 @@ def load(policy: str, fine: str, codec: str, mulan: str) -> Loaded:
         Studio(MusicLM(music), SoundStorm(storm), SoundStream(stream), MuLan(joint)),
         models["policy"].variables["params"],
         {name: models[name].variables for name in ("soundstorm", "soundstream", "mulan")},
-        models["mulan"].assets["vocabulary.model"],
+        models["mulan"].assets["vocabulary"],
         {name: model.hash for name, model in models.items()},
         models["policy"].assets[LINEAGE],
     )

@@ -53,6 +53,19 @@ def test_another_kind_of_model_is_refused(tmp_path, tree):
         checkpoint.load_model(tmp_path / "m", MusicLMConfig)
 
 
+@dataclasses.dataclass(frozen=True)
+class Either:
+    """A config whose part is one of two others."""
+
+    part: TokenLayout | TransformerConfig
+
+
+@pytest.mark.parametrize("part", [TokenLayout(5, 6, 2), TransformerConfig(1, 8, 2, 8)])
+def test_of_several_parts_the_one_that_was_saved_comes_back(tmp_path, tree, part):
+    checkpoint.save_model(tmp_path / "m", Either(part), tree)
+    assert checkpoint.load_model(tmp_path / "m", Either).config == Either(part)
+
+
 def test_missing_model_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no TokenLayout checkpoint in .*nowhere"):
         checkpoint.load_model(tmp_path / "nowhere", TokenLayout)

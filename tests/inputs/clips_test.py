@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import seqio
 
-from musicrl_jax.inputs import order, tasks, vocabulary
+from musicrl_jax.inputs import order, pieces, tasks
 from musicrl_jax.inputs.clips import Clips, Ratings
 
 RAMP = (np.arange(400) - 200).astype(np.float32) / 32768
@@ -98,7 +98,9 @@ def test_an_epoch_holds_every_clip_once_and_its_last_batch_is_smaller(mixture):
 def test_captions_arrive_as_the_pieces_of_the_python_tokenizer(mixture):
     batch = next(mixture.batches("train", 15, seed=0))
     assert batch["text"].dtype == np.int32 and batch["text"].shape == (15, 12)
-    np.testing.assert_array_equal(batch["text"], vocabulary.encode(mixture.vocabulary, list(batch["caption"]), 12))
+    np.testing.assert_array_equal(
+        batch["text"], pieces.encode(pieces.content(mixture.vocabulary), list(batch["caption"]), 12)
+    )
     assert all("größer" in caption for caption in batch["caption"])
 
 

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from musicrl_jax.inputs import vocabulary
+from musicrl_jax.inputs import pieces
 from musicrl_jax.inputs.prompts import Prompts
 
 
@@ -50,7 +50,7 @@ def test_batches_resume_and_hold_every_prompt_once_an_epoch(vocabulary_path, fil
     batch = next(prompts.batches("train", 16, seed=0, start_step=7))
     assert list(batch["prompt"]) == texts[112:128]
     assert batch["text"].dtype == np.int32
-    np.testing.assert_array_equal(batch["text"], vocabulary.encode(vocabulary_path, texts[112:128], 10))
+    np.testing.assert_array_equal(batch["text"], pieces.encode(pieces.content(vocabulary_path), texts[112:128], 10))
 
 
 def test_few_prompts_fill_a_batch_by_coming_again(vocabulary_path, tmp_path):

@@ -31,6 +31,7 @@ def test_equals_numpy():
     rank = (logits > own[:, None]).sum(axis=1)
     np.testing.assert_allclose(metrics["recall_1"], np.mean(rank < 1), atol=1e-6)
     np.testing.assert_allclose(metrics["recall_10"], np.mean(rank < 10), atol=1e-6)
+    np.testing.assert_allclose(metrics["median_rank"], np.median(rank) + 1, atol=1e-6)
 
 
 def test_a_model_that_gives_all_clips_one_embedding_is_at_chance():

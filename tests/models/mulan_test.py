@@ -8,18 +8,14 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from musicrl_jax.models import mulan, resnet
+from musicrl_jax.models import bert, mulan, musicnn, resnet
 
 CONFIG = mulan.MuLanConfig(
     sample_rate_hz=16_000,
     window_seconds=0.5,
     audio=resnet.ResNetConfig(mels=16, widths=(4, 8), blocks=1),
-    text_layers=2,
-    text_heads=2,
-    text_embed=16,
-    text_mlp=32,
+    text=bert.BertConfig(layers=2, heads=2, embed=16, mlp=32, positions=20, pieces=40),
     text_length=12,
-    pieces=40,
     embed=8,
     levels=3,
     codes=5,
@@ -116,8 +112,28 @@ def test_a_text_that_is_too_long_is_named(variables):
 
 
 @pytest.mark.parametrize(
-    ("change", "word"), [({"text_heads": 3}, "text_embed = 16"), ({"window_seconds": 0.0}, "window_seconds = 0")]
+    ("change", "word"),
+    [
+        ({"text_length": 513}, "text_length = 513 is more than BertConfig.positions = 512"),
+        ({"window_seconds": 0.0}, "window_seconds = 0"),
+    ],
 )
 def test_bad_sizes_are_named(change, word):
     with pytest.raises(ValueError, match=word):
-        mulan.MuLanConfig(**{"text_embed": 16, "text_heads": 2} | change)
+        mulan.MuLanConfig(**change)
+
+
+def test_musicnn_hears_any_rate_as_16_khz():
+    """A sweep at 24 kHz and the same sweep at 16 kHz are nearer to each other than one's windows."""
+    small = {"window_seconds": 0.5, "audio": musicnn.MusicnnConfig(3, 2, 4), "text": CONFIG.text, "text_length": 12}
+    low, high = (mulan.MuLan(mulan.MuLanConfig(sample_rate_hz=rate, **small)) for rate in (16_000, 24_000))
+    variables = nn.unbox(jax.jit(low.init)(jax.random.key(0), jnp.zeros((1, 8000)), TEXT[:1]))
+    found = []
+    for module in (low, high):
+        time = np.arange(module.config.sample_rate_hz) / module.config.sample_rate_hz
+        sweep = jnp.asarray(0.3 * np.sin(2 * np.pi * (300 + 1500 * time) * time), jnp.float32)[None, :]
+        found.append(
+            np.asarray(jax.jit(module.apply, static_argnames="method")(variables, sweep, method="embed_windows"))
+        )
+    assert found[0].shape == (1, 2, 128)
+    assert np.abs(found[0] - found[1]).max() < 0.1 * np.abs(found[0][:, 0] - found[0][:, 1]).max()

@@ -11,7 +11,8 @@ import pytest
 import sentencepiece
 from flax import linen as nn
 
-from musicrl_jax.models import mulan, resnet, rvq
+from musicrl_jax.core import sharding
+from musicrl_jax.models import bert, mulan, resnet, rvq
 from musicrl_jax.objectives import mulan as objective
 
 CAPTIONS = [f"a {word} tone" for word in ("low", "middling", "high", "shrill")]
@@ -19,12 +20,8 @@ CONFIG = mulan.MuLanConfig(
     sample_rate_hz=16_000,
     window_seconds=1.0,
     audio=resnet.ResNetConfig(mels=16, widths=(8,), blocks=1),
-    text_layers=1,
-    text_heads=2,
-    text_embed=16,
-    text_mlp=32,
+    text=bert.BertConfig(layers=1, heads=2, embed=16, mlp=32, positions=24, pieces=400),
     text_length=24,
-    pieces=400,
     embed=8,
     levels=2,
     codes=4,
@@ -129,14 +126,36 @@ def test_more_codes_than_clips_is_named(trained):
 
 def test_the_vocabulary_travels_and_must_fit(trained, tmp_path):
     task, _, _, _ = trained
-    content = task.assets()["vocabulary.model"]
+    content = task.assets()["vocabulary"]
     assert sentencepiece.SentencePieceProcessor(model_proto=content).decode([5]) is not None
-    small = objective.MuLanObjective(mulan.MuLanConfig(pieces=100), task.data, task.vocabulary)
+    small = objective.MuLanObjective(mulan.MuLanConfig(text=bert.BertConfig(pieces=100)), task.data, task.vocabulary)
     batch = next(task.data.batches("train", 8, 0))
-    with pytest.raises(ValueError, match=r"MuLanConfig\.pieces = 100"):
+    with pytest.raises(ValueError, match=r"BertConfig\.pieces = 100"):
         small.init(jax.random.key(0), batch)
     with pytest.raises(ValueError, match=r"Clips\.vocabulary"):
         task.init(jax.random.key(0), {"audio": batch["audio"]})
     lost = objective.MuLanObjective(CONFIG, task.data, str(tmp_path / "none.model"))
     with pytest.raises(FileNotFoundError, match=r"none\.model"):
         lost.init(jax.random.key(0), batch)
+
+
+def test_towers_trained_from_nothing_are_said_to_be(trained, capsys):
+    assert trained[0].frozen() == {}
+    assert "MuLan's towers are trained from nothing" in capsys.readouterr().out
+
+
+def test_the_batch_is_the_whole_meshes(trained):
+    """Loss and gradient on one device and on eight, where each holds one clip and knows no negatives of its own."""
+    task, done, _, _ = trained
+    batch = next(task.data.batches("train", 8, 0))
+    params, state = done["params"], {"rvq": done["rvq"]}
+    found = []
+    for devices in (1, 8):
+        mesh = jax.sharding.Mesh(np.array(jax.devices()[:devices]).reshape(devices, 1, 1), ("data", "fsdp", "tensor"))
+        arrays = sharding.put_batch(mesh, batch)
+        assert len(arrays["audio"].sharding.device_set) == devices
+        with jax.set_mesh(mesh), jax.default_matmul_precision("highest"):
+            step = jax.jit(jax.value_and_grad(lambda p, b: task.loss(p, state, {}, b, jax.random.key(0))[0]))
+            found.append(jax.device_get(step(jax.device_put(params, sharding.replicated(mesh)), arrays)))
+    np.testing.assert_allclose(found[0][0], found[1][0], rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found[0][1], found[1][1])

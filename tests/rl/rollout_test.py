@@ -34,7 +34,7 @@ def save(folder, name, config, number, assets):
 def models(tmp_path_factory):
     """{name: (folder, hash)} of four models that belong together."""
     folder = tmp_path_factory.mktemp("models")
-    words = {"vocabulary.model": b"words"}
+    words = {"vocabulary": b"words"}
     models = {name: save(folder, name, CONFIGS[name], 1, words) for name in ("codec", "mulan")}
     lineage = {rollout.LINEAGE: json.dumps({name: found for name, (_, found) in models.items()}).encode()}
     return models | {name: save(folder, name, CONFIGS[name], 2, lineage) for name in ("policy", "fine")}
@@ -72,7 +72,7 @@ def test_sizes_that_do_not_fit_are_named(models, tmp_path, name, changes, compla
 
 @pytest.mark.parametrize("name", ["codec", "mulan"])
 def test_other_weights_of_the_same_sizes_are_refused(models, tmp_path, name):
-    other = save(tmp_path, name, CONFIGS[name], 7, {"vocabulary.model": b"words"})
+    other = save(tmp_path, name, CONFIGS[name], 7, {"vocabulary": b"words"})
     hashes = models[name][1][:12], other[1][:12]
     with pytest.raises(ValueError, match="was trained on tokens of {} {}, not of {}".format(name, *hashes)):
         load({**models, name: other})

@@ -1,0 +1,202 @@
+"""Trains a MuLan whose towers are pretrained and stay as they are: only what leads from them to the sphere is learned.
+
+A tower that does not move finds the same in a clip every time, so `Heard` lets each tower look at each clip once, and
+training reads what it found. That makes an epoch cost a second where the towers cost minutes.
+
+Legend: B clips, P clips of a split, V windows of a clip, W and D what the audio and the text tower give, L text pieces,
+E width of the shared sphere.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from musicrl_jax.core import checkpoint
+from musicrl_jax.core.progress import Progress
+from musicrl_jax.inputs import order, pretrained
+from musicrl_jax.inputs.clips import Clips
+from musicrl_jax.losses import contrastive
+from musicrl_jax.models import bert, mulan, musicnn
+from musicrl_jax.objectives.mulan import MuLanObjective
+from musicrl_jax.objectives.objective import Batch, Metrics
+
+HEARD_AT_ONCE = 16  # clips
+DROPPED = 0.3  # of what the towers found, in training
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainedTowers:
+    """Pretrained towers: musicnn's and a BERT's safetensors; config.json lies beside the latter."""
+
+    model: mulan.MuLanConfig
+    audio_weights: str
+    text_weights: str
+
+    def params(self) -> dict[str, Any]:
+        """Parameters of `mulan.Towers`; ValueError where a file does not fit the model's config."""
+        if not isinstance(self.model.audio, musicnn.MusicnnConfig):
+            raise ValueError("audio_weights are musicnn's: set MuLanConfig.audio to a MusicnnConfig")
+        filters, _ = pretrained.read(self.audio_weights)
+        layers, settings = pretrained.read(self.text_weights)
+        found = bert.sizes(layers, settings, self.text_weights)
+        if found != self.model.text:
+            raise ValueError(f"{self.text_weights} holds a {found}: set MuLanConfig.text to that")
+        return {
+            "audio": musicnn.params(self.model.audio, filters, self.audio_weights),
+            "text": bert.params(found, layers, self.text_weights),
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Heard:
+    """Clips and captions as pretrained towers hear and read them, each once; kept in files.
+
+    Attributes:
+        clips: whole clips with a vocabulary.
+        towers: what hears and reads.
+        folder: where what was found is kept, a file for each split of each set; other clips or weights make others.
+    """
+
+    clips: Clips
+    towers: PretrainedTowers
+    folder: str = dataclasses.field(metadata=checkpoint.NO_IDENTITY)
+
+    def batches(
+        self, split: str, batch_size: int, seed: int, start_step: int = 0, epochs: int | None = None
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """{'audio': f32 [B, V, W], 'text': f32 [B, D], 'pieces': i32 [B, L]}, in the order of `Clips.batches`."""
+        rates = {name: rate for name, rate in self.clips.datasets.items() if split in self.clips.records(name)}
+        sets = [self.found(name, split) for name in sorted(rates)]
+        sizes = [len(found["text"]) for found in sets]
+        turns = [rates[name] for name in sorted(rates)] if epochs is None else sizes
+        position = start_step * batch_size
+        while epochs is None or position < epochs * sum(sizes):
+            end = position + batch_size if epochs is None else min(position + batch_size, epochs * sum(sizes))
+            places = zip(*order.example_at(seed, np.arange(position, end), sizes, turns), strict=True)
+            rows = [{field: values[row] for field, values in sets[component].items()} for component, row in places]
+            yield {field: np.stack([row[field] for row in rows]) for field in rows[0]}
+            position = end
+
+    def count(self, split: str) -> int:
+        """The number of clips in a split, over all sets."""
+        return self.clips.count(split)
+
+    def splits(self) -> list[str]:
+        """The splits that have clips."""
+        return self.clips.splits()
+
+    def found(self, name: str, split: str) -> dict[str, np.ndarray]:
+        """{'audio' [P, V, W], 'text' [P, D], 'pieces' [P, L]} of one set's split, from its file or from the towers.
+
+        Rows stand as `Clips.batches` gives them with seed 0.
+        """
+        clips = dataclasses.replace(self.clips, datasets={name: 1.0})
+        model, weights = self.towers.model, (self.towers.audio_weights, self.towers.text_weights)
+        settings = (
+            clips,
+            clips.captions(split),
+            model.sample_rate_hz,
+            model.window_seconds,
+            model.audio,
+            model.text,
+            weights,
+        )
+        identity = json.dumps(checkpoint.describe(settings), sort_keys=True)
+        short = hashlib.sha256(identity.encode()).hexdigest()[:12]
+        path = Path(self.folder) / f"{name.replace('/', '.')}-{split}-{short}.npz"
+        if not path.exists():
+            found = self._hear(clips, split)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = path.with_suffix(".partial.npz")
+            np.savez(partial, **found)
+            os.replace(partial, path)
+        return dict(np.load(path))
+
+    def _hear(self, clips: Clips, split: str) -> dict[str, np.ndarray]:
+        variables = {"params": self.towers.params()}
+        parts = []
+        batches = clips.batches(split, HEARD_AT_ONCE, seed=0, epochs=1)
+        for batch in Progress(batches, f"hear {split}", -(-clips.count(split) // HEARD_AT_ONCE)):
+            count = len(batch["audio"])
+            wav, text = (np.pad(batch[name], ((0, HEARD_AT_ONCE - count), (0, 0))) for name in ("audio", "text"))
+            found = jax.device_get(_look(self.towers.model, variables, wav, text))
+            parts.append({name: value[:count] for name, value in found.items()} | {"pieces": batch["text"]})
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _look(model: mulan.MuLanConfig, variables: Any, wav: jax.Array, text: jax.Array) -> dict[str, jax.Array]:
+    """What the towers find, {'audio' [B, V, W], 'text' [B, D]}."""
+    towers = mulan.Towers(model)
+    heard = towers.apply(variables, wav, method="hear")
+    return {"audio": heard, "text": towers.apply(variables, text, method="read")}
+
+
+@dataclasses.dataclass(frozen=True)
+class MuLanProjectionsObjective(MuLanObjective):
+    """Contrastive loss over the whole batch, of the projections alone; the finished model is a whole MuLan."""
+
+    data: Heard
+
+    def init(self, key: jax.Array, batch: Batch) -> dict[str, Any]:
+        """The variables without the towers' weights; errors as in `MuLanObjective.init`."""
+        if self.data.towers.model != self.model:
+            raise ValueError(
+                f"PretrainedTowers.model is {self.data.towers.model}, not the trained {self.model}: make them equal"
+            )
+        self.check(batch)
+        return dict(mulan.MuLan(self.model).init(key, batch["audio"][:1], batch["text"][:1], method="place"))
+
+    def frozen(self) -> Any:
+        """Nothing that the loss needs; says which weights the towers have."""
+        print(f"MuLan's towers are {self.data.towers.audio_weights} and {self.data.towers.text_weights}, frozen")
+        return {}
+
+    def loss(
+        self, params: Any, state: Any, frozen: Any, batch: Batch, key: jax.Array
+    ) -> tuple[jax.Array, tuple[Any, Metrics]]:
+        """See `losses.contrastive`; three tenths of what the towers found are dropped at random."""
+        audio_key, text_key = jax.random.split(key)
+        return self._loss(
+            params,
+            state,
+            batch
+            | {
+                "audio": _dropped(audio_key, batch["audio"]),
+                "text": _dropped(text_key, batch["text"]),
+            },
+        )
+
+    def evaluate(self, params: Any, state: Any, frozen: Any, batch: Batch, key: jax.Array) -> Metrics:
+        """Metrics of the loss with nothing dropped."""
+        return self._loss(params, state, batch)[1][1]
+
+    def _loss(self, params: Any, state: Any, batch: Batch) -> tuple[jax.Array, tuple[Any, Metrics]]:
+        placed = mulan.MuLan(self.model).apply(
+            {"params": params, **state}, batch["audio"], batch["text"], method="place"
+        )
+        loss, metrics = contrastive.contrastive(*placed, contrastive.identical_rows(batch["pieces"]))
+        return loss, (state, metrics)
+
+    def finish(
+        self, variables: dict[str, Any], frozen: Any, batches: Callable[[], Iterator[dict[str, np.ndarray]]]
+    ) -> dict[str, Any]:
+        """The towers' weights joined to the parameters, and 'rvq' as in `MuLanObjective.finish`."""
+        place = jax.jit(lambda variables, heard: mulan.MuLan(self.model).apply(variables, heard, method="place_audio"))
+        fitted = self.quantizer(place(variables, batch["audio"]) for batch in batches())
+        return variables | fitted | {"params": {**variables["params"], "towers": self.data.towers.params()}}
+
+
+def _dropped(key: jax.Array, x: jax.Array) -> jax.Array:
+    """x with DROPPED of its entries 0, scaled so that the mean stays."""
+    kept = jax.random.bernoulli(key, 1 - DROPPED, x.shape)
+    return jnp.where(kept, x / (1 - DROPPED), 0.0)

