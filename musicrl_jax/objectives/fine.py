@@ -23,17 +23,17 @@ class FineObjective(Objective):
     def init(self, key: jax.Array, batch: Batch) -> dict[str, Any]:
         """Variables of SoundStorm."""
         codes = batch["acoustic"]
-        return SoundStorm(self.model).init(key, codes, jnp.zeros(codes.shape, bool))
+        return SoundStorm(self.model).init(key, codes, jnp.zeros(codes.shape, bool), self.model.coarse_levels)
 
     def loss(
         self, params: Any, state: Any, frozen: Any, batch: Batch, key: jax.Array
     ) -> tuple[jax.Array, tuple[Any, Metrics]]:
-        """Nats per hidden code."""
+        """Nats per hidden code of the level that is drawn for each clip."""
         codes = batch["acoustic"]
-        masked, target = training_mask(key, codes.shape, self.model.coarse_levels)
-        logits = SoundStorm(self.model).apply({"params": params}, codes, masked)
-        fine = slice(self.model.coarse_levels, None)
-        loss, metrics = cross_entropy(logits, codes[:, :, fine], target[:, :, fine].astype(jnp.float32))
+        hidden = training_mask(key, codes.shape, self.model.coarse_levels)
+        logits = SoundStorm(self.model).apply({"params": params}, codes, hidden.masked, hidden.level)
+        truth = jnp.take_along_axis(codes, hidden.level[:, None, None], axis=2)[:, :, 0]  # [B, T]
+        loss, metrics = cross_entropy(logits, truth, hidden.target.astype(jnp.float32))
         return loss, (state, {"loss": loss, **metrics})
 
     def assets(self) -> dict[str, bytes]:

@@ -5,8 +5,10 @@ import json
 import jax
 import numpy as np
 import pytest
+from flax import linen as nn
 from scipy.special import log_softmax
 
+from musicrl_jax.core import sharding
 from musicrl_jax.inputs.tokens import SCHEMA, Tokens
 from musicrl_jax.models.conformer import ConformerConfig
 from musicrl_jax.models.soundstorm import SoundStorm, SoundStormConfig, training_mask
@@ -27,30 +29,75 @@ def params(objective):
     return jax.jit(objective.init)(jax.random.key(0), {"acoustic": CODES})["params"]
 
 
-def test_loss_is_the_mean_over_the_hidden_codes_of_the_drawn_level(objective, params):
-    masked, target = map(np.asarray, training_mask(KEY, CODES.shape, 2))
-    logits = SoundStorm(MODEL).apply({"params": params}, CODES, masked)
-    scores = log_softmax(np.asarray(logits, np.float64), axis=-1)  # [B, T, Q - coarse, C]
-    clip, frame, level = np.nonzero(target)
-    scored = scores[clip, frame, level - 2]
-    right = CODES[clip, frame, level]
-    loss, (_, metrics) = jax.jit(objective.loss)(params, {}, {}, {"acoustic": CODES}, KEY)
-    np.testing.assert_allclose(loss, -scored[np.arange(len(right)), right].mean(), rtol=1e-5)
+@pytest.fixture(scope="module")
+def drawn(params):
+    """What KEY hides, and log-probabilities of every fine level given that, [B, T, Q - coarse, C]."""
+    hidden = jax.tree.map(np.asarray, training_mask(KEY, CODES.shape, 2))
+    apply = jax.jit(SoundStorm(MODEL).apply)
+    logits = [apply({"params": params}, CODES, hidden.masked, level) for level in range(2, 5)]
+    return hidden, log_softmax(np.stack(logits, axis=2).astype(np.float64), axis=-1)
+
+
+@pytest.fixture(scope="module")
+def step(objective, params):
+    """Codes -> (loss, metrics, gradient), with what KEY hides; compiled once."""
+    compiled = jax.jit(jax.value_and_grad(objective.loss, has_aux=True))
+
+    def step(codes):
+        (loss, (_, metrics)), gradient = compiled(params, {}, {}, {"acoustic": codes}, KEY)
+        return loss, metrics, gradient
+
+    return step
+
+
+def scored(scores, where):
+    """Mean nats of the true codes at `where`, bool [B, T, Q]."""
+    clip, frame, level = np.nonzero(where)
+    return -scores[clip, frame, level - 2, CODES[clip, frame, level]].mean()
+
+
+def test_loss_is_the_mean_over_the_hidden_codes_of_the_drawn_level(step, drawn):
+    (masked, level, target), scores = drawn
+    own = target[:, :, None] & (np.arange(5) == level[:, None, None])
+    loss, metrics, _ = step(CODES)
+    np.testing.assert_allclose(loss, scored(scores, own), rtol=1e-5)
     assert metrics["loss"] == loss
-    np.testing.assert_allclose(metrics["accuracy"], (scored.argmax(axis=-1) == right).mean(), rtol=1e-6)
+    clip, frame, q = np.nonzero(own)
+    hits = scores[clip, frame, q - 2].argmax(axis=-1) == CODES[clip, frame, q]
+    np.testing.assert_allclose(metrics["accuracy"], hits.mean(), rtol=1e-6)
+    # Two mistakes that people make: all that is hidden is scored, or all frames of the level.
+    assert abs(loss - scored(scores, masked)) > 1e-3
+    assert abs(loss - scored(scores, np.broadcast_to(np.arange(5) == level[:, None, None], masked.shape))) > 1e-3
 
 
-def test_codes_that_are_hidden_and_not_scored_change_nothing(objective, params):
-    masked, target = map(np.asarray, training_mask(KEY, CODES.shape, 2))
-    loss = jax.jit(objective.loss)
+def test_only_the_head_of_a_drawn_level_learns(step, drawn):
+    (_, level, _), _ = drawn
+    moved = np.abs(np.asarray(step(CODES)[2]["head"].unbox())).max(axis=(1, 2)) > 0
+    np.testing.assert_array_equal(moved, [q in level for q in range(2, 5)])
+    assert not moved.all()
+
+
+def test_codes_that_are_hidden_and_not_scored_change_nothing(step, drawn):
+    (masked, level, target), _ = drawn
+    target = target[:, :, None] & (np.arange(5) == level[:, None, None])
 
     def changed(places):
-        return float(loss(params, {}, {}, {"acoustic": np.where(places, (CODES + 1) % 6, CODES)}, KEY)[0])
+        return float(step(np.where(places, (CODES + 1) % 6, CODES))[0])
 
     assert (masked & ~target).any() and (~masked[:, :, 2:]).any()
     assert changed(masked & ~target) == changed(False)
     assert changed(target) != changed(False)
     assert changed(~masked) != changed(False)  # what is given is heard
+
+
+def test_weights_of_the_papers_size_divide_over_a_mesh():
+    """Eight devices, two for fsdp and two for tensor; 1024 codes and a mask are 1025 rows, which must not be split."""
+    batch = {"acoustic": np.zeros((8, 4, 12), np.int32)}
+    abstract = jax.eval_shape(FineObjective(SoundStormConfig(), data=None).init, jax.random.key(0), batch)
+    mesh = sharding.make_mesh(fsdp=2, tensor=2)
+    layout = nn.logical_to_mesh_sharding(nn.get_partition_spec(abstract), mesh, sharding.RULES)
+    shapes = jax.tree.map(lambda leaf, place: place.shard_shape(leaf.shape), nn.meta.unbox(abstract), layout)["params"]
+    assert shapes["table"] == (12, 1025, 512) and shapes["head"] == (8, 512, 512)
 
 
 def test_the_models_of_its_tokens_travel_with_it(tmp_path):

@@ -1,0 +1,278 @@
+"""SoundStorm's fine levels: how near they bring decoded audio to the original, and how fast.
+
+    python tests/benchmarks/soundstorm.py --run runs/quickstart --data_dir runs/data --dataset score_clips/quickstart
+
+Prints three tables; a 95 % bootstrap over clips stands in brackets.
+
+1. Distances of decoded held-out clips to the originals: from all true levels (what the codec allows), from the coarse
+   levels alone, and from true coarse levels with fine ones that are drawn uniformly, drawn by each level's frequencies
+   in the training tokens, or filled by SoundStorm in several numbers of passes.
+2. Nats and accuracy of each fine level where all of it is hidden and the true levels below are seen, against the
+   entropy that the level's frequencies alone leave.
+3. Clips a second of SoundStorm and of an autoregressive transformer of the same width, depth and number of weights,
+   which draws the fine codes of a clip one after the other from caches; its weights are random, for speed does not
+   depend on them. They take turns in one process. The limit is the time that this machine needs for the matrix products
+   alone, and for reading the caches, at the speeds that it shows between those turns.
+
+Ten minutes on a CPU core at the quickstart's size; `--skip_speed` leaves the third table out.
+"""
+
+import argparse
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from musicrl_jax.core import checkpoint
+from musicrl_jax.core.keys import row_keys
+from musicrl_jax.core.statistics import mean_interval
+from musicrl_jax.inputs.clips import Clips
+from musicrl_jax.inputs.tokens import read
+from musicrl_jax.losses.codec import mel_distance, stft_distance
+from musicrl_jax.models.soundstorm import SoundStorm, SoundStormConfig, fill_fine
+from musicrl_jax.models.soundstream import SoundStream, SoundStreamConfig
+from musicrl_jax.models.transformer import Transformer, TransformerConfig, partitioned
+
+MARGINAL_CLIPS = 2000
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", required=True, help="a run's folder with codec, fine and tokens")
+    parser.add_argument("--codec", help="another folder of the codec")
+    parser.add_argument("--fine", help="another folder of SoundStorm")
+    parser.add_argument("--tokens", help="another folder of the tokens")
+    parser.add_argument("--data_dir", required=True)
+    parser.add_argument("--dataset", required=True)
+    parser.add_argument("--split", default="test")
+    parser.add_argument("--clips", type=int, default=64)
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--first_passes", type=int, nargs="+", default=[1, 4, 16, 32], help="over the first fine level")
+    parser.add_argument("--rounds", type=int, default=5, help="turns that each of the two takes")
+    parser.add_argument("--skip_speed", action="store_true")
+    asked = parser.parse_args()
+    run = Path(asked.run)
+    codec = checkpoint.load_model(asked.codec or run / "codec", SoundStreamConfig)
+    storm = checkpoint.load_model(asked.fine or run / "fine", SoundStormConfig)
+    data = Clips({asked.dataset: 1.0}, asked.data_dir, codec.config.sample_rate_hz)
+    count = min(asked.clips, data.count(asked.split)) // asked.batch_size * asked.batch_size
+    batches = data.batches(asked.split, asked.batch_size, seed=0)
+    wav = np.concatenate([next(batches)["audio"] for _ in range(count // asked.batch_size)])
+    encode = jax.jit(lambda wav: SoundStream(codec.config).apply(codec.variables, wav, method="encode"))
+    codes = np.concatenate([encode(part) for part in parts(wav, asked.batch_size)])
+    shares = frequencies(str(asked.tokens or run / "tokens"), storm.config)
+    c = storm.config
+    print(
+        f"{count} clips of {wav.shape[1] / codec.config.sample_rate_hz:g} s of {asked.dataset} {asked.split}; "
+        f"{c.levels} levels of {c.codes} codes, {c.levels - c.coarse_levels} of them fine; {codes.shape[1]} codec "
+        f"frames a clip; SoundStorm: {sum(leaf.size for leaf in jax.tree.leaves(storm.variables)) / 1e6:.1f} M weights"
+    )
+    distances(codec, storm, wav, codes, shares, asked)
+    levels(storm, codes, shares, asked.batch_size)
+    if not asked.skip_speed:
+        speed(storm, codes[: asked.batch_size], asked.rounds)
+
+
+def parts(array: np.ndarray, size: int) -> Iterator[np.ndarray]:
+    """Slices of `size` along the first axis."""
+    return (array[at : at + size] for at in range(0, len(array), size))
+
+
+def frequencies(tokens: str, config: SoundStormConfig) -> np.ndarray:
+    """How often each code comes up in each level of the training tokens, one added to each count: f64 [Q, C]."""
+    rows = read(tokens, "train")[0]
+    codes = np.stack([row["acoustic"] for row in rows.__getitems__(list(range(min(len(rows), MARGINAL_CLIPS))))])
+    counts = [np.bincount(codes[:, :, q].reshape(-1), minlength=config.codes) + 1 for q in range(config.levels)]
+    return np.stack([count / count.sum() for count in counts])
+
+
+def distances(
+    codec: checkpoint.Model,
+    storm: checkpoint.Model,
+    wav: np.ndarray,
+    codes: np.ndarray,
+    shares: np.ndarray,
+    asked: argparse.Namespace,
+) -> None:
+    """Prints the first table."""
+    c, coarse = storm.config, codes[:, :, : storm.config.coarse_levels]
+    decode = jax.jit(lambda codes: SoundStream(codec.config).apply(codec.variables, codes, method="decode"))
+
+    @jax.jit
+    def measure(wav: jax.Array, decoded: jax.Array) -> tuple[jax.Array, jax.Array]:
+        # Of each clip, [B] both.
+        mel = jax.vmap(lambda x, y: mel_distance(x[None], y[None], codec.config.sample_rate_hz))
+        return mel(wav, decoded), jax.vmap(lambda x, y: stft_distance(x[None], y[None]))(wav, decoded)
+
+    def judged(codes: np.ndarray) -> np.ndarray:
+        # Mel and STFT distance of each clip, [B, 2].
+        pairs = zip(parts(wav, asked.batch_size), parts(codes, asked.batch_size), strict=True)
+        return np.concatenate([np.stack(measure(x, decode(code)), axis=1) for x, code in pairs])
+
+    random = np.random.default_rng(0)
+    uniform, drawn = codes.copy(), codes.copy()
+    for q in range(c.coarse_levels, c.levels):
+        uniform[:, :, q] = random.integers(c.codes, size=codes.shape[:2])
+        drawn[:, :, q] = random.choice(c.codes, size=codes.shape[:2], p=shares[q])
+    rows = {
+        "all true levels": judged(codes),
+        "coarse levels alone": judged(coarse),
+        "fine levels uniform": judged(uniform),
+        "fine levels by frequency": judged(drawn),
+    }
+    for first in asked.first_passes:
+        fill = filler(dataclasses.replace(c, first_passes=first))
+        keys = row_keys(jax.random.key(0), len(codes))
+        both = zip(parts(coarse, asked.batch_size), parts(keys, asked.batch_size), strict=True)
+        filled = np.concatenate([fill(storm.variables, x, key) for x, key in both])
+        rows[f"SoundStorm, {first + c.levels - c.coarse_levels - 1} passes"] = judged(filled)
+    print(f"\n{'':28} {'mel distance, nat':>24} {'STFT distance':>24} {'mel, less than coarse alone':>30}")
+    for name, found in rows.items():
+        gain = interval(rows["coarse levels alone"][:, 0] - found[:, 0])
+        print(f"{name:28} {interval(found[:, 0]):>24} {interval(found[:, 1]):>24} {gain:>30}")
+
+
+def filler(config: SoundStormConfig) -> Callable[..., jax.Array]:
+    """`fill_fine` of that config, compiled: (variables, coarse codes, keys) -> all codes."""
+    return jax.jit(functools.partial(fill_fine, SoundStorm(config)))
+
+
+def interval(values: np.ndarray) -> str:
+    """Mean and 95 % bootstrap interval."""
+    found = mean_interval(values)
+    return f"{found['mean']:.3f} [{found['low']:.3f}, {found['high']:.3f}]"
+
+
+def levels(storm: checkpoint.Model, codes: np.ndarray, shares: np.ndarray, batch_size: int) -> None:
+    """Prints the second table."""
+    c = storm.config
+
+    @jax.jit
+    def judged(variables: Any, codes: jax.Array, level: jax.Array) -> tuple[jax.Array, jax.Array]:
+        # Nats and hits of each code of a level, [B, T] both.
+        masked = jnp.broadcast_to(jnp.arange(c.levels)[None, None, :] >= level, codes.shape)
+        scores = jax.nn.log_softmax(SoundStorm(c).apply(variables, codes, masked, level))
+        truth = codes[:, :, level]
+        return -jnp.take_along_axis(scores, truth[:, :, None], axis=2)[:, :, 0], scores.argmax(axis=2) == truth
+
+    print(f"\n{'level':>5} {'nats a code':>24} {'by frequency':>14} {'accuracy':>9}   (uniform: {np.log(c.codes):.3f})")
+    for q in range(c.coarse_levels, c.levels):
+        both = [judged(storm.variables, part, jnp.int32(q)) for part in parts(codes, batch_size)]
+        nats, hits = (np.concatenate(found) for found in zip(*both, strict=True))
+        chance = -np.log(shares[q])[codes[:, :, q]].mean()
+        print(f"{q:5} {interval(nats.mean(axis=1)):>24} {chance:14.3f} {hits.mean():9.3f}")
+
+
+class Autoregressive(nn.Module):
+    """The fine codes of a clip one after the other, frame by frame and level by level, after its coarse frames."""
+
+    config: SoundStormConfig
+    transformer: TransformerConfig
+
+    def setup(self) -> None:
+        c, width = self.config, self.transformer.embed
+        self.body = Transformer(self.transformer)
+        self.table = self.param("table", partitioned((None, None, None), 2), (c.levels, c.codes, width))
+        self.head = self.param("head", partitioned((None, None, None), 2), (c.levels - c.coarse_levels, width, c.codes))
+
+    def __call__(self, coarse: jax.Array, key: jax.Array) -> jax.Array:
+        """coarse int32 [B, T, coarse_levels] -> fine codes int32 [B, T, Q - coarse_levels]."""
+        c, (batch, frames, _) = self.config, coarse.shape
+        fine = c.levels - c.coarse_levels
+        x = sum(self.table[q][coarse[:, :, q]] for q in range(c.coarse_levels))  # [B, T, D]
+        bias = self.body.bias(frames * (1 + fine))
+        y, cache = self.body.extend(x, self.body.empty_cache(batch, frames * (1 + fine)), 0, bias)
+
+        def step(state: tuple, number: jax.Array) -> tuple[tuple, jax.Array]:
+            y, cache = state  # y [B, D], of the position before
+            level = number % fine
+            noise = jax.random.gumbel(jax.random.fold_in(key, number), (batch, c.codes))
+            code = jnp.argmax(y @ self.head[level] + noise, axis=-1)  # [B]
+            x = self.table[c.coarse_levels + level, code][:, None]
+            y, cache = self.body.extend(x, cache, frames + number, bias)
+            return (y[:, 0], cache), code.astype(jnp.int32)
+
+        _, codes = jax.lax.scan(step, (y[:, -1], cache), jnp.arange(frames * fine))
+        return codes.T.reshape(batch, frames, fine)
+
+
+def speed(storm: checkpoint.Model, codes: np.ndarray, rounds: int) -> None:
+    """Prints the third table."""
+    c, net = storm.config, storm.config.conformer
+    batch, frames, _ = codes.shape
+    fine = c.levels - c.coarse_levels
+    mlp = (4 * net.mlp + 3 * net.embed) // 3  # gives a block as many weights in its products as the conformer's has
+    peer = Autoregressive(c, TransformerConfig(net.layers, net.embed, net.heads, mlp))
+    coarse, keys = codes[:, :, : c.coarse_levels], row_keys(jax.random.key(0), batch)
+    weights = nn.meta.unbox(jax.jit(peer.init)(jax.random.key(0), coarse[:, :1], jax.random.key(0)))
+    runs: dict[str, Callable[[], jax.Array]] = {}
+    for name, config in (("SoundStorm", c), ("SoundStorm, 1 pass a level", dataclasses.replace(c, first_passes=1))):
+        fill = filler(config)
+        label = f"{name}, {config.first_passes + fine - 1} passes" if config is c else f"{name}, {fine} passes"
+        runs[label] = lambda fill=fill: fill(storm.variables, coarse, keys)
+    draw = jax.jit(peer.apply)
+    runs[f"autoregressive, {frames * fine} steps"] = lambda: draw(weights, coarse, jax.random.key(1))
+    machine = {
+        "many rows": products(batch * frames, net.embed, net.mlp),
+        "few rows": products(batch, net.embed, mlp),
+        "reading": reading(),
+    }
+    times: dict[str, list[float]] = {name: [] for name in (*runs, *machine)}
+    for turn in range(rounds + 1):
+        for name, call in (runs | {name: call for name, (call, _) in machine.items()}).items():
+            start = time.perf_counter()
+            jax.block_until_ready(call())
+            if turn:  # the first one compiled
+                times[name].append(time.perf_counter() - start)
+    many, few, read_speed = (amount / min(times[name]) for name, (_, amount) in machine.items())
+
+    # Multiply-adds of the products at one position.
+    block, own = 4 * net.embed * net.mlp + 7 * net.embed**2, 3 * net.embed * mlp + 4 * net.embed**2
+    head = net.embed * c.codes
+    passed = batch * frames * (net.layers * (block + 2 * net.embed * frames) + head)  # one pass over all clips
+    steps = frames * fine
+    cached = 4 * 2 * net.embed * (frames + steps / 2)  # bytes of a clip's and layer's keys and values, halfway through
+    drawn = steps * batch * (2 * (net.layers * own + head) / few + net.layers * cached / read_speed)
+    limits = [2 * passed * passes / many for passes in (c.first_passes + fine - 1, fine)] + [drawn]
+    slowest = np.median(times[next(reversed(runs))])
+    print(
+        f"\nbatches of {batch} clips on {jax.devices()[0].device_kind}: products at {many / 1e9:.0f} GFLOP/s with "
+        f"{batch * frames} rows, {few / 1e9:.0f} with {batch}, reading at {read_speed / 1e9:.0f} GB/s; "
+        f"blocks of {net.layers} x {block / 1e6:.2f} M weights and of {net.layers} x {own / 1e6:.2f} M"
+    )
+    print(f"{'':42} {'clips/s':>9} {'range':>17} {'times faster':>13} {'limit':>9} {'of it':>7}")
+    for name, limit in zip(runs, limits, strict=True):
+        middle, (low, high) = np.median(times[name]), (min(times[name]), max(times[name]))
+        print(
+            f"{name:42} {batch / middle:9.3f} {f'{batch / high:.3f} - {batch / low:.3f}':>17} "
+            f"{slowest / middle:13.1f} {batch / limit:9.3f} {limit / middle:7.2f}"
+        )
+
+
+def products(rows: int, width: int, hidden: int) -> tuple[Callable[[], jax.Array], float]:
+    """A hundred float32 products [rows, width] x [width, hidden] and back, and their FLOPs."""
+    up, down = (
+        jax.random.normal(jax.random.key(n), shape) for n, shape in enumerate([(width, hidden), (hidden, width)])
+    )
+    scale = (width * hidden) ** -0.5
+    chain = jax.jit(lambda x, up, down: jax.lax.fori_loop(0, 50, lambda _, x: x @ up @ down * scale, x))
+    x = jax.random.normal(jax.random.key(2), (rows, width))
+    return lambda: chain(x, up, down), 50 * 4 * rows * width * hidden
+
+
+def reading(count: int = 2**26) -> tuple[Callable[[], jax.Array], float]:
+    """A pass over memory too large for a CPU's caches, and its bytes."""
+    x = jnp.ones(count)
+    total = jax.jit(jnp.sum)
+    return lambda: total(x), 4.0 * count
+
+
+if __name__ == "__main__":
+    main()
