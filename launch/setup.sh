@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Makes .venv with the package, its extras and the versions that CI uses; does nothing where that is done already.
 #   launch/setup.sh                     takes `python3`; PYTHON=python3.12 launch/setup.sh another, 3.11 or newer
+#   launch/setup.sh parity benchmark    further extras of setup.py
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
@@ -23,3 +24,10 @@ if [ ! -e "$stamp" ]; then
   .venv/bin/python -m pip install --quiet ${pins[@]+"${pins[@]}"} --editable '.[data,report,test]'
   touch "$stamp"
 fi
+for extra in "$@"; do
+  if [ ! -e "$stamp-$extra" ]; then
+    echo "Installing the extra '$extra' ..."
+    .venv/bin/python -m pip install --quiet ${pins[@]+"${pins[@]}"} --editable ".[$extra]"
+    touch "$stamp-$extra"
+  fi
+done

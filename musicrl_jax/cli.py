@@ -22,12 +22,15 @@ import gin
 from gin import config_parser
 from musicrl_jax import encode, evaluate, generate, run, train, train_rl
 from musicrl_jax.core import checkpoint, state, tokens
-from musicrl_jax.inputs import build, clips, prompts, vocabulary
+from musicrl_jax.inputs import build, clips, pretrained, prompts, vocabulary
 from musicrl_jax.inputs import tokens as token_data
 from musicrl_jax.models import (
+    bert,
     conformer,
+    discriminators,
     mulan,
     musiclm,
+    musicnn,
     resnet,
     rewards,
     semantic,
@@ -35,7 +38,7 @@ from musicrl_jax.models import (
     soundstream,
     transformer,
 )
-from musicrl_jax.objectives import codec, fine, policy, quality
+from musicrl_jax.objectives import codec, fine, mulan_projections, policy, quality
 from musicrl_jax.objectives import mulan as mulan_objective
 from musicrl_jax.objectives import semantic as semantic_objective
 from musicrl_jax.rl import rewards as reward_terms
@@ -49,6 +52,7 @@ def folder(root: str, name: str) -> str:
 VERBS: dict[str, Callable] = {
     "run": run.run,
     "build": build.prepare,
+    "fetch": pretrained.fetch,
     "vocabulary": vocabulary.build,
     "train": train.train,
     "encode": encode.encode,
@@ -69,7 +73,10 @@ CONFIGS: tuple[Callable, ...] = (
     transformer.TransformerConfig,
     conformer.ConformerConfig,
     resnet.ResNetConfig,
+    bert.BertConfig,
+    musicnn.MusicnnConfig,
     soundstream.SoundStreamConfig,
+    discriminators.DiscriminatorsConfig,
     semantic.SemanticConfig,
     mulan.MuLanConfig,
     musiclm.MusicLMConfig,
@@ -78,6 +85,9 @@ CONFIGS: tuple[Callable, ...] = (
     codec.CodecObjective,
     semantic_objective.SemanticObjective,
     mulan_objective.MuLanObjective,
+    mulan_projections.PretrainedTowers,
+    mulan_projections.Heard,
+    mulan_projections.MuLanProjectionsObjective,
     policy.PolicyObjective,
     fine.FineObjective,
     quality.QualityObjective,

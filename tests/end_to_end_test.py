@@ -73,7 +73,7 @@ def test_summary_and_page_say_what_was_found(folder):
     assert summary["reward_gain"]["mean"] == pytest.approx(gain, abs=1e-6)
     assert summary["kl"]["mean"] > 0
     models = ["codec", "semantic", "mulan", "quality", "encode", "policy", "fine"]
-    assert list(summary["seconds"]) == ["data", "vocabulary", *models, "rl", "evaluate"]
+    assert list(summary["seconds"]) == ["pretrained", "data", "vocabulary", *models, "rl", "evaluate"]
     assert all(second > 0 for second in summary["seconds"].values())
     assert checkpoint.has_model(summary["checkpoint"])
     # The total is the weighted sum of its terms.

@@ -1,9 +1,10 @@
 """SoundStream (2107.03312): a causal convolutional codec with a residual vector quantizer in the middle.
 
 An encoder turns each stride of samples into one vector, the quantizer into Q codes, a mirrored decoder back into
-samples. No normalisation; ELU inside residual units only; widths double at every stride.
+samples. No normalisation; no activation outside the residual units; widths double at every stride. Two of DAC's
+changes (2306.06546) are options: snake activations, and codebooks of few dimensions searched by angle.
 
-Letters: B clips, N samples, T codec frames (N / stride), Q levels, C codes in a codebook, D width.
+Letters: B clips, N samples, T codec frames (N / stride), Q levels, C codes in a codebook, D width, W code width.
 """
 
 import dataclasses
@@ -19,7 +20,10 @@ from musicrl_jax.models import rvq
 DILATIONS = (1, 3, 9)
 KERNEL = 7
 LAST_KERNEL = 3
+ACTIVATIONS = ("elu", "snake")
 START_CLIPS, START_FRAMES = 64, 50  # of the noise that `linear_start` fits
+START_LEVEL = 0.05  # root mean square of music, about -26 dB below full scale: brought to 1 inside the codec
+LEAST_LENGTH, GREATEST_LOG_LENGTH = 1e-4, 10.0  # of vectors, where lengths are compressed
 LEAST_ENERGY = 1e-6  # of a principal direction, as a share of the strongest one's
 
 Params = dict[str, Any]
@@ -35,6 +39,9 @@ class SoundStreamConfig:
     embed: int = 128  # width of the quantized vectors, D
     levels: int = 12  # of the residual quantizer, Q
     codes: int = 1024  # in each level's codebook, C
+    activation: str = "elu"  # of the residual units: "elu" (SoundStream) or "snake" (DAC)
+    code_width: int | None = None  # None: codebooks of width D, moving averages; else DAC's of width W, by gradient (8)
+    companding: bool = True  # quantizes vectors whose lengths are compressed to log(1 + length); False is the paper
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "strides", tuple(self.strides))
@@ -47,17 +54,72 @@ class SoundStreamConfig:
                 f"SoundStreamConfig.strides = {self.strides} multiply to {self.stride}, which does not divide "
                 f"sample_rate_hz = {self.sample_rate_hz}: frames would drift against seconds"
             )
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"SoundStreamConfig.activation = {self.activation!r} is none of {ACTIVATIONS}")
+        if self.code_width is not None and self.code_width < 1:
+            raise ValueError(f"SoundStreamConfig.code_width = {self.code_width}: give 1 or more, or None")
 
     @property
     def stride(self) -> int:
         """Samples in a codec frame."""
         return math.prod(self.strides)
 
+    @property
+    def bits_per_second(self) -> float:
+        """What the codes of all levels take when each is stored in log2(codes) bits."""
+        return self.sample_rate_hz / self.stride * self.levels * math.log2(self.codes)
 
-def causal_conv(features: int, kernel: int, name: str, stride: int = 1, dilation: int = 1) -> nn.Conv:
-    """A convolution [B, N, D] -> [B, N / stride, features] whose output n sees inputs up to (n + 1) * stride - 1."""
-    past = (kernel - 1) * dilation + 1 - stride
-    return nn.Conv(features, (kernel,), strides=stride, kernel_dilation=dilation, padding=[(past, 0)], name=name)
+
+def compressed(x: jax.Array) -> jax.Array:
+    """x [..., D] with its length r made log(1 + r), its direction kept.
+
+    Music's frames differ in level by far more than a codebook can hold: codewords fitted to their plain distances go
+    to the loud frames, and quiet ones share a few. The decoder undoes it (`expanded`), so that quantization noise
+    follows the level of each frame. As the mu-law does for samples; not in the paper.
+    """
+    length = jnp.sqrt(jnp.sum(jnp.square(x), -1, keepdims=True) + LEAST_LENGTH**2)
+    return x * (jnp.log1p(length) / length)
+
+
+def expanded(x: jax.Array) -> jax.Array:
+    """The inverse of `compressed`, up to lengths of e^10."""
+    length = jnp.sqrt(jnp.sum(jnp.square(x), -1, keepdims=True) + LEAST_LENGTH**2)
+    return x * (jnp.expm1(jnp.minimum(length, GREATEST_LOG_LENGTH)) / length)
+
+
+def with_past(module: nn.Module, x: jax.Array, count: int) -> jax.Array:
+    """x [B, N, D] behind the `count` inputs that came before it: [B, count + N, D].
+
+    These are zeros; but where the collection `stream` is mutable they are the last inputs of the call before, kept
+    there by the module, so that a clip given in parts comes out as the clip at once would.
+    """
+    before = jnp.zeros((x.shape[0], count, x.shape[2]), x.dtype)
+    if not module.is_mutable_collection("stream") or module.is_initializing():
+        return jnp.concatenate([before, x], axis=1)
+    past = module.variable("stream", "past", lambda: before)
+    joined = jnp.concatenate([past.value, x], axis=1)
+    past.value = joined[:, joined.shape[1] - count :]
+    return joined
+
+
+class CausalConv(nn.Module):
+    """A convolution [B, N, D] -> [B, N / stride, features] whose output n hears inputs up to (n + 1) * stride - 1."""
+
+    features: int
+    kernel: int
+    stride: int = 1
+    dilation: int = 1
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (self.kernel, x.shape[-1], self.features))
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        x = with_past(self, x, (self.kernel - 1) * self.dilation + 1 - self.stride)
+        axes = ("NWC", "WIO", "NWC")
+        y = jax.lax.conv_general_dilated(
+            x, kernel, (self.stride,), "VALID", rhs_dilation=(self.dilation,), dimension_numbers=axes
+        )
+        return y + bias[None, None, :]
 
 
 class CausalUpsample(nn.Module):
@@ -77,18 +139,31 @@ class CausalUpsample(nn.Module):
         kernel = self.param("kernel", two_frames, (width, 2 * self.stride, self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         own, after = jnp.split(x @ kernel.reshape(width, -1), 2, axis=-1)  # [B, T, stride * features] each
-        y = own + jnp.pad(after, ((0, 0), (1, 0), (0, 0)))[:, :-1]
+        y = own + with_past(self, after, 1)[:, :steps]
         return y.reshape(clips, steps * self.stride, self.features) + bias[None, None, :]
 
 
-class ResidualUnit(nn.Module):
-    """x + conv1(elu(conv7(x))), the first convolution dilated; shape and causality kept. Starts as the identity."""
-
-    dilation: int
+class Snake(nn.Module):
+    """x + sin^2(a x) / a with one learned a for each dimension (2006.08195), in DAC in place of ELU."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        h = nn.elu(causal_conv(x.shape[-1], KERNEL, "wide", dilation=self.dilation)(x))
+        alpha = self.param("alpha", nn.initializers.ones, (x.shape[-1],))[None, None, :]
+        return x + jnp.square(jnp.sin(alpha * x)) / (alpha + 1e-9)
+
+
+class ResidualUnit(nn.Module):
+    """x + conv1(elu(conv7(x))), or x + conv1(snake(conv7(snake(x)))); the first convolution dilated; shape and
+    causality kept. Starts as the identity."""
+
+    dilation: int
+    activation: str
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        h = Snake(name="before")(x) if self.activation == "snake" else x
+        h = CausalConv(x.shape[-1], KERNEL, dilation=self.dilation, name="wide")(h)
+        h = Snake(name="between")(h) if self.activation == "snake" else nn.elu(h)
         return x + nn.Dense(x.shape[-1], kernel_init=nn.initializers.zeros, name="narrow")(h)
 
 
@@ -100,13 +175,13 @@ class Encoder(nn.Module):
     @nn.compact
     def __call__(self, wav: jax.Array) -> jax.Array:
         width = self.config.channels
-        x = causal_conv(width, KERNEL, "first")(wav[:, :, None])
+        x = CausalConv(width, KERNEL, name="first")(wav[:, :, None])
         for block, stride in enumerate(self.config.strides):
             for dilation in DILATIONS:
-                x = ResidualUnit(dilation, name=f"unit_{block}_{dilation}")(x)
+                x = ResidualUnit(dilation, self.config.activation, name=f"unit_{block}_{dilation}")(x)
             width *= 2
-            x = causal_conv(width, 2 * stride, f"down_{block}", stride=stride)(x)
-        return causal_conv(self.config.embed, LAST_KERNEL, "last")(x)
+            x = CausalConv(width, 2 * stride, stride=stride, name=f"down_{block}")(x)
+        return CausalConv(self.config.embed, LAST_KERNEL, name="last")(x)
 
 
 class Decoder(nn.Module):
@@ -117,13 +192,13 @@ class Decoder(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         width = self.config.channels * 2 ** len(self.config.strides)
-        x = causal_conv(width, KERNEL, "first")(x)
+        x = CausalConv(width, KERNEL, name="first")(x)
         for block, stride in reversed(list(enumerate(self.config.strides))):
             width //= 2
             x = CausalUpsample(width, stride, name=f"up_{block}")(x)
             for dilation in DILATIONS:
-                x = ResidualUnit(dilation, name=f"unit_{block}_{dilation}")(x)
-        return causal_conv(1, KERNEL, "last")(x)[:, :, 0]
+                x = ResidualUnit(dilation, self.config.activation, name=f"unit_{block}_{dilation}")(x)
+        return CausalConv(1, KERNEL, name="last")(x)[:, :, 0]
 
 
 def linear_start(config: SoundStreamConfig, params: Params, key: jax.Array) -> Params:
@@ -134,6 +209,7 @@ def linear_start(config: SoundStreamConfig, params: Params, key: jax.Array) -> P
     taps outside the stride zero: a projection on the directions that hold most of the energy, and back. Brown noise
     falls by 6 dB an octave, about as music does, and unlike a first batch there is always enough of it.
 
+    The first convolution also brings music's usual level to 1, where activations bend, and the last one back.
     Outputs for which no energy is left keep their random weights in the encoder and start unheard in the decoder.
     Not in the paper; it is to the convolutions what the k-means start is to the codebooks. From random weights, 150
     steps of the quickstart's size decode nothing that correlates with the input.
@@ -142,7 +218,8 @@ def linear_start(config: SoundStreamConfig, params: Params, key: jax.Array) -> P
     wav = brown_noise(key, START_CLIPS, START_FRAMES * config.stride)
     enc, dec = dict(params["encoder"]), dict(params["decoder"])
     even = jnp.full((1, width), width**-0.5)
-    enc["first"], dec["last"] = _last_tap(enc["first"], even), _last_tap(dec["last"], even.T)
+    enc["first"] = _last_tap(enc["first"], even / START_LEVEL)
+    dec["last"] = _last_tap(dec["last"], even.T * START_LEVEL)
     x = wav[:, :, None] * even[None]  # [B, N, D]
     for block, stride in enumerate(config.strides):
         x = x.reshape(x.shape[0], -1, stride * width)
@@ -193,9 +270,15 @@ class Training(NamedTuple):
 
 
 class SoundStream(nn.Module):
-    """The codec. `params` are trained; the collection `codebooks` (rvq.State) is the quantizer's moving averages.
+    """The codec. `params` are trained; the collection `codebooks` (rvq.State) is the quantizer's moving averages, or
+    missing where `code_width` makes the codebooks params too.
 
-    Sample n of decode(encode(wav)) depends on no input after the end of its codec frame.
+    Sample n of decode(encode(wav)) depends on no input after the end of its codec frame, and a clip may be given in
+    parts of whole frames, one after the other, with the same result as at once: keep the collection `stream`, which
+    the first part makes and the others pass on, apart for `encode` and `decode`:
+
+        codes, past = module.apply(variables, wav, method="encode", mutable=["stream"])
+        more, past = module.apply({**variables, **past}, more_wav, method="encode", mutable=["stream"])
     """
 
     config: SoundStreamConfig
@@ -204,31 +287,43 @@ class SoundStream(nn.Module):
         config = self.config
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
-        self.rvq = self.variable(
-            "codebooks",
-            "rvq",
-            lambda: rvq.init(self.make_rng("params"), config.levels, config.codes, config.embed),
-        )
+        sizes = (config.levels, config.codes, config.embed)
+        if config.code_width is None:
+            self.rvq = self.variable("codebooks", "rvq", lambda: rvq.init(self.make_rng("params"), *sizes))
+        else:
+            self.factored = self.param("rvq", rvq.init_factored, *sizes, config.code_width)
 
-    def _frames(self, wav: jax.Array) -> jax.Array:
+    def vectors(self, wav: jax.Array) -> jax.Array:
+        """What is quantized: [B, N / stride, embed] float32 of wav [B, N]; N must be a multiple of the stride."""
         if wav.shape[-1] == 0 or wav.shape[-1] % self.config.stride:
             raise ValueError(
                 f"clip of {wav.shape[-1]} samples is no whole number of codec frames of {self.config.stride}: "
                 "choose clip_seconds so that it is"
             )
-        return self.encoder(wav.astype(jnp.float32))
+        x = self.encoder(wav.astype(jnp.float32))
+        return compressed(x) if self.config.companding else x
+
+    def wav(self, quantized: jax.Array) -> jax.Array:
+        """Waveform [B, T * stride] float32 of quantized vectors [B, T, embed]."""
+        return self.decoder(expanded(quantized) if self.config.companding else quantized)
 
     def encode(self, wav: jax.Array) -> jax.Array:
         """Codes [B, N / stride, Q] int32 of wav [B, N] in [-1, 1]; N must be a multiple of the stride."""
-        return rvq.quantize(self.rvq.value["codebooks"], self._frames(wav))
+        if self.config.code_width is None:
+            return rvq.quantize(self.rvq.value["codebooks"], self.vectors(wav))
+        return rvq.quantize_factored(self.factored, self.vectors(wav))
 
     def decode(self, codes: jax.Array) -> jax.Array:
         """Waveform [B, T * stride] float32 of codes [B, T, q] of the first q <= Q levels; not clipped to [-1, 1]."""
-        return self.decoder(rvq.dequantize(self.rvq.value["codebooks"], codes))
+        own = self.config.code_width is None
+        return self.wav(rvq.dequantize(self.rvq.value["codebooks"] if own else rvq.expanded(self.factored), codes))
 
     def __call__(self, wav: jax.Array, key: jax.Array) -> Training:
         """A training pass; moves the collection `codebooks` if it is mutable. `key` draws dropout and new codes."""
-        quantized, state = rvq.train(self.rvq.value, self._frames(wav), key)
-        if self.is_mutable_collection("codebooks") and not self.is_initializing():
-            self.rvq.value = state
-        return Training(self.decoder(quantized.x), quantized.commitment, quantized.codes)
+        if self.config.code_width is not None:
+            quantized = rvq.train_factored(self.factored, self.vectors(wav), key)
+        else:
+            quantized, state = rvq.train(self.rvq.value, self.vectors(wav), key)
+            if self.is_mutable_collection("codebooks") and not self.is_initializing():
+                self.rvq.value = state
+        return Training(self.wav(quantized.x), quantized.commitment, quantized.codes)

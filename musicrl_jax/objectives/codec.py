@@ -1,75 +1,169 @@
-"""Trains SoundStream to reconstruct clips: multi-scale spectral loss, waveform loss, commitment.
+"""Trains SoundStream to reconstruct clips, against discriminators or without.
 
-Letters: B clips, N samples.
+Letters: B clips, N samples, Q codec levels.
 """
 
 import dataclasses
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from musicrl_jax.losses import codec
 from musicrl_jax.models import rvq, soundstream
+from musicrl_jax.models.discriminators import Discriminators, DiscriminatorsConfig
 from musicrl_jax.objectives.objective import Batch, Metrics, Objective
+
+Judgement = tuple[jax.Array, Metrics, dict[str, jax.Array]]
+
+FRAMES_PER_CODE = 64  # that the codebooks are fitted to at the end
 
 
 @dataclasses.dataclass(frozen=True)
 class CodecObjective(Objective):
-    """The codec's reconstruction loss; batches {'audio': f32 [B, N]}, N a multiple of the codec's stride.
+    """Reconstruction, adversarial and commitment losses; batches {'audio': f32 [B, N]}, N a multiple of the stride.
+
+    The losses on the decoded clip are weighed by the norm of their gradients by it (`codec.balanced`), so each weight
+    is a share of the pull on the codec, whatever a loss's units. Codec and discriminators move in the same step, each
+    by its own loss. The discriminators are no part of the finished model.
 
     Attributes:
       windows: samples of each scale of the spectral loss; the paper's, 64 to 2048.
-      waveform_weight: of the L1 distance of waveforms, not in the paper, where discriminators do its work: spectra
-        alone say nothing about phase.
-      commitment_weight: of the commitment loss, a mean over levels and dimensions.
+      discriminators: which there are; None trains by reconstruction and commitment alone.
+      adversarial_start: the step at which they join; before it they cost nothing.
+      spectral_weight, waveform_weight, adversarial_weight, feature_weight: shares. The waveform's L1 distance is
+        EnCodec's, not SoundStream's; spectra alone say nothing about phase. The defaults are EnCodec's.
+      commitment_weight: of the commitment loss, whose gradient is not balanced: the others' has the norm 1.
     """
 
     model: soundstream.SoundStreamConfig
     windows: tuple[int, ...] = (64, 128, 256, 512, 1024, 2048)
-    waveform_weight: float = 1000.0
-    commitment_weight: float = 100.0
+    discriminators: DiscriminatorsConfig | None = None
+    adversarial_start: int = 0
+    spectral_weight: float = 1.0
+    waveform_weight: float = 0.1
+    adversarial_weight: float = 3.0
+    feature_weight: float = 3.0
+    commitment_weight: float = 1.0
 
     def init(self, key: jax.Array, batch: Batch) -> dict[str, Any]:
-        """'params', started as a linear transform codec, and the collection 'codebooks', random until the
-        first training step starts them by k-means."""
-        variables = soundstream.SoundStream(self.model).init(key, batch["audio"], key)
-        return variables | {"params": soundstream.linear_start(self.model, variables["params"], key)}
+        """'params' of the codec, started as a linear transform codec, and of the discriminators; 'codebooks', random
+        until the first training step starts them by k-means; 'balance', the norms of gradients and the steps done."""
+        codec_key, start_key, judge_key = jax.random.split(key, 3)
+        variables = soundstream.SoundStream(self.model).init(codec_key, batch["audio"], codec_key)
+        params = soundstream.linear_start(self.model, variables["params"], start_key)
+        if self.discriminators is not None:
+            judges = Discriminators(self.discriminators)
+            params = params | {"discriminators": judges.init(judge_key, batch["audio"])["params"]}
+        norms = dict.fromkeys(self._weights(), jnp.zeros(()))
+        balance = {"norms": norms, "steps": jnp.zeros((), jnp.int32)}
+        return variables | {"params": params, "balance": balance}
 
     def loss(
         self, params: Any, state: Any, frozen: Any, batch: Batch, key: jax.Array
     ) -> tuple[jax.Array, tuple[Any, Metrics]]:
-        """The weighted sum under quantizer dropout, and the moved codebooks.
+        """A loss whose gradient is the balanced one, and the moved codebooks and norms.
 
-        Metrics: loss; spectral_l1, spectral_log, waveform_l1 and commitment before their weights; perplexity, the mean
-        over levels of the effective number of codes in use in this batch.
+        Metrics: loss, the weighted sum of spectral and waveform; spectral, waveform, commitment and, with
+        discriminators, adversarial, feature and discriminator before their weights; perplexity, the mean over levels
+        of the effective number of codes in use in this batch.
         """
+        state, params, wav = dict(state), dict(params), batch["audio"]
+        balance, judges = state.pop("balance"), params.pop("discriminators", {})
         module = soundstream.SoundStream(self.model)
-        output, new_state = module.apply({"params": params, **state}, batch["audio"], key, mutable=["codebooks"])
-        spectral_loss, metrics = codec.reconstruction(
-            batch["audio"], output.wav, self.model.sample_rate_hz, self.windows
-        )
-        waveform_l1 = jnp.mean(jnp.abs(batch["audio"] - output.wav))
-        loss = spectral_loss + self.waveform_weight * waveform_l1 + self.commitment_weight * output.commitment
+        output, new_state = module.apply({"params": params, **state}, wav, key, mutable=["codebooks"])
+        decoded = jax.lax.stop_gradient(output.wav)
+
+        metrics, pulls = {}, {}
+        metrics["spectral"], pulls["spectral"] = jax.value_and_grad(self._spectral, argnums=1)(wav, decoded)
+        metrics["waveform"], pulls["waveform"] = jax.value_and_grad(_waveform, argnums=1)(wav, decoded)
+        judgement = jnp.zeros(())
+        if self.discriminators is not None:
+            started = balance["steps"] >= self.adversarial_start
+            judgement, seen, adverse = jax.lax.cond(started, self._judged, _unjudged, judges, wav, decoded)
+            metrics |= seen | {"discriminator": judgement}
+            pulls |= adverse
+        pull, norms = codec.balanced(pulls, self._weights(), balance["norms"])
+        balance = {"norms": norms, "steps": balance["steps"] + 1}
+
+        pulled = jnp.sum(jax.lax.stop_gradient(pull) * output.wav)
+        loss = pulled + self.commitment_weight * output.commitment + judgement
         metrics |= {
-            "loss": loss,
-            "waveform_l1": waveform_l1,
+            "loss": self.spectral_weight * metrics["spectral"] + self.waveform_weight * metrics["waveform"],
             "commitment": output.commitment,
             "perplexity": jnp.mean(rvq.perplexity(output.codes, self.model.codes)),
         }
-        return loss, (new_state, metrics)
+        return loss, ({**state, **new_state, "balance": balance}, metrics)
+
+    def _weights(self) -> dict[str, float]:
+        weights = {"spectral": self.spectral_weight, "waveform": self.waveform_weight}
+        if self.discriminators is not None:
+            weights |= {"adversarial": self.adversarial_weight, "feature": self.feature_weight}
+        return weights
+
+    def _spectral(self, wav: jax.Array, decoded: jax.Array) -> jax.Array:
+        return codec.reconstruction(wav, decoded, self.model.sample_rate_hz, self.windows)
+
+    def _judged(self, judges: Any, wav: jax.Array, decoded: jax.Array) -> Judgement:
+        """The discriminators' loss; the codec's losses under them; the gradients of these by `decoded`."""
+        module = Discriminators(self.discriminators)
+        held = jax.lax.stop_gradient(judges)
+        real = module.apply({"params": held}, wav)
+        layers, back = jax.vjp(lambda decoded: module.apply({"params": held}, decoded), decoded)
+        adversarial, adversarial_pull = jax.value_and_grad(codec.generator_hinge)(layers)
+        feature, feature_pull = jax.value_and_grad(codec.feature_distance, argnums=1)(real, layers)
+        pulls = {"adversarial": back(adversarial_pull)[0], "feature": back(feature_pull)[0]}
+        loss = codec.discriminator_hinge(
+            module.apply({"params": judges}, wav), module.apply({"params": judges}, decoded)
+        )
+        return loss, {"adversarial": adversarial, "feature": feature}, pulls
 
     def evaluate(self, params: Any, state: Any, frozen: Any, batch: Batch, key: jax.Array) -> Metrics:
-        """Distances of clips decoded from all levels: loss (spectral and waveform), mel_distance (mean absolute
-        difference of natural log-mels, 80 bands, window 1024), si_sdr in dB (median over clips), perplexity."""
+        """Distances of clips decoded from all levels: mel_distance (mean absolute difference of natural log-mels,
+        80 bands, window 1024), stft_distance, si_sdr in dB (median over clips); perplexity, of the codes of this
+        batch, as a share of the codebook's size: its mean over levels and the least level's."""
         module = soundstream.SoundStream(self.model)
         variables, wav = {"params": params, **state}, batch["audio"]
         codes = module.apply(variables, wav, method="encode")
         decoded = module.apply(variables, codes, method="decode")
-        spectral_loss, _ = codec.reconstruction(wav, decoded, self.model.sample_rate_hz, self.windows)
+        perplexity = rvq.perplexity(codes, self.model.codes) / self.model.codes  # [Q]
         return {
-            "loss": spectral_loss + self.waveform_weight * jnp.mean(jnp.abs(wav - decoded)),
             "mel_distance": codec.mel_distance(wav, decoded, self.model.sample_rate_hz),
+            "stft_distance": codec.stft_distance(wav, decoded),
             "si_sdr": jnp.median(codec.si_sdr(wav, decoded)),
-            "perplexity": jnp.mean(rvq.perplexity(codes, self.model.codes)),
+            "perplexity": jnp.mean(perplexity),
+            "least_perplexity": jnp.min(perplexity),
         }
+
+    def finish(
+        self, variables: dict[str, Any], frozen: Any, batches: Callable[[], Iterator[dict[str, np.ndarray]]]
+    ) -> dict[str, Any]:
+        """The codec alone; where codebooks are moving averages, fitted anew by k-means to the trained encoder's
+        vectors of training clips, 64 a code: moving averages lag behind an encoder that moves."""
+        params = {name: value for name, value in variables["params"].items() if name != "discriminators"}
+        if self.model.code_width is not None:
+            return {"params": params}
+        variables = {"params": params, "codebooks": variables["codebooks"]}
+        module = soundstream.SoundStream(self.model)
+        vectors = jax.jit(lambda variables, wav: module.apply(variables, wav, method="vectors"))
+        parts, found = [], 0
+        for batch in batches():
+            parts.append(np.asarray(vectors(variables, batch["audio"])).reshape(-1, self.model.embed))
+            found += len(parts[-1])
+            if found >= FRAMES_PER_CODE * self.model.codes:
+                break
+        points = jnp.asarray(np.concatenate(parts))
+        fitted = rvq.fit(jax.random.key(0), points, self.model.levels, self.model.codes)
+        return variables | {"codebooks": {"rvq": variables["codebooks"]["rvq"] | {"codebooks": fitted}}}
+
+
+def _waveform(wav: jax.Array, decoded: jax.Array) -> jax.Array:
+    return jnp.mean(jnp.abs(wav - decoded))
+
+
+def _unjudged(judges: Any, wav: jax.Array, decoded: jax.Array) -> Judgement:
+    """What `_judged` gives before the discriminators join."""
+    none, names = jnp.zeros(()), ("adversarial", "feature")
+    return none, dict.fromkeys(names, none), dict.fromkeys(names, jnp.zeros_like(decoded))

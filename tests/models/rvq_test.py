@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import sklearn.cluster
 
 from musicrl_jax.models import rvq
 
@@ -89,6 +90,34 @@ def test_first_batch_starts_the_codebooks():
     assert np.abs(found[:, None] - centres[None]).max(-1).min(0).max() < 0.2
     assert trained.commitment < 0.02
     np.testing.assert_allclose(new["counts"].sum(-1), 24.0, rtol=1e-5)
+
+
+def test_codebooks_fitted_to_vectors_with_long_tails_are_used_evenly():
+    """Where k-means++ spends most codes on the tail; the distortion is no larger than scikit-learn's on each level."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(4000, 8)) * rng.lognormal(0, 1, size=(4000, 1))
+    codebooks = rvq.fit(jax.random.key(0), jnp.asarray(x, jnp.float32), 2, 64)
+    codes = rvq.quantize(codebooks, jnp.asarray(x, jnp.float32))
+    used = np.asarray(rvq.perplexity(codes, 64))
+    assert (used > 28).all()
+    theirs = sklearn.cluster.KMeans(64, init="k-means++", n_init=1, random_state=0).fit(x)
+    share = np.bincount(theirs.labels_, minlength=64) / len(x)
+    assert used[0] > 1.2 * np.exp(-np.sum(share * np.log(np.maximum(share, 1e-12))))
+    left = x - np.asarray(codebooks)[0][np.asarray(codes[:, 0])]
+    assert np.square(left).sum() < 1.5 * theirs.inertia_
+
+
+def test_a_first_batch_smaller_than_a_codebook_leaves_every_level_something_to_learn():
+    x = an_input(clips=2, steps=5)
+    state = rvq.init(jax.random.key(0), LEVELS, 16, WIDTH)
+    trained, _ = train(state, x, jax.random.key(0))
+    assert (np.asarray(rvq.perplexity(trained.codes, 16)) > 3).all()
+    assert trained.commitment > 1e-4
+
+
+def test_fewer_vectors_than_codes_are_refused():
+    with pytest.raises(ValueError, match="16, but only 10"):
+        rvq.fit(jax.random.key(0), jnp.zeros((10, 2)), 1, 16)
 
 
 def test_dropout_keeps_a_uniform_number_of_first_levels():

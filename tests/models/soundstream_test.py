@@ -1,3 +1,6 @@
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,11 +9,11 @@ import pytest
 from musicrl_jax.models import soundstream
 
 CONFIG = soundstream.SoundStreamConfig(sample_rate_hz=16000, strides=(4, 5), channels=4, embed=6, levels=3, codes=16)
+DAC = dataclasses.replace(CONFIG, activation="snake", code_width=3, companding=False)
 
 
-@pytest.fixture(scope="module")
-def model():
-    module = soundstream.SoundStream(CONFIG)
+def a_model(config):
+    module = soundstream.SoundStream(config)
     shapes = jax.eval_shape(lambda key: module.init(key, jnp.zeros((1, 400)), key), jax.random.key(0))
     rng = np.random.default_rng(3)  # all weights random: a fresh codec's residual units are identities
 
@@ -19,8 +22,14 @@ def model():
         return np.zeros((), np.int32) if leaf.ndim == 0 else rng.normal(0, spread, leaf.shape).astype(np.float32)
 
     variables = jax.tree.map(draw, shapes)
-    variables["codebooks"]["rvq"]["codebooks"] *= 3
+    if config.code_width is None:
+        variables["codebooks"]["rvq"]["codebooks"] *= 3
     return module, variables
+
+
+@pytest.fixture(scope="module")
+def model():
+    return a_model(CONFIG)
 
 
 def noise(clips, samples, seed=0):
@@ -50,7 +59,9 @@ def numpy_encode(p, wav):
         for dilation in (1, 3, 9):
             x = numpy_unit(p[f"unit_{block}_{dilation}"], x, dilation)
         x = numpy_conv(p[f"down_{block}"], x, stride)
-    return numpy_conv(p["last"], x)
+    x = numpy_conv(p["last"], x)
+    length = np.linalg.norm(x, axis=-1, keepdims=True)
+    return x / length * np.log1p(length)
 
 
 def numpy_upsample(p, x, stride):
@@ -62,7 +73,8 @@ def numpy_upsample(p, x, stride):
 
 
 def numpy_decode(p, x):
-    x = numpy_conv(p["first"], x)
+    length = np.linalg.norm(x, axis=-1, keepdims=True)
+    x = numpy_conv(p["first"], x / length * np.expm1(length))
     for block in (1, 0):
         x = numpy_upsample(p[f"up_{block}"], x, CONFIG.strides[block])
         for dilation in (1, 3, 9):
@@ -90,6 +102,70 @@ def test_stacks_equal_numpy(model):
         np.testing.assert_allclose(decoded[0], numpy_decode(params["decoder"], quantized), atol=1e-4)
 
 
+@pytest.mark.parametrize("config", [CONFIG, DAC], ids=["SoundStream", "DAC"])
+@pytest.mark.parametrize("frames", [(1,) * 20, (7, 1, 12)], ids=["frame by frame", "parts"])
+def test_a_clip_in_parts_gives_what_the_clip_at_once_gives(config, frames):
+    module, variables = a_model(config)
+    wav = noise(2, 400)
+    codes = module.apply(variables, jnp.asarray(wav), method="encode")
+    decoded = module.apply(variables, codes, method="decode")
+    heard, told, past, future, at = [], [], {}, {}, 0
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def step(method, past, x):
+        return module.apply({**variables, **past}, x, method=method, mutable=["stream"])
+
+    for count in frames:
+        part, past = step("encode", past, jnp.asarray(wav[:, at * 20 : (at + count) * 20]))
+        sound, future = step("decode", future, part)
+        heard.append(part)
+        told.append(sound)
+        at += count
+    np.testing.assert_array_equal(jnp.concatenate(heard, 1), codes)
+    np.testing.assert_allclose(jnp.concatenate(told, 1), decoded, atol=1e-5)
+    assert np.abs(decoded).max() > 0.01
+
+
+def test_parts_without_their_past_are_another_clip(model):
+    module, variables = model
+    wav = jnp.asarray(noise(1, 400))
+    codes = module.apply(variables, wav, method="encode")
+    alone = module.apply(variables, wav[:, 200:], method="encode")
+    assert (np.asarray(codes[:, 10:]) != np.asarray(alone)).any()
+
+
+def test_companding_is_undone():
+    x = jnp.asarray(noise(50, 6)) * jnp.logspace(-6, 3, 50)[:, None]
+    packed = soundstream.compressed(x)
+    lengths = np.linalg.norm(x, axis=-1)
+    np.testing.assert_allclose(np.linalg.norm(packed, axis=-1), np.log1p(lengths), rtol=1e-3, atol=2e-6)
+    np.testing.assert_allclose(soundstream.expanded(packed), x, rtol=1e-3, atol=1e-6)
+    for f in (soundstream.compressed, soundstream.expanded):
+        assert np.isfinite(jax.grad(lambda x, f=f: jnp.sum(jnp.square(f(x))))(jnp.zeros((2, 6)))).all()
+
+
+def test_bits_per_second_are_those_of_the_papers_6_kbps():
+    assert soundstream.SoundStreamConfig().bits_per_second == 6000.0
+
+
+def test_dacs_quantizer_decodes_what_it_trains_on_and_has_no_moving_averages():
+    module, variables = a_model(DAC)
+    assert set(variables) == {"params"}
+    wav = jnp.asarray(noise(3, 400))
+    output = module.apply(variables, wav, jax.random.key(1))
+    codes = module.apply(variables, wav, method="encode")
+    np.testing.assert_array_equal(output.codes, codes)
+    decoded = np.stack([module.apply(variables, codes[..., :q], method="decode") for q in (1, 2, 3)])  # [q, B, N]
+    assert np.abs(decoded - np.asarray(output.wav)[None]).max(-1).min(0).max() < 1e-4
+
+    def loss(params):
+        output = module.apply({"params": params}, wav, jax.random.key(1))
+        return jnp.sum(jnp.square(output.wav)) + output.commitment
+
+    gradient = jax.grad(loss)(variables["params"])
+    assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(gradient))
+
+
 def test_no_sample_hears_the_future(model):
     module, variables = model
     wav, other = noise(1, 400), noise(1, 400, seed=1)
@@ -111,14 +187,14 @@ def test_no_sample_hears_the_future(model):
 def test_gradient_of_a_sample_ends_with_its_frame(model):
     module, variables = model
     bound = module.bind(variables)
-    sensitivity = jax.grad(lambda w: bound.decoder(bound.encoder(w))[0, 133])(jnp.asarray(noise(1, 400)))[0]
+    sensitivity = jax.grad(lambda w: bound.wav(bound.vectors(w))[0, 133])(jnp.asarray(noise(1, 400)))[0]
     assert (np.asarray(sensitivity[140:]) == 0).all()
     assert sensitivity[139] != 0
 
 
 def test_training_pass_decodes_its_codes_and_moves_the_codebooks(model):
     module, variables = model
-    wav = jnp.asarray(noise(3, 400))
+    wav = jnp.asarray(noise(4, 400))  # 80 vectors for 16 codes: enough to start from as they are
     output, changed = module.apply(variables, wav, jax.random.key(1), mutable=["codebooks"])
     state = changed["codebooks"]["rvq"]
     assert state["updates"] == 1
@@ -169,6 +245,8 @@ def test_the_default_codec_has_50_frames_a_second():
         ({"strides": (7, 5)}, "does not divide"),
         ({"codes": 1}, "codes"),
         ({"levels": 0}, "levels"),
+        ({"activation": "relu"}, "activation"),
+        ({"code_width": 0}, "code_width"),
     ],
 )
 def test_bad_configs_are_refused(fields, message):
