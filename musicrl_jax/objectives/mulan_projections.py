@@ -122,7 +122,7 @@ class Heard:
         return dict(np.load(path))
 
     def _hear(self, clips: Clips, split: str) -> dict[str, np.ndarray]:
-        variables = {"params": self.towers.params()}
+        variables = jax.device_put({"params": self.towers.params()})
         parts = []
         batches = clips.batches(split, HEARD_AT_ONCE, seed=0, epochs=1)
         for batch in Progress(batches, f"hear {split}", -(-clips.count(split) // HEARD_AT_ONCE)):

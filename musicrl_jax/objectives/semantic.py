@@ -119,9 +119,9 @@ def perplexity(codes: jax.Array, size: int) -> jax.Array:
 def _projection(key: jax.Array, stacked: jax.Array) -> jax.Array:
     """The random projection [4M, 16] of standardised frames [P, 4M] that targets are made with.
 
-    Random in the frames' first 64 principal components, each scaled to unit variance. BEST-RQ projects the frames as they
-    are; but half the variance of log-mels of music is how loud a frame is, codes then say little else, and few are used:
-    a perplexity of about 300 of 1024 codes on the built-in clips, and 650 to 700 this way.
+    Random in the frames' first 64 principal components, each scaled to unit variance. BEST-RQ projects the frames as
+    they are; but half the variance of log-mels of music is how loud a frame is, codes then say little else, and few
+    are used: a perplexity of about 300 of 1024 codes on the built-in clips, and 650 to 700 this way.
     """
     variance, directions = jnp.linalg.eigh(jnp.cov(stacked, rowvar=False))  # ascending
     variance, directions = variance[-COMPONENTS:], directions[:, -COMPONENTS:]

@@ -69,7 +69,7 @@ def trained():
 
 def test_learns_and_leaves_the_quantizer_alone(trained):
     _, before, after, first, last = trained
-    assert last["loss"] < 0.8 * first["loss"]
+    assert last["loss"] < 0.9 * first["loss"]
     assert last["accuracy"] > first["accuracy"]
     for collection in ("quantizer", "statistics", "kmeans"):
         jax.tree.map(np.testing.assert_array_equal, before[collection], after[collection])

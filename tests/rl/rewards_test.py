@@ -9,6 +9,7 @@ import pytest
 from flax.linen import meta
 
 from musicrl_jax.core import checkpoint
+from musicrl_jax.models.bert import BertConfig
 from musicrl_jax.models.mulan import MuLan, MuLanConfig
 from musicrl_jax.models.resnet import ResNetConfig
 from musicrl_jax.models.rewards import Quality, QualityConfig
@@ -63,7 +64,8 @@ def test_small_differences_between_rewards_survive():
 
 
 def test_text_adherence_is_the_cosine_of_prompt_and_clip(wav):
-    config = MuLanConfig(16_000, 10.0, TOWER, 1, 2, 16, 32, 8, 40, 4, 2, 4)
+    text_tower = BertConfig(layers=1, heads=2, embed=16, mlp=32, positions=8, pieces=40)
+    config = MuLanConfig(16_000, 10.0, TOWER, text_tower, text_length=8, embed=4, levels=2, codes=4)
     text = jnp.array([[3, 4, 0], [5, 6, 7], [8, 0, 0]], jnp.int32)
     variables = meta.unbox(MuLan(config).init(jax.random.key(1), wav, text))
     audio, prompt, _ = MuLan(config).apply(variables, wav, text)
