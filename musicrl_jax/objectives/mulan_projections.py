@@ -166,15 +166,8 @@ class MuLanProjectionsObjective(MuLanObjective):
     ) -> tuple[jax.Array, tuple[Any, Metrics]]:
         """See `losses.contrastive`; three tenths of what the towers found are dropped at random."""
         audio_key, text_key = jax.random.split(key)
-        return self._loss(
-            params,
-            state,
-            batch
-            | {
-                "audio": _dropped(audio_key, batch["audio"]),
-                "text": _dropped(text_key, batch["text"]),
-            },
-        )
+        audio, text = _dropped(audio_key, batch["audio"]), _dropped(text_key, batch["text"])
+        return self._loss(params, state, batch | {"audio": audio, "text": text})
 
     def evaluate(self, params: Any, state: Any, frozen: Any, batch: Batch, key: jax.Array) -> Metrics:
         """Metrics of the loss with nothing dropped."""
