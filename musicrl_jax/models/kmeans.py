@@ -1,15 +1,14 @@
-"""k-means on the device: what starts the codec's codebooks and makes semantic and MuLan tokens.
+"""k-means on the device: what makes semantic tokens, and the iterations that residual quantizers are fitted by.
 
-Two sizes of it. `kmeans` and `fit_rvq` cluster points that are on the device, inside a compiled function if need be.
-`fit` clusters points that stay with the host: blocks of them stream through the device or, where a mesh is set
-(`jax.set_mesh`), are split over its devices, and only sums come together. Both start by greedy k-means++, iterate as
-Lloyd did, move a centroid that has lost its points to the point farthest from its own centroid, and stop when an
-iteration gains too little.
+Two sizes of it. `lloyd` clusters points that are on the device, inside a compiled function if need be. `fit` clusters
+points that stay with the host: blocks of them stream through the device or, where a mesh is set (`jax.set_mesh`), are
+split over its devices, and only sums come together; it starts by greedy k-means++. Both iterate as Lloyd did, move a
+centroid that has lost its points to the point farthest from its own centroid, and stop when an iteration gains too
+little.
 
-Letters: P points, D width, C codes, Q levels, S points of the k-means++ sample, L candidates of a k-means++ draw.
+Letters: P points, D width, C codes, S points of the k-means++ sample, L candidates of a k-means++ draw.
 """
 
-import functools
 import math
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -199,35 +198,14 @@ def lloyd(start: jax.Array, x: jax.Array, iterations: int) -> Fit:
     return _fit(centroids, totals, before, iteration)
 
 
-@functools.partial(jax.jit, static_argnames=("codes", "iterations"))
-def kmeans(key: jax.Array, x: jax.Array, codes: int, iterations: int) -> jax.Array:
-    """Centroids [codes, D] float32 of the points x [P, D]: a k-means++ start, then at most `iterations` of `lloyd`.
-
-    Every centroid is finite. Raises ValueError when there are fewer points than codes.
-    """
-    _check(codes, x.shape[0])
-    x = x.astype(jnp.float32)
-    return lloyd(plus_plus(key, x, codes), x, iterations).centroids
-
-
-@functools.partial(jax.jit, static_argnames=("levels", "codes", "iterations"))
-def fit_rvq(key: jax.Array, x: jax.Array, levels: int, codes: int, iterations: int) -> jax.Array:
-    """Codebooks [levels, codes, D] of a residual quantizer: k-means on x [P, D], then on what each level leaves."""
-
-    def level(residual: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        codebook = kmeans(key, residual, codes, iterations)
-        return residual - codebook[nearest(codebook, residual)], codebook
-
-    return jax.lax.scan(level, x.astype(jnp.float32), jax.random.split(key, levels))[1]
-
-
 def fit(key: jax.Array, points: np.ndarray, codes: int, iterations: int) -> Fit:
     """k-means of points [P, D] that stay with the host, as many as there may be.
 
     A k-means++ start, one pass of mini-batches in a random order, then exact iterations: at most `iterations` passes
     over all points. Raises ValueError when there are fewer points than codes.
     """
-    _check(codes, len(points))
+    if len(points) < codes:
+        raise ValueError(f"codes = {codes}, but only {len(points)} points to cluster: give more audio or fewer codes")
     order_key, start_key = jax.random.split(key)
     points = points[np.asarray(jax.random.permutation(order_key, len(points)))]
     sample = jnp.asarray(points[: SAMPLE_PER_CODE * codes], jnp.float32)
@@ -287,8 +265,3 @@ def _blocks(points: np.ndarray) -> Iterator[tuple[jax.Array, jax.Array]]:
         filled = {"x": np.pad(part, ((0, block - len(part)), (0, 0))), "real": real}
         placed = jax.device_put(filled) if mesh.empty else sharding.put_batch(mesh, filled)
         yield placed["x"], placed["real"]
-
-
-def _check(codes: int, points: int) -> None:
-    if points < codes:
-        raise ValueError(f"codes = {codes}, but only {points} points to cluster: give more audio or fewer codes")

@@ -13,11 +13,10 @@ import numpy as np
 
 from musicrl_jax.inputs import pieces
 from musicrl_jax.losses import contrastive
-from musicrl_jax.models import kmeans, mulan
+from musicrl_jax.models import mulan, rvq
 from musicrl_jax.objectives.objective import Batch, Data, Metrics, Objective
 
 VOCABULARY = "vocabulary"
-KMEANS_ITERATIONS = 20
 CLIPS_PER_CODE = 256  # clips that the quantizer is fitted to
 
 
@@ -87,7 +86,7 @@ class MuLanObjective(Objective):
                 break
         self._check_clips(found)
         points = jnp.asarray(np.concatenate(parts))  # [P, E]
-        codebooks = kmeans.fit_rvq(jax.random.key(0), points, self.model.levels, self.model.codes, KMEANS_ITERATIONS)
+        codebooks = rvq.fit(jax.random.key(0), points, self.model.levels, self.model.codes)
         return {"rvq": {"codebooks": codebooks}}
 
     def assets(self) -> dict[str, bytes]:

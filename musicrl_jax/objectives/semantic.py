@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax import nn
 
 from musicrl_jax.core import sharding
 from musicrl_jax.models import kmeans, semantic
@@ -20,8 +19,6 @@ from musicrl_jax.objectives.objective import Batch, Data, Metrics, Objective
 POINTS_PER_CODE = 256  # frames that k-means looks at
 KMEANS_ITERATIONS = 100  # at most; about 40 suffice
 LEAST_STD = 1e-3  # of a feature
-COMPONENTS = 64  # principal components of stacked frames that targets see: 97 % of the variance
-LEAST_VARIANCE = 1e-4  # of a component, as a share of the first one's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,15 +29,12 @@ class SemanticObjective(Objective):
     data: Data
 
     def init(self, key: jax.Array, batch: Batch) -> dict[str, Any]:
-        """Variables whose mel statistics and target projection are made from `batch`; k-means is still all zeros."""
+        """Variables whose mel statistics are those of `batch`; k-means is still all zeros."""
         module = semantic.SemanticEncoder(self.model)
         variables = dict(module.init(key, batch["audio"], *_masking(key, self.model, batch["audio"])))
         mels = module.apply(variables, batch["audio"], method="log_mels")
         std = jnp.maximum(jnp.std(mels, axis=(0, 1)), semantic.LEAST_STD)
-        variables["statistics"] = {"mean": jnp.mean(mels, axis=(0, 1)), "std": std}
-        stacked = module.apply(variables, batch["audio"], method="stacked")  # [B, F, 4M]
-        projection = _projection(key, stacked.reshape(-1, stacked.shape[-1]))
-        return variables | {"quantizer": variables["quantizer"] | {"projection": projection}}
+        return variables | {"statistics": {"mean": jnp.mean(mels, axis=(0, 1)), "std": std}}
 
     def loss(
         self, params: Any, state: Any, frozen: Any, batch: Batch, key: jax.Array
@@ -114,20 +108,6 @@ def perplexity(codes: jax.Array, size: int) -> jax.Array:
     """exp of the entropy of how often each of `size` codes occurs in `codes` (any shape): 1 to `size`, float32 []."""
     share = jnp.bincount(codes.reshape(-1), length=size).astype(jnp.float32) / codes.size
     return jnp.exp(-jnp.sum(jax.scipy.special.xlogy(share, share)))
-
-
-def _projection(key: jax.Array, stacked: jax.Array) -> jax.Array:
-    """The random projection [4M, 16] of standardised frames [P, 4M] that targets are made with.
-
-    Random in the frames' first 64 principal components, each scaled to unit variance. BEST-RQ projects the frames as
-    they are; but half the variance of log-mels of music is how loud a frame is, codes then say little else, and few
-    are used: a perplexity of about 300 of 1024 codes on the built-in clips, and 650 to 700 this way.
-    """
-    variance, directions = jnp.linalg.eigh(jnp.cov(stacked, rowvar=False))  # ascending
-    variance, directions = variance[-COMPONENTS:], directions[:, -COMPONENTS:]
-    scale = jnp.sqrt(jnp.maximum(variance, LEAST_VARIANCE * variance[-1]))
-    draw = nn.initializers.xavier_uniform()(key, (len(variance), semantic.PROJECTION))
-    return jnp.matmul(directions / scale[None, :], draw, precision=jax.lax.Precision.HIGHEST)
 
 
 def _masking(key: jax.Array, config: semantic.SemanticConfig, wav: jax.Array) -> tuple[jax.Array, jax.Array]:

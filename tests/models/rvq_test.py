@@ -107,6 +107,19 @@ def test_codebooks_fitted_to_vectors_with_long_tails_are_used_evenly():
     assert np.square(left).sum() < 1.5 * theirs.inertia_
 
 
+def test_fitted_levels_quantize_what_the_levels_before_leave():
+    rng = np.random.default_rng(3)
+    centres = 10.0 * rng.normal(size=(6, 4))
+    x = (centres[rng.integers(0, 6, 600)] + rng.normal(size=(600, 4))).astype(np.float32)
+    codebooks = np.asarray(rvq.fit(jax.random.key(0), jnp.asarray(x), 3, 8))
+    residual, errors = x, [np.square(x).mean()]
+    for codebook in codebooks:
+        residual = residual - codebook[np.square(residual[:, None] - codebook[None]).sum(-1).argmin(1)]
+        errors.append(np.square(residual).mean())
+    assert errors[1] < 0.1 * errors[0]
+    assert errors[3] < 0.8 * errors[2] < 0.64 * errors[1]
+
+
 def test_a_first_batch_smaller_than_a_codebook_leaves_every_level_something_to_learn():
     x = an_input(clips=2, steps=5)
     state = rvq.init(jax.random.key(0), LEVELS, 16, WIDTH)
