@@ -49,7 +49,7 @@ class Optimiser:
       warmup_steps: steps of linear rise to the peak; 0 starts there.
       final_fraction: the rate after the last step as a fraction of the peak; 1 keeps it constant.
       b1, b2: Adam's decays.
-      weight_decay: decoupled, on all weights.
+      weight_decay: decoupled, on matrices: not on biases, scales and temperatures.
       clip_norm: global gradient norm above which gradients are scaled down.
     """
 
@@ -75,5 +75,9 @@ class Optimiser:
         """The optax chain for a run of `steps`."""
         return optax.chain(
             optax.clip_by_global_norm(self.clip_norm),
-            optax.adamw(self.schedule(steps), b1=self.b1, b2=self.b2, weight_decay=self.weight_decay),
+            optax.adamw(self.schedule(steps), self.b1, self.b2, weight_decay=self.weight_decay, mask=_matrices),
         )
+
+
+def _matrices(params: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf.ndim > 1, params)

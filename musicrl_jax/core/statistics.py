@@ -5,20 +5,26 @@ import scipy.linalg
 import scipy.spatial.distance
 
 
-def mean_interval(values: np.ndarray, seed: int = 0, resamples: int = 10_000) -> dict[str, float]:
+def mean_interval(
+    values: np.ndarray, seed: int = 0, resamples: int = 10_000, clusters: np.ndarray | None = None
+) -> dict[str, float]:
     """The mean and its 95 % percentile-bootstrap interval over independent clusters.
 
     Args:
-      values: f64 [n], one number a cluster (a prompt's mean over its seeds), n >= 2.
+      values: f64 [n], n >= 2.
       seed: of the resampling.
       resamples: how many.
+      clusters: [n], which cluster each value belongs to (clips of one piece are not independent); None where each is
+        one of its own.
 
     Returns:
       {'mean', 'low', 'high'}.
     """
     values = np.asarray(values, np.float64)
-    draws = np.random.default_rng(seed).integers(len(values), size=(resamples, len(values)))
-    low, high = np.percentile(values[draws].mean(axis=1), [2.5, 97.5])
+    places = np.arange(len(values)) if clusters is None else np.unique(clusters, return_inverse=True)[1]
+    sums, sizes = np.bincount(places, values), np.bincount(places)
+    draws = np.random.default_rng(seed).integers(len(sums), size=(resamples, len(sums)))
+    low, high = np.percentile(sums[draws].sum(axis=1) / sizes[draws].sum(axis=1), [2.5, 97.5])
     return {"mean": float(values.mean()), "low": float(low), "high": float(high)}
 
 

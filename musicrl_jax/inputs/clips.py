@@ -93,9 +93,9 @@ class Clips:
         """The caption of every clip, set after set by name."""
         return [text["caption"] for text in self._texts(split)]
 
-    def attributes(self, split: str) -> list[dict[str, Any]]:
-        """What is known to be true of every clip, in the order of `captions`; {} where a set does not say."""
-        return [json.loads(text.get("attributes") or "{}") for text in self._texts(split)]
+    def attributes(self, split: str) -> dict[str, dict[str, Any]]:
+        """What is known to be true of every clip, by its `id`; {} where a set does not say."""
+        return {text["id"]: json.loads(text.get("attributes") or "{}") for text in self._texts(split)}
 
     def samples(self) -> int:
         """N, the samples of a clip in a batch; ValueError where the sets do not allow it."""

@@ -16,9 +16,7 @@ EPSILON = 1e-6
 STFT_WINDOWS = (2048, 512)
 
 
-def reconstruction(
-    wav: jax.Array, decoded: jax.Array, sample_rate_hz: int, windows: tuple[int, ...]
-) -> jax.Array:
+def reconstruction(wav: jax.Array, decoded: jax.Array, sample_rate_hz: int, windows: tuple[int, ...]) -> jax.Array:
     """Multi-scale spectral distance of decoded [B, N] to wav [B, N], [] (SoundStream, 2107.03312, equations 4 and 5).
 
     For each window s, with hop s / 4 and 64 mel bands: the L1 norm of the difference of mel magnitudes plus
@@ -47,7 +45,8 @@ def stft_distance(wav: jax.Array, decoded: jax.Array) -> jax.Array:
     """Multi-scale STFT distance, float32 []: the mean over windows of 2048 and 512 samples, hop a quarter, of the mean
     absolute difference of magnitudes plus that of the base-10 logs of powers, floored at 1e-5 (magnitude).
 
-    It is DAC's validation metric (2306.06546, section 4), but for our framing, which is centred and zero-padded.
+    DAC's validation metric (2306.06546, section 4) is the sum over the windows, twice this, of frames with reflected
+    ends where ours have zeros.
     """
     total = jnp.zeros(())
     for window in STFT_WINDOWS:
@@ -58,7 +57,8 @@ def stft_distance(wav: jax.Array, decoded: jax.Array) -> jax.Array:
 
 
 def si_sdr(wav: jax.Array, decoded: jax.Array) -> jax.Array:
-    """Scale-invariant signal-to-distortion ratio of each clip in dB, [B]; higher is better (1811.02508)."""
+    """Scale-invariant signal-to-distortion ratio of each clip in dB, [B]; higher is better (1811.02508). No mean is
+    subtracted."""
     scale = jnp.sum(wav * decoded, -1) / (jnp.sum(jnp.square(wav), -1) + 1e-8)
     target = scale[:, None] * wav
     noise = decoded - target
@@ -101,18 +101,19 @@ def balanced(
     gradients: dict[str, jax.Array], weights: dict[str, float], norms: dict[str, jax.Array]
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """One gradient by the decoded wav [B, N] from those of several losses, and the moved norms: EnCodec's balancer
-    (2210.13438, equation 4).
+    (2210.13438, equation 4), whose averages are ten times as long.
 
     Each loss's gradient [B, N] is divided by the moving average of its norm (the mean over clips of a clip's
     Euclidean norm) and multiplied by the loss's share of the weights: a weight says how much of the pull a loss has,
     whatever its units. The result is that of a mean over clips: divided by B. `norms` are float32 [], 0 before a
-    loss's first gradient that is not zero, which is taken whole; gradients of zero move no average.
+    loss's first gradient that is not zero, which is taken whole; gradients of zero move no average, and losses that
+    have had no other have no share yet.
     """
-    total = sum(weights[name] for name in gradients)
     moved, parts = {}, []
     for name, gradient in gradients.items():
         fresh = jnp.mean(jnp.linalg.norm(gradient, axis=-1))
         keep = jnp.where(norms[name] > 0.0, BALANCE_DECAY, 0.0)
         moved[name] = jnp.where(fresh > 0.0, keep * norms[name] + (1.0 - keep) * fresh, norms[name])
-        parts.append(gradient * (weights[name] / total / gradient.shape[0] / jnp.maximum(moved[name], 1e-20)))
-    return sum(parts), moved
+        parts.append(gradient * (weights[name] / gradient.shape[0] / jnp.maximum(moved[name], 1e-20)))
+    total = sum(jnp.where(norm > 0.0, weights[name], 0.0) for name, norm in moved.items())
+    return sum(parts) / jnp.maximum(total, 1e-20), moved

@@ -36,12 +36,14 @@ def quantize(codebooks: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def dequantize(codebooks: jax.Array, codes: jax.Array) -> jax.Array:
-    """The vectors [..., D] that codes [..., q] stand for: the sum over the first q <= Q levels' codewords."""
+    """The vectors [..., D] that codes [..., q] stand for: the sum over the first q <= Q levels' codewords; a code of
+    -1 adds nothing."""
     levels = codes.shape[-1]
     if levels > codebooks.shape[0]:
         raise ValueError(f"codes have {levels} levels, the quantizer {codebooks.shape[0]}: are they another codec's?")
     chosen = jax.vmap(lambda codebook, code: codebook[code], in_axes=(0, -1))(codebooks[:levels], codes)
-    return chosen.sum(0)
+    heard = jnp.moveaxis(codes, -1, 0)[..., None] >= 0
+    return jnp.where(heard, chosen, 0.0).sum(0)
 
 
 def init(key: jax.Array, levels: int, codes: int, width: int) -> State:
@@ -63,20 +65,22 @@ def perplexity(codes: jax.Array, size: int) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnames=("levels", "codes"))
-def fit(key: jax.Array, x: jax.Array, levels: int, codes: int) -> jax.Array:
+def fit(key: jax.Array, x: jax.Array, levels: int, codes: int, start: jax.Array | None = None) -> jax.Array:
     """Codebooks [levels, codes, D] float32 fitted to vectors x [P, D]: k-means, then k-means on what each level leaves.
 
-    k-means starts from random vectors and, between rounds of Lloyd's iterations, draws codes with less than 0.3 of an
-    even share anew. Vectors of music have long tails, to which a k-means++ start gives most codes, where few vectors
-    ever are: such codebooks had a perplexity of 0.24 to 0.66 of their size and a larger distortion than these, with
-    0.66 to 0.81. Raises ValueError when there are fewer vectors than codes.
+    k-means starts from `start` [levels, codes, D], else from random vectors, and between rounds of Lloyd's iterations
+    draws codes with less than 0.3 of an even share anew. Vectors of music have long tails, to which a k-means++ start
+    gives most codes, where few vectors ever are: such codebooks had a perplexity of 0.24 to 0.66 of their size and a
+    larger distortion than these, with 0.66 to 0.81. Raises ValueError when there are fewer vectors than codes.
     """
     if x.shape[0] < codes:
         raise ValueError(f"codes = {codes}, but only {x.shape[0]} vectors: give more audio or fewer codes")
 
-    def level(residual: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def level(residual: jax.Array, part: tuple[jax.Array, jax.Array | None]) -> tuple[jax.Array, jax.Array]:
+        key, first = part
         start_key, key = jax.random.split(key)
-        start = residual[jax.random.permutation(start_key, residual.shape[0])[:codes]]
+        if first is None:
+            first = residual[jax.random.permutation(start_key, residual.shape[0])[:codes]]
 
         def round_(codebook: jax.Array, key: jax.Array) -> tuple[jax.Array, None]:
             found = kmeans.lloyd(codebook, residual, ROUND_ITERATIONS)
@@ -84,11 +88,12 @@ def fit(key: jax.Array, x: jax.Array, levels: int, codes: int) -> jax.Array:
             drawn = residual[jax.random.randint(key, (codes,), 0, residual.shape[0])]
             return jnp.where(dead[:, None], drawn, found.centroids), None
 
-        codebook, _ = jax.lax.scan(round_, start, jax.random.split(key, ROUNDS))
+        codebook, _ = jax.lax.scan(round_, first, jax.random.split(key, ROUNDS))
         codebook = kmeans.lloyd(codebook, residual, LAST_ITERATIONS).centroids
-        return residual - codebook[kmeans.nearest(codebook, residual)], codebook
+        codes_ = jax.lax.map(functools.partial(kmeans.nearest, codebook), residual, batch_size=kmeans.BLOCK)
+        return residual - codebook[codes_], codebook
 
-    return jax.lax.scan(level, x.astype(jnp.float32), jax.random.split(key, levels))[1]
+    return jax.lax.scan(level, x.astype(jnp.float32), (jax.random.split(key, levels), start))[1]
 
 
 class Trained(NamedTuple):
@@ -189,9 +194,11 @@ def expanded(factors: Factors) -> jax.Array:
 
 
 def _nearest_angle(codebook: jax.Array, x: jax.Array) -> jax.Array:
-    """The code of the codeword [C, W] with the largest cosine to each of x [..., W]: [...] int32."""
+    """The code of the codeword [C, W] with the largest cosine to each of x [..., W]: [...] int32; -1 where x is not
+    finite."""
     directions = codebook * jax.lax.rsqrt(jnp.maximum(jnp.sum(jnp.square(codebook), -1, keepdims=True), 1e-12))
-    return jnp.argmax(jnp.matmul(x, directions.T, precision=jax.lax.Precision.HIGHEST), -1).astype(jnp.int32)
+    codes = jnp.argmax(jnp.matmul(x, directions.T, precision=jax.lax.Precision.HIGHEST), -1).astype(jnp.int32)
+    return jnp.where(jnp.isfinite(x).all(-1), codes, -1)
 
 
 def quantize_factored(factors: Factors, x: jax.Array) -> jax.Array:

@@ -115,8 +115,9 @@ class SemanticEncoder(nn.Module):
 
     def targets(self, stacked: jax.Array) -> jax.Array:
         """[B, F, 4M] -> [B, F] int32: the random codeword nearest in angle to the random projection."""
-        projected = jnp.matmul(stacked, self.projection.value, precision=jax.lax.Precision.HIGHEST)  # [B, F, 16]
-        return jnp.argmax(projected @ self.codebook.value.T, axis=-1).astype(jnp.int32)
+        exactly = jax.lax.Precision.HIGHEST
+        projected = jnp.matmul(stacked, self.projection.value, precision=exactly)  # [B, F, 16]
+        return jnp.argmax(jnp.matmul(projected, self.codebook.value.T, precision=exactly), axis=-1).astype(jnp.int32)
 
     def __call__(self, wav: jax.Array, mask: jax.Array, noise: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Guesses and truth for every frame: (logits [B, F, R] float32, targets [B, F] int32).

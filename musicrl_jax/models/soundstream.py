@@ -64,11 +64,6 @@ class SoundStreamConfig:
         """Samples in a codec frame."""
         return math.prod(self.strides)
 
-    @property
-    def bits_per_second(self) -> float:
-        """What the codes of all levels take when each is stored in log2(codes) bits."""
-        return self.sample_rate_hz / self.stride * self.levels * math.log2(self.codes)
-
 
 def compressed(x: jax.Array) -> jax.Array:
     """x [..., D] with its length r made log(1 + r), its direction kept.
@@ -232,8 +227,13 @@ def linear_start(config: SoundStreamConfig, params: Params, key: jax.Array) -> P
         back = kernel.transpose(2, 0, 1)
         dec[f"up_{block}"] = up | {"kernel": jnp.concatenate([back, jnp.zeros_like(back)], axis=1)}
         width *= 2
-    basis = principal_directions(x, config.embed)
-    enc["last"], dec["first"] = _last_tap(enc["last"], basis), _last_tap(dec["first"], basis.T)
+    basis = principal_directions(x, config.embed)  # [D, embed]
+    last, first = enc["last"], dec["first"]
+    own, back = _last_tap(last, basis), _last_tap(first, basis.T)
+    spoken = jnp.any(basis != 0.0, axis=0)[None, None, :]
+    enc["last"] = own | {"kernel": jnp.where(spoken, own["kernel"], last["kernel"])}
+    # Nothing bends between the decoder's first two convolutions: zeros on both sides of a unit would stay for good.
+    dec["first"] = back | {"kernel": jnp.where(heard, back["kernel"], first["kernel"])}
     return params | {"encoder": enc, "decoder": dec}
 
 
@@ -314,7 +314,8 @@ class SoundStream(nn.Module):
         return rvq.quantize_factored(self.factored, self.vectors(wav))
 
     def decode(self, codes: jax.Array) -> jax.Array:
-        """Waveform [B, T * stride] float32 of codes [B, T, q] of the first q <= Q levels; not clipped to [-1, 1]."""
+        """Waveform [B, T * stride] float32 of codes [B, T, q] of the first q <= Q levels, -1 where a level is not
+        heard; not clipped to [-1, 1]."""
         own = self.config.code_width is None
         return self.wav(rvq.dequantize(self.rvq.value["codebooks"] if own else rvq.expanded(self.factored), codes))
 

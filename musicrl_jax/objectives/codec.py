@@ -32,7 +32,8 @@ class CodecObjective(Objective):
     Attributes:
       windows: samples of each scale of the spectral loss; the paper's, 64 to 2048.
       discriminators: which there are; None trains by reconstruction and commitment alone.
-      adversarial_start: the step at which they join; before it they cost nothing.
+      adversarial_start: the step at which they join; before it they cost nothing. They move at the optimiser's rate
+        of that step, which falls over the whole run.
       spectral_weight, waveform_weight, adversarial_weight, feature_weight: shares. The waveform's L1 distance is
         EnCodec's, not SoundStream's; spectra alone say nothing about phase. The defaults are EnCodec's.
       commitment_weight: of the commitment loss, whose gradient is not balanced: the others' has the norm 1.
@@ -50,7 +51,14 @@ class CodecObjective(Objective):
 
     def init(self, key: jax.Array, batch: Batch) -> dict[str, Any]:
         """'params' of the codec, started as a linear transform codec, and of the discriminators; 'codebooks', random
-        until the first training step starts them by k-means; 'balance', the norms of gradients and the steps done."""
+        until the first training step starts them by k-means; 'balance', the norms of gradients and the steps done.
+        ValueError where the training set has fewer codec frames than a codebook has codes."""
+        frames = self.data.count("train") * (batch["audio"].shape[1] // self.model.stride)
+        if frames < self.model.codes:
+            raise ValueError(
+                f"SoundStreamConfig.codes = {self.model.codes}, but the training clips have {frames} codec frames: "
+                "lower it, or give more audio"
+            )
         codec_key, start_key, judge_key = jax.random.split(key, 3)
         variables = soundstream.SoundStream(self.model).init(codec_key, batch["audio"], codec_key)
         params = soundstream.linear_start(self.model, variables["params"], start_key)
@@ -122,19 +130,17 @@ class CodecObjective(Objective):
 
     def evaluate(self, params: Any, state: Any, frozen: Any, batch: Batch, key: jax.Array) -> Metrics:
         """Distances of clips decoded from all levels: mel_distance (mean absolute difference of natural log-mels,
-        80 bands, window 1024), stft_distance, si_sdr in dB (median over clips); perplexity, of the codes of this
-        batch, as a share of the codebook's size: its mean over levels and the least level's."""
+        80 bands, window 1024), stft_distance, si_sdr in dB (median over clips); perplexity, as in training: the
+        effective number of codes in a batch of B T vectors says little of codebooks that are larger than that."""
         module = soundstream.SoundStream(self.model)
         variables, wav = {"params": params, **state}, batch["audio"]
         codes = module.apply(variables, wav, method="encode")
         decoded = module.apply(variables, codes, method="decode")
-        perplexity = rvq.perplexity(codes, self.model.codes) / self.model.codes  # [Q]
         return {
             "mel_distance": codec.mel_distance(wav, decoded, self.model.sample_rate_hz),
             "stft_distance": codec.stft_distance(wav, decoded),
             "si_sdr": jnp.median(codec.si_sdr(wav, decoded)),
-            "perplexity": jnp.mean(perplexity),
-            "least_perplexity": jnp.min(perplexity),
+            "perplexity": jnp.mean(rvq.perplexity(codes, self.model.codes)),
         }
 
     def finish(
@@ -155,8 +161,9 @@ class CodecObjective(Objective):
             if found >= FRAMES_PER_CODE * self.model.codes:
                 break
         points = jnp.asarray(np.concatenate(parts))
-        fitted = rvq.fit(jax.random.key(0), points, self.model.levels, self.model.codes)
-        return variables | {"codebooks": {"rvq": variables["codebooks"]["rvq"] | {"codebooks": fitted}}}
+        state = variables["codebooks"]["rvq"]
+        fitted = rvq.fit(jax.random.key(0), points, self.model.levels, self.model.codes, state["codebooks"])
+        return variables | {"codebooks": {"rvq": state | {"codebooks": fitted}}}
 
 
 def _waveform(wav: jax.Array, decoded: jax.Array) -> jax.Array:

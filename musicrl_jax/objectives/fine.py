@@ -1,27 +1,26 @@
 """SoundStorm on the fine codec levels."""
 
 import dataclasses
-import json
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from musicrl_jax.inputs.tokens import Tokens, read_manifest
 from musicrl_jax.losses.lm import cross_entropy
 from musicrl_jax.models.soundstorm import SoundStorm, SoundStormConfig, training_mask
-from musicrl_jax.objectives.objective import Batch, Metrics, Objective
+from musicrl_jax.objectives.objective import Batch, Metrics
+from musicrl_jax.objectives.token_objective import TokenObjective
 
 
 @dataclasses.dataclass(frozen=True)
-class FineObjective(Objective):
+class FineObjective(TokenObjective):
     """Masked prediction of fine codes on the tokens that `musicrl encode` wrote."""
 
     model: SoundStormConfig
-    data: Tokens
 
     def init(self, key: jax.Array, batch: Batch) -> dict[str, Any]:
-        """Variables of SoundStorm."""
+        """Variables of SoundStorm; ValueError where the tokens are of another layout."""
+        self.check_layout(acoustic_levels=self.model.levels, acoustic_codes=self.model.codes)
         codes = batch["acoustic"]
         return SoundStorm(self.model).init(key, codes, jnp.zeros(codes.shape, bool), self.model.coarse_levels)
 
@@ -35,7 +34,3 @@ class FineObjective(Objective):
         truth = jnp.take_along_axis(codes, hidden.level[:, None, None], axis=2)[:, :, 0]  # [B, T]
         loss, metrics = cross_entropy(logits, truth, hidden.target.astype(jnp.float32))
         return loss, (state, {"loss": loss, **metrics})
-
-    def assets(self) -> dict[str, bytes]:
-        """tokens.json: the hashes of the models whose tokens this one speaks."""
-        return {"tokens.json": json.dumps(read_manifest(self.data.directory)["models"]).encode()}

@@ -22,11 +22,11 @@ import numpy as np
 
 from musicrl_jax.core import checkpoint
 from musicrl_jax.core.progress import Progress
-from musicrl_jax.inputs import order, pretrained
+from musicrl_jax.inputs import order, pieces, pretrained
 from musicrl_jax.inputs.clips import Clips
 from musicrl_jax.losses import contrastive
 from musicrl_jax.models import bert, mulan, musicnn
-from musicrl_jax.objectives.mulan import MuLanObjective
+from musicrl_jax.objectives.mulan import VOCABULARY, MuLanObjective
 from musicrl_jax.objectives.objective import Batch, Metrics
 
 HEARD_AT_ONCE = 16  # clips
@@ -73,7 +73,15 @@ class Heard:
     def batches(
         self, split: str, batch_size: int, seed: int, start_step: int = 0, epochs: int | None = None
     ) -> Iterator[dict[str, np.ndarray]]:
-        """{'audio': f32 [B, V, W], 'text': f32 [B, D], 'pieces': i32 [B, L]}, in the order of `Clips.batches`."""
+        """{'audio': f32 [B, V, W], 'text': f32 [B, D], 'pieces': i32 [B, L]}, in a fixed order.
+
+        As with `Clips.batches`, a batch is a pure function of (seed, step). ValueError where `epochs` is None and a
+        batch is larger than the split.
+        """
+        if epochs is None and batch_size > self.count(split):
+            raise ValueError(
+                f"batch_size {batch_size} is more than the {self.count(split)} clips of split {split!r}: lower it"
+            )
         rates = {name: rate for name, rate in self.clips.datasets.items() if split in self.clips.records(name)}
         sets = [self.found(name, split) for name in sorted(rates)]
         sizes = [len(found["text"]) for found in sets]
@@ -154,6 +162,11 @@ class MuLanProjectionsObjective(MuLanObjective):
                 f"PretrainedTowers.model is {self.data.towers.model}, not the trained {self.model}: make them equal"
             )
         self.check(batch)
+        if (size := pieces.size(self.assets()[VOCABULARY])) != self.model.text.pieces:
+            raise ValueError(
+                f"{self.vocabulary} has {size} pieces, and the pretrained text tower reads {self.model.text.pieces}: "
+                "give the vocabulary that it was trained with"
+            )
         return dict(mulan.MuLan(self.model).init(key, batch["audio"][:1], batch["text"][:1], method="place"))
 
     def frozen(self) -> Any:

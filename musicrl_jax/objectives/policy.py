@@ -1,28 +1,32 @@
 """The base policy: next-token prediction of interleaved tokens, conditioned on MuLan audio tokens (MusicLM 3.2)."""
 
 import dataclasses
-import json
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from musicrl_jax.core.tokens import interleave
-from musicrl_jax.inputs.tokens import Tokens, read_manifest
 from musicrl_jax.losses.lm import cross_entropy
 from musicrl_jax.models.musiclm import MusicLM, MusicLMConfig
-from musicrl_jax.objectives.objective import Batch, Metrics, Objective
+from musicrl_jax.objectives.objective import Batch, Metrics
+from musicrl_jax.objectives.token_objective import TokenObjective
 
 
 @dataclasses.dataclass(frozen=True)
-class PolicyObjective(Objective):
+class PolicyObjective(TokenObjective):
     """Cross-entropy on the tokens that `musicrl encode` wrote."""
 
     model: MusicLMConfig
-    data: Tokens
 
     def init(self, key: jax.Array, batch: Batch) -> dict[str, Any]:
-        """Variables of MusicLM."""
+        """Variables of MusicLM; ValueError where the tokens are of another layout."""
+        self.check_layout(
+            acoustic_codes=self.model.layout.acoustic_codes,
+            semantic_codes=self.model.layout.semantic_codes,
+            mulan_levels=self.model.mulan_levels,
+            mulan_codes=self.model.mulan_codes,
+        )
         return MusicLM(self.model).init(key, self._tokens(batch), batch["mulan"])
 
     def loss(
@@ -44,10 +48,6 @@ class PolicyObjective(Objective):
         semantic = cross_entropy(logits[:, :, 0], tokens[:, :, 0])[0]
         coarse = cross_entropy(logits[:, :, 1:], tokens[:, :, 1:])[0]
         return {"loss": loss, "semantic": semantic, "coarse": coarse, **metrics}
-
-    def assets(self) -> dict[str, bytes]:
-        """tokens.json: the hashes of the models whose tokens this one speaks."""
-        return {"tokens.json": json.dumps(read_manifest(self.data.directory)["models"]).encode()}
 
     def _tokens(self, batch: Batch) -> jax.Array:
         """int32 [B, F, K]."""

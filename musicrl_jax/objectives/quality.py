@@ -102,11 +102,7 @@ def through(codec: Codec) -> degradations.Codec:
         codes = module.apply(codec.variables, wav, method="encode")  # [B, T, Q]
         kept = degradations.kept_levels(strength, config.levels)
         heard = jnp.arange(config.levels)[None, None, :] < kept[:, None, None]  # [B, 1, Q]
-        # A codeword of zeros, after the last one, stands for a level that is not heard.
-        quantizer = codec.variables["codebooks"]["rvq"]
-        codebooks = jnp.pad(quantizer["codebooks"], ((0, 0), (0, 1), (0, 0)))
-        silenced = {**codec.variables, "codebooks": {"rvq": {**quantizer, "codebooks": codebooks}}}
-        return module.apply(silenced, jnp.where(heard, codes, config.codes), method="decode")
+        return module.apply(codec.variables, jnp.where(heard, codes, -1), method="decode")
 
     return send
 

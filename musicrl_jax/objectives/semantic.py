@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 from musicrl_jax.core import sharding
-from musicrl_jax.models import kmeans, semantic
+from musicrl_jax.models import kmeans, rvq, semantic
 from musicrl_jax.objectives.objective import Batch, Data, Metrics, Objective
 
 POINTS_PER_CODE = 256  # frames that k-means looks at
@@ -29,10 +29,19 @@ class SemanticObjective(Objective):
     data: Data
 
     def init(self, key: jax.Array, batch: Batch) -> dict[str, Any]:
-        """Variables whose mel statistics are those of `batch`; k-means is still all zeros."""
+        """Variables whose mel statistics are those of `batch`; k-means is still all zeros.
+
+        ValueError where the training set has fewer frames than there are codes.
+        """
         module = semantic.SemanticEncoder(self.model)
         variables = dict(module.init(key, batch["audio"], *_masking(key, self.model, batch["audio"])))
         mels = module.apply(variables, batch["audio"], method="log_mels")
+        frames = self.data.count("train") * (mels.shape[1] // semantic.STACK)
+        if frames < self.model.codes:
+            raise ValueError(
+                f"SemanticConfig.codes = {self.model.codes}, but the training clips have {frames} frames: lower it, or "
+                "give more audio"
+            )
         std = jnp.maximum(jnp.std(mels, axis=(0, 1)), semantic.LEAST_STD)
         return variables | {"statistics": {"mean": jnp.mean(mels, axis=(0, 1)), "std": std}}
 
@@ -50,7 +59,7 @@ class SemanticObjective(Objective):
         metrics = {
             "loss": loss,
             "accuracy": jnp.sum(weight * hit),
-            "target_perplexity": perplexity(targets, self.model.targets),
+            "target_perplexity": rvq.perplexity(targets[..., None], self.model.targets)[0],
         }
         return loss, (state, metrics)
 
@@ -62,7 +71,7 @@ class SemanticObjective(Objective):
         fit = kmeans.Fit(**{name: state["kmeans"][name] for name in kmeans.Fit._fields})
         return {
             **super().evaluate(params, state, frozen, batch, key),
-            "token_perplexity": perplexity(tokens, self.model.codes),
+            "token_perplexity": rvq.perplexity(tokens[..., None], self.model.codes)[0],
             **{f"kmeans_{name}": figure for name, figure in fit.usage().items()},
         }
 
@@ -72,7 +81,6 @@ class SemanticObjective(Objective):
         """Fills 'kmeans': standardises the features of training clips per dimension and clusters them.
 
         Looks at 256 frames a code, the first that come in the shuffled order. Prints how well the centroids are used.
-        Raises ValueError where the whole training set has fewer frames than there are codes.
         """
         features = self._features(variables, batches())  # [P, D]
         mean, std = features.mean(axis=0), np.maximum(features.std(axis=0), LEAST_STD)
@@ -99,15 +107,7 @@ class SemanticObjective(Objective):
             found += len(parts[-1])
             if found >= wanted:
                 break
-        if found < self.model.codes:
-            raise ValueError(f"codes = {self.model.codes}, but there are {found} frames of training clips: lower it")
         return np.concatenate(parts)[:wanted]
-
-
-def perplexity(codes: jax.Array, size: int) -> jax.Array:
-    """exp of the entropy of how often each of `size` codes occurs in `codes` (any shape): 1 to `size`, float32 []."""
-    share = jnp.bincount(codes.reshape(-1), length=size).astype(jnp.float32) / codes.size
-    return jnp.exp(-jnp.sum(jax.scipy.special.xlogy(share, share)))
 
 
 def _masking(key: jax.Array, config: semantic.SemanticConfig, wav: jax.Array) -> tuple[jax.Array, jax.Array]:

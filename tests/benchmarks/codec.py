@@ -2,7 +2,7 @@
 
     python tests/benchmarks/codec.py --codec runs/demo/codec --data_dir runs/data --dataset score_clips/demo
 
-Prints three tables over the test split, whose pieces no model has seen; a 95 % bootstrap over clips stands in brackets.
+Prints three tables over the test split, whose pieces no model has seen; brackets hold 95 % bootstraps over pieces.
 
 1. Ours with its first q levels, and Opus (as libsndfile writes it) at several settings, the first of which is the
    lowest it can reach: kilobits a second, mel distance (mean absolute difference of natural log-mels, 80 bands), STFT
@@ -56,12 +56,13 @@ def main() -> None:
     module = SoundStream(config)
     encode = jax.jit(lambda wav: module.apply(model.variables, wav, method="encode"))
     decode = jax.jit(lambda codes: module.apply(model.variables, codes, method="decode"))
-    wavs = held_out(Clips({asked.dataset: 1.0}, asked.data_dir, rate_hz), config.stride, asked.clips)  # [clips, N]
+    clips = Clips({asked.dataset: 1.0}, asked.data_dir, rate_hz, with_captions=True)
+    wavs, places = held_out(clips, config.stride, asked.clips)  # [clips, N], [clips]
     seconds = wavs.shape[1] / rate_hz
 
     found = {}  # name -> figure -> [clips]
     codes = np.concatenate([encode(jnp.asarray(part)) for part in batches(wavs, "encode")])
-    for levels in sorted({1, 2, config.levels // 4, config.levels // 2, config.levels * 2 // 3, config.levels}):
+    for levels in sorted({-(-config.levels * part // 12) for part in (1, 2, 3, 4, 6, 7, 8, 12)}):
         parts = batches(codes[..., :levels], f"{levels} levels")
         decoded = np.concatenate([decode(jnp.asarray(part)) for part in parts])
         kept = codes.shape[1] * levels * math.log2(config.codes)
@@ -75,7 +76,7 @@ def main() -> None:
     names = ("kbps", "mel", "stft", "si_sdr", "visqol")
     print("  ".join([f"{'':26}", *(f"{name:>22}" for name in names)]))
     for name, figures in found.items():
-        print("  ".join([f"{name:26}", *(f"{interval(figures[figure]):>22}" for figure in names)]))
+        print("  ".join([f"{name:26}", *(f"{interval(figures[figure], places):>22}" for figure in names)]))
 
     print("\nours minus Opus, paired; below 0 ours is nearer to the original")
     peers = [name for name in found if name.startswith("Opus")]
@@ -84,7 +85,7 @@ def main() -> None:
             (name for name in found if name.startswith("ours") and found[name]["kbps"].mean() <= limit),
             key=lambda name: found[name]["kbps"].mean(),
         )
-        gains = "  ".join(f"{f} {interval(found[ours][f] - found[peer][f])}" for f in LOWER_IS_BETTER)
+        gains = "  ".join(f"{f} {interval(found[ours][f] - found[peer][f], places)}" for f in LOWER_IS_BETTER)
         rates = [found[name]["kbps"].mean() for name in (ours, peer)]
         print(f"{ours} ({rates[0]:.2f} kbps) - {peer} ({rates[1]:.2f} kbps)  {gains}")
 
@@ -96,11 +97,12 @@ def main() -> None:
         print(f"{level + 1:5}  {used:6} ({shares[0]:4.0%})  {effective:8.1f} ({shares[1]:4.0%})")
 
 
-def held_out(clips: Clips, stride: int, count: int) -> np.ndarray:
-    """Up to `count` clips of the test split [clips, N], cut to whole codec frames."""
-    parts = [batch["audio"] for batch in clips.batches("test", min(BATCH, clips.count("test")), 0, epochs=1)]
-    wavs = np.concatenate(parts)[:count]
-    return wavs[:, : wavs.shape[1] // stride * stride]
+def held_out(clips: Clips, stride: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Up to `count` clips of the test split [clips, N], cut to whole codec frames, and the piece of each [clips]."""
+    parts = list(clips.batches("test", min(BATCH, clips.count("test")), 0, epochs=1))
+    wavs, names = (np.concatenate([part[field] for part in parts])[:count] for field in ("audio", "id"))
+    known = clips.attributes("test")
+    return wavs[:, : wavs.shape[1] // stride * stride], np.asarray([known[name]["piece"] for name in names])
 
 
 def batches(items: np.ndarray, name: str) -> Iterator[np.ndarray]:
@@ -175,10 +177,10 @@ def packets(ogg: bytes) -> list[int]:
     return sizes
 
 
-def interval(values: np.ndarray) -> str:
+def interval(values: np.ndarray, places: np.ndarray) -> str:
     if not len(values):
         return "-"
-    found = mean_interval(values)
+    found = mean_interval(values, clusters=places[: len(values)])
     return f"{found['mean']:.3f} [{found['low']:.3f}, {found['high']:.3f}]"
 
 

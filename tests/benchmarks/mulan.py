@@ -43,10 +43,9 @@ def main() -> None:
     asked = parser.parse_args()
     model = checkpoint.load_model(asked.mulan, mulan.MuLanConfig)
     clips = Clips({asked.dataset: 1.0}, asked.data_dir, model.config.sample_rate_hz, with_captions=True)
-    known = dict(zip(clips.captions("test"), (a["piece"] for a in clips.attributes("test")), strict=True))
-
-    audio, text, captions = embedded(model, clips)
-    places = np.unique([known[caption] for caption in captions], return_inverse=True)[1]
+    audio, text, captions, names = embedded(model, clips)
+    known = clips.attributes("test")
+    places = np.unique([known[name]["piece"] for name in names], return_inverse=True)[1]
     same = np.array(captions)[:, None] == np.array(captions)[None, :]
     predicted, wanted, penalty = ridge(asked, clips)
     cosines = {"MuLan": audio @ text.T, "ridge": unit(predicted) @ unit(wanted).T}
@@ -77,11 +76,11 @@ MEASURES = {
 }
 
 
-def embedded(model: checkpoint.Model, clips: Clips) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """(audio embeddings [P, E], text embeddings [P, E], captions) of the test split, by the whole model."""
+def embedded(model: checkpoint.Model, clips: Clips) -> tuple[np.ndarray, np.ndarray, list[str], list[str]]:
+    """(audio embeddings [P, E], text embeddings [P, E], captions, ids) of the test split, by the whole model."""
     module = mulan.MuLan(model.config)
     use = jax.jit(module.apply, static_argnames="method")
-    audio, text, captions = [], [], []
+    audio, text, captions, names = [], [], [], []
     for batch in clips.batches("test", BATCH, seed=0, epochs=1):
         count = len(batch["audio"])
         ids = pieces.encode(model.assets["vocabulary"], list(batch["caption"]), model.config.text_length)
@@ -89,7 +88,8 @@ def embedded(model: checkpoint.Model, clips: Clips) -> tuple[np.ndarray, np.ndar
         audio.append(np.asarray(use(model.variables, wav, method="embed_audio"))[:count])
         text.append(np.asarray(use(model.variables, ids, method="embed_text"))[:count])
         captions += list(batch["caption"])
-    return np.concatenate(audio), np.concatenate(text), captions
+        names += list(batch["id"])
+    return np.concatenate(audio), np.concatenate(text), captions, names
 
 
 def ridge(asked: argparse.Namespace, clips: Clips) -> tuple[np.ndarray, np.ndarray, float]:

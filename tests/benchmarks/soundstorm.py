@@ -2,7 +2,7 @@
 
     python tests/benchmarks/soundstorm.py --run runs/quickstart --data_dir runs/data --dataset score_clips/quickstart
 
-Prints three tables; a 95 % bootstrap over clips stands in brackets.
+Prints three tables; a 95 % bootstrap over pieces stands in brackets.
 
 1. Distances of decoded held-out clips to the originals: from all true levels (what the codec allows), from the coarse
    levels alone, and from true coarse levels with fine ones that are drawn uniformly, drawn by each level's frequencies
@@ -20,6 +20,7 @@ Ten minutes on a CPU core at the quickstart's size; `--skip_speed` leaves the th
 import argparse
 import dataclasses
 import functools
+import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -61,10 +62,15 @@ def main() -> None:
     run = Path(asked.run)
     codec = checkpoint.load_model(asked.codec or run / "codec", SoundStreamConfig)
     storm = checkpoint.load_model(asked.fine or run / "fine", SoundStormConfig)
-    data = Clips({asked.dataset: 1.0}, asked.data_dir, codec.config.sample_rate_hz)
+    if (spoken := json.loads(storm.assets["tokens.json"])["codec"]) != codec.hash:
+        raise SystemExit(f"SoundStorm was trained on tokens of codec {spoken[:12]}, not of {codec.hash[:12]}")
+    data = Clips({asked.dataset: 1.0}, asked.data_dir, codec.config.sample_rate_hz, with_captions=True)
     count = min(asked.clips, data.count(asked.split)) // asked.batch_size * asked.batch_size
     batches = data.batches(asked.split, asked.batch_size, seed=0)
-    wav = np.concatenate([next(batches)["audio"] for _ in range(count // asked.batch_size)])
+    found = [next(batches) for _ in range(count // asked.batch_size)]
+    wav, names = (np.concatenate([batch[field] for batch in found]) for field in ("audio", "id"))
+    known = data.attributes(asked.split)
+    places = np.asarray([known[name]["piece"] for name in names])
     encode = jax.jit(lambda wav: SoundStream(codec.config).apply(codec.variables, wav, method="encode"))
     codes = np.concatenate([encode(part) for part in parts(wav, asked.batch_size)])
     shares = frequencies(str(asked.tokens or run / "tokens"), storm.config)
@@ -74,8 +80,8 @@ def main() -> None:
         f"{c.levels} levels of {c.codes} codes, {c.levels - c.coarse_levels} of them fine; {codes.shape[1]} codec "
         f"frames a clip; SoundStorm: {sum(leaf.size for leaf in jax.tree.leaves(storm.variables)) / 1e6:.1f} M weights"
     )
-    distances(codec, storm, wav, codes, shares, asked)
-    levels(storm, codes, shares, asked.batch_size)
+    distances(codec, storm, wav, codes, shares, places, asked)
+    levels(storm, codes, shares, places, asked.batch_size)
     if not asked.skip_speed:
         speed(storm, codes[: asked.batch_size], asked.rounds)
 
@@ -99,6 +105,7 @@ def distances(
     wav: np.ndarray,
     codes: np.ndarray,
     shares: np.ndarray,
+    places: np.ndarray,
     asked: argparse.Namespace,
 ) -> None:
     """Prints the first table."""
@@ -135,8 +142,8 @@ def distances(
         rows[f"SoundStorm, {first + c.levels - c.coarse_levels - 1} passes"] = judged(filled)
     print(f"\n{'':28} {'mel distance, nat':>24} {'STFT distance':>24} {'mel, less than coarse alone':>30}")
     for name, found in rows.items():
-        gain = interval(rows["coarse levels alone"][:, 0] - found[:, 0])
-        print(f"{name:28} {interval(found[:, 0]):>24} {interval(found[:, 1]):>24} {gain:>30}")
+        gain = interval(rows["coarse levels alone"][:, 0] - found[:, 0], places)
+        print(f"{name:28} {interval(found[:, 0], places):>24} {interval(found[:, 1], places):>24} {gain:>30}")
 
 
 def filler(config: SoundStormConfig) -> Callable[..., jax.Array]:
@@ -144,13 +151,13 @@ def filler(config: SoundStormConfig) -> Callable[..., jax.Array]:
     return jax.jit(functools.partial(fill_fine, SoundStorm(config)))
 
 
-def interval(values: np.ndarray) -> str:
-    """Mean and 95 % bootstrap interval."""
-    found = mean_interval(values)
+def interval(values: np.ndarray, places: np.ndarray) -> str:
+    """Mean and 95 % bootstrap interval over pieces."""
+    found = mean_interval(values, clusters=places)
     return f"{found['mean']:.3f} [{found['low']:.3f}, {found['high']:.3f}]"
 
 
-def levels(storm: checkpoint.Model, codes: np.ndarray, shares: np.ndarray, batch_size: int) -> None:
+def levels(storm: checkpoint.Model, codes: np.ndarray, shares: np.ndarray, places: np.ndarray, batch_size: int) -> None:
     """Prints the second table."""
     c = storm.config
 
@@ -167,7 +174,7 @@ def levels(storm: checkpoint.Model, codes: np.ndarray, shares: np.ndarray, batch
         both = [judged(storm.variables, part, jnp.int32(q)) for part in parts(codes, batch_size)]
         nats, hits = (np.concatenate(found) for found in zip(*both, strict=True))
         chance = -np.log(shares[q])[codes[:, :, q]].mean()
-        print(f"{q:5} {interval(nats.mean(axis=1)):>24} {chance:14.3f} {hits.mean():9.3f}")
+        print(f"{q:5} {interval(nats.mean(axis=1), places):>24} {chance:14.3f} {hits.mean():9.3f}")
 
 
 class Autoregressive(nn.Module):

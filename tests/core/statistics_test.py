@@ -1,6 +1,7 @@
 """Against SciPy, closed forms and loops."""
 
 import numpy as np
+import pytest
 import scipy.linalg
 import scipy.stats
 
@@ -15,6 +16,18 @@ def test_interval_is_scipys_percentile_bootstrap():
     ).confidence_interval
     assert ours["mean"] == values.mean()
     np.testing.assert_allclose([ours["low"], ours["high"]], [theirs.low, theirs.high], atol=0.02)
+
+
+def test_values_of_a_cluster_are_drawn_together():
+    """Each value ten times says no more than once; drawn as if they were independent, the interval is too narrow."""
+    values = np.random.default_rng(0).exponential(size=80)
+    once = mean_interval(values)
+    tenfold = mean_interval(np.repeat(values, 10), clusters=np.repeat(np.arange(80), 10))
+    assert tenfold == pytest.approx(once, rel=1e-12)
+    alone = mean_interval(np.repeat(values, 10))
+    assert alone["high"] - alone["low"] < 0.4 * (once["high"] - once["low"])
+    uneven = mean_interval(np.asarray([1.0, 1.0, 1.0, 5.0]), clusters=np.asarray([0, 0, 0, 1]))
+    assert uneven == {"mean": 2.0, "low": 1.0, "high": 5.0}
 
 
 def test_frechet_distance_is_that_of_the_textbook():

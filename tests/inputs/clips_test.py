@@ -108,10 +108,11 @@ def test_counts_captions_and_attributes(mixture):
     assert [mixture.count(split) for split in ("train", "validation", "test")] == [15, 3, 12]
     captions, attributes = mixture.captions("test"), mixture.attributes("test")
     ids = [text["id"] for name in ("ramp/five", "ramp/ten") for text in tasks.texts(name, mixture.data_dir, "test")]
-    assert [int(i.rsplit("-", 1)[1]) for i in ids] == [a["number"] for a in attributes]
-    assert all(
-        f" {('slow', 'fast', 'lively')[a['number'] % 3]} jig" in c for c, a in zip(captions, attributes, strict=True)
-    )
+    assert list(attributes) == ids
+    numbers = [known["number"] for known in attributes.values()]
+    assert [int(name.rsplit("-", 1)[1]) for name in ids] == numbers
+    for caption, number in zip(captions, numbers, strict=True):
+        assert f" {('slow', 'fast', 'lively')[number % 3]} jig" in caption
 
 
 def test_a_registered_task_is_an_ordinary_seqio_task(mixture):

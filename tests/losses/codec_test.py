@@ -124,7 +124,9 @@ def test_balanced_gradients_pull_by_their_weights_whatever_their_units():
 def test_a_loss_that_has_not_begun_neither_pulls_nor_leaves_a_mark():
     gradients = {"a": jnp.ones((1, 4)), "late": jnp.zeros((1, 4))}
     pull, norms = codec.balanced(gradients, {"a": 1.0, "late": 1.0}, {"a": jnp.zeros(()), "late": jnp.zeros(())})
-    np.testing.assert_allclose(pull, jnp.full((1, 4), 0.25))
+    np.testing.assert_allclose(pull, jnp.full((1, 4), 0.5))  # all of the pull: of norm 1
     assert norms["late"] == 0.0
-    _, norms = codec.balanced({"a": jnp.ones((1, 4)), "late": 5 * jnp.ones((1, 4))}, {"a": 1.0, "late": 1.0}, norms)
+    late = {"a": jnp.ones((1, 4)), "late": 5 * jnp.ones((1, 4))}
+    pull, norms = codec.balanced(late, {"a": 1.0, "late": 1.0}, norms)
     np.testing.assert_allclose(norms["late"], 10.0)
+    np.testing.assert_allclose(pull, jnp.full((1, 4), 0.5))

@@ -41,6 +41,23 @@ def test_quantize_and_dequantize_equal_numpy():
         np.testing.assert_allclose(rvq.dequantize(codebooks, jnp.asarray(codes[..., :q])), sums[q - 1], atol=1e-6)
 
 
+def test_a_level_of_minus_one_is_not_heard():
+    codebooks, codes = a_state()["codebooks"], rvq.quantize(a_state()["codebooks"], an_input())
+    silenced = codes.at[..., 1].set(-1)
+    expected = rvq.dequantize(codebooks, codes) - codebooks[1][codes[..., 1]]
+    np.testing.assert_allclose(rvq.dequantize(codebooks, silenced), expected, atol=1e-6)
+
+
+def test_what_is_not_finite_has_no_code_in_dacs_quantizer_either():
+    factors = rvq.init_factored(jax.random.key(0), LEVELS, CODES, WIDTH, 2)
+    x = an_input()
+    codes = np.asarray(rvq.quantize_factored(factors, x))
+    broken = np.array(rvq.quantize_factored(factors, x.at[1, 2].set(jnp.nan)))
+    assert (codes >= 0).all() and (broken[1, 2] == -1).all()
+    broken[1, 2] = codes[1, 2]
+    np.testing.assert_array_equal(broken, codes)
+
+
 def test_codes_of_more_levels_are_refused():
     with pytest.raises(ValueError, match="5 levels"):
         rvq.dequantize(a_state()["codebooks"], jnp.zeros((1, 5), jnp.int32))

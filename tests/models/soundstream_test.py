@@ -144,10 +144,6 @@ def test_companding_is_undone():
         assert np.isfinite(jax.grad(lambda x, f=f: jnp.sum(jnp.square(f(x))))(jnp.zeros((2, 6)))).all()
 
 
-def test_bits_per_second_are_those_of_the_papers_6_kbps():
-    assert soundstream.SoundStreamConfig().bits_per_second == 6000.0
-
-
 def test_dacs_quantizer_decodes_what_it_trains_on_and_has_no_moving_averages():
     module, variables = a_model(DAC)
     assert set(variables) == {"params"}
@@ -223,6 +219,16 @@ def test_linear_start_keeps_what_the_best_projection_of_a_stride_keeps():
     energy = np.linalg.eigvalsh(strides.T @ strides / strides.size)
     best = energy[:10].sum()  # what the 10 strongest of 20 directions leave
     assert best * 0.99 < error < 1.25 * best + 1e-6
+
+
+def test_linear_start_leaves_no_unit_of_the_decoder_with_zeros_on_both_sides():
+    """Between its first two convolutions nothing bends: a unit that neither hears nor is heard would stay so."""
+    config = soundstream.SoundStreamConfig(16000, (8, 5), channels=16, embed=10, levels=1, codes=2)
+    params = soundstream.SoundStream(config).init(jax.random.key(0), jnp.zeros((1, 40)), jax.random.key(0))["params"]
+    decoder = jax.jit(lambda p: soundstream.linear_start(config, p, jax.random.key(1)))(params)["decoder"]
+    hears = np.abs(decoder["first"]["kernel"]).max(axis=(0, 1)) > 0
+    heard = np.abs(decoder["up_1"]["kernel"]).max(axis=(1, 2)) > 0
+    assert not heard.all() and (hears | heard).all()
 
 
 def test_brown_noise_falls_by_6_db_an_octave():

@@ -9,7 +9,6 @@ from flax import linen as nn
 from scipy.special import log_softmax
 
 from musicrl_jax.core import sharding
-from musicrl_jax.inputs.tokens import SCHEMA, Tokens
 from musicrl_jax.models.conformer import ConformerConfig
 from musicrl_jax.models.soundstorm import SoundStorm, SoundStormConfig, training_mask
 from musicrl_jax.objectives.fine import FineObjective
@@ -20,8 +19,8 @@ KEY = jax.random.key(3)
 
 
 @pytest.fixture(scope="module")
-def objective():
-    return FineObjective(MODEL, data=None)
+def objective(tokens_of):
+    return FineObjective(MODEL, tokens_of(acoustic_levels=5, acoustic_codes=6))
 
 
 @pytest.fixture(scope="module")
@@ -90,19 +89,25 @@ def test_codes_that_are_hidden_and_not_scored_change_nothing(step, drawn):
     assert changed(~masked) != changed(False)  # what is given is heard
 
 
-def test_weights_of_the_papers_size_divide_over_a_mesh():
+def test_weights_of_the_papers_size_divide_over_a_mesh(tokens_of):
     """Eight devices, two for fsdp and two for tensor; 1024 codes and a mask are 1025 rows, which must not be split."""
     batch = {"acoustic": np.zeros((8, 4, 12), np.int32)}
-    abstract = jax.eval_shape(FineObjective(SoundStormConfig(), data=None).init, jax.random.key(0), batch)
+    objective = FineObjective(SoundStormConfig(), tokens_of(acoustic_levels=12, acoustic_codes=1024))
+    abstract = jax.eval_shape(objective.init, jax.random.key(0), batch)
     mesh = sharding.make_mesh(fsdp=2, tensor=2)
     layout = nn.logical_to_mesh_sharding(nn.get_partition_spec(abstract), mesh, sharding.RULES)
     shapes = jax.tree.map(lambda leaf, place: place.shard_shape(leaf.shape), nn.meta.unbox(abstract), layout)["params"]
     assert shapes["table"] == (12, 1025, 512) and shapes["head"] == (8, 512, 512)
 
 
-def test_the_models_of_its_tokens_travel_with_it(tmp_path):
-    models = {"codec": "c0", "semantic": "5e", "mulan": "a1"}
-    manifest = {"schema": SCHEMA, "models": models, "layout": {}, "counts": {}}
-    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-    assets = FineObjective(MODEL, Tokens(str(tmp_path))).assets()
-    assert {name: json.loads(content) for name, content in assets.items()} == {"tokens.json": models}
+def test_the_models_of_its_tokens_travel_with_it(objective, token_models):
+    assets = objective.assets()
+    assert {name: json.loads(content) for name, content in assets.items()} == {"tokens.json": token_models}
+
+
+@pytest.mark.parametrize(("name", "size"), [("acoustic_levels", 8), ("acoustic_codes", 7)])
+def test_tokens_of_another_layout_are_refused(tokens_of, name, size):
+    """Else the heads of missing levels, and rows of missing codes, would be others', clamped in silence."""
+    data = tokens_of(**{"acoustic_levels": 5, "acoustic_codes": 6} | {name: size})
+    with pytest.raises(ValueError, match=f"{name} is ., and the tokens in .* have {size}"):
+        FineObjective(MODEL, data).init(jax.random.key(0), {"acoustic": CODES})

@@ -21,7 +21,7 @@ from musicrl_jax.train import train
 
 CAPTIONS = [f"a {word} tone" for word in ("low", "middling", "high", "shrill")]
 AUDIO = musicnn.MusicnnConfig(timbral=3, temporal=2, middle=4)
-TEXT = bert.BertConfig(layers=2, heads=2, embed=8, mlp=12, positions=24, pieces=400)
+TEXT = bert.BertConfig(layers=2, heads=2, embed=8, mlp=12, positions=24, pieces=275)
 MODEL = mulan.MuLanConfig(16_000, 0.25, AUDIO, TEXT, text_length=24, embed=8, hidden=16, levels=2, codes=4)
 COUNTS = {"one": {"train": 12, "validation": 8}, "two": {"train": 5}}
 
@@ -83,7 +83,7 @@ def weights(tmp_path_factory):
     """(path of musicnn's file, path of BERT's, the same weights as trees)."""
     folder = tmp_path_factory.mktemp("weights")
     rng = np.random.default_rng(0)
-    shapes = {"embeddings.word_embeddings.weight": (400, 8), "embeddings.position_embeddings.weight": (24, 8)}
+    shapes = {"embeddings.word_embeddings.weight": (275, 8), "embeddings.position_embeddings.weight": (24, 8)}
     shapes |= {"embeddings.token_type_embeddings.weight": (2, 8)}
     for layer in range(2):
         place = f"encoder.layer.{layer}"
@@ -116,6 +116,19 @@ def task(vocabulary, weights, tmp_path):
     towers = mulan_projections.PretrainedTowers(MODEL, *weights[:2])
     heard = mulan_projections.Heard(Tones(vocabulary), towers, str(tmp_path / "heard"))
     return mulan_projections.MuLanProjectionsObjective(MODEL, heard, vocabulary)
+
+
+def test_another_vocabulary_than_the_text_towers_is_refused(task):
+    larger = dataclasses.replace(MODEL, text=dataclasses.replace(TEXT, pieces=276))
+    heard = dataclasses.replace(task.data, towers=dataclasses.replace(task.data.towers, model=larger))
+    other = mulan_projections.MuLanProjectionsObjective(larger, heard, task.vocabulary)
+    with pytest.raises(ValueError, match="has 275 pieces, and the pretrained text tower reads 276"):
+        other.init(jax.random.key(0), next(task.data.batches("train", 5, seed=0)))
+
+
+def test_a_batch_larger_than_a_split_is_refused(task):
+    with pytest.raises(ValueError, match="batch_size 18 is more than the 17 clips of split 'train'"):
+        next(task.data.batches("train", 18, seed=0))
 
 
 def test_every_clip_is_heard_once_and_found_as_the_towers_find_it(task, weights):

@@ -9,7 +9,6 @@ import pytest
 from scipy.special import log_softmax
 
 from musicrl_jax.core.tokens import TokenLayout
-from musicrl_jax.inputs.tokens import SCHEMA, Tokens
 from musicrl_jax.models.musiclm import MusicLM, MusicLMConfig
 from musicrl_jax.models.transformer import TransformerConfig
 from musicrl_jax.objectives.policy import PolicyObjective
@@ -25,9 +24,12 @@ BATCH = {
 }
 
 
+LAYOUT = {"acoustic_codes": 7, "semantic_codes": 5, "mulan_levels": 3, "mulan_codes": 4}
+
+
 @pytest.fixture(scope="module")
-def objective():
-    return PolicyObjective(MODEL, data=None)
+def objective(tokens_of):
+    return PolicyObjective(MODEL, tokens_of(**LAYOUT))
 
 
 @pytest.fixture(scope="module")
@@ -76,9 +78,13 @@ def test_a_few_steps_lower_the_loss(objective, params):
     assert after < 0.9 * before
 
 
-def test_the_models_of_its_tokens_travel_with_it(tmp_path):
-    models = {"codec": "c0", "semantic": "5e", "mulan": "a1"}
-    manifest = {"schema": SCHEMA, "models": models, "layout": {}, "counts": {}}
-    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-    assets = PolicyObjective(MODEL, Tokens(str(tmp_path))).assets()
-    assert {name: json.loads(content) for name, content in assets.items()} == {"tokens.json": models}
+def test_the_models_of_its_tokens_travel_with_it(objective, token_models):
+    assets = objective.assets()
+    assert {name: json.loads(content) for name, content in assets.items()} == {"tokens.json": token_models}
+
+
+@pytest.mark.parametrize("name", LAYOUT)
+def test_tokens_of_another_layout_are_refused(tokens_of, name):
+    data = tokens_of(**LAYOUT | {name: 9})
+    with pytest.raises(ValueError, match=f"{name} is ., and the tokens in .* have 9"):
+        PolicyObjective(MODEL, data).init(jax.random.key(0), BATCH)
