@@ -32,8 +32,6 @@ class CodecObjective(Objective):
     Attributes:
       windows: samples of each scale of the spectral loss; the paper's, 64 to 2048.
       discriminators: which there are; None trains by reconstruction and commitment alone.
-      adversarial_start: the step at which they join; before it they cost nothing. They move at the optimiser's rate
-        of that step, which falls over the whole run.
       spectral_weight, waveform_weight, adversarial_weight, feature_weight: shares. The waveform's L1 distance is
         EnCodec's, not SoundStream's; spectra alone say nothing about phase. The defaults are EnCodec's.
       commitment_weight: of the commitment loss, whose gradient is not balanced: the others' has the norm 1.
@@ -42,7 +40,6 @@ class CodecObjective(Objective):
     model: soundstream.SoundStreamConfig
     windows: tuple[int, ...] = (64, 128, 256, 512, 1024, 2048)
     discriminators: DiscriminatorsConfig | None = None
-    adversarial_start: int = 0
     spectral_weight: float = 1.0
     waveform_weight: float = 0.1
     adversarial_weight: float = 3.0
@@ -51,7 +48,7 @@ class CodecObjective(Objective):
 
     def init(self, key: jax.Array, batch: Batch) -> dict[str, Any]:
         """'params' of the codec, started as a linear transform codec, and of the discriminators; 'codebooks', random
-        until the first training step starts them by k-means; 'balance', the norms of gradients and the steps done.
+        until the first training step starts them by k-means; 'balance', the norms of gradients.
         ValueError where the training set has fewer codec frames than a codebook has codes."""
         frames = self.data.count("train") * (batch["audio"].shape[1] // self.model.stride)
         if frames < self.model.codes:
@@ -66,8 +63,7 @@ class CodecObjective(Objective):
             judges = Discriminators(self.discriminators)
             params = params | {"discriminators": judges.init(judge_key, batch["audio"])["params"]}
         norms = dict.fromkeys(self._weights(), jnp.zeros(()))
-        balance = {"norms": norms, "steps": jnp.zeros((), jnp.int32)}
-        return variables | {"params": params, "balance": balance}
+        return variables | {"params": params, "balance": norms}
 
     def loss(
         self, params: Any, state: Any, frozen: Any, batch: Batch, key: jax.Array
@@ -79,7 +75,7 @@ class CodecObjective(Objective):
         of the effective number of codes in use in this batch.
         """
         state, params, wav = dict(state), dict(params), batch["audio"]
-        balance, judges = state.pop("balance"), params.pop("discriminators", {})
+        norms, judges = state.pop("balance"), params.pop("discriminators", {})
         module = soundstream.SoundStream(self.model)
         output, new_state = module.apply({"params": params, **state}, wav, key, mutable=["codebooks"])
         decoded = jax.lax.stop_gradient(output.wav)
@@ -89,12 +85,10 @@ class CodecObjective(Objective):
         metrics["waveform"], pulls["waveform"] = jax.value_and_grad(_waveform, argnums=1)(wav, decoded)
         judgement = jnp.zeros(())
         if self.discriminators is not None:
-            started = balance["steps"] >= self.adversarial_start
-            judgement, seen, adverse = jax.lax.cond(started, self._judged, _unjudged, judges, wav, decoded)
+            judgement, seen, adverse = self._judged(judges, wav, decoded)
             metrics |= seen | {"discriminator": judgement}
             pulls |= adverse
-        pull, norms = codec.balanced(pulls, self._weights(), balance["norms"])
-        balance = {"norms": norms, "steps": balance["steps"] + 1}
+        pull, norms = codec.balanced(pulls, self._weights(), norms)
 
         pulled = jnp.sum(jax.lax.stop_gradient(pull) * output.wav)
         loss = pulled + self.commitment_weight * output.commitment + judgement
@@ -103,7 +97,7 @@ class CodecObjective(Objective):
             "commitment": output.commitment,
             "perplexity": jnp.mean(rvq.perplexity(output.codes, self.model.codes)),
         }
-        return loss, ({**state, **new_state, "balance": balance}, metrics)
+        return loss, ({**state, **new_state, "balance": norms}, metrics)
 
     def _weights(self) -> dict[str, float]:
         weights = {"spectral": self.spectral_weight, "waveform": self.waveform_weight}
@@ -168,9 +162,3 @@ class CodecObjective(Objective):
 
 def _waveform(wav: jax.Array, decoded: jax.Array) -> jax.Array:
     return jnp.mean(jnp.abs(wav - decoded))
-
-
-def _unjudged(judges: Any, wav: jax.Array, decoded: jax.Array) -> Judgement:
-    """What `_judged` gives before the discriminators join."""
-    none, names = jnp.zeros(()), ("adversarial", "feature")
-    return none, dict.fromkeys(names, none), dict.fromkeys(names, jnp.zeros_like(decoded))

@@ -58,23 +58,21 @@ def test_a_few_steps_lower_the_distances_and_the_metrics_are_those_promised():
     assert set(after) == {"mel_distance", "stft_distance", "si_sdr", "perplexity"}
     assert all(np.isfinite(value) and value.shape == () for value in (metrics | after).values())
     assert after["mel_distance"] < 0.8 * before["mel_distance"]
-    assert state["balance"]["steps"] == 40
+    assert set(state["balance"]) == {"spectral", "waveform"}
 
 
 @pytest.fixture(scope="module")
 def judged():
-    objective = CodecObjective(MODEL, data=Tones(), windows=(128,), discriminators=JUDGES, adversarial_start=1)
+    objective = CodecObjective(MODEL, data=Tones(), windows=(128,), discriminators=JUDGES)
     return objective, *begun(objective), jax.jit(jax.grad(objective.loss, has_aux=True))
 
 
-def test_discriminators_join_at_their_step_and_each_moves_by_its_own_loss(judged):
+def test_codec_and_discriminators_each_move_by_their_own_loss(judged):
     objective, params, state, gradient = judged
-    early, (state, metrics) = gradient(params, state, {}, BATCH, jax.random.key(0))
-    assert metrics["discriminator"] == 0.0 and metrics["adversarial"] == 0.0
-    assert all((np.asarray(g) == 0).all() for g in jax.tree.leaves(early["discriminators"]))
+    _, (state, _) = gradient(params, state, {}, BATCH, jax.random.key(0))  # starts the codebooks
     late, (after, metrics) = gradient(params, state, {}, BATCH, jax.random.key(0))
     assert metrics["discriminator"] > 0.0 and metrics["feature"] > 0.0
-    assert after["balance"]["norms"]["feature"] > 0.0
+    assert after["balance"]["feature"] > 0.0
 
     module, judges = soundstream.SoundStream(MODEL), Discriminators(JUDGES)
     codec_params = {name: value for name, value in params.items() if name != "discriminators"}
@@ -95,7 +93,7 @@ def test_discriminators_join_at_their_step_and_each_moves_by_its_own_loss(judged
         output = decode(codec_params)
         held = params["discriminators"]
         real, fake = (judges.apply({"params": held}, wav) for wav in (BATCH["audio"], output.wav))
-        norms = after["balance"]["norms"]
+        norms = after["balance"]
         total = (
             codec.reconstruction(BATCH["audio"], output.wav, 16000, (128,)) / norms["spectral"]
             + objective.waveform_weight * jnp.mean(jnp.abs(BATCH["audio"] - output.wav)) / norms["waveform"]
@@ -140,7 +138,6 @@ def test_a_codec_with_dacs_quantizer_trains_and_finishes():
 
 def test_balance_and_codebooks_are_those_of_the_global_batch(judged):
     _, params, state, gradient = judged
-    state = state | {"balance": state["balance"] | {"steps": jnp.asarray(5, jnp.int32)}}
     batch = {"audio": jnp.concatenate([BATCH["audio"], 0.5 * BATCH["audio"]])}
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     spread = jax.device_put(batch, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data")))
