@@ -60,6 +60,9 @@ class Policy(PolicyObjective):
 
     data: Any
 
+    def check_layout(self, **wanted):
+        pass
+
     def assets(self):
         return {}
 
