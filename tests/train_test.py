@@ -33,6 +33,9 @@ class RandomTokens:
     size: int = 8
     killed_at = None
 
+    def layout(self):
+        return {"acoustic_codes": 8, "semantic_codes": 8, "mulan_levels": 2, "mulan_codes": 4}
+
     def splits(self):
         return ["train", "validation"]
 
@@ -59,9 +62,6 @@ class Policy(PolicyObjective):
     """The policy's objective without a token folder to name its lineage."""
 
     data: Any
-
-    def check_layout(self, **wanted):
-        pass
 
     def assets(self):
         return {}

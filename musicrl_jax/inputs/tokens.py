@@ -63,6 +63,10 @@ class Tokens:
         length = {name: spec[name].shape[0] for name in FIELDS}
         return tasks.batches([(task, 1.0)], split, length, batch_size, seed, start_step, epochs)
 
+    def layout(self) -> dict[str, int]:
+        """Levels and codes of the models that wrote them: 'acoustic_levels', 'acoustic_codes', 'semantic_codes', ..."""
+        return read_manifest(self.directory)["layout"]
+
     def splits(self) -> list[str]:
         """The splits that `musicrl encode` finished."""
         return list(read_manifest(self.directory)["counts"])

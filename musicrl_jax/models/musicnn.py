@@ -72,6 +72,7 @@ def at_16_khz(wav: jax.Array, sample_rate_hz: int) -> jax.Array:
         window_strides=(down,),
         padding=((half, half + up - 1),),
         lhs_dilation=(up,),
+        precision=jax.lax.Precision.HIGHEST,
     )
     return resampled[:, 0, : -(-wav.shape[-1] * up // down)]
 

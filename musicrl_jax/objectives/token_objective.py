@@ -16,12 +16,11 @@ class TokenObjective(Objective):
     def check_layout(self, **wanted: int) -> None:
         """ValueError, naming the field, where the tokens are of other sizes than the model's: indices out of range
         would be clamped in silence."""
-        layout = read_manifest(self.data.directory)["layout"]
+        layout = self.data.layout()
         for name, size in wanted.items():
             if layout[name] != size:
                 raise ValueError(
-                    f"the model's {name} is {size}, and the tokens in {self.data.directory} have {layout[name]}: "
-                    "give both the same size in gin"
+                    f"the model's {name} is {size}, and its tokens have {layout[name]}: give both the same size in gin"
                 )
 
     def assets(self) -> dict[str, bytes]:

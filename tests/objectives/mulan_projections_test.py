@@ -1,7 +1,6 @@
 """MuLan on frozen towers: each clip is heard once, the loss is that of the whole model, a run leaves one."""
 
 import dataclasses
-import io
 import json
 
 import jax
@@ -9,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-import sentencepiece
 from flax import linen as nn
 
 from musicrl_jax.core import checkpoint
@@ -24,26 +22,6 @@ AUDIO = musicnn.MusicnnConfig(timbral=3, temporal=2, middle=4)
 TEXT = bert.BertConfig(layers=2, heads=2, embed=8, mlp=12, positions=24, pieces=275)
 MODEL = mulan.MuLanConfig(16_000, 0.25, AUDIO, TEXT, text_length=24, embed=8, hidden=16, levels=2, codes=4)
 COUNTS = {"one": {"train": 12, "validation": 8}, "two": {"train": 5}}
-
-
-@pytest.fixture(scope="module")
-def vocabulary(tmp_path_factory):
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(CAPTIONS * 20),
-        model_writer=model,
-        vocab_size=300,
-        hard_vocab_limit=False,
-        byte_fallback=True,
-        pad_id=0,
-        eos_id=1,
-        unk_id=2,
-        bos_id=-1,
-        minloglevel=2,
-    )
-    path = tmp_path_factory.mktemp("vocabulary") / "v.model"
-    path.write_bytes(model.getvalue())
-    return str(path)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """Training MuLan: the loss leaves chance behind, the quantizer is fitted, the vocabulary travels."""
 
 import dataclasses
-import io
 
 import jax
 import jax.numpy as jnp
@@ -33,26 +32,6 @@ def tones() -> np.ndarray:
     time = np.arange(8000) / 16_000
     hz = np.repeat([200.0, 600.0, 1800.0, 5400.0], 2) * np.tile([1.0, 1.05], 4)
     return (0.3 * np.sin(2 * np.pi * hz[:, None] * time)).astype(np.float32)
-
-
-@pytest.fixture(scope="module")
-def vocabulary(tmp_path_factory):
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(CAPTIONS * 20),
-        model_writer=model,
-        vocab_size=300,
-        hard_vocab_limit=False,
-        byte_fallback=True,
-        pad_id=0,
-        eos_id=1,
-        unk_id=2,
-        bos_id=-1,
-        minloglevel=2,
-    )
-    path = tmp_path_factory.mktemp("vocabulary") / "v.model"
-    path.write_bytes(model.getvalue())
-    return str(path)
 
 
 class Captioned:
