@@ -6,7 +6,8 @@ Prints three tables; a 95 % bootstrap over pieces stands in brackets.
 
 1. Distances of decoded held-out clips to the originals: from all true levels (what the codec allows), from the coarse
    levels alone, and from true coarse levels with fine ones that are drawn uniformly, drawn by each level's frequencies
-   in the training tokens, or filled by SoundStorm in several numbers of passes.
+   in the training tokens, or filled by SoundStorm in several numbers of passes; and with those that lie nearest to the
+   vector which SoundStorm expects at each level, the best that a guess can do in squared distance.
 2. Nats and accuracy of each fine level where all of it is hidden and the true levels below are seen, against the
    entropy that the level's frequencies alone leave.
 3. Clips a second of SoundStorm and of an autoregressive transformer of the same width, depth and number of weights,
@@ -140,10 +141,28 @@ def distances(
         both = zip(parts(coarse, asked.batch_size), parts(keys, asked.batch_size), strict=True)
         filled = np.concatenate([fill(storm.variables, x, key) for x, key in both])
         rows[f"SoundStorm, {first + c.levels - c.coarse_levels - 1} passes"] = judged(filled)
+    guess = jax.jit(functools.partial(nearest_to_expected, c))
+    books = codec.variables["codebooks"]["rvq"]["codebooks"]
+    rows["nearest to what is expected"] = judged(
+        np.concatenate([guess(storm.variables, books, part) for part in parts(codes, asked.batch_size)])
+    )
     print(f"\n{'':28} {'mel distance, nat':>24} {'STFT distance':>24} {'mel, less than coarse alone':>30}")
     for name, found in rows.items():
         gain = interval(rows["coarse levels alone"][:, 0] - found[:, 0], places)
         print(f"{name:28} {interval(found[:, 0], places):>24} {interval(found[:, 1], places):>24} {gain:>30}")
+
+
+def nearest_to_expected(config: SoundStormConfig, variables: Any, books: jax.Array, codes: jax.Array) -> jax.Array:
+    """Level after level, the code nearest to the mean of the codebook under SoundStorm's distribution: books f32
+    [Q, C, D], codes int32 [B, T, Q] of which the coarse levels are kept."""
+    for level in range(config.coarse_levels, config.levels):
+        masked = jnp.broadcast_to(jnp.arange(config.levels)[None, None, :] >= level, codes.shape)
+        chances = jax.nn.softmax(SoundStorm(config).apply(variables, codes, masked, level))  # [B, T, C]
+        book = jnp.asarray(books[level])
+        expected = chances @ book  # [B, T, D]
+        distance = jnp.sum(jnp.square(book), axis=1)[None, None, :] - 2 * expected @ book.T
+        codes = codes.at[:, :, level].set(distance.argmin(axis=2).astype(codes.dtype))
+    return codes
 
 
 def filler(config: SoundStormConfig) -> Callable[..., jax.Array]:
