@@ -316,8 +316,11 @@ class SoundStream(nn.Module):
     def decode(self, codes: jax.Array) -> jax.Array:
         """Waveform [B, T * stride] float32 of codes [B, T, q] of the first q <= Q levels, -1 where a level is not
         heard; not clipped to [-1, 1]."""
-        own = self.config.code_width is None
-        return self.wav(rvq.dequantize(self.rvq.value["codebooks"] if own else rvq.expanded(self.factored), codes))
+        return self.wav(rvq.dequantize(self.codebooks(), codes))
+
+    def codebooks(self) -> jax.Array:
+        """The vectors [Q, C, D] float32 that codes stand for."""
+        return self.rvq.value["codebooks"] if self.config.code_width is None else rvq.expanded(self.factored)
 
     def __call__(self, wav: jax.Array, key: jax.Array) -> Training:
         """A training pass; moves the collection `codebooks` if it is mutable. `key` draws dropout and new codes."""

@@ -142,7 +142,7 @@ def distances(
         filled = np.concatenate([fill(storm.variables, x, key) for x, key in both])
         rows[f"SoundStorm, {first + c.levels - c.coarse_levels - 1} passes"] = judged(filled)
     guess = jax.jit(functools.partial(nearest_to_expected, c))
-    books = codec.variables["codebooks"]["rvq"]["codebooks"]
+    books = SoundStream(codec.config).apply(codec.variables, method="codebooks")
     rows["nearest to what is expected"] = judged(
         np.concatenate([guess(storm.variables, books, part) for part in parts(codes, asked.batch_size)])
     )
@@ -158,9 +158,8 @@ def nearest_to_expected(config: SoundStormConfig, variables: Any, books: jax.Arr
     for level in range(config.coarse_levels, config.levels):
         masked = jnp.broadcast_to(jnp.arange(config.levels)[None, None, :] >= level, codes.shape)
         chances = jax.nn.softmax(SoundStorm(config).apply(variables, codes, masked, level))  # [B, T, C]
-        book = jnp.asarray(books[level])
-        expected = chances @ book  # [B, T, D]
-        distance = jnp.sum(jnp.square(book), axis=1)[None, None, :] - 2 * expected @ book.T
+        expected = chances @ books[level]  # [B, T, D]
+        distance = jnp.sum(jnp.square(books[level]), axis=1)[None, None, :] - 2 * expected @ books[level].T
         codes = codes.at[:, :, level].set(distance.argmin(axis=2).astype(codes.dtype))
     return codes
 

@@ -37,15 +37,15 @@ def variables():
     return jax.jit(rewards.Quality(CONFIG).init)(jax.random.key(0), clips(1))
 
 
-@pytest.mark.parametrize("code_width", [None, 2])
-def test_dropped_levels_equal_decoding_fewer(code_width):
+@pytest.mark.parametrize(("code_width", "atol"), [(None, 1e-5), (2, 1e-2)])  # the second decodes to some thousands
+def test_dropped_levels_equal_decoding_fewer(code_width, atol):
     codec, wav = untrained(dataclasses.replace(CODEC, code_width=code_width)), clips(3)
     module = soundstream.SoundStream(codec.config)
     got = jax.jit(objective.through(codec))(wav, jnp.array([0.0, 0.4, 1.0]))
     codes = jax.jit(lambda v, w: module.apply(v, w, method="encode"))(codec.variables, wav)
     for row, levels in enumerate((3, 2, 1)):
         alone = module.apply(codec.variables, codes[row : row + 1, :, :levels], method="decode")
-        np.testing.assert_allclose(got[row], alone[0], rtol=1e-4, atol=1e-5 * np.abs(alone).max())
+        np.testing.assert_allclose(got[row], alone[0], atol=atol)
 
 
 def test_labels_are_the_pseudo_mos_of_what_is_heard(codec, variables):
