@@ -154,6 +154,8 @@ def test_any_wav_in_blocks_is_what_it_is_at_once(
 ):
     path = tmp_path_factory.mktemp("any") / "a.wav"
     samples = gain * np.random.default_rng(seed).uniform(-1, 1, (round(seconds * rate_hz), channels))
+    if subtype == "ULAW":  # has nothing above full scale, and libsndfile reads beyond its table when asked to write it
+        samples = samples.clip(-1, 1)
     soundfile.write(path, samples, rate_hz, subtype=subtype)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(recordings, "_BLOCK", block)
