@@ -24,7 +24,7 @@ from musicrl_jax.losses.policy_gradient import full_kl
 from musicrl_jax.models.semantic import SemanticConfig, SemanticEncoder
 from musicrl_jax.rl import rollout as rollouts
 from musicrl_jax.rl.rewards import Mixture
-from musicrl_jax.rl.sample import log_probs
+from musicrl_jax.rl.sample import Sampling, log_probs
 from musicrl_jax.run import read_seconds
 
 LEAST_SPREAD = 1e-3  # of a feature over real clips; one that never moves is not blown up
@@ -47,6 +47,7 @@ def evaluate(
     notes: tuple[str, ...],
     clip_seconds: float,
     temperature: float = 0.99,
+    top_k: int | None = None,
     count: int = 64,
     seeds: int = 1,
     batch_size: int = 32,
@@ -70,7 +71,7 @@ def evaluate(
       clips: real clips, 'test' split, for the Frechet distance.
       training: folders whose metrics are drawn on the page.
       notes: honest words for the page.
-      clip_seconds, temperature: as in training.
+      clip_seconds, temperature, top_k: as in training.
       count: held-out prompts, or all where there are fewer.
       seeds: clips a prompt and policy.
       batch_size: clips at a time.
@@ -85,14 +86,14 @@ def evaluate(
         raise ModuleNotFoundError(f"the page needs {', '.join(missing)}: pip install 'musicrl-jax[report]'")
     from musicrl_jax.report.comparison import write_comparison  # drawing is an extra; training hosts go without
 
-    directory = Path(model_dir)
+    directory, sampling = Path(model_dir), Sampling(temperature, top_k)
     before = rollouts.load(base, fine, codec, mulan)
     after = rollouts.load(finetuned, fine, codec, mulan)
     mixture = rewards.load()
     listener = checkpoint.load_model(semantic, SemanticConfig)
     identity = {
         "hashes": {**before.hashes, "finetuned": after.hashes["policy"], "semantic": listener.hash, **mixture.hashes},
-        "settings": [clip_seconds, temperature, count, seeds, seed, shown, worst],
+        "settings": [clip_seconds, temperature, top_k, count, seeds, seed, shown, worst],
         "data": checkpoint.describe([rewards, prompts, clips, notes]),
     }
     done = directory / "summary.json"
@@ -113,10 +114,10 @@ def evaluate(
     @jax.jit
     def measure(policy, anchor, frozen, scorers, listener_variables, text, keys):
         """One batch of rollouts with all that is measured on them."""
-        rollout = studio.rollout(policy, frozen, text, keys, frames, temperature)
+        rollout = studio.rollout(policy, frozen, text, keys, frames, sampling)
         total, terms = mixture.score(scorers, rollout)
-        ours = log_probs(studio.musiclm, policy, rollout.tokens, rollout.mulan, temperature)
-        theirs = log_probs(studio.musiclm, anchor, rollout.tokens, rollout.mulan, temperature)
+        ours = log_probs(studio.musiclm, policy, rollout.tokens, rollout.mulan, sampling, rollout.allowed)
+        theirs = log_probs(studio.musiclm, anchor, rollout.tokens, rollout.mulan, sampling, rollout.allowed)
         features = SemanticEncoder(listener.config).apply(listener_variables, rollout.wav, method="features")
         kl = full_kl(ours, theirs).sum(axis=(1, 2))
         return {"wav": rollout.wav, TOTAL: total, **terms, "kl": kl, "features": features}

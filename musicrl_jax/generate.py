@@ -1,7 +1,6 @@
 """Prompts -> wav files."""
 
 import hashlib
-import math
 import re
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from musicrl_jax.core.keys import row_keys, step_key
 from musicrl_jax.core.progress import Progress
 from musicrl_jax.inputs import pieces
 from musicrl_jax.rl import rollout as rollouts
+from musicrl_jax.rl.sample import Sampling
 
 
 def generate(
@@ -22,6 +22,7 @@ def generate(
     out: str = "generated",
     clip_seconds: float = 4.0,
     temperature: float = 0.99,
+    top_k: int | None = None,
     seed: int = 0,
     fine: str | None = None,
     codec: str | None = None,
@@ -36,7 +37,7 @@ def generate(
       checkpoint: folder of a policy, base or finetuned.
       out: a .wav file for one prompt, or a folder.
       clip_seconds: length, a multiple of 40 ms.
-      temperature: of the policy.
+      temperature, top_k: of the policy; see `rl.sample.Sampling`.
       seed: of the sampling.
       fine, codec, mulan: folders of the other models; by default those beside the checkpoint, as in a run's folder.
 
@@ -45,8 +46,7 @@ def generate(
       FileNotFoundError: where a checkpoint is missing.
       OSError: where a clip cannot be written.
     """
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature={temperature} must be above 0 and finite")
+    sampling = Sampling(temperature, top_k)
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     paths = [_path(out, words, single=len(prompts) == 1) for words in prompts]
     beside = Path(checkpoint).parent
@@ -58,7 +58,7 @@ def generate(
 
     @jax.jit
     def draw(policy: Any, frozen: Any, text: jax.Array, keys: jax.Array) -> jax.Array:
-        return loaded.studio.rollout(policy, frozen, text, keys, frames, temperature).wav
+        return loaded.studio.rollout(policy, frozen, text, keys, frames, sampling).wav
 
     for row, path in enumerate(Progress(paths, "generate", len(paths))):
         wav = np.asarray(draw(loaded.policy, loaded.frozen, text[row : row + 1], row_keys(step_key(seed, 0), 1))[0])

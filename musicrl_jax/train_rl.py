@@ -8,13 +8,16 @@ Legend: B clips, S = F K tokens of a clip in the order in which they are drawn, 
 """
 
 import dataclasses
+import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from musicrl_jax.core import checkpoint, sharding
@@ -23,13 +26,22 @@ from musicrl_jax.core.metrics import MetricWriter
 from musicrl_jax.core.progress import Progress
 from musicrl_jax.core.state import Optimiser, moved
 from musicrl_jax.inputs.prompts import Prompts
-from musicrl_jax.losses.policy_gradient import policy_loss, value_loss
+from musicrl_jax.losses.policy_gradient import (
+    Advantage,
+    PolicyGradient,
+    adapted_strength,
+    advantage,
+    policy_loss,
+    scores,
+    value_loss,
+)
 from musicrl_jax.models.musiclm import MusicLM, Value
 from musicrl_jax.rl import rollout as rollouts
 from musicrl_jax.rl.rewards import Mixture
 from musicrl_jax.rl.rollout import Rollout
-from musicrl_jax.rl.sample import log_probs, token_log_probs, values
+from musicrl_jax.rl.sample import Sampling, log_probs, values
 
+ANCHOR = "anchor.json"  # beside a finetuned policy: the content hashes of its anchor and of its reward models
 MOST_SKIPPED = 10  # updates without a finite reward and gradient, before a run gives up
 
 
@@ -40,12 +52,14 @@ class RLState:
     Attributes:
       step: int32 [], the updates done.
       skipped: int32 [], the updates left out because a reward or a gradient was not finite.
-      policy, value: weights.
+      kl_strength: f32 [], a in J = (1 - a) E[R] - a KL.
+      policy, value: weights; the value's are {} where the baseline is none.
       policy_opt, value_opt: the optimisers' moments.
     """
 
     step: jax.Array
     skipped: jax.Array
+    kl_strength: jax.Array
     policy: Any
     value: Any
     policy_opt: Any
@@ -54,21 +68,35 @@ class RLState:
 
 @dataclasses.dataclass(frozen=True)
 class Learner:
-    """KL-anchored REINFORCE with a learned value, as one pure step.
+    """A KL-anchored policy gradient as one pure step.
 
     Attributes:
       policy, value: the modules.
       policy_transform, value_transform: how the weights of each move.
-      kl_strength: a in J = (1 - a) E[R] - a KL.
-      temperature: of the policy, the same in sampling and here.
+      gradient: which policy gradient.
+      kl_strength: a in J = (1 - a) E[R] - a KL; where it starts if there is a target.
+      sampling: the policy's distribution, the same in sampling and here.
+      updates: of each rollout; more than 1 only with the clipped surrogate.
+      kl_target: KL in nats a clip that the strength is adapted to, or None.
+      microbatches: parts of a batch that are scored and differentiated one after the other, to save memory; the
+        update is the same.
     """
 
     policy: MusicLM
     value: Value
     policy_transform: optax.GradientTransformation
     value_transform: optax.GradientTransformation
+    gradient: PolicyGradient
     kl_strength: float
-    temperature: float
+    sampling: Sampling
+    updates: int = 1
+    kl_target: float | None = None
+    microbatches: int = 1
+
+    @property
+    def learns_values(self) -> bool:
+        """Whether there is a value at all."""
+        return self.gradient.baseline == "value"
 
     def create(self, key: jax.Array) -> RLState:
         """A state of the right shapes; `started` puts the base's weights into it."""
@@ -76,19 +104,22 @@ class Learner:
         tokens = jnp.zeros((1, 1, config.layout.depth), jnp.int32)
         mulan = jnp.zeros((1, config.mulan_levels), jnp.int32)
         policy = self.policy.init(key, tokens, mulan)["params"]
-        value = self.value.init(key, tokens, mulan)["params"]
+        value = self.value.init(key, tokens, mulan)["params"] if self.learns_values else {}
+        moments = self.policy_transform.init(policy), self.value_transform.init(value)
         zero = jnp.zeros((), jnp.int32)
-        return RLState(zero, zero, policy, value, self.policy_transform.init(policy), self.value_transform.init(value))
+        return RLState(zero, zero, jnp.float32(self.kl_strength), policy, value, *moments)
 
     def started(self, state: RLState, base: Any) -> RLState:
         """Policy and the value's trunk with the base's weights (MusicRL 3.3)."""
-        return state.replace(
-            policy=jax.tree.map(jnp.copy, base),
-            value={**state.value, "trunk": jax.tree.map(jnp.copy, base["trunk"])},
-        )
+        state = state.replace(policy=jax.tree.map(jnp.copy, base))
+        if not self.learns_values:
+            return state
+        return state.replace(value={**state.value, "trunk": jax.tree.map(jnp.copy, base["trunk"])})
 
     def with_baseline(self, state: RLState, reward: jax.Array) -> RLState:
         """V starts at the first rollout's mean reward f32 [B]; from 0, all that was drawn first would be pushed up."""
+        if not self.learns_values:
+            return state
         finite = jnp.isfinite(reward)
         mean = jnp.where(finite, reward, 0.0).sum() / jnp.maximum(finite.sum(dtype=jnp.float32), 1.0)
         return state.replace(value={**state.value, "offset": mean})
@@ -96,42 +127,91 @@ class Learner:
     def update(
         self, state: RLState, anchor: Any, rollout: Rollout, reward: jax.Array
     ) -> tuple[RLState, dict[str, jax.Array]]:
-        """One update of policy and value: reward f32 [B] -> (the next state, metrics f32 [] each).
+        """All updates of a rollout: reward f32 [B] -> (the next state, metrics f32 [] each, of the last update).
 
         Where a reward or a gradient is not finite nothing moves, and the update is counted in `skipped`.
         """
-        tokens = _by_clip(rollout.tokens)
-        log_anchor = _by_clip(log_probs(self.policy, anchor, rollout.tokens, rollout.mulan, self.temperature))
+        parts = jax.tree.map(self._split, rollout)
+        rewards = self._split(reward)
 
-        def critic(weights: Any) -> Any:
-            judged = _by_clip(values(self.value, weights, rollout.tokens, rollout.mulan))
-            loss, metrics = value_loss(judged, reward)
-            return loss, (judged, {"value_loss": loss, **metrics})
+        # What the rollout is worth to the policy that drew it. The anchor is scored by the very operations that score
+        # the policy: as long as their weights are equal so are the log-probs, and the KL is 0 to the bit.
+        log_anchor = self._map(lambda part: self._scored(anchor, part), parts)
+        drawn = self._joined(
+            self._map(
+                lambda part, log_anchor: scores(self._scored(state.policy, part), log_anchor, _by_clip(part.tokens)),
+                parts,
+                log_anchor,
+            )
+        )
+        judged = self._joined(self._map(lambda part: self._judged(state.value, part), parts))
+        worth, metrics = advantage(self.gradient, drawn, reward, judged, state.kl_strength)
+        drift = drawn.log_probs - _by_clip(rollout.log_probs)
+        metrics |= {"sampler_drift": jnp.abs(drift).max(), "sampler_drift_clip": jnp.abs(drift.sum(axis=1)).max()}
+        if judged is not None:
+            metrics |= value_loss(judged, reward)[1]
+        worth = jax.tree.map(self._split, worth)
 
-        # Recomputing the forward pass keeps [B, S, V] activations out of memory, and lets it compile to the anchor's
-        # very operations: as long as the weights are equal so are the log-probs, and the KL is 0 to the bit.
-        @jax.checkpoint
-        def scored(weights: Any) -> jax.Array:
-            return _by_clip(log_probs(self.policy, weights, rollout.tokens, rollout.mulan, self.temperature))
+        def actor(policy: Any, part: Rollout, log_anchor: jax.Array, worth: Advantage) -> Any:
+            tokens = _by_clip(part.tokens)
+            return policy_loss(self.gradient, self._scored(policy, part), log_anchor, tokens, worth, state.kl_strength)
 
-        def actor(weights: Any, baseline: jax.Array) -> Any:
-            log_policy = scored(weights)
-            loss, metrics = policy_loss(log_policy, log_anchor, tokens, reward, baseline, self.kl_strength)
-            drift = jnp.abs(token_log_probs(log_policy, tokens) - _by_clip(rollout.log_probs)).max()
-            return loss, {**metrics, "sampler_drift": drift}
+        def critic(value: Any, part: Rollout, reward: jax.Array) -> jax.Array:
+            return value_loss(self._judged(value, part), reward)[0]
 
-        (_, (baseline, value_metrics)), value_gradients = jax.value_and_grad(critic, has_aux=True)(state.value)
-        policy_gradients, metrics = jax.grad(actor, has_aux=True)(state.policy, baseline)
-        policy_norm, value_norm = optax.tree.norm(policy_gradients), optax.tree.norm(value_gradients)
-        policy, policy_opt = moved(self.policy_transform, policy_gradients, state.policy_opt, state.policy)
-        value, value_opt = moved(self.value_transform, value_gradients, state.value_opt, state.value)
-        step = state.step + 1
-        taken = RLState(step, state.skipped, policy, value, policy_opt, value_opt)
-        left_out = state.replace(step=step, skipped=state.skipped + 1)
-        finite = jnp.isfinite(policy_norm + value_norm) & jnp.isfinite(reward).all()
-        state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), taken, left_out)
-        norms = {"policy_norm": policy_norm, "value_norm": value_norm, "skipped": state.skipped.astype(jnp.float32)}
-        return state, {**metrics, **value_metrics, **norms}
+        def once(state: RLState, _: None) -> tuple[RLState, dict[str, jax.Array]]:
+            """One update."""
+            slopes = jax.grad(actor, has_aux=True)
+            found = self._map(lambda *part: slopes(state.policy, *part), parts, log_anchor, worth)
+            gradients, found = jax.tree.map(lambda x: x.mean(axis=0), found)
+            found["policy_norm"] = norm = optax.tree.norm(gradients)
+            policy, policy_opt = moved(self.policy_transform, gradients, state.policy_opt, state.policy)
+            taken = state.replace(policy=policy, policy_opt=policy_opt)
+            if self.learns_values:
+                slopes = jax.value_and_grad(critic)
+                found["value_loss"], gradients = jax.tree.map(
+                    lambda x: x.mean(axis=0), self._map(lambda *part: slopes(state.value, *part), parts, rewards)
+                )
+                value, value_opt = moved(self.value_transform, gradients, state.value_opt, state.value)
+                taken = taken.replace(value=value, value_opt=value_opt)
+                found["value_norm"] = optax.tree.norm(gradients)
+                norm += found["value_norm"]
+            left_out = state.replace(skipped=state.skipped + 1)
+            finite = jnp.isfinite(norm) & jnp.isfinite(reward).all()
+            return jax.tree.map(lambda new, old: jnp.where(finite, new, old), taken, left_out), found
+
+        after, found = once(state, None)
+        if self.updates > 1:
+            after, found = jax.lax.scan(once, after, None, length=self.updates - 1)
+            found = jax.tree.map(lambda x: x[-1], found)
+        metrics |= found
+        if self.kl_target is not None:
+            strength = adapted_strength(state.kl_strength, metrics["kl"], self.kl_target)
+            after = after.replace(kl_strength=jnp.where(jnp.isfinite(strength), strength, state.kl_strength))
+        metrics |= {"kl_strength": state.kl_strength, "skipped": after.skipped.astype(jnp.float32)}
+        return after.replace(step=state.step + 1), metrics
+
+    def _scored(self, weights: Any, part: Rollout) -> jax.Array:
+        """The policy's log-distributions f32 [b, S, V]."""
+        return _by_clip(log_probs(self.policy, weights, part.tokens, part.mulan, self.sampling, part.allowed))
+
+    def _judged(self, weights: Any, part: Rollout) -> jax.Array | None:
+        """The values f32 [b, S], if there are any."""
+        return _by_clip(values(self.value, weights, part.tokens, part.mulan)) if self.learns_values else None
+
+    def _split(self, x: jax.Array) -> jax.Array:
+        """[B, ...] -> [microbatches, B / microbatches, ...]; every part has clips of every device."""
+        return x.reshape(-1, self.microbatches, *x.shape[1:]).swapaxes(0, 1)
+
+    def _joined(self, tree: Any) -> Any:
+        """The inverse of `_split`."""
+        return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), tree)
+
+    def _map(self, function: Callable, *parts: Any) -> Any:
+        """function(part) of every part, stacked."""
+        if self.microbatches == 1:  # no loop around it: XLA's CPU products are slower inside
+            return jax.tree.map(lambda x: x[None], function(*jax.tree.map(lambda x: x[0], parts)))
+        return jax.lax.map(lambda part: function(*part), parts)
 
 
 def _by_clip(x: jax.Array) -> jax.Array:
@@ -153,7 +233,12 @@ def train_rl(
     kl_strength: float,
     policy_optimiser: Optimiser,
     value_optimiser: Optimiser,
+    gradient: PolicyGradient,
+    updates: int = 1,
+    kl_target: float | None = None,
     temperature: float = 0.99,
+    top_k: int | None = None,
+    microbatches: int = 1,
     seed: int = 0,
     fsdp: int = 1,
     tensor: int = 1,
@@ -168,12 +253,16 @@ def train_rl(
       base, fine, codec, mulan: folders of the checkpoints that turn a prompt into sound.
       rewards: the mixture that is maximised.
       prompts: what is asked for in training; its 'train' split.
-      steps: updates in all.
-      batch_size: clips a step, over all devices.
+      steps: rollouts in all.
+      batch_size: clips a step, over all devices; prompts times `gradient.clips_per_prompt`.
       clip_seconds: length of the clips.
-      kl_strength: a in J = (1 - a) E[R] - a KL; KL in nats a clip.
-      policy_optimiser, value_optimiser: how each moves.
-      temperature: of the policy, in sampling and in scoring alike.
+      kl_strength: a in J = (1 - a) E[R] - a KL; KL in nats a clip. Where it starts, if there is a target.
+      policy_optimiser, value_optimiser: how each moves; the value's is not used without a value.
+      gradient: which policy gradient; by default the paper's, with the exact gradient of its KL.
+      updates: of each rollout; more than 1 needs the clipped surrogate.
+      kl_target: nats a second of music that kl_strength is adapted to; None keeps it.
+      temperature, top_k: of the policy, in sampling and in scoring alike; see `rl.sample.Sampling`.
+      microbatches: parts of a batch that are differentiated one after the other, to save memory.
       seed: of prompts' order and of sampling.
       fsdp, tensor: sizes of the mesh's axes.
       save_every: steps between two checkpoints.
@@ -183,11 +272,22 @@ def train_rl(
     """
     if not 0 <= kl_strength < 1:
         raise ValueError(f"train_rl.kl_strength={kl_strength} must lie in [0, 1)")
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"train_rl.temperature={temperature} must be above 0 and finite")
+    sampling = Sampling(temperature, top_k)
+    if updates < 1 or (updates > 1 and gradient.surrogate != "clipped"):
+        raise ValueError(
+            f"train_rl.updates={updates} must be 1, or more with PolicyGradient.surrogate='clipped', "
+            f"which is {gradient.surrogate!r}"
+        )
+    if kl_target is not None and not 0 < kl_target < math.inf:
+        raise ValueError(f"train_rl.kl_target={kl_target} must be above 0 and finite, or None")
+    if batch_size % gradient.clips_per_prompt:
+        raise ValueError(f"train_rl.batch_size={batch_size} is no multiple of PolicyGradient.group={gradient.group}")
+    if microbatches < 1 or batch_size % microbatches:
+        raise ValueError(f"train_rl.microbatches={microbatches} must divide batch_size={batch_size}")
     directory = Path(model_dir)
     loaded = rollouts.load(base, fine, codec, mulan)
     mixture = rewards.load()
+    mixture.check_lineage(loaded.lineage)
     if Path(prompts.vocabulary).read_bytes() != loaded.vocabulary:
         raise ValueError(
             f"Prompts.vocabulary={prompts.vocabulary!r} is not the one that {mulan} was trained with: use that"
@@ -200,7 +300,11 @@ def train_rl(
         "batch_size": batch_size,
         "clip_seconds": clip_seconds,
         "kl_strength": kl_strength,
+        "gradient": dataclasses.asdict(gradient),
+        "updates": updates,
+        "kl_target": kl_target,
         "temperature": temperature,
+        "top_k": top_k,
         "policy_optimiser": dataclasses.asdict(policy_optimiser),
         "value_optimiser": dataclasses.asdict(value_optimiser),
         "seed": seed,
@@ -216,8 +320,11 @@ def train_rl(
     mesh = sharding.make_mesh(fsdp, tensor)
     replicated = sharding.replicated(mesh)
     config = studio.musiclm.config
-    transforms = policy_optimiser.build(steps), value_optimiser.build(steps)
-    learner = Learner(studio.musiclm, Value(config), *transforms, kl_strength, temperature)
+    transforms = policy_optimiser.build(steps * updates), value_optimiser.build(steps * updates)
+    target = None if kl_target is None else kl_target * clip_seconds
+    learner = Learner(
+        *(studio.musiclm, Value(config), *transforms, gradient, kl_strength, sampling, updates, target, microbatches)
+    )
     state, shardings = sharding.born_sharded(mesh, learner.create, jax.random.key(seed))
     anchor = jax.device_put(loaded.policy, shardings.policy)
     state = learner.started(state, anchor)
@@ -230,18 +337,21 @@ def train_rl(
     # The three functions.
     def draw(policy: Any, frozen: Any, text: jax.Array, step: jax.Array) -> Rollout:
         keys = row_keys(step_key(seed, step, stream=3), len(text))
-        return studio.rollout(policy, frozen, text, keys, frames, temperature)
+        return studio.rollout(policy, frozen, text, keys, frames, sampling)
 
     rollout_step = jax.jit(draw, out_shardings=sharding.batch_sharding(mesh))
     reward_step = jax.jit(mixture.score, out_shardings=sharding.batch_sharding(mesh))
     update_step = jax.jit(learner.update, donate_argnums=0, out_shardings=(shardings, replicated))
 
     # The loop.
-    batches = prompts.batches("train", batch_size, seed, start_step=start)
+    batches = prompts.batches("train", batch_size // gradient.clips_per_prompt, seed, start_step=start)
     progress = Progress(range(start, steps), directory.name, steps, start)
     with jax.set_mesh(mesh), MetricWriter(directory, start) as writer:
         for step in progress:
-            text = sharding.put_batch(mesh, next(batches))["text"]
+            asked = np.repeat(
+                next(batches)["text"], gradient.clips_per_prompt, axis=0
+            )  # clips of a prompt stand together
+            text = sharding.put_batch(mesh, {"text": asked})["text"]
             rollout = rollout_step(state.policy, frozen, text, jnp.int32(step))
             reward, terms = reward_step(scorers, rollout)
             if step == 0:
@@ -262,4 +372,6 @@ def train_rl(
             if (step + 1) % save_every == 0:
                 checkpoints.save(step + 1, state)
     checkpoints.close()
-    checkpoint.save_model(directory, config, {"params": state.policy}, {rollouts.LINEAGE: loaded.lineage})
+    anchored = json.dumps({"anchor": loaded.hashes["policy"], **mixture.hashes}).encode()
+    assets = {rollouts.LINEAGE: loaded.lineage, ANCHOR: anchored}
+    checkpoint.save_model(directory, config, {"params": state.policy}, assets)

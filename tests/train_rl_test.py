@@ -15,24 +15,30 @@ from musicrl_jax import train_rl
 from musicrl_jax.core import checkpoint, sharding
 from musicrl_jax.core.keys import row_keys
 from musicrl_jax.core.tokens import TokenLayout
+from musicrl_jax.losses.policy_gradient import PolicyGradient
 from musicrl_jax.models.musiclm import MusicLM, MusicLMConfig, Value
 from musicrl_jax.models.transformer import TransformerConfig
 from musicrl_jax.rl.rollout import Loaded, Rollout
-from musicrl_jax.rl.sample import sample
+from musicrl_jax.rl.sample import Sampling, sample
 from musicrl_jax.train_rl import Learner
 
 CONFIG = MusicLMConfig(
     TransformerConfig(2, 16, 2, 32, dropout=0.0), TransformerConfig(1, 16, 2, 16), TokenLayout(6, 6, 1), 2, 4
 )
 SMALL = dataclasses.replace(CONFIG, temporal=TransformerConfig(1, 16, 2, 32, dropout=0.0))  # compiles faster
-BATCH, FRAMES, TEMPERATURE = 32, 8, 0.99
+BATCH, FRAMES = 32, 8
+SAMPLING = Sampling()
 
 
 @pytest.fixture(scope="module")
 def learner():
-    return Learner(
-        MusicLM(CONFIG), Value(CONFIG), optax.adam(3e-2), optax.adam(3e-2), kl_strength=0.02, temperature=TEMPERATURE
-    )
+    return a_learner(PolicyGradient())
+
+
+def a_learner(gradient, **settings):
+    adam = optax.adam(3e-2)
+    settings = {"kl_strength": 0.02, "sampling": SAMPLING, **settings}
+    return Learner(MusicLM(CONFIG), Value(CONFIG), adam, adam, gradient, **settings)
 
 
 @pytest.fixture(scope="module")
@@ -45,11 +51,27 @@ def start(learner):
 @pytest.fixture(scope="module")
 def steps(learner):
     def draw(policy, mulan, key):
-        tokens, log_probs = sample(learner.policy, policy, mulan, row_keys(key, BATCH), FRAMES, TEMPERATURE)
-        empty = jnp.zeros((BATCH, 1), jnp.float32)
-        return Rollout(jnp.zeros((BATCH, 1), jnp.int32), empty, mulan, tokens, log_probs, tokens, empty)
+        return played(policy, mulan, key, SAMPLING)
 
     return jax.jit(draw), jax.jit(learner.update)
+
+
+def played(policy, mulan, key, sampling):
+    drawn = sample(MusicLM(CONFIG), policy, mulan, row_keys(key, BATCH), FRAMES, sampling)
+    empty = jnp.zeros((BATCH, 1), jnp.float32)
+    return Rollout(jnp.zeros((BATCH, 1), jnp.int32), empty, mulan, *drawn, drawn.tokens, empty)
+
+
+def zeros_played(draw, update, state, anchor, steps):
+    """Updates for a reward that is the share of semantic codes that are 0 -> (rewards, KLs, the last state)."""
+    rewards, kls = [], []
+    for step in range(steps):
+        rollout = draw(state.policy, jnp.zeros((BATCH, 2), jnp.int32), jax.random.key(100 + step))
+        reward = (rollout.tokens[:, :, 0] == 0).mean(axis=1, dtype=jnp.float32)
+        state, metrics = update(state, anchor, rollout, reward)
+        rewards.append(float(reward.mean()))
+        kls.append(float(metrics["kl"]))
+    return rewards, kls, state
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +84,47 @@ def test_kl_is_zero_to_the_bit_before_the_first_step(start, steps, rollout):
     _, metrics = steps[1](*start, rollout, jnp.linspace(0, 1, BATCH))
     assert float(metrics["kl"]) == 0.0
     assert float(metrics["sampler_drift"]) < 2e-5
+
+
+@pytest.mark.parametrize(
+    "sampling", [Sampling(0.7), Sampling(0.9), Sampling(1.3), Sampling(0.9, top_k=3)], ids=lambda s: f"{s}"
+)
+def test_it_is_zero_however_the_clips_are_drawn(learner, start, sampling):
+    """And the log-probs of the sampler are the learner's: both are of the tempered, filtered distribution."""
+    (state, anchor), mulan = start, jnp.zeros((BATCH, 2), jnp.int32)
+    other = dataclasses.replace(learner, sampling=sampling)
+
+    def step(state, anchor):
+        rollout = played(state.policy, mulan, jax.random.key(1), sampling)
+        return other.update(state, anchor, rollout, jnp.linspace(0, 1, BATCH))[1]
+
+    metrics = jax.jit(step)(state, anchor)
+    assert float(metrics["kl"]) == 0.0
+    assert float(metrics["sampler_drift"]) < 2e-5
+
+
+def test_scoring_at_another_temperature_than_sampling_is_caught(learner, start):
+    """By the drift between sampler and learner, of which a run keeps a record."""
+    (state, anchor), mulan = start, jnp.zeros((BATCH, 2), jnp.int32)
+    rollout = played(state.policy, mulan, jax.random.key(1), Sampling(0.7))
+    metrics = jax.jit(learner.update)(state, anchor, rollout, jnp.linspace(0, 1, BATCH))[1]
+    assert float(metrics["sampler_drift"]) > 0.01
+
+
+@pytest.mark.parametrize("microbatches", [2, 8])
+@pytest.mark.parametrize("gradient", [PolicyGradient(), PolicyGradient("group", kl="sampled")], ids=str)
+def test_accumulated_gradients_are_those_of_the_whole_batch(start, rollout, gradient, microbatches):
+    reward = jax.random.uniform(jax.random.key(4), (BATCH,))
+    found = []
+    for parts in (1, microbatches):
+        learner = a_learner(gradient, microbatches=parts)
+        state = learner.started(meta.unbox(jax.jit(learner.create)(jax.random.key(0))), start[1])
+        state, metrics = jax.jit(learner.update)(state, start[1], rollout, reward)
+        moments = [opt[0].mu for opt in (state.policy_opt, state.value_opt)]
+        found.append((moments, metrics))
+    (one, its_metrics), (other, metrics) = found
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(b, a, atol=3e-7), one, other)  # a tenth of the gradients
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-5), its_metrics, metrics)
 
 
 def test_equal_rewards_that_the_value_knows_move_nothing(learner, start, steps, rollout):
@@ -102,18 +165,39 @@ def test_reward_rises_and_the_anchor_holds(start, steps):
     """The reward is the share of semantic codes that are 0, about a sixth by chance; only the KL holds it back."""
     (draw, update), (state, anchor) = steps, start
     kept = jax.tree.map(np.array, anchor)
-    mulan = jnp.zeros((BATCH, 2), jnp.int32)
-    rewards, kls = [], []
-    for step in range(15):
-        rollout = draw(state.policy, mulan, jax.random.key(100 + step))
-        reward = (rollout.tokens[:, :, 0] == 0).mean(axis=1, dtype=jnp.float32)
-        state, metrics = update(state, anchor, rollout, reward)
-        rewards.append(float(reward.mean()))
-        kls.append(float(metrics["kl"]))
+    rewards, kls, _ = zeros_played(draw, update, state, anchor, 15)
     assert rewards[0] < 0.4 and rewards[-1] > 2 * rewards[0]
     # A policy that always plays 0 costs -log p(0) a frame, 8 frames long: the KL is of that size, not below it.
     assert kls[0] == 0.0 and kls[-1] > 0.3 * FRAMES * np.log(2 * rewards[-1] / (2 * rewards[0]))
     jax.tree.map(np.testing.assert_array_equal, anchor, kept)
+
+
+@pytest.mark.parametrize(
+    ("gradient", "updates"),
+    [
+        (PolicyGradient("leave_one_out"), 1),
+        (PolicyGradient("group_std", "clipped", "sampled", group=8), 2),
+        (PolicyGradient("value", "clipped", "local"), 2),
+        (PolicyGradient("best"), 1),
+    ],
+)
+def test_every_choice_raises_the_reward(start, steps, gradient, updates):
+    learner = a_learner(gradient, updates=updates)
+    state, anchor = start
+    state = learner.started(meta.unbox(jax.jit(learner.create)(jax.random.key(0))), anchor)
+    assert (state.value == {}) == (gradient.baseline != "value")
+    rewards, kls, state = zeros_played(steps[0], jax.jit(learner.update), state, anchor, 12)
+    assert rewards[-1] > 1.6 * rewards[0] and (updates > 1 or kls[0] == 0.0) and int(state.step) == 12
+
+
+def test_the_strength_follows_the_kls_target(learner, start, steps, rollout):
+    """Nothing has moved, so the KL is 0, under any target: the strength falls by a fiftieth."""
+    aimed = dataclasses.replace(learner, kl_target=2.0)
+    after, metrics = jax.jit(aimed.update)(*start, rollout, jnp.ones(BATCH))
+    assert float(metrics["kl_strength"]) == pytest.approx(0.02)
+    assert float(after.kl_strength) == pytest.approx(0.02 * 0.98)
+    kept, _ = steps[1](*start, rollout, jnp.ones(BATCH))
+    assert float(kept.kl_strength) == pytest.approx(0.02)
 
 
 class Studio:
@@ -124,10 +208,10 @@ class Studio:
     def frames(self, clip_seconds):
         return FRAMES
 
-    def rollout(self, policy, frozen, text, keys, frames, temperature):
-        tokens, log_probs = sample(self.musiclm, policy, text, keys, frames, temperature)
+    def rollout(self, policy, frozen, text, keys, frames, sampling):
+        drawn = sample(self.musiclm, policy, text, keys, frames, sampling)
         empty = jnp.zeros((len(text), 1), jnp.float32)
-        return Rollout(text, empty, text, tokens, log_probs, jax.random.key_data(keys), empty)
+        return Rollout(text, empty, text, *drawn, jax.random.key_data(keys), empty)
 
 
 @dataclasses.dataclass
@@ -148,6 +232,9 @@ class Listener:
 
     def check(self, terms):
         self.heard.append(terms)
+
+    def check_lineage(self, lineage):
+        assert lineage == b"{}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,9 +266,15 @@ def loop(folder, mesh=None, weight=1.0, vocabulary=b"words", **settings):
     """train_rl itself on `mesh` -> (what was heard in every step, the last state on its devices, lines of metrics)."""
     (folder / "vocabulary.model").write_bytes(vocabulary)
     listener, states = Listener(weight), []
-    settings = {"steps": 3, "kl_strength": 0.02, "temperature": TEMPERATURE, "batch_size": BATCH, **settings}
+    settings = {
+        "gradient": PolicyGradient(),
+        "steps": 3,
+        "kl_strength": 0.02,
+        "batch_size": BATCH,
+        **settings,
+    }
     with pytest.MonkeyPatch.context() as patch:
-        loaded = Loaded(Studio(), base(), {}, b"words", {}, b"{}")
+        loaded = Loaded(Studio(), base(), {}, b"words", {"policy": checkpoint.content_hash(base())}, b"{}")
         patch.setattr(train_rl.rollouts, "load", lambda *folders: loaded)
         patch.setattr(checkpoint.RunCheckpoints, "save", lambda self, step, state: states.append(state))
         if mesh is not None:
@@ -231,6 +324,14 @@ def test_no_two_clips_of_a_run_have_the_same_key(alone):
     assert len(np.unique(clips, axis=0)) == len(clips)  # of one prompt
 
 
+def test_a_finetuned_policy_knows_its_anchor(tmp_path):
+    """RU is anchored to R: what its checkpoint names is the content of R's."""
+    loop(tmp_path, steps=1)
+    saved = checkpoint.load_model(tmp_path / "run", MusicLMConfig)
+    assert json.loads(saved.assets[train_rl.ANCHOR]) == {"anchor": checkpoint.content_hash(base())}
+    assert saved.hash != checkpoint.content_hash(base())
+
+
 def test_a_run_whose_updates_are_all_skipped_gives_up(tmp_path):
     with pytest.raises(FloatingPointError, match=r"^run: 11 updates had a .* at step 10;"):
         loop(tmp_path, weight=np.nan, steps=20)
@@ -246,6 +347,11 @@ def test_a_run_whose_updates_are_all_skipped_gives_up(tmp_path):
         ({"temperature": 0.0}, "temperature=0.0 must be above 0"),
         ({"temperature": -1.0}, "temperature=-1.0 must be above 0"),
         ({"temperature": np.nan}, "temperature=nan must be above 0 and finite"),
+        ({"updates": 2}, "updates=2 must be 1, or more with PolicyGradient.surrogate='clipped'"),
+        ({"kl_target": 0.0}, "kl_target=0.0 must be above 0"),
+        ({"top_k": 0}, "top_k=0 must be 1 or more"),
+        ({"microbatches": 3}, "microbatches=3 must divide batch_size=32"),
+        ({"gradient": PolicyGradient("group", group=5)}, "batch_size=32 is no multiple of PolicyGradient.group=5"),
         ({"vocabulary": b"other words"}, r"Prompts.vocabulary=.* is not the one that mulan was trained with"),
     ],
 )

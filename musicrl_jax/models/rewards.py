@@ -1,14 +1,20 @@
-"""Reward models: networks that give a clip a number. The quality regressor guesses a mean opinion score.
+"""Reward models: networks that give a clip a number.
 
-Legend: B clips, N samples.
+The quality regressor hears a waveform and guesses a mean opinion score; the preference model reads caption and tokens
+and guesses how well a listener likes the clip.
+
+Legend: B clips, N samples, F frames, K codes in a frame, M MuLan levels.
 """
 
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 
+from musicrl_jax.core.tokens import FRAMES_PER_SECOND
 from musicrl_jax.models import resnet
+from musicrl_jax.models.musiclm import MusicLMConfig, Trunk
 
 LOWEST_MOS = 1.0
 MOS_RANGE = 4.0
@@ -61,3 +67,52 @@ class Quality(nn.Module):
         if wav.shape[-1] <= samples:
             return self.window(wav)
         return (self.window(wav[:, :samples]) + self.window(wav[:, -samples:])) / 2
+
+
+@dataclasses.dataclass(frozen=True)
+class PreferenceConfig:
+    """Size of the preference model.
+
+    Attributes:
+        policy: the policy's config: the same trunk reads the clip.
+        window_seconds: what it hears at once, 20 s in MusicRL; of longer clips it hears the first and the last so many.
+        captioned: whether it sees the caption; without, it judges the music alone (an ablation of the paper's).
+    """
+
+    policy: MusicLMConfig = dataclasses.field(default_factory=MusicLMConfig)
+    window_seconds: float = 20.0
+    captioned: bool = True
+
+    def __post_init__(self):
+        if self.window_seconds * FRAMES_PER_SECOND < 1:
+            raise ValueError(f"window_seconds = {self.window_seconds} must hold at least one frame of 40 ms")
+
+
+class Preference(nn.Module):
+    """How well listeners like a clip, up to a constant: Bradley-Terry's score (MusicRL, section 3.2).
+
+    A policy's trunk, from whose weights it starts, and a linear score of its mean output that starts at 0. The paper
+    says no more of the head than that it gives a scalar.
+    """
+
+    config: PreferenceConfig
+
+    def setup(self):
+        self.trunk = Trunk(self.config.policy)
+        self.score = nn.Dense(1, use_bias=False, kernel_init=nn.initializers.zeros)  # a constant would cancel
+
+    def window(self, tokens: jax.Array, mulan: jax.Array) -> jax.Array:
+        """int32 [B, F, K], int32 [B, M] -> f32 [B], of the whole clip, read at once."""
+        mulan = mulan if self.config.captioned else jnp.zeros_like(mulan)
+        hidden = self.trunk.hidden(tokens, mulan)
+        return self.score(hidden.mean(axis=(1, 2)))[:, 0].astype(jnp.float32)
+
+    def __call__(self, tokens: jax.Array, mulan: jax.Array) -> jax.Array:
+        """A clip's interleaved tokens int32 [B, F, K] and its caption's MuLan tokens int32 [B, M] -> f32 [B].
+
+        Of a clip longer than window_seconds, the mean of its first and of its last window.
+        """
+        frames = round(self.config.window_seconds * FRAMES_PER_SECOND)
+        if tokens.shape[1] <= frames:
+            return self.window(tokens, mulan)
+        return (self.window(tokens[:, :frames], mulan) + self.window(tokens[:, -frames:], mulan)) / 2

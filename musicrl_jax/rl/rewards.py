@@ -7,6 +7,8 @@ Legend: B clips.
 """
 
 import dataclasses
+import json
+import math
 from typing import Any, Protocol
 
 import jax
@@ -15,8 +17,8 @@ import numpy as np
 
 from musicrl_jax.core import checkpoint
 from musicrl_jax.models.mulan import MuLan, MuLanConfig
-from musicrl_jax.models.rewards import Quality, QualityConfig
-from musicrl_jax.rl.rollout import Rollout
+from musicrl_jax.models.rewards import Preference, PreferenceConfig, Quality, QualityConfig
+from musicrl_jax.rl.rollout import LINEAGE, Rollout
 
 
 class Term(Protocol):
@@ -35,7 +37,8 @@ class Term(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class TextAdherence:
-    """Cosine of MuLan's embeddings of the prompt and of the clip, as it is (MusicRL 3.2).
+    """Cosine of MuLan's embeddings of the prompt and of the clip, as it is; the mean over the clip's windows, three of
+    10 s in 30 s (MusicRL 3.2).
 
     Attributes:
       mulan: folder of the MuLan checkpoint.
@@ -52,8 +55,8 @@ class TextAdherence:
 
     def score(self, model: MuLanConfig, variables: Any, rollout: Rollout) -> jax.Array:
         """f32 [B]."""
-        audio = MuLan(model).apply(variables, rollout.wav, method="embed_audio")
-        return jnp.sum(audio * rollout.embedding, axis=-1)
+        audio = MuLan(model).apply(variables, rollout.wav, method="embed_windows")  # [B, V, E]
+        return jnp.sum(audio * rollout.embedding[:, None], axis=-1).mean(axis=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +79,28 @@ class AcousticQuality:
     def score(self, model: QualityConfig, variables: Any, rollout: Rollout) -> jax.Array:
         """f32 [B]."""
         return (Quality(model).apply(variables, rollout.wav) - 1) / 4
+
+
+@dataclasses.dataclass(frozen=True)
+class UserPreference:
+    """The score of a preference model trained on votes, as it is (MusicRL 3.2); unbounded.
+
+    Attributes:
+      preference: folder of the preference model's checkpoint.
+    """
+
+    preference: str
+    name = "user_preference"
+    low = -math.inf
+    high = math.inf
+
+    def load(self) -> checkpoint.Model:
+        """The preference model."""
+        return checkpoint.load_model(self.preference, PreferenceConfig)
+
+    def score(self, model: PreferenceConfig, variables: Any, rollout: Rollout) -> jax.Array:
+        """f32 [B]."""
+        return Preference(model).apply(variables, rollout.tokens, rollout.mulan)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +145,17 @@ class LoadedMixture:
     def hashes(self) -> dict[str, str]:
         """Each term's checkpoint, by content."""
         return {name: model.hash for name, model in self.models.items()}
+
+    def check_lineage(self, lineage: bytes) -> None:
+        """ValueError where a term reads tokens, and of other models than those in `lineage`, the policy's."""
+        spoken = json.loads(lineage)
+        for name, model in self.models.items():
+            for other, found in json.loads(model.assets.get(LINEAGE, b"{}")).items():
+                if found != spoken.get(other, found):
+                    raise ValueError(
+                        f"the model of reward {name} was trained on tokens of {other} {found[:12]}, and the policy "
+                        f"speaks those of {spoken[other][:12]}: train it on votes for clips of this policy"
+                    )
 
     def score(self, variables: dict[str, Any], rollout: Rollout) -> tuple[jax.Array, dict[str, jax.Array]]:
         """(the mixture f32 [B], each term f32 [B])."""

@@ -17,7 +17,7 @@ from musicrl_jax.models.mulan import MuLan, MuLanConfig
 from musicrl_jax.models.musiclm import MusicLM, MusicLMConfig
 from musicrl_jax.models.soundstorm import SoundStorm, SoundStormConfig, fill_fine
 from musicrl_jax.models.soundstream import SoundStream, SoundStreamConfig
-from musicrl_jax.rl.sample import sample
+from musicrl_jax.rl.sample import Sampling, sample
 
 LINEAGE = "tokens.json"  # which models wrote the tokens that a token model was trained on, {name: hash}
 
@@ -31,7 +31,8 @@ class Rollout:
       embedding: f32 [B, E], MuLan's embedding of the prompt, of length 1.
       mulan: int32 [B, M], the same as tokens: what the policy is conditioned on.
       tokens: int32 [B, F, K], what the policy drew.
-      log_probs: f32 [B, F, K], at the sampling temperature.
+      log_probs: f32 [B, F, K], of the tokens, under the distribution that they were drawn from.
+      allowed: bool [B, F, K, V], the codes that could have been drawn; None where all could.
       acoustic: int32 [B, T, Q], all codec levels.
       wav: f32 [B, N].
     """
@@ -41,6 +42,7 @@ class Rollout:
     mulan: jax.Array
     tokens: jax.Array
     log_probs: jax.Array
+    allowed: jax.Array | None
     acoustic: jax.Array
     wav: jax.Array
 
@@ -67,7 +69,7 @@ class Studio:
         return frames
 
     def rollout(
-        self, policy: Any, frozen: dict[str, Any], text: jax.Array, keys: jax.Array, frames: int, temperature: float
+        self, policy: Any, frozen: dict[str, Any], text: jax.Array, keys: jax.Array, frames: int, sampling: Sampling
     ) -> Rollout:
         """Draws a clip for each prompt.
 
@@ -77,16 +79,16 @@ class Studio:
           text: int32 [B, L].
           keys: [B], one a row; a row's clip depends on its prompt and key alone.
           frames: F.
-          temperature: of the policy's distribution.
+          sampling: the policy's distribution.
         """
         embedding = self.mulan.apply(frozen["mulan"], text, method="embed_text")
         mulan = self.mulan.apply(frozen["mulan"], embedding, method="quantize")
         keys = jax.vmap(jax.random.split)(keys)  # [B, 2]: what the policy does must not show in the noise of the rest
-        tokens, log_probs = sample(self.musiclm, policy, mulan, keys[:, 0], frames, temperature)
-        _, coarse = deinterleave(tokens)
+        drawn = sample(self.musiclm, policy, mulan, keys[:, 0], frames, sampling)
+        _, coarse = deinterleave(drawn.tokens)
         acoustic = fill_fine(self.soundstorm, frozen["soundstorm"], coarse, keys[:, 1])
         wav = self.soundstream.apply(frozen["soundstream"], acoustic, method="decode")
-        return Rollout(text, embedding, mulan, tokens, log_probs, acoustic, wav)
+        return Rollout(text, embedding, mulan, *drawn, acoustic, wav)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,3 +149,8 @@ def load(policy: str, fine: str, codec: str, mulan: str) -> Loaded:
         {name: model.hash for name, model in models.items()},
         models["policy"].assets[LINEAGE],
     )
+
+
+def lineage(loaded: Loaded) -> dict[str, str]:
+    """The hash of each model whose tokens the policy speaks, by name."""
+    return json.loads(loaded.lineage)

@@ -6,23 +6,57 @@ Another music model takes MusicLM's place by offering the same three.
 Legend: B clips, F frames, K codes in a frame, V ids at a place, M MuLan levels.
 """
 
-from typing import Any
+import dataclasses
+import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from musicrl_jax.losses.policy_gradient import token_log_probs
 from musicrl_jax.models.musiclm import MusicLM, Value
 
 
-def token_log_probs(log_distribution: jax.Array, tokens: jax.Array) -> jax.Array:
-    """The log-probability of each token: f32 [..., V], int32 [...] -> f32 [...]."""
-    return jnp.take_along_axis(log_distribution, tokens[..., None], axis=-1)[..., 0]
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How a policy's logits become the distribution that it draws from, which *is* the policy.
+
+    Attributes:
+      temperature: above 0.
+      top_k: only so many codes of each place, the likeliest, may be drawn; None, the paper's choice: all.
+    """
+
+    temperature: float = 0.99
+    top_k: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"temperature={self.temperature} must be above 0 and finite")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k={self.top_k} must be 1 or more, or None for all codes")
+
+    def allowed(self, logits: jax.Array) -> jax.Array | None:
+        """The codes that may be drawn, bool [..., V]; None where all may."""
+        if self.top_k is None or self.top_k >= logits.shape[-1]:
+            return None
+        return logits >= jax.lax.top_k(logits, self.top_k)[0][..., -1:]
+
+    def log_distribution(self, logits: jax.Array, allowed: jax.Array | None) -> jax.Array:
+        """Tempered, and renormalised over what is allowed: [..., V], -inf where nothing may be drawn."""
+        scaled = logits / self.temperature
+        return jax.nn.log_softmax(scaled if allowed is None else jnp.where(allowed, scaled, -jnp.inf), axis=-1)
 
 
-def sample(
-    model: MusicLM, params: Any, mulan: jax.Array, keys: jax.Array, frames: int, temperature: float
-) -> tuple[jax.Array, jax.Array]:
-    """Draws clips from the policy at a temperature, without top-k or guidance (MusicRL 3.3).
+class Drawn(NamedTuple):
+    """What `sample` drew."""
+
+    tokens: jax.Array  # int32 [B, F, K]
+    log_probs: jax.Array  # f32 [B, F, K], of the tokens, under the distribution that they were drawn from
+    allowed: jax.Array | None  # bool [B, F, K, V], the codes that could have been drawn; None where all could
+
+
+def sample(model: MusicLM, params: Any, mulan: jax.Array, keys: jax.Array, frames: int, sampling: Sampling) -> Drawn:
+    """Draws clips from the policy.
 
     Each row has its own key, folded with the frame: what a row draws does not depend on the rest of the batch. The
     caches travel in the loop's carry and are updated in place.
@@ -33,10 +67,7 @@ def sample(
       mulan: int32 [B, M], MuLan tokens of the prompts.
       keys: [B], a key for each row.
       frames: F, the length of the clips.
-      temperature: > 0; the policy is the tempered distribution, so log-probs are those at this temperature.
-
-    Returns:
-      (tokens int32 [B, F, K], their log-probs f32 [B, F, K]).
+      sampling: the distribution.
     """
     layout = model.config.layout
     variables = {"params": params}
@@ -59,23 +90,36 @@ def sample(
             previous, depth_cache = carry
             place, place_noise = inputs
             logits, depth_cache = apply("next_logits", context, previous, depth_cache, place, depth_bias)
-            scores = jax.nn.log_softmax(logits / temperature, axis=-1)
+            allowed = sampling.allowed(logits)
+            scores = sampling.log_distribution(logits, allowed)
             code = jnp.argmax(scores.astype(jnp.float32) + place_noise, axis=-1).astype(jnp.int32)
-            return (code, depth_cache), (code, token_log_probs(scores, code))
+            return (code, depth_cache), Drawn(code, token_log_probs(scores, code), allowed)
 
         start = (jnp.zeros(batch, jnp.int32), apply("empty_depth_cache", batch))
         places = jnp.arange(layout.depth, dtype=jnp.int32)
-        _, (codes, scores) = jax.lax.scan(draw_code, start, (places, jnp.moveaxis(noise, 1, 0)))
-        return (codes.T, cache), (codes.T, scores.T)  # [B, K] each
+        _, drawn = jax.lax.scan(draw_code, start, (places, jnp.moveaxis(noise, 1, 0)))
+        drawn = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), drawn)  # [B, K] or [B, K, V]
+        return (drawn.tokens, cache), drawn
 
     start = (jnp.zeros((batch, layout.depth), jnp.int32), cache)
-    _, (tokens, scores) = jax.lax.scan(draw_frame, start, jnp.arange(frames, dtype=jnp.int32))
-    return jnp.moveaxis(tokens, 0, 1), jnp.moveaxis(scores, 0, 1)
+    _, drawn = jax.lax.scan(draw_frame, start, jnp.arange(frames, dtype=jnp.int32))
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), drawn)
 
 
-def log_probs(model: MusicLM, params: Any, tokens: jax.Array, mulan: jax.Array, temperature: float) -> jax.Array:
-    """The tempered log-distribution before every token, f32 [B, F, K, V]: the one that `sample` draws from."""
-    return jax.nn.log_softmax(model.apply({"params": params}, tokens, mulan) / temperature, axis=-1)
+def log_probs(
+    model: MusicLM,
+    params: Any,
+    tokens: jax.Array,
+    mulan: jax.Array,
+    sampling: Sampling,
+    allowed: jax.Array | None,
+) -> jax.Array:
+    """The log-distribution before every token, f32 [B, F, K, V]: the one that `sample` draws from.
+
+    `allowed` are the codes that could have been drawn, as `sample` returns them: policy and anchor are renormalised on
+    the same ones, else a code that the anchor's own filter leaves out would cost an infinite KL.
+    """
+    return sampling.log_distribution(model.apply({"params": params}, tokens, mulan), allowed)
 
 
 def values(model: Value, params: Any, tokens: jax.Array, mulan: jax.Array) -> jax.Array:

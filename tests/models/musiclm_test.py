@@ -20,6 +20,7 @@ CONFIG = MusicLMConfig(
     mulan_codes=4,
 )
 BATCH, FRAMES, DEPTH = 3, 20, 5
+PLAIN = sampling.Sampling(1.0)
 
 
 @pytest.fixture(scope="module")
@@ -33,9 +34,9 @@ def model():
 def drawn(model):
     module, params = model
     mulan = jax.random.randint(jax.random.key(1), (BATCH, 3), 0, 4)
-    draw = jax.jit(lambda p, m, k: sampling.sample(module, p, m, k, FRAMES, 0.9))
+    draw = jax.jit(lambda p, m, k: sampling.sample(module, p, m, k, FRAMES, sampling.Sampling(0.9)))
     with jax.default_matmul_precision("highest"):
-        tokens, log_probs = draw(params, mulan, row_keys(jax.random.key(2), BATCH))
+        tokens, log_probs, _ = draw(params, mulan, row_keys(jax.random.key(2), BATCH))
     return mulan, tokens, log_probs
 
 
@@ -43,17 +44,23 @@ def test_cached_sampling_agrees_with_the_full_forward_pass(model, drawn):
     module, params = model
     mulan, tokens, log_probs = drawn
     with jax.default_matmul_precision("highest"):
-        rescored = sampling.token_log_probs(sampling.log_probs(module, params, tokens, mulan, 0.9), tokens)
+        rescored = sampling.token_log_probs(
+            sampling.log_probs(module, params, tokens, mulan, sampling.Sampling(0.9), None), tokens
+        )
     assert np.abs(np.asarray(rescored - log_probs)).max() < 2e-5
 
 
-def test_cached_sampling_agrees_to_the_last_digits_in_float64(model, drawn):
+@pytest.mark.parametrize("top_k", [None, 3])
+def test_cached_sampling_agrees_to_the_last_digits_in_float64(model, drawn, top_k):
     module, params = model
     with jax.enable_x64(True):
         params = jax.tree.map(lambda w: w.astype(jnp.float64), params)
         keys = row_keys(jax.random.key(2), BATCH)
-        tokens, log_probs = sampling.sample(module, params, drawn[0], keys, FRAMES, 0.9)
-        rescored = sampling.token_log_probs(sampling.log_probs(module, params, tokens, drawn[0], 0.9), tokens)
+        how = sampling.Sampling(0.9, top_k)
+        tokens, log_probs, allowed = sampling.sample(module, params, drawn[0], keys, FRAMES, how)
+        assert (allowed is None) == (top_k is None) and (top_k is None or (allowed.sum(axis=-1) == top_k).all())
+        scored = sampling.log_probs(module, params, tokens, drawn[0], how, allowed)
+        rescored = sampling.token_log_probs(scored, tokens)
         assert rescored.dtype == jnp.float64
         assert np.abs(np.asarray(rescored - log_probs)).max() < 1e-10
 
@@ -69,8 +76,9 @@ def test_samples_follow_the_tempered_distribution(model):
     module, params = model
     mulan = jnp.ones((4000, 3), jnp.int32)
     keys = row_keys(jax.random.key(5), 4000)
-    tokens, _ = jax.jit(lambda p, m, k: sampling.sample(module, p, m, k, 1, 0.7))(params, mulan, keys)
-    probabilities = np.exp(np.asarray(sampling.log_probs(module, params, tokens[:1], mulan[:1], 0.7)))[0, 0, 0]
+    cold = sampling.Sampling(0.7)
+    tokens = jax.jit(lambda p, m, k: sampling.sample(module, p, m, k, 1, cold))(params, mulan, keys).tokens
+    probabilities = np.exp(np.asarray(sampling.log_probs(module, params, tokens[:1], mulan[:1], cold, None)))[0, 0, 0]
     counts = np.bincount(np.asarray(tokens)[:, 0, 0], minlength=7)
     expected = 4000 * probabilities
     assert np.square(counts[:5] - expected[:5]).sum() < 30 * expected.max()
@@ -82,8 +90,8 @@ def test_a_row_does_not_depend_on_its_batch(model, drawn):
     module, params = model
     mulan, tokens, _ = drawn
     keys = row_keys(jax.random.key(2), BATCH)[1:2]
-    alone, _ = jax.jit(lambda p, m, k: sampling.sample(module, p, m, k, FRAMES, 0.9))(params, mulan[1:2], keys)
-    np.testing.assert_array_equal(alone[0], tokens[1])
+    draw = jax.jit(lambda p, m, k: sampling.sample(module, p, m, k, FRAMES, sampling.Sampling(0.9)))
+    np.testing.assert_array_equal(draw(params, mulan[1:2], keys).tokens[0], tokens[1])
 
 
 def test_logits_and_values_see_the_past_alone(model, drawn):
@@ -96,7 +104,7 @@ def test_logits_and_values_see_the_past_alone(model, drawn):
     for f, k in ((0, 0), (0, 4), (7, 2), (FRAMES - 1, 3)):
         changed = tokens.at[0, f, k].set((tokens[0, f, k] + 1) % 5)
         for score in (
-            lambda t: sampling.log_probs(module, params, t, mulan, 1.0),
+            lambda t: sampling.log_probs(module, params, t, mulan, PLAIN, None),
             lambda t: sampling.values(critic, weights, t, mulan),
         ):
             before, after = (np.asarray(score(t))[0].reshape(FRAMES * DEPTH, -1) for t in (tokens, changed))
@@ -109,8 +117,8 @@ def test_logits_and_values_see_the_past_alone(model, drawn):
 def test_prompt_moves_the_first_frame(model, drawn):
     module, params = model
     mulan, tokens, _ = drawn
-    one = sampling.log_probs(module, params, tokens, mulan, 1.0)
-    other = sampling.log_probs(module, params, tokens, (mulan + 1) % 4, 1.0)
+    one = sampling.log_probs(module, params, tokens, mulan, PLAIN, None)
+    other = sampling.log_probs(module, params, tokens, (mulan + 1) % 4, PLAIN, None)
     assert np.abs(np.asarray(one - other))[:, 0, 0, :5].max() > 1e-3
 
 
@@ -120,7 +128,8 @@ def test_joint_of_a_tiny_clip_sums_to_one(model):
     grids = np.meshgrid(*[np.arange(n) for n in (5, 7, 7, 7, 7)], indexing="ij")
     tokens = jnp.asarray(np.stack([grid.ravel() for grid in grids], axis=1)[:, None, :], jnp.int32)
     mulan = jnp.zeros((len(tokens), 3), jnp.int32)
-    joint = sampling.token_log_probs(sampling.log_probs(module, params, tokens, mulan, 1.3), tokens).sum(axis=(1, 2))
+    scored = sampling.log_probs(module, params, tokens, mulan, sampling.Sampling(1.3), None)
+    joint = sampling.token_log_probs(scored, tokens).sum(axis=(1, 2))
     np.testing.assert_allclose(np.exp(np.asarray(joint, np.float64)).sum(), 1.0, atol=1e-4)
 
 
@@ -137,3 +146,14 @@ def test_relative_buckets_are_t5s():
     """Exact below 16, logarithmic to 128, the last from there on: points computed by hand from arXiv 1910.10683."""
     distance = np.array([-3, 0, 1, 15, 16, 31, 32, 64, 127, 128, 10_000])
     np.testing.assert_array_equal(relative_bucket(distance, 32, 128), [0, 0, 1, 15, 16, 21, 21, 26, 31, 31, 31])
+
+
+def test_bfloat16_moves_log_probs_little(model, drawn):
+    """Activations and weights in bfloat16; the softmax is in float32 even so."""
+    module, params = model
+    mulan, tokens, _ = drawn
+    half = jax.tree.map(lambda w: w.astype(jnp.bfloat16), params)
+    exact, rough = (sampling.log_probs(module, weights, tokens, mulan, PLAIN, None) for weights in (params, half))
+    assert rough.dtype == jnp.float32
+    gap = sampling.token_log_probs(rough, tokens) - sampling.token_log_probs(exact, tokens)
+    assert 0 < float(jnp.sqrt(jnp.mean(jnp.square(gap)))) < 0.03

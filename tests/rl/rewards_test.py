@@ -38,7 +38,9 @@ class Peak:
 def rolled(wav, embedding=None):
     zeros = jnp.zeros((len(wav), 1), jnp.int32)
     embedding = jnp.zeros((len(wav), 4)) if embedding is None else embedding
-    return Rollout(zeros, embedding, zeros, zeros[:, :, None], jnp.zeros((len(wav), 1, 1)), zeros[:, :, None], wav)
+    return Rollout(
+        zeros, embedding, zeros, zeros[:, :, None], jnp.zeros((len(wav), 1, 1)), None, zeros[:, :, None], wav
+    )
 
 
 @pytest.fixture(scope="module")
