@@ -85,6 +85,8 @@ def train(
     start = checkpoints.latest_step()
     if start:
         state = checkpoints.restore(state)
+    else:
+        state = state.replace(params=jax.device_put(objective.start(state.params), shardings.params))
 
     # One step.
     def train_step(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, Metrics]:

@@ -54,14 +54,13 @@ class TokenLayout:
 
 
 def interleave(semantic: jax.Array, coarse: jax.Array) -> jax.Array:
-    """semantic int32 [B, F], coarse int32 [B, 2F, coarse_levels] -> tokens int32 [B, F, K]; a bijection."""
-    batch, frames = semantic.shape
-    if coarse.shape[:2] != (batch, CODEC_FRAMES_PER_FRAME * frames):
+    """semantic int32 [..., F], coarse int32 [..., 2F, coarse_levels] -> tokens int32 [..., F, K]; a bijection."""
+    if coarse.shape[:-1] != (*semantic.shape[:-1], CODEC_FRAMES_PER_FRAME * semantic.shape[-1]):
         raise ValueError(
             f"coarse codes {coarse.shape} do not fit semantic codes {semantic.shape}: "
             f"two codec frames to a semantic one are needed"
         )
-    return jnp.concatenate([semantic[:, :, None], coarse.reshape(batch, frames, -1)], axis=2)
+    return jnp.concatenate([semantic[..., None], coarse.reshape(*semantic.shape, -1)], axis=-1)
 
 
 def deinterleave(tokens: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -42,6 +42,10 @@ class Objective:
         """The module's variables: 'params' and whatever other collections it keeps. Traced under jit."""
         raise NotImplementedError(f"{type(self).__name__} must define init")
 
+    def start(self, params: Any) -> Any:
+        """The weights before the first step, from those that `init` drew: where a model starts from another one."""
+        return params
+
     def loss(
         self, params: Any, state: Any, frozen: Any, batch: Batch, key: jax.Array
     ) -> tuple[jax.Array, tuple[Any, Metrics]]:

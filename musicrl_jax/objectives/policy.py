@@ -4,13 +4,11 @@ import dataclasses
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from musicrl_jax.core.tokens import interleave
 from musicrl_jax.losses.lm import cross_entropy
 from musicrl_jax.models.musiclm import MusicLM, MusicLMConfig
 from musicrl_jax.objectives.objective import Batch, Metrics
-from musicrl_jax.objectives.token_objective import TokenObjective
+from musicrl_jax.objectives.token_objective import TokenObjective, policy_tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,19 +19,14 @@ class PolicyObjective(TokenObjective):
 
     def init(self, key: jax.Array, batch: Batch) -> dict[str, Any]:
         """Variables of MusicLM; ValueError where the tokens are of another layout."""
-        self.check_layout(
-            acoustic_codes=self.model.layout.acoustic_codes,
-            semantic_codes=self.model.layout.semantic_codes,
-            mulan_levels=self.model.mulan_levels,
-            mulan_codes=self.model.mulan_codes,
-        )
-        return MusicLM(self.model).init(key, self._tokens(batch), batch["mulan"])
+        self.check_policy(self.model)
+        return MusicLM(self.model).init(key, policy_tokens(batch, self.model), batch["mulan"])
 
     def loss(
         self, params: Any, state: Any, frozen: Any, batch: Batch, key: jax.Array
     ) -> tuple[jax.Array, tuple[Any, Metrics]]:
         """Nats per token, with dropout."""
-        tokens = self._tokens(batch)
+        tokens = policy_tokens(batch, self.model)
         logits = MusicLM(self.model).apply(
             {"params": params}, tokens, batch["mulan"], deterministic=False, rngs={"dropout": key}
         )
@@ -42,14 +35,9 @@ class PolicyObjective(TokenObjective):
 
     def evaluate(self, params: Any, state: Any, frozen: Any, batch: Batch, key: jax.Array) -> Metrics:
         """Nats per token without dropout: all, semantic alone, coarse alone."""
-        tokens = self._tokens(batch)
+        tokens = policy_tokens(batch, self.model)
         logits = MusicLM(self.model).apply({"params": params}, tokens, batch["mulan"])
         loss, metrics = cross_entropy(logits, tokens)
         semantic = cross_entropy(logits[:, :, 0], tokens[:, :, 0])[0]
         coarse = cross_entropy(logits[:, :, 1:], tokens[:, :, 1:])[0]
         return {"loss": loss, "semantic": semantic, "coarse": coarse, **metrics}
-
-    def _tokens(self, batch: Batch) -> jax.Array:
-        """int32 [B, F, K]."""
-        coarse = batch["acoustic"][:, :, : self.model.layout.coarse_levels]
-        return interleave(batch["semantic"], jnp.asarray(coarse))

@@ -1,17 +1,26 @@
-"""What the objectives over encoded tokens share."""
+"""What the objectives over encoded tokens share.
+
+Legend: B clips or pairs of clips, F frames, T codec frames, Q codec levels, K codes in a frame.
+"""
 
 import dataclasses
 import json
 
+import jax
+import jax.numpy as jnp
+
+from musicrl_jax.core.tokens import interleave
 from musicrl_jax.inputs.tokens import Tokens, read_manifest
-from musicrl_jax.objectives.objective import Objective
+from musicrl_jax.inputs.votes import Votes
+from musicrl_jax.models.musiclm import MusicLMConfig
+from musicrl_jax.objectives.objective import Batch, Objective
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenObjective(Objective):
     """An objective on the tokens that `musicrl encode` wrote."""
 
-    data: Tokens
+    data: Tokens | Votes
 
     def check_layout(self, **wanted: int) -> None:
         """ValueError, naming the field, where the tokens are of other sizes than the model's: indices out of range
@@ -26,3 +35,18 @@ class TokenObjective(Objective):
     def assets(self) -> dict[str, bytes]:
         """tokens.json: the hashes of the models whose tokens this one speaks."""
         return {"tokens.json": json.dumps(read_manifest(self.data.directory)["models"]).encode()}
+
+    def check_policy(self, policy: MusicLMConfig) -> None:
+        """`check_layout` for what a policy reads."""
+        self.check_layout(
+            acoustic_codes=policy.layout.acoustic_codes,
+            semantic_codes=policy.layout.semantic_codes,
+            mulan_levels=policy.mulan_levels,
+            mulan_codes=policy.mulan_codes,
+        )
+
+
+def policy_tokens(batch: Batch, policy: MusicLMConfig) -> jax.Array:
+    """What a policy of that config reads: semantic int32 [..., F] and acoustic [..., T, Q] -> int32 [..., F, K]."""
+    coarse = jnp.asarray(batch["acoustic"])[..., : policy.layout.coarse_levels]
+    return interleave(jnp.asarray(batch["semantic"]), coarse)

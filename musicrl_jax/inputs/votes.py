@@ -1,0 +1,171 @@
+"""Votes: which of two clips a listener chose. A vote folder holds the clips' tokens, as `inputs.tokens` writes them,
+and `votes.jsonl`, a line a vote:
+
+    {"prompt": "a slow waltz", "a": "17-0", "b": "17-1", "vote": "a", "listener": "training panel 3",
+     "heard": [true, true]}
+
+`a` and `b` are ids of clips in the token folder; `vote` is "a", "b", "tie" or "abstain". As in MusicRL, a vote counts
+only where both clips were heard; abstentions do not count, a tie is half a vote for each.
+
+Legend: B votes, F frames, T codec frames, Q codec levels, M MuLan levels.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import tensorflow as tf
+
+from musicrl_jax.core.files import read_text
+from musicrl_jax.inputs import tasks
+from musicrl_jax.inputs.tokens import Tokens, read
+
+VOTES = "votes.jsonl"
+CHOICES = {"a": 1.0, "b": 0.0, "tie": 0.5}  # the share of the vote that clip a gets
+ABSTAINED = "abstain"
+FIELDS = {"prompt": str, "a": str, "b": str, "vote": str, "listener": str, "heard": list}
+PAIRED = {"semantic": 1, "acoustic": 2}  # the rank of each token field, before two clips are stacked
+
+
+class Vote(NamedTuple):
+    """A line of `votes.jsonl`, and its number."""
+
+    line: int
+    prompt: str
+    a: str
+    b: str
+    vote: str
+    listener: str
+    heard: list[bool]
+
+    @property
+    def counts(self) -> bool:
+        """Whether it says anything: both clips were heard, and the listener did not abstain."""
+        return all(self.heard) and self.vote != ABSTAINED
+
+
+@dataclasses.dataclass(frozen=True)
+class Votes:
+    """The votes that count, with the tokens of both clips.
+
+    Attributes:
+      directory: the vote folder.
+      models: as in `Tokens`: the hash of each model that this run uses.
+    """
+
+    directory: str
+    models: Mapping[str, str] | None = None
+
+    def batches(
+        self, split: str, batch_size: int, seed: int, start_step: int = 0, epochs: int | None = None
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """{'semantic': i32 [B, 2, F], 'acoustic': i32 [B, 2, T, Q], 'mulan': i32 [B, M], 'vote': f32 [B]}.
+
+        'vote' is the share of the first clip. Otherwise as `Tokens.batches`; ValueError, naming the line, where a vote
+        is damaged or its clips are missing.
+        """
+        pairs, spec = self._pairs(split)
+        if epochs is None and batch_size > len(pairs):
+            raise ValueError(
+                f"batch_size {batch_size} is more than the {len(pairs)} votes of split {split!r} in {self.directory}: "
+                "lower it, or collect more"
+            )
+        source = tasks.RecordSource({split: pairs}, spec)
+        features = {name: tasks.number_feature(tf.int32, rank + 1) for name, rank in PAIRED.items()} | {
+            "mulan": tasks.number_feature(tf.int32, 1),
+            "vote": tasks.number_feature(tf.float32, 0),
+        }
+        task = tasks.register("votes", source, [], features)
+        length = {name: spec[name].shape[0] for name in features if spec[name].shape.rank}
+        return tasks.batches([(task, 1.0)], split, length, batch_size, seed, start_step, epochs)
+
+    def layout(self) -> dict[str, int]:
+        """As `Tokens.layout`."""
+        return self._tokens.layout()
+
+    def splits(self) -> list[str]:
+        """The splits that have votes."""
+        return [split for split in self._tokens.splits() if self.count(split)]
+
+    def count(self, split: str) -> int:
+        """The number of votes in a split that count."""
+        return len(self.votes(split))
+
+    def votes(self, split: str) -> list[Vote]:
+        """The votes of a split that count: those of its clips."""
+        places = self._places(split)
+        return [vote for vote in read_votes(self.directory) if vote.counts and vote.a in places]
+
+    @property
+    def _tokens(self) -> Tokens:
+        return Tokens(self.directory, self.models)
+
+    def _places(self, split: str) -> dict[str, int]:
+        """The number of every clip of a split, by id."""
+        self._tokens.count(split)  # a check of the models
+        return {record["id"].decode(): number for number, record in enumerate(read(self.directory, split)[0])}
+
+    def _pairs(self, split: str) -> tuple["_Pairs", dict[str, tf.TensorSpec]]:
+        places = self._places(split)
+        pairs = _Pairs(read(self.directory, split)[0])
+        for vote in self.votes(split):
+            if vote.b not in places:
+                raise ValueError(f"{self.directory}/{VOTES} line {vote.line}: no clip {vote.b!r} in split {split!r}")
+            pairs.append((places[vote.a], places[vote.b], CHOICES[vote.vote]))
+        spec = read(self.directory, split)[1]
+        paired = {name: tf.TensorSpec([2, *spec[name].shape], tf.int32) for name in PAIRED}
+        return pairs, {**paired, "mulan": spec["mulan"], "vote": tf.TensorSpec([], tf.float32)}
+
+
+class _Pairs(list):
+    """(number of clip a, number of clip b, share of a) as records."""
+
+    def __init__(self, clips: tasks.Records):
+        super().__init__()
+        self._clips = clips
+
+    def __getitems__(self, indices: list[int]) -> list[Mapping[str, Any]]:
+        chosen = [self[i] for i in indices]
+        found = self._clips.__getitems__([number for a, b, _ in chosen for number in (a, b)])
+        return [
+            {name: np.stack([a[name], b[name]]) for name in PAIRED} | {"mulan": a["mulan"], "vote": np.float32(share)}
+            for a, b, (_, _, share) in zip(found[::2], found[1::2], chosen, strict=True)
+        ]
+
+
+def read_votes(directory: str) -> list[Vote]:
+    """Every line of a vote folder's file; ValueError that names the line, the field and the mend where one is wrong."""
+    path = Path(directory) / VOTES
+    if not path.is_file():
+        raise FileNotFoundError(f"directory: no votes at {path}; write them with `musicrl collect`")
+    votes = []
+    for number, text in enumerate(read_text(path).removesuffix("\n").split("\n"), start=1):
+        where = f"{path} line {number}"
+        try:
+            fields = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{where} is no JSON: {error}; mend or delete it") from error
+        if not isinstance(fields, dict) or set(fields) != set(FIELDS):
+            raise ValueError(f"{where} must have the fields {', '.join(FIELDS)}, and no others: {text[:80]}")
+        for name, kind in FIELDS.items():
+            if not isinstance(fields[name], kind):
+                raise ValueError(f"{where}: {name} = {fields[name]!r} must be of type {kind.__name__}")
+        if fields["vote"] not in (*CHOICES, ABSTAINED):
+            raise ValueError(f"{where}: vote = {fields['vote']!r} is none of {(*CHOICES, ABSTAINED)}")
+        if len(fields["heard"]) != 2 or not all(isinstance(heard, bool) for heard in fields["heard"]):
+            raise ValueError(f"{where}: heard = {fields['heard']!r} must be two of true and false, for a and for b")
+        if fields["a"] == fields["b"]:
+            raise ValueError(f"{where}: a and b are the same clip, {fields['a']!r}")
+        votes.append(Vote(number, **fields))
+    return votes
+
+
+def write_votes(directory: str, votes: list[Vote]) -> None:
+    """Writes the file anew, whole or not at all; line numbers are given here."""
+    lines = [json.dumps({name: getattr(vote, name) for name in FIELDS}, ensure_ascii=False) for vote in votes]
+    partial = Path(directory) / f"{VOTES}.partial"
+    partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    partial.replace(Path(directory) / VOTES)

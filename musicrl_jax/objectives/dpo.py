@@ -1,0 +1,74 @@
+"""Direct preference optimisation (2305.18290): the policy itself, finetuned on votes without a reward model or RL.
+
+A baseline for MusicRL-U: the same votes, the same KL-regularised objective, but only clips that the base drew.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from musicrl_jax.core import checkpoint
+from musicrl_jax.inputs.votes import Votes
+from musicrl_jax.losses.policy_gradient import token_log_probs
+from musicrl_jax.losses.preference import bradley_terry, dpo_margin
+from musicrl_jax.models.musiclm import MusicLM, MusicLMConfig
+from musicrl_jax.objectives.objective import Batch, Metrics
+from musicrl_jax.objectives.preference import load_policy
+from musicrl_jax.objectives.token_objective import TokenObjective, policy_tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class DPOObjective(TokenObjective):
+    """Nats per vote under the reward that the policy implies.
+
+    Attributes:
+      policy: folder of the base, which is both start and anchor.
+      beta: the KL strength, above 0.
+      temperature: that the clips were drawn at.
+    """
+
+    model: MusicLMConfig
+    data: Votes
+    policy: str
+    beta: float
+    temperature: float = 0.99
+
+    def __post_init__(self) -> None:
+        if not self.beta > 0:
+            raise ValueError(f"DPOObjective.beta = {self.beta} must be above 0")
+
+    def init(self, key: jax.Array, batch: Batch) -> dict[str, Any]:
+        """Variables of MusicLM; ValueError where the clips' tokens are of another layout."""
+        self.check_policy(self.model)
+        return MusicLM(self.model).init(key, policy_tokens(batch, self.model)[:, 0], batch["mulan"])
+
+    def frozen(self) -> Any:
+        """The anchor's weights."""
+        return load_policy(self.policy, self.model)
+
+    def start(self, params: Any) -> Any:
+        """The base's weights."""
+        return load_policy(self.policy, self.model)
+
+    def loss(
+        self, params: Any, state: Any, frozen: Any, batch: Batch, key: jax.Array
+    ) -> tuple[jax.Array, tuple[Any, Metrics]]:
+        """Bradley-Terry's; the metric `log_ratio` is log policy / anchor of the clips, in nats a clip."""
+        tokens = policy_tokens(batch, self.model)  # [B, 2, F, K]
+        flat, mulan = tokens.reshape(-1, *tokens.shape[2:]), jnp.repeat(batch["mulan"], 2, axis=0)
+
+        def clips(weights: Any) -> jax.Array:
+            # The log-probability of each clip, [B, 2].
+            logits = MusicLM(self.model).apply({"params": weights}, flat, mulan)
+            scores = jax.nn.log_softmax(logits / self.temperature, axis=-1)
+            return token_log_probs(scores, flat).sum(axis=(1, 2)).reshape(-1, 2)
+
+        policy, anchor = clips(params), clips(frozen)
+        loss, metrics = bradley_terry(dpo_margin(policy, anchor, self.beta), batch["vote"])
+        return loss, (state, {**metrics, "log_ratio": (policy - anchor).mean()})
+
+    def assets(self) -> dict[str, bytes]:
+        """Those of the base: whose tokens it speaks."""
+        return checkpoint.load_model(self.policy, MusicLMConfig).assets

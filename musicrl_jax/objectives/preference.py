@@ -1,0 +1,76 @@
+"""Trains the preference model on votes: Bradley-Terry's loss on pairs of clips (MusicRL 3.2)."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from musicrl_jax.core import checkpoint
+from musicrl_jax.inputs.votes import Votes
+from musicrl_jax.losses.preference import bradley_terry
+from musicrl_jax.models.musiclm import MusicLMConfig
+from musicrl_jax.models.rewards import Preference, PreferenceConfig
+from musicrl_jax.objectives.objective import Batch, Metrics
+from musicrl_jax.objectives.token_objective import TokenObjective, policy_tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class PreferenceObjective(TokenObjective):
+    """Nats per vote.
+
+    Attributes:
+      policy: folder of the policy whose weights the trunk starts from; '' starts from random ones, which the paper
+        found to learn nothing.
+      crop: the share of a clip that is read, a window drawn at random; 1 is all of it.
+    """
+
+    model: PreferenceConfig
+    data: Votes
+    policy: str = ""
+    crop: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.crop <= 1:
+            raise ValueError(f"PreferenceObjective.crop = {self.crop} must be above 0 and at most 1")
+
+    def init(self, key: jax.Array, batch: Batch) -> dict[str, Any]:
+        """The variables; ValueError where the clips' tokens are of another layout."""
+        self.check_policy(self.model.policy)
+        tokens = policy_tokens(batch, self.model.policy)
+        return Preference(self.model).init(key, tokens[:, 0], batch["mulan"])
+
+    def start(self, params: Any) -> Any:
+        """With the policy's trunk. ValueError where it is of another size, FileNotFoundError where it is missing."""
+        if not self.policy:
+            return params
+        return {**params, "trunk": load_policy(self.policy, self.model.policy)["trunk"]}
+
+    def loss(
+        self, params: Any, state: Any, frozen: Any, batch: Batch, key: jax.Array
+    ) -> tuple[jax.Array, tuple[Any, Metrics]]:
+        """Bradley-Terry's."""
+        loss, metrics = bradley_terry(self.margin(params, batch, key), batch["vote"])
+        return loss, (state, metrics)
+
+    def margin(self, params: Any, batch: Batch, key: jax.Array) -> jax.Array:
+        """How much better the first clip of each pair is, f32 [B]; `key` draws the crops."""
+        tokens = policy_tokens(batch, self.model.policy)  # [B, 2, F, K]
+        pairs, _, frames, places = tokens.shape
+        tokens = tokens.reshape(2 * pairs, frames, places)
+        if (kept := max(round(self.crop * frames), 1)) < frames:
+            starts = jax.random.randint(key, (2 * pairs,), 0, frames - kept + 1)
+            tokens = jax.vmap(lambda clip, start: jax.lax.dynamic_slice_in_dim(clip, start, kept))(tokens, starts)
+        mulan = jnp.repeat(batch["mulan"], 2, axis=0)
+        scores = Preference(self.model).apply({"params": params}, tokens, mulan).reshape(pairs, 2)
+        return scores[:, 0] - scores[:, 1]
+
+
+def load_policy(folder: str, config: MusicLMConfig) -> Any:
+    """A policy's weights; ValueError where it is of another size than `config`."""
+    model = checkpoint.load_model(folder, MusicLMConfig)
+    found, wanted = (checkpoint.config_to_json(each) for each in (model.config, config))
+    for field in wanted:
+        if found[field] != wanted[field]:
+            raise ValueError(f"policy {folder}: {field} is {found[field]}, and MusicLMConfig's is {wanted[field]}")
+    return model.variables["params"]

@@ -1,0 +1,128 @@
+"""Votes come back with their clips, swapped ones swapped; what does not count is left out, what is damaged is named."""
+
+import json
+
+import numpy as np
+import pytest
+
+from musicrl_jax.inputs.tokens import write_tokens
+from musicrl_jax.inputs.votes import VOTES, Vote, Votes, read_votes, write_votes
+
+MODELS = {"codec": "c0", "mulan": "a1"}
+LAYOUT = {"semantic_codes": 5, "acoustic_codes": 7, "acoustic_levels": 4, "mulan_levels": 3, "mulan_codes": 4}
+
+
+def clip(number):
+    rng = np.random.default_rng(number)
+    return {
+        "semantic": rng.integers(0, 5, 6),
+        "acoustic": rng.integers(0, 7, (12, 4)),
+        "mulan": np.full(3, number // 2),  # that of the prompt
+        "id": f"clip-{number}",
+        "caption": f"prompt {number // 2}",
+    }
+
+
+def vote(pair, choice="a", heard=(True, True), listener="someone", prompt=None):
+    ids = f"clip-{2 * pair}", f"clip-{2 * pair + 1}"
+    return Vote(0, prompt or f"prompt {pair}", *ids, choice, listener, list(heard))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Pairs 0 to 3 are in train, pair 4 is in validation."""
+    for split, numbers in (("train", range(8)), ("validation", range(8, 10))):
+        write_tokens(str(tmp_path), split, map(clip, numbers), MODELS, LAYOUT, {})
+    choices = {0: "a", 1: "b", 2: "tie", 3: "abstain", 4: "b"}
+    votes = [vote(pair, choice) for pair, choice in choices.items()]
+    write_votes(str(tmp_path), [*votes, vote(0, "b", heard=(True, False)), vote(0, "b", listener="another")])
+    return str(tmp_path)
+
+
+def test_votes_that_count_come_with_both_clips(folder):
+    data = Votes(folder, MODELS)
+    assert data.splits() == ["train", "validation"] and data.layout() == LAYOUT
+    assert (data.count("train"), data.count("validation")) == (4, 1)
+    batch = next(data.batches("train", 4, seed=0, epochs=1))
+    assert sorted(zip(batch["mulan"][:, 0].tolist(), batch["vote"].tolist(), strict=True)) == [
+        (0, 0.0),
+        (0, 1.0),
+        (1, 0.0),
+        (2, 0.5),
+    ]
+    assert batch["vote"].dtype == np.float32
+    for row in range(4):
+        for side in (0, 1):
+            expected = clip(2 * batch["mulan"][row, 0] + side)
+            for name in ("semantic", "acoustic"):
+                np.testing.assert_array_equal(batch[name][row, side], expected[name])
+
+
+def test_clips_swapped_in_the_file_are_swapped_in_the_batch(folder):
+    before = next(Votes(folder).batches("train", 4, seed=3, epochs=1))
+    opposite = {"a": "b", "b": "a", "tie": "tie", "abstain": "abstain"}
+    swapped = [v._replace(a=v.b, b=v.a, vote=opposite[v.vote], heard=v.heard[::-1]) for v in read_votes(folder)]
+    write_votes(folder, swapped)
+    after = next(Votes(folder).batches("train", 4, seed=3, epochs=1))
+    np.testing.assert_array_equal(after["vote"], 1 - before["vote"])
+    for name in ("semantic", "acoustic"):
+        np.testing.assert_array_equal(after[name], before[name][:, ::-1])
+
+
+def test_batches_are_a_function_of_seed_and_step(folder):
+    def some(start):
+        found = Votes(folder).batches("train", 3, seed=5, start_step=start)
+        return [next(found) for _ in range(4 - start)]
+
+    for one, other in zip(some(0)[2:], some(2), strict=True):
+        assert all((one[name] == other[name]).all() for name in one)
+
+
+@pytest.mark.parametrize("prompt", ["größer", "line\u2028separator", 'quotes " and \\', "two\nlines"])
+def test_any_prompt_is_kept(folder, prompt):
+    write_votes(folder, [vote(0, prompt=prompt), vote(1)])
+    assert [found.prompt for found in read_votes(folder)] == [prompt, "prompt 1"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"vote": "c"}, r"line 2: vote = 'c' is none of \('a', 'b', 'tie', 'abstain'\)"),
+        ({"heard": [True]}, r"line 2: heard = \[True\] must be two"),
+        ({"heard": [1, 0]}, r"line 2: heard = \[1, 0\] must be two"),
+        ({"prompt": 3}, "line 2: prompt = 3 must be of type str"),
+        ({"b": "clip-0"}, "line 2: a and b are the same clip, 'clip-0'"),
+        ({"time": 3}, "line 2 must have the fields prompt, a, b, vote, listener, heard, and no others"),
+    ],
+)
+def test_a_damaged_line_is_named(folder, changes, complaint):
+    good = {"prompt": "p", "a": "clip-0", "b": "clip-1", "vote": "a", "listener": "l", "heard": [True, True]}
+    with open(f"{folder}/{VOTES}", "w") as file:
+        file.write(f"{json.dumps(good)}\n{json.dumps(good | changes)}\n")
+    with pytest.raises(ValueError, match=complaint):
+        Votes(folder).count("train")
+
+
+def test_what_is_no_json_or_missing_is_named(folder):
+    with open(f"{folder}/{VOTES}", "a") as file:
+        file.write("{half a line")
+    with pytest.raises(ValueError, match="line 8 is no JSON"):
+        read_votes(folder)
+    with pytest.raises(FileNotFoundError, match=r"no votes at .*elsewhere/votes\.jsonl; write them with"):
+        read_votes(f"{folder}/elsewhere")
+
+
+def test_a_clip_that_is_not_there_is_named(folder):
+    write_votes(folder, [vote(0), vote(1)._replace(b="clip-9")])  # which is in another split
+    with pytest.raises(ValueError, match="line 2: no clip 'clip-9' in split 'train'"):
+        next(Votes(folder).batches("train", 1, seed=0))
+
+
+def test_tokens_of_other_models_are_refused(folder):
+    with pytest.raises(ValueError, match="were written by codec c0, and this run uses codec other"):
+        Votes(folder, {"codec": "other"}).count("train")
+
+
+def test_more_than_there_is_is_refused(folder):
+    with pytest.raises(ValueError, match="batch_size 5 is more than the 4 votes of split 'train'"):
+        next(Votes(folder).batches("train", 5, seed=0))
