@@ -20,10 +20,12 @@ import jax
 
 import gin
 from gin import config_parser
-from musicrl_jax import encode, evaluate, generate, run, train, train_rl
+from musicrl_jax import collect, encode, evaluate, generate, run, train, train_rl
+from musicrl_jax.arena import listeners
 from musicrl_jax.core import checkpoint, state, tokens
-from musicrl_jax.inputs import build, clips, pretrained, prompts, vocabulary
+from musicrl_jax.inputs import build, clips, pretrained, prompts, vocabulary, votes
 from musicrl_jax.inputs import tokens as token_data
+from musicrl_jax.losses import policy_gradient
 from musicrl_jax.models import (
     bert,
     conformer,
@@ -38,7 +40,7 @@ from musicrl_jax.models import (
     soundstream,
     transformer,
 )
-from musicrl_jax.objectives import codec, fine, mulan_projections, policy, quality
+from musicrl_jax.objectives import codec, dpo, fine, mulan_projections, policy, preference, quality
 from musicrl_jax.objectives import mulan as mulan_objective
 from musicrl_jax.objectives import semantic as semantic_objective
 from musicrl_jax.rl import rewards as reward_terms
@@ -56,6 +58,7 @@ VERBS: dict[str, Callable] = {
     "vocabulary": vocabulary.build,
     "train": train.train,
     "encode": encode.encode,
+    "collect": collect.collect,
     "train_rl": train_rl.train_rl,
     "evaluate": evaluate.evaluate,
     "generate": generate.generate,
@@ -70,6 +73,7 @@ CONFIGS: tuple[Callable, ...] = (
     clips.Ratings,
     prompts.Prompts,
     token_data.Tokens,
+    votes.Votes,
     transformer.TransformerConfig,
     conformer.ConformerConfig,
     resnet.ResNetConfig,
@@ -82,6 +86,7 @@ CONFIGS: tuple[Callable, ...] = (
     musiclm.MusicLMConfig,
     soundstorm.SoundStormConfig,
     rewards.QualityConfig,
+    rewards.PreferenceConfig,
     codec.CodecObjective,
     semantic_objective.SemanticObjective,
     mulan_objective.MuLanObjective,
@@ -91,8 +96,14 @@ CONFIGS: tuple[Callable, ...] = (
     policy.PolicyObjective,
     fine.FineObjective,
     quality.QualityObjective,
+    preference.PreferenceObjective,
+    dpo.DPOObjective,
+    listeners.training_panel,
+    listeners.judging_panel,
+    policy_gradient.PolicyGradient,
     reward_terms.TextAdherence,
     reward_terms.AcousticQuality,
+    reward_terms.UserPreference,
     reward_terms.Mixture,
 )
 

@@ -13,6 +13,7 @@ MAY_IMPORT = {
     "losses": {"core", "losses"},
     "inputs": {"core", "inputs"},
     "report": {"core", "report"},
+    "arena": {"core", "arena"},
     "objectives": {"core", "models", "losses", "inputs", "objectives"},
     "rl": {"core", "models", "losses", "inputs", "rl"},
 }
@@ -28,6 +29,8 @@ HOMES = {
     "orbax": {"core/checkpoint.py"},
     "matplotlib": {"report"},
     "jinja2": {"report"},
+    "librosa": {"arena"},
+    "sklearn": {"arena"},
 }
 
 

@@ -45,3 +45,35 @@ def frechet_distance(first: np.ndarray, second: np.ndarray) -> float:
 def mean_pairwise_distance(points: np.ndarray) -> float:
     """Mean Euclidean distance over all pairs of different rows of [n, D]: 0 where all clips are alike."""
     return float(scipy.spatial.distance.pdist(points).mean())
+
+
+def over_optimised(distances: np.ndarray, gains: np.ndarray, errors: np.ndarray, z: float = 3.0) -> float | None:
+    """Where a held-out judge's score has passed its peak: the alarm against over-optimisation of a reward.
+
+    A judge that the policy does not learn from rises and then falls as the policy moves away from its base; over the
+    distance d = sqrt(KL) it follows d (alpha - beta d) closely (2210.10760, section 3.3). That curve, fitted to what
+    was seen so far by weighted least squares, says where the peak is. Whether there is one it does not decide, for it
+    would find one in a judge that only levels off: the alarm goes off where the newest quarter of the points lies
+    below the quarter nearest to the peak by `z` standard errors.
+
+    Args:
+      distances: f64 [n], n >= 3, of the checkpoints seen so far, the newest last; above 0.
+      gains: f64 [n], the judge's mean score of each less that of the base.
+      errors: f64 [n], their standard errors; above 0.
+      z: how sure to be.
+
+    Returns:
+      The distance of the peak, or None where there is no alarm.
+    """
+    design = np.stack([distances, -np.square(distances)], axis=1) / errors[:, None]
+    alpha, beta = np.linalg.lstsq(design, gains / errors)[0]
+    if alpha <= 0 or beta <= 0 or alpha / (2 * beta) >= distances[-1]:
+        return None
+    peak = alpha / (2 * beta)
+    order, size = np.argsort(np.abs(distances - peak), kind="stable"), max(len(distances) // 4, 2)
+    near, late = order[:size], np.arange(len(distances))[-size:]
+    if set(near) & set(late):
+        return None
+    weights = [1 / np.square(errors[part]) for part in (near, late)]
+    fall = np.average(gains[near], weights=weights[0]) - np.average(gains[late], weights=weights[1])
+    return float(peak) if fall > z * np.sqrt(sum(1 / weight.sum() for weight in weights)) else None

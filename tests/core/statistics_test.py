@@ -5,7 +5,7 @@ import pytest
 import scipy.linalg
 import scipy.stats
 
-from musicrl_jax.core.statistics import frechet_distance, mean_interval, mean_pairwise_distance
+from musicrl_jax.core.statistics import frechet_distance, mean_interval, mean_pairwise_distance, over_optimised
 
 
 def test_interval_is_scipys_percentile_bootstrap():
@@ -45,3 +45,31 @@ def test_pairwise_distance_is_the_mean_over_pairs():
     pairs = [np.sqrt(((a - b) ** 2).sum()) for i, a in enumerate(points) for j, b in enumerate(points) if i != j]
     np.testing.assert_allclose(mean_pairwise_distance(points), np.mean(pairs))
     assert mean_pairwise_distance(np.ones((4, 3))) == 0.0
+
+
+def alarm(gold, noise, seed, checkpoints=100):
+    """The monitor's peak, as a checkpoint's number, when it first goes off in a run whose distance grows steadily and
+    whose held-out judge sees `gold` through noise; None where it never does. It sees the past alone."""
+    distances = np.arange(1, checkpoints + 1) / checkpoints
+    seen = gold(distances) + noise * np.random.default_rng(seed).normal(size=checkpoints)
+    errors = np.full(checkpoints, noise)
+    for now in range(8, checkpoints + 1):
+        if (peak := over_optimised(distances[:now], seen[:now], errors[:now])) is not None:
+            return peak * checkpoints
+    return None
+
+
+@pytest.mark.parametrize("noise", [0.02, 0.05, 0.1])
+@pytest.mark.parametrize("c", [1.0, 1.5])
+def test_the_peak_of_a_judge_whom_the_reward_leaves_behind_is_found(c, noise):
+    """The reward, gold + c f^2, rises with the drift f; gold has its peak at 1 / (2 c). Noise up to a fifth of that."""
+    found = [alarm(lambda f: f - c * f**2, noise, seed) for seed in range(20)]
+    peak = 100 / (2 * c)
+    assert sum(each is not None and abs(each - peak) <= 0.1 * peak for each in found) >= 18, found
+
+
+@pytest.mark.parametrize("gold", [lambda f: f, lambda f: f - f**2 / 2, lambda f: 1 - np.exp(-3 * f), np.zeros_like])
+@pytest.mark.parametrize("noise", [0.05, 0.3])
+def test_a_judge_who_agrees_sets_off_no_alarm(gold, noise):
+    """Rising, levelling off at the very end, saturating, and never moving at all."""
+    assert sum(alarm(gold, noise, seed) is not None for seed in range(20)) <= 1

@@ -1,0 +1,1 @@
+"""Preferences: who listens, and what they chose."""

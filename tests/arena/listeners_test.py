@@ -1,0 +1,80 @@
+"""The panels: what they promise of themselves, and votes whose frequencies are those of the formulas."""
+
+import numpy as np
+import pytest
+
+from musicrl_jax.arena.listeners import MEASUREMENTS, Panel, judging_panel, training_panel
+
+RNG = np.random.default_rng(0)
+
+
+@pytest.fixture(scope="module")
+def measured():
+    """Two clips of each of 200 pairs."""
+    return RNG.normal(size=(2, 200, len(MEASUREMENTS)))
+
+
+def test_judges_are_other_listeners_who_hear_more():
+    training, judging = training_panel(), judging_panel()
+    alone = set(judging.weights) - set(training.weights)
+    assert len(alone) >= 3 and set(training.weights) < set(judging.weights)
+    heard = training.listeners()[:, [MEASUREMENTS.index(name) for name in alone]]
+    np.testing.assert_array_equal(heard, 0)
+    assert (judging.listeners() > 0).all()
+    both = np.concatenate([training.listeners(), judging.listeners()])
+    assert len(np.unique(both, axis=0)) == training.size + judging.size
+
+
+def test_listeners_differ_and_are_the_same_each_time():
+    panel = training_panel()
+    np.testing.assert_array_equal(panel.listeners(), training_panel().listeners())
+    np.testing.assert_allclose(panel.listeners().sum(axis=1), sum(panel.weights.values()))
+    assert panel.listeners().std(axis=0)[MEASUREMENTS.index("consonance")] > 0.1
+
+
+def test_a_choice_is_logistic_in_the_utilities():
+    panel = training_panel(noise=2.0)
+    for difference in (0.0, 1.0, -3.0):
+        drawn = panel.choose(np.full(200_000, difference), np.zeros(200_000), np.random.default_rng(1))
+        edge = panel.indifference
+        for_a, for_b = (1 / (1 + np.exp(edge - side * difference / 2)) for side in (1, -1))
+        np.testing.assert_allclose([(drawn == "a").mean(), (drawn == "b").mean()], [for_a, for_b], atol=0.005)
+        assert (drawn == "abstain").mean() == pytest.approx(1 - for_a - for_b, abs=0.005)
+
+
+@pytest.mark.parametrize("panel", [training_panel(), judging_panel(), training_panel(noise=4.0)], ids=str)
+def test_agreement_is_that_of_drawn_votes(panel, measured):
+    a, b = (panel.utilities(each) for each in measured)
+    rng = np.random.default_rng(2)
+    same = both = 0
+    for _ in range(40):
+        one, other = rng.permuted(np.tile(np.arange(panel.size)[:, None], (1, 200)), axis=0)[:2]
+        first, second = (panel.choose(a[who, range(200)], b[who, range(200)], rng) for who in (one, other))
+        decided = (first != "abstain") & (second != "abstain")
+        same, both = same + (first == second)[decided].sum(), both + decided.sum()
+    # Pairs that many abstain from count less among drawn votes: the two are near, not equal.
+    assert abs(same / both - panel.agreement(a, b)) < 0.04
+    assert 0.5 < panel.agreement(a, b) < 1
+
+
+def test_more_noise_is_less_agreement(measured):
+    found = []
+    for noise in (0.1, 1.0, 10.0):
+        panel = training_panel(noise=noise)
+        found.append(panel.agreement(*(panel.utilities(each) for each in measured)))
+    assert found[0] > 0.7 > found[2] > 0.5 and found == sorted(found, reverse=True)
+
+
+def test_ratings_go_from_one_to_five_and_real_clips_get_four():
+    panel = judging_panel()
+    rng = np.random.default_rng(3)
+    ratings = [panel.rate(np.full(20_000, utility), rng) for utility in (-40.0, 0.0, 40.0)]
+    assert [set(np.unique(each)) for each in (ratings[0], ratings[2])] == [{1.0}, {5.0}]
+    assert set(np.unique(ratings[1])) <= {1.0, 2.0, 3.0, 4.0, 5.0} and abs(ratings[1].mean() - 4) < 0.1
+
+
+def test_what_no_one_can_hear_is_refused():
+    with pytest.raises(ValueError, match=r"Panel\.weights: 'composer' is none of"):
+        Panel("p", {"composer": 1.0})
+    with pytest.raises(ValueError, match=r"Panel p: noise = 0 must be above 0"):
+        Panel("p", {"beat": 1.0}, noise=0)

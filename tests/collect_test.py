@@ -1,0 +1,174 @@
+"""Collecting votes with a policy that plays tones: what is written, by whom it is signed, and what is refused."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from musicrl_jax import collect
+from musicrl_jax.arena import ears
+from musicrl_jax.arena.listeners import training_panel
+from musicrl_jax.core.tokens import TokenLayout
+from musicrl_jax.inputs.votes import Votes, read_votes
+from musicrl_jax.models.musiclm import MusicLM, MusicLMConfig
+from musicrl_jax.models.soundstream import SoundStream, SoundStreamConfig
+from musicrl_jax.models.transformer import TransformerConfig
+from musicrl_jax.rl.rollout import Loaded, Rollout
+
+CONFIG = MusicLMConfig(TransformerConfig(1, 8, 2, 8), TransformerConfig(1, 8, 2, 8), TokenLayout(6, 6, 1), 2, 4)
+FRAMES = 25
+
+
+class Studio:
+    """Plays noise whose level is its first token, so that listeners have something to choose by."""
+
+    musiclm = MusicLM(CONFIG)
+    soundstream = SoundStream(SoundStreamConfig(16_000, (8, 5, 4, 2), levels=3, codes=6))
+    sample_rate_hz = 16_000
+
+    def frames(self, clip_seconds):
+        return FRAMES
+
+    def rollout(self, policy, frozen, text, keys, frames, sampling):
+        tokens = jax.vmap(lambda key: jax.random.randint(key, (frames, 3), 0, 6))(keys)
+        tone = 0.2 * jnp.sin(jnp.arange(frames * 640, dtype=jnp.float32) * 0.2)[None]
+        hiss = jax.vmap(lambda key: jax.random.normal(key, (frames * 640,)))(keys)
+        wav = tone + 0.01 * tokens[:, :1, 0].astype(jnp.float32) * hiss
+        acoustic = jnp.repeat(tokens[:, :, 1:2], 2, axis=1) * jnp.ones((1, 1, 3), jnp.int32)
+        empty = jnp.zeros((len(text), 1))
+        return Rollout(text, empty, text[:, :2], tokens, jnp.zeros(tokens.shape), None, acoustic, wav)
+
+
+@dataclasses.dataclass(frozen=True)
+class FakePrompts:
+    """Five training and two validation prompts."""
+
+    text_length: int = 4
+
+    def unique(self, split):
+        return {"train": [f"tune {i}" for i in range(5)], "validation": ["other 0", "other 1"]}[split]
+
+
+@dataclasses.dataclass(frozen=True)
+class FakeClips:
+    """What is known of the prompts."""
+
+    def splits(self):
+        return ["train", "validation"]
+
+    def captions(self, split):
+        return FakePrompts().unique(split)
+
+    def attributes(self, split):
+        return {f"{split}-{i}": {"family": "reeds"} for i, _ in enumerate(self.captions(split))}
+
+    def count(self, split):
+        return 5
+
+    def batches(self, split, batch_size, seed, epochs):
+        yield {"audio": np.zeros((5, 16_000), np.float32), "id": np.array([f"train-{i}" for i in range(5)])}
+
+
+class Hiss:
+    """Ears that hear the level of the noise alone, as roughness; the fewer the better."""
+
+    def __init__(self, wavs, asked):
+        assert len(wavs) == len(asked) == 5
+
+    def measure(self, wav, asked):
+        assert asked == {"family": "reeds"} and wav.shape == (FRAMES * 640,)
+        return np.eye(12)[4] * -100 * np.diff(wav).std()
+
+
+def collected(folder, **settings):
+    settings = {"pairs": 40, "clip_seconds": 1.0, "batch_size": 4, "panel": training_panel(), **settings}
+    hashes = {"policy": "p0"}
+    with pytest.MonkeyPatch.context() as patch:
+        loaded = Loaded(Studio(), {}, {}, b"words", hashes, b'{"codec": "c0", "semantic": "5e", "mulan": "a1"}')
+        patch.setattr(collect.rollouts, "load", lambda *folders: loaded)
+        patch.setattr(collect.pieces, "encode", lambda vocabulary, asked, length: np.ones((len(asked), 4), np.int32))
+        patch.setattr(ears, "Ears", Hiss)
+        collect.collect(
+            f"{folder}/votes",
+            *("policy", "fine", "codec", "mulan"),
+            prompts=FakePrompts(),
+            clips=FakeClips(),
+            **settings,
+        )
+    return f"{folder}/votes"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return collected(tmp_path_factory.mktemp("collected"))
+
+
+def test_every_pair_is_played_and_voted_on(folder):
+    cast = read_votes(folder)
+    assert len(cast) == 40 and len({(vote.a, vote.b) for vote in cast}) == 40
+    assert {vote.prompt for vote in cast} == {*FakePrompts().unique("train"), *FakePrompts().unique("validation")}
+    assert all(vote.listener.startswith("simulated listener ") for vote in cast)
+    data = Votes(folder, {"codec": "c0"})
+    assert data.count("train") + data.count("validation") == sum(vote.counts for vote in cast)
+    assert data.count("validation") <= 4 < data.count("train")
+
+
+def test_what_is_liked_is_in_the_tokens(folder):
+    """The first token is the level of the hiss: the quieter clip is chosen more often than not."""
+    batch = next(Votes(folder).batches("train", Votes(folder).count("train"), seed=0, epochs=1))
+    quieter = batch["semantic"][:, 0, 0] < batch["semantic"][:, 1, 0]
+    louder = batch["semantic"][:, 0, 0] > batch["semantic"][:, 1, 0]
+    assert batch["vote"][quieter].mean() > 0.75 and batch["vote"][louder].mean() < 0.25
+    assert (batch["semantic"][:, 0] != batch["semantic"][:, 1]).any(axis=1).all()
+
+
+def test_agreement_is_written_and_called_what_it_is(folder):
+    with open(f"{folder}/{collect.FIGURES}") as file:
+        figures = json.load(file)
+    assert figures["simulated listeners"] is True and figures["panel"] == "training panel"
+    assert 0.5 < figures["agreement"]["train"] < 1
+
+
+def test_batches_change_nothing_and_a_finished_folder_is_left_alone(folder, tmp_path, capsys):
+    other = collected(tmp_path, batch_size=7)
+    assert read_votes(other) == read_votes(folder)
+    capsys.readouterr()
+    collected(tmp_path)
+    assert capsys.readouterr().out == f"{other}: collected already\n"
+    with pytest.raises(ValueError, match="give another"):
+        collected(tmp_path, pairs=41)
+
+
+def test_a_split_that_is_missing_is_made_again_and_the_other_kept(folder, tmp_path):
+    """As after a run that was cut off between the votes and the manifest."""
+    other = collected(tmp_path)
+    path = tmp_path / "votes/manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["counts"].pop("validation")
+    path.write_text(json.dumps(manifest))
+    collected(tmp_path)
+    assert sorted(read_votes(other)) == sorted(read_votes(folder))
+
+
+def test_several_listeners_hear_a_pair(tmp_path):
+    cast = read_votes(collected(tmp_path, pairs=12, validation_share=0.5, votes_per_pair=3))
+    assert len(cast) == 36 and len({(vote.a, vote.listener) for vote in cast}) == 36
+    assert len({vote.a for vote in cast}) == 12
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"validation_share": 0.01}, "validation_share=0.01 of pairs=40 leaves a split without any"),
+        ({"validation_share": 1.0}, "validation_share=1.0 of pairs=40 leaves a split"),
+        ({"votes_per_pair": 41}, "votes_per_pair=41 must be from 1 to the panel's size, 40"),
+        ({"temperature": 0.0}, "temperature=0.0 must be above 0"),
+    ],
+)
+def test_bad_settings_are_named(tmp_path, changes, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        collected(tmp_path, **changes)
+    assert not (tmp_path / "votes").exists()
