@@ -6,7 +6,7 @@ Letters: P points of a series.
 import dataclasses
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -20,12 +20,16 @@ class Curve:
         x_label: what x counts, e.g. "step".
         y_label: what y measures, with its unit, e.g. "nats a clip".
         series: name -> (x [P], y [P]), drawn in this order. Points that are not finite are left out.
+        errors: of some series, name -> [P]: half the height of a band around it.
+        ticks: names of x = 0, 1 ... where it counts things that have one; the chart is then of bars.
     """
 
     title: str
     x_label: str
     y_label: str
     series: Mapping[str, tuple[np.ndarray, np.ndarray]]
+    errors: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    ticks: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         for name, (x, y) in self.series.items():
@@ -33,6 +37,11 @@ class Curve:
                 raise ValueError(
                     f"curve {self.title!r}, series {name!r}: x has shape {np.shape(x)} and y {np.shape(y)}; "
                     "give two vectors of one length"
+                )
+            if name in self.errors and np.shape(self.errors[name]) != np.shape(y):
+                raise ValueError(
+                    f"curve {self.title!r}, series {name!r}: errors has shape {np.shape(self.errors[name])} and y "
+                    f"{np.shape(y)}; give one for each point"
                 )
 
 

@@ -245,7 +245,7 @@ def _hearable(pair: Pair) -> dict[str, object]:
     rate = pair.base.sample_rate_hz
     names = ("Base", "Finetuned")
     levelled = loudness.level_match([pair.base.wav, pair.finetuned.wav], rate)
-    drawings = plots.pair_svgs(
+    drawings = plots.spectrogram_svgs(
         (levelled[0].wav, levelled[1].wav),
         rate,
         (f"Mel spectrogram, base model: {pair.prompt}", f"Mel spectrogram, finetuned model: {pair.prompt}"),

@@ -11,6 +11,7 @@ import hashlib
 import html
 import io
 import re
+from collections.abc import Sequence
 
 import jax
 import matplotlib
@@ -63,18 +64,29 @@ def curve_svg(curve: Curve) -> str:
     """Draw a curve as an <svg> element for inlining in HTML.
 
     Series of 40 points and more are drawn thin, with their centred running mean over a twentieth of the
-    series on top; shorter ones as they are. A curve without a finite point says "nothing was logged".
+    series on top; shorter ones as they are. Where the curve has ticks, its series are bars side by side. A curve
+    without a finite point says "nothing was logged". A series without one still takes its colour.
     """
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(5.2, 2.7), layout="constrained")
         axes = figure.add_subplot()
-        drawn = [_draw_series(axes, i, *points) for i, points in enumerate(curve.series.values())]
+        if curve.ticks:
+            drawn = _draw_bars(axes, curve)
+        else:
+            drawn = [
+                _draw_series(axes, i, *points, curve.errors.get(n))
+                for i, (n, points) in enumerate(curve.series.items())
+            ]
         axes.set_xlabel(curve.x_label, parse_math=False)
         axes.set_ylabel(curve.y_label, parse_math=False)
         axes.grid(axis="y", color=RULE, linewidth=0.6)
         axes.tick_params(length=0)
-        axes.xaxis.set_major_locator(ticker.MaxNLocator(nbins=6, integer=True, steps=[1, 2, 5, 10]))
-        axes.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:,.0f}"))
+        if curve.ticks:
+            slanted = {"rotation": 35, "ha": "right", "rotation_mode": "anchor"}
+            axes.set_xticks(np.arange(len(curve.ticks)), curve.ticks, parse_math=False, **slanted)
+        else:
+            axes.xaxis.set_major_locator(ticker.MaxNLocator(nbins=6, integer=True, steps=[1, 2, 5, 10]))
+            axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda x, _: f"{x:,.6g}"))
         axes.yaxis.set_major_locator(ticker.MaxNLocator(nbins=5, steps=[1, 2, 2.5, 5, 10]))
         axes.margins(x=0.02, y=0.08)
         if not any(drawn):
@@ -96,10 +108,10 @@ def curve_svg(curve: Curve) -> str:
         return _inline_svg(figure, f"{curve.title}: {', '.join(curve.series)} over {curve.x_label}")
 
 
-def pair_svgs(wavs: tuple[np.ndarray, np.ndarray], sample_rate_hz: int, labels: tuple[str, str]) -> list[str]:
-    """Draw two clips, each f32 [N], as mel spectrograms on one colour scale: two <svg> elements.
+def spectrogram_svgs(wavs: Sequence[np.ndarray], sample_rate_hz: int, labels: Sequence[str]) -> list[str]:
+    """Draw clips, each f32 [N], as mel spectrograms on one colour scale: an <svg> element each.
 
-    The scale spans 80 dB down from the louder clip's loudest cell, so a difference in colour is one in level.
+    The scale spans 80 dB down from the loudest clip's loudest cell, so a difference in colour is one in level.
     `labels` are the images' alternative texts.
     """
     decibels = [mel_decibels(wav, sample_rate_hz) for wav in wavs]
@@ -137,7 +149,9 @@ def _log_mel(wav: jax.Array, sample_rate_hz: int, window: int, hop: int) -> jax.
     return spectral.log_mel(wav, sample_rate_hz, MELS, window, hop, FLOOR)
 
 
-def _draw_series(axes: Axes, index: int, x: np.ndarray, y: np.ndarray) -> matplotlib.lines.Line2D | None:
+def _draw_series(
+    axes: Axes, index: int, x: np.ndarray, y: np.ndarray, error: np.ndarray | None
+) -> matplotlib.lines.Line2D | None:
     """Add series number `index` to the axes: the line that a legend shows, None without finite points."""
     x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
     finite = np.isfinite(x) & np.isfinite(y)
@@ -145,12 +159,30 @@ def _draw_series(axes: Axes, index: int, x: np.ndarray, y: np.ndarray) -> matplo
     if not x.size:
         return None
     colour, dash = SERIES[index % len(SERIES)], DASHES[index // len(SERIES) % len(DASHES)]
+    if error is not None:
+        half = np.asarray(error, np.float64)[finite]
+        axes.fill_between(x, y - half, y + half, color=colour, linewidth=0, alpha=0.2)
     if x.size >= SMOOTHED_FROM:
         axes.plot(x, y, color=colour, linewidth=0.6, alpha=0.35)
         y = running_mean(y, x.size // SMOOTHED_PART)
     marker = "o" if x.size == 1 else None
     (line,) = axes.plot(x, y, dash, color=colour, linewidth=1.6, marker=marker, markersize=4)
     return line
+
+
+def _draw_bars(axes: Axes, curve: Curve) -> list[matplotlib.patches.Rectangle | None]:
+    """Add the series as bars side by side: for each the patch that a legend shows, None without finite points."""
+    series = [(np.asarray(x, np.float64), np.asarray(y, np.float64)) for x, y in curve.series.values()]
+    finite = [np.isfinite(x) & np.isfinite(y) for x, y in series]
+    count, place, drawn = sum(found.any() for found in finite), 0, []
+    for index, ((x, y), found) in enumerate(zip(series, finite, strict=True)):
+        patch = None
+        if found.any():
+            left = x[found] + 0.8 * (place / count - 0.5)
+            place += 1
+            patch = axes.bar(left, y[found], 0.8 / count, align="edge", color=SERIES[index % len(SERIES)])[0]
+        drawn.append(patch)
+    return drawn
 
 
 def running_mean(values: np.ndarray, width: int) -> np.ndarray:

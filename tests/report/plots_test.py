@@ -1,4 +1,4 @@
-"""What the drawings hold: data in its place, one colour scale a pair, nothing that acts on the page."""
+"""What the drawings hold: data in its place, one colour scale for clips side by side, nothing that acts on the page."""
 
 import base64
 import io
@@ -44,30 +44,32 @@ def test_mel_decibels_equal_librosa():
     np.testing.assert_allclose(ours, 20.0 * np.log10(np.maximum(mel, 1e-5)), atol=0.05)
 
 
-def test_a_pair_shares_one_scale():
-    wavs = tone(1000.0, 0.5), tone(1000.0, 0.05)  # 20 dB apart
+def test_clips_side_by_side_share_one_scale():
+    wavs = tone(1000.0, 0.5), tone(1000.0, 0.05), tone(3000.0, 0.005)  # 20 dB apart
     decibels = [plots.mel_decibels(wav, 16000) for wav in wavs]
     low, high = plots.colour_range(decibels)
     assert high == pytest.approx(max(image.max() for image in decibels)) and high - low == plots.RANGE_DB
-    loud, soft = (shown_decibels(svg, low, high) for svg in plots.pair_svgs(wavs, 16000, ("a", "b")))
+    drawn = plots.spectrogram_svgs(wavs, 16000, ("a", "b", "c"))
+    loud, soft, softest = (shown_decibels(svg, low, high) for svg in drawn)
     step = plots.RANGE_DB / plots.LEVELS
     assert loud.max() - soft.max() == pytest.approx(20.0, abs=step)
+    assert softest.max() == pytest.approx(decibels[2].max(), abs=step)
     np.testing.assert_allclose(np.sort(loud.ravel())[-500:], np.sort(decibels[0].ravel())[-500:], atol=step)
-    alone = plots.pair_svgs((wavs[1], wavs[1]), 16000, ("a", "b"))[0]
-    assert not np.array_equal(pixels(alone), pixels(plots.pair_svgs(wavs, 16000, ("a", "b"))[1]))
+    alone = plots.spectrogram_svgs((wavs[1], wavs[1]), 16000, ("a", "b"))[0]
+    assert not np.array_equal(pixels(alone), pixels(drawn[1]))
 
 
 def test_silence_is_dark_not_bright():
     silence = np.zeros(16000, np.float32)
     for other in (silence, tone(500.0, 0.3)):
-        drawn = pixels(plots.pair_svgs((silence, other), 16000, ("a", "b"))[0])
+        drawn = pixels(plots.spectrogram_svgs((silence, other), 16000, ("a", "b"))[0])
         np.testing.assert_allclose(drawn - np.asarray(plots.COLOURS(0))[None, None, :3], 0.0, atol=0.01)
 
 
 @pytest.mark.parametrize("samples", [1, 50, 700])
 def test_very_short_clips_can_be_drawn(samples):
     wav = tone(1000.0, 0.5)[:samples] + np.float32(0.01)
-    first, second = (pixels(svg) for svg in plots.pair_svgs((wav, wav), 16000, ("a", "b")))
+    first, second = (pixels(svg) for svg in plots.spectrogram_svgs((wav, wav), 16000, ("a", "b")))
     assert first.shape == (80, max(1, samples // 160), 3)
     np.testing.assert_array_equal(first, second)
 
@@ -97,6 +99,57 @@ def test_points_that_are_not_finite_are_left_out():
     assert len(line_points(plots.curve_svg(curves.Curve("a", "b", "c", {"d": (np.arange(5), y)})), 0)) == 3
 
 
+def test_ticks_say_where_they_stand():
+    def shown(x):
+        svg = plots.curve_svg(curves.Curve("a", "b", "c", {"d": (x, np.array([0.0, 0.1, 0.3]))}))
+        texts = [text.text for text in xml.etree.ElementTree.fromstring(svg).iter("text")]
+        return texts[: texts.index("b")]
+
+    assert shown(np.array([0, 1, 2])) == shown(np.array([0.0, 1.25, 2.5])) == ["0", "1", "2"]
+    assert shown(np.array([0, 1000, 2000]))[-1] == "2,000"
+    assert shown(np.array([0.0, 0.3, 0.5]))[:3] == ["0", "0.1", "0.2"]
+
+
+def test_a_band_spans_twice_the_error():
+    x, y = np.arange(3), np.array([0.0, 1.0, 2.0])
+    with pytest.raises(ValueError, match=r"series 'd': errors has shape \(2,\) and y \(3,\)"):
+        curves.Curve("a", "b", "c", {"d": (x, y)}, {"d": np.zeros(2)})
+    for errors in (np.full(3, 0.5), np.array([0.5, 0.0, 0.25])):
+        svg = plots.curve_svg(curves.Curve("a", "b", "c", {"d": (x, y)}, {"d": errors}))
+        band = re.findall(r'<path id="[^"]*" d="([^"]*)"', svg)[-1]
+        band = np.array(re.findall(r"[ML] (\S+) (-?[\d.]+)", band), float)
+        line = line_points(svg, 0)
+        unit = (line[0, 1] - line[-1, 1]) / 2.0  # drawing units a unit of y
+        for place, error in zip(line[:, 0], errors, strict=True):
+            edges = band[np.abs(band[:, 0] - place) < 0.02, 1]
+            assert np.ptp(edges) == pytest.approx(2.0 * error * unit, abs=0.05)
+
+
+def bars(svg: str, colour: int) -> np.ndarray:
+    """Left, right and height of a series' bars, in drawing units; the legend's patch is left out."""
+    paths = re.findall(rf'<path d="([^"]*)"[^>]*fill: var\(--series-{colour}\)', svg)
+    corners = [np.array(re.findall(r"[ML] (\S+) ([\d.]+)", path), float) for path in paths]
+    found = np.array([[*np.sort(c[:, 0])[[0, -1]], np.ptp(c[:, 1])] for c in corners])
+    return found[: 3 if len(found) > 3 else len(found)]
+
+
+def test_bars_stand_side_by_side_over_their_names():
+    names, nothing = ("semantic", "coarse 1", "coarse 1"), np.array([])
+    first, third = np.array([3.0, 1.0, 2.0]), np.array([1.0, 4.0, 0.5])
+    series = {"R": (np.arange(3), first), "best of 8": (nothing, nothing), "U": (np.arange(3), third)}
+    svg = plots.curve_svg(curves.Curve("KL", "code", "nats", series, ticks=names))
+    drawn = bars(svg, 0), bars(svg, 2)
+    assert not len(bars(svg, 1)) and "best of 8" not in re.sub(r'aria-label="[^"]*"', "", svg)  # its colour stays free
+    heights = np.concatenate([part[:, 2] for part in drawn])
+    np.testing.assert_allclose(heights / heights.max(), np.concatenate([first, third]) / 4.0, atol=2e-3)
+    np.testing.assert_allclose(drawn[0][:, 1], drawn[1][:, 0], atol=0.02)  # they touch and do not overlap
+    assert (drawn[1][:-1, 1] < drawn[0][1:, 0]).all()
+    texts = [text.text for text in xml.etree.ElementTree.fromstring(svg).iter("text")]
+    assert texts[:3] == list(names)
+    empty = curves.Curve("KL", "code", "nats", {"R": (nothing, nothing)}, ticks=names)
+    assert "nothing was logged" in plots.curve_svg(empty)
+
+
 def test_a_curve_without_points_says_so():
     for series in (
         {},
@@ -111,7 +164,7 @@ def test_drawings_are_inert_and_take_the_pages_colours():
     series = {name: (np.arange(50), np.arange(50.0) + i) for i, name in enumerate(names)}
     before = dict(matplotlib.rcParams)
     curve = plots.curve_svg(curves.Curve('a "quoted" <title>', "step", "$y$", series))
-    pair = plots.pair_svgs((tone(500.0, 0.2), tone(900.0, 0.2)), 16000, ('a "quoted" <title>', "b"))
+    pair = plots.spectrogram_svgs((tone(500.0, 0.2), tone(900.0, 0.2)), 16000, ('a "quoted" <title>', "b"))
     assert dict(matplotlib.rcParams) == before
     for svg in (curve, *pair):
         root = xml.etree.ElementTree.fromstring(svg)  # well-formed, and so is the escaped label
