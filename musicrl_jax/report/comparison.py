@@ -1,6 +1,6 @@
-"""A base policy beside a finetuned one: what `musicrl evaluate` measured, laid out as a page.
+"""A base policy beside those finetuned from it: what `musicrl evaluate` measured, laid out as a page.
 
-Letters: n prompts, s seeds, N samples.
+Letters: n prompts, s seeds, N samples, P points of a series.
 """
 
 import datetime
@@ -14,32 +14,43 @@ import numpy as np
 
 from musicrl_jax.core.metrics import FILE_NAME
 from musicrl_jax.report.curves import Curve, read_metrics
-from musicrl_jax.report.page import Clip, Interval, Measure, Pair, Report, Reward, write_page
+from musicrl_jax.report.page import (
+    Clip,
+    Interval,
+    Match,
+    Measure,
+    Panel,
+    Report,
+    Reward,
+    Run,
+    Trial,
+    listed,
+    write_page,
+)
 
+TOTAL = "reward"
+NAMES = {"opinion": "opinion, simulated listeners"}
 LABELS = {
-    "reward": "the weighted sum that was trained on",
+    TOTAL: "the weighted sum that was trained on",
     "text_adherence": "cosine of MuLan's embeddings of text and clip",
     "acoustic_quality": "(q - 1) / 4 for the regressor's score q, a pseudo-MOS unless it learned people's ratings",
 }
-CURVES = (
-    ("KL to the base, a clip", "nats", ("kl",)),
-    ("KL to the base, a second", "nats", ("kl_per_second",)),
-    ("Value loss", "squared error", ("value_loss",)),
-    ("Explained variance of the value", "share of Var R", ("explained_variance",)),
-)
+
+Clips = Sequence[tuple[int, Mapping[str, np.ndarray]]]
 
 
 def write_comparison(
     path: Path,
     summary: Mapping[str, Any],
     prompts: Sequence[str],
-    results: Mapping[str, Mapping[str, np.ndarray]],
+    heard: Clips,
+    lost: Clips,
+    scores: Mapping[str, Mapping[str, np.ndarray]],
     sample_rate_hz: int,
     run_dir: str,
-    finetuned: str,
+    finetuned: Mapping[str, str],
     training: Sequence[str],
     seconds: Mapping[str, float],
-    clips: tuple[int, int],
     notes: Sequence[str],
 ) -> None:
     """Writes the page.
@@ -48,83 +59,173 @@ def write_comparison(
       path: of the HTML file.
       summary: what `musicrl_jax.evaluate` returns.
       prompts: n held-out prompts.
-      results: for 'base' and 'finetuned' the arrays 'wav' f32 [n, s, N], 'reward' f32 [n, s], and each term's likewise.
+      heard: of the first prompts, (row in `prompts`, side -> wav f32 [N]); a side is a policy or something beside it.
+      lost: the same of those whose reward fell the most, worst first.
+      scores: side -> term -> f32 [n, s], of which [row, 0] is the clip that is heard; a side may have none.
       sample_rate_hz: of the clips.
       run_dir: the run's folder; its name is the title.
-      finetuned: folder of the RL run, whose curves are drawn.
+      finetuned: policy -> folder of its RL run, whose curves are drawn.
       training: folders of the supervised stages.
       seconds: spent in each stage.
-      clips: how many of the first prompts, and how many of those that lost most, can be heard.
       notes: paragraphs for the end.
     """
-    terms = list(summary["terms"])
+    base, *others = summary["policies"]
+    terms = [name for name in summary["rewards"] if name != TOTAL]
 
-    def reward(name: str, figures: Mapping[str, Any]) -> Reward:
-        intervals = (Interval(**figures[which]) for which in ("base", "finetuned", "gain"))
-        return Reward(name, *intervals, label=LABELS.get(name, ""))
+    def trial(row: int, sides: Mapping[str, np.ndarray]) -> Trial:
+        return Trial(
+            prompts[row],
+            {
+                side: Clip(
+                    wav,
+                    sample_rate_hz,
+                    {NAMES.get(term, term): float(values[row, 0]) for term, values in scores.get(side, {}).items()},
+                )
+                for side, wav in sides.items()
+            },
+        )
 
-    def pair(row: int) -> Pair:
-        sides = []
-        for result in results.values():
-            scores = {name: float(result[name][row, 0]) for name in ("reward", *terms)}
-            sides.append(Clip(result["wav"][row, 0], sample_rate_hz, scores))
-        return Pair(prompts[row], *sides)
+    def run(policy: str, folder: str) -> Run:
+        alarm = summary["alarms"].get(policy)
+        words = f"at step {alarm['step']}, KL {alarm['kl']:.1f} nats a clip" if alarm else "none"
+        curves = _run_curves(policy, _history(folder), terms, alarm)
+        return Run(policy, curves, f"Alarm against over-optimisation: {words}." if policy in summary["alarms"] else "")
 
-    def history(folder: str) -> dict[str, Any]:
-        """A run's metrics; {} where the model was brought without them."""
-        path = Path(folder) / FILE_NAME
-        return read_metrics(path) if path.exists() else {}
-
-    first, worst = clips
-    gains = (results["finetuned"]["reward"] - results["base"]["reward"])[:, 0]
-    lost = [int(row) for row in np.argsort(gains, kind="stable")[:worst] if gains[row] < 0]
-    hashes = summary["identity"]["hashes"]
-    seeds = results["base"]["reward"].shape[1]
-    rl = history(finetuned)
     report = Report(
         title=Path(run_dir).name,
         facts={
             "Date": datetime.date.today().isoformat(),
             "Machine": f"{jax.device_count()} x {jax.devices()[0].device_kind}, {platform.machine()}",
             "Versions": f"Python {platform.python_version()}, jax {jax.__version__}",
-            "Held-out prompts": f"{len(prompts)}, {seeds} clip(s) each, on the same seeds for both models",
-            "Base policy": hashes["policy"][:16],
-            "Finetuned policy": hashes["finetuned"][:16],
+            "Policies": f"{base}, the base; {listed(others)}",
+            "Held-out prompts": f"{len(prompts)}, {summary['seeds']} clip(s) of each policy",
         },
-        stages=list(seconds.items()),
-        total=reward("reward", {which: summary[f"reward_{which}"] for which in ("base", "finetuned", "gain")}),
-        terms=[reward(name, summary["terms"][name]) for name in terms],
+        policies=summary["policies"],
+        panel=_panel(summary) if "panel" in summary else None,
+        rewards=[
+            Reward(
+                NAMES.get(term, term),
+                _intervals(summary["rewards"][term]),
+                _intervals(summary["gains"][term]),
+                LABELS.get(term, ""),
+            )
+            for term in (TOTAL, *terms)
+        ],
+        interval_note=f"95 % bootstrap over {len(prompts)} prompts, {summary['seeds']} clip(s) each.",
         measures=[
-            Measure("KL to the base, nats a clip", None, Interval(**summary["kl"]), "how far the policy moved"),
+            Measure("KL to the base, nats a clip", _intervals(summary["kl"]), "how far the policy moved"),
             Measure(
                 "Diversity",
-                summary["diversity"]["base"],
-                summary["diversity"]["finetuned"],
+                {policy: summary["diversity"][policy] for policy in summary["policies"]},
                 "mean distance between two clips' semantic features, 0 if all prompts gave one clip; "
                 f"of real clips it is {summary['diversity']['real']:.2f}",
             ),
             Measure(
                 "Frechet distance to real clips",
-                summary["frechet"]["base"],
-                summary["frechet"]["finetuned"],
+                summary["frechet"],
                 "between semantic features of generated and held-out real frames; not trained on; lower is nearer",
             ),
         ],
-        interval_note=f"95 % bootstrap over {len(prompts)} prompts, {seeds} clip(s) each",
-        curves=[
-            Curve(title, "step", unit, {name: rl[name] for name in names if name in rl})
-            for title, unit, names in (("Reward and its terms", "reward", ("reward", *terms)), *CURVES)
-            if not rl.keys().isdisjoint(names)
-        ],
+        kl=_kl_curves(others, summary["kl_by_level"], summary["kl_by_second"]),
+        trials=[trial(row, sides) for row, sides in heard],
+        trials_rule="The first held-out prompts, as they come; the first seed of each.",
+        regressions=[trial(row, sides) for row, sides in lost],
+        regressions_rule="Of all held-out prompts, those whose reward fell most, worst first.",
+        runs=[run(policy, folder) for policy, folder in finetuned.items()],
+        runs_rule=summary["rule"],
         training=[
-            Curve(Path(folder).name, "step", "loss", {"training": history(folder)["loss"]})
+            Curve(Path(folder).name, "step", "loss", {"training": history["loss"]})
             for folder in training
-            if history(folder)
+            if (history := _history(folder))
         ],
-        pairs=[pair(row) for row in range(min(first, len(prompts)))],
-        pairs_rule=f"The first {first} held-out prompts, as they come; the first seed of each.",
-        regressions=[pair(row) for row in lost],
-        regressions_rule=f"Of all held-out prompts, the {worst} whose reward fell most.",
+        stages=list(seconds.items()),
+        identity={**summary["identity"]["hashes"], "seed": str(summary["seed"])},
         notes=notes,
     )
     write_page(path, report)
+
+
+def _intervals(figures: Mapping[str, Mapping[str, float]]) -> dict[str, Interval]:
+    return {policy: Interval(**figure) for policy, figure in figures.items()}
+
+
+def _panel(summary: Mapping[str, Any]) -> Panel:
+    matches = [
+        Match(
+            *(pair[name] for name in ("first", "second", "win", "tie", "loss")),
+            Interval(**pair["win_rate"]),
+            pair["wilcoxon_p"],
+        )
+        for pair in summary["pairs"]
+    ]
+    return Panel(**summary["panel"], matches=matches, opinions=_intervals(summary["mos"]))
+
+
+def _history(folder: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """A run's metrics; {} where the model was brought without them."""
+    path = Path(folder) / FILE_NAME
+    return read_metrics(path) if path.exists() else {}
+
+
+def _kl_curves(
+    policies: Sequence[str], by_level: Mapping[str, Sequence[float]], by_second: Mapping[str, Sequence[float]]
+) -> list[Curve]:
+    """Where in a frame and when in a clip the policies left the base; those without figures keep their colours."""
+
+    def series(figures: Mapping[str, Sequence[float]], first: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        found = {policy: np.array(figures.get(policy, ()), np.float64) for policy in policies}
+        return {policy: (first + np.arange(len(values)), values) for policy, values in found.items()}
+
+    codes = max(map(len, by_level.values()), default=1)  # 1 semantic, twice the coarse levels
+    coarse = [f"coarse {level + 1}" for level in range((codes - 1) // 2)]
+    curves = [
+        Curve(
+            "KL to the base by code",
+            "code of a frame",
+            "nats",
+            series(by_level, 0),
+            ticks=("semantic", *coarse, *coarse),
+        ),
+        Curve("KL to the base by second", "second of the clip", "nats", series(by_second, 1)),
+    ]
+    return [curve for curve, figures in zip(curves, (by_level, by_second), strict=True) if figures]
+
+
+def _run_curves(
+    policy: str,
+    log: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    terms: Sequence[str],
+    alarm: Mapping[str, float] | None,
+) -> list[Curve]:
+    """Those for which there are metrics in the log, metric -> (steps [P], values [P])."""
+    curves = []
+
+    def by_step(title: str, unit: str, names: Sequence[str]) -> None:
+        if found := {name: log[name] for name in names if name in log}:
+            curves.append(Curve(f"{policy}: {title}", "step", unit, found))
+
+    by_step("reward and its terms", "reward", (TOTAL, *terms))
+    if TOTAL in log and "kl" in log:
+        series = {TOTAL: _over("kl", TOTAL, log)}
+        curves.append(Curve(f"{policy}: reward against KL", "KL to the anchor, nats a clip", "reward", series))
+    if "judge_gain" in log and "kl" in log:
+        kl, gain = _over("kl", "judge_gain", log)
+        distance, error = np.sqrt(np.maximum(kl, 0.0)), _over("kl", "judge_error", log)[1]
+        series = {"gain": (distance, gain)}
+        if alarm:
+            ends = np.array([np.min(gain - error), np.max(gain + error)])
+            series["alarm"] = (np.full(2, np.sqrt(alarm["kl"])), ends)  # an upright line
+        title, x_label = f"{policy}: a held-out judge's gain", "square root of the KL to the anchor"
+        curves.append(Curve(title, x_label, "gain over the base", series, {"gain": error}))
+    by_step("KL to the anchor", "nats a clip", ("kl",))
+    by_step("value loss", "squared error", ("value_loss",))
+    by_step("explained variance of the value", "share of Var R", ("explained_variance",))
+    return curves
+
+
+def _over(x: str, y: str, log: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    """Two metrics at the steps that have both, in the order of x: f64 [P] each."""
+    _, at_x, at_y = np.intersect1d(log[x][0], log[y][0], return_indices=True)
+    x_values, y_values = log[x][1][at_x], log[y][1][at_y]
+    order = np.argsort(x_values, kind="stable")
+    return x_values[order], y_values[order]

@@ -10,6 +10,7 @@ import re
 import numpy as np
 import pytest
 import soundfile
+from matplotlib import image
 
 from musicrl_jax.report import curves, loudness, page
 
@@ -51,33 +52,82 @@ def clip(seed, level, total, samples=RATE):
     return page.Clip(wav, RATE, {"total": total, "quality (pseudo-MOS)": total / 2.0})
 
 
+def unscored(seed):
+    return dataclasses.replace(clip(seed, 0.3, 0.0), scores={})
+
+
+def panel(**changes):
+    interval = page.Interval
+    given = page.Panel(
+        name="judging panel",
+        listeners=40,
+        raters=3,
+        agreement=0.66,
+        measurements=["consonance", "loudness_range", "gaps"],
+        matches=[
+            page.Match("R", "MusicLM", 0.65, 0.221, 0.129, interval(0.8345, 0.78, 0.88), 0.0004),
+            page.Match("MusicLM", "best of 8", 0.5, 0.25, 0.25, interval(0.667, 0.61, 0.72), 0.0123),
+            page.Match("R", "best of 8", 0.4, 0.3, 0.3, interval(0.571, 0.48, 0.66), 0.25),
+        ],
+        opinions={"MusicLM": interval(3.07, 2.9, 3.2), "R": interval(3.54, 3.4, 3.65), "best of 8": interval(3, 2, 4)},
+    )
+    return dataclasses.replace(given, **changes)
+
+
 def report(**changes):
     interval = page.Interval
     given = page.Report(
         title="tiny",
         facts={"command": "musicrl train_rl --gin.SEED=1", "seed": "1"},
-        stages=[("codec", 12.34), ("RL", 185.0)],
-        total=page.Reward("total", interval(0.4, 0.35, 0.45), interval(0.6, 0.55, 0.65), interval(0.2, 0.125, 0.275)),
-        terms=[
+        policies=["MusicLM", "R", "best of 8"],
+        panel=panel(),
+        rewards=[
+            page.Reward(
+                "total",
+                {
+                    "MusicLM": interval(0.4, 0.35, 0.45),
+                    "R": interval(0.6, 0.55, 0.65),
+                    "best of 8": interval(0.42, 0.41, 0.43),
+                },
+                {"R": interval(0.2, 0.125, 0.275), "best of 8": interval(0.02, -0.01, 0.05)},
+            ),
             page.Reward(
                 "quality",
-                interval(0.3, 0.2, 0.4),
-                interval(0.25, 0.15, 0.35),
-                interval(-0.05, -0.1, 0.01),
+                {
+                    "MusicLM": interval(0.3, 0.2, 0.4),
+                    "R": interval(0.25, 0.15, 0.35),
+                    "best of 8": interval(0.1, 0.0, 0.2),
+                },
+                {"R": interval(-0.05, -0.1, 0.01), "best of 8": interval(-0.2, -0.3, -0.11)},
                 "pseudo-MOS, no people's ratings",
-            )
-        ],
-        measures=[
-            page.Measure("KL", None, interval(12.5, 11.25, 13.75), "nats a clip"),
-            page.Measure("Fréchet distance", 4.5, 123.456, "lower is better; not trained on"),
+            ),
         ],
         interval_note="95 % bootstrap over 64 prompts.",
-        curves=[curves.Curve("KL", "step", "nats a clip", {"KL": (np.arange(3), np.arange(3.0))})],
-        training=[curves.Curve("Codec loss", "step", "loss", {"train": (np.arange(3), np.arange(3.0))})],
-        pairs=[page.Pair("a slow waltz", clip(1, 0.02, 0.4), clip(2, 0.9, 0.65))],
-        pairs_rule="The first held-out prompt.",
-        regressions=[page.Pair("a fast reel", clip(3, 0.1, 0.75), clip(4, 0.1, 0.5))],
+        measures=[
+            page.Measure("KL", {"R": interval(12.5, 11.25, 13.75)}, "nats a clip"),
+            page.Measure("Fréchet distance", {"MusicLM": 4.5, "R": 123.456, "best of 8": 7.25}, "not trained on"),
+        ],
+        kl=[curves.Curve("KL by code", "code", "nats", {"R": (np.arange(2), np.arange(2.0))}, ticks=("semantic", "q"))],
+        trials=[
+            page.Trial(
+                "a slow waltz",
+                {"MusicLM": clip(1, 0.02, 0.4), "R": clip(2, 0.9, 0.65), "R, last": unscored(5)},
+            )
+        ],
+        trials_rule="The first held-out prompt.",
+        regressions=[page.Trial("a fast reel", {"MusicLM": clip(3, 0.1, 0.75), "R": clip(4, 0.1, 0.5)})],
         regressions_rule="The prompt that lost most.",
+        runs=[
+            page.Run(
+                "R",
+                [curves.Curve("R: KL", "step", "nats a clip", {"KL": (np.arange(3), np.arange(3.0))})],
+                "Alarm: at step 7.",
+            )
+        ],
+        runs_rule="The last checkpoint is kept.",
+        training=[curves.Curve("Codec loss", "step", "loss", {"train": (np.arange(3), np.arange(3.0))})],
+        stages=[("codec", 12.34), ("RL", 185.0)],
+        identity={"codec": "ab" * 32},
         notes=["The music is simple."],
     )
     return dataclasses.replace(given, **changes)
@@ -100,13 +150,93 @@ def test_everything_given_is_shown(written):
     words = written.words()
     for text in (
         *("tiny", "musicrl train_rl --gin.SEED=1", "12.3 s", "3 min 05 s", "3 min 17 s"),
-        *("0.400", "0.350 to 0.450", "+0.200", "+0.125 to +0.275", "−0.050", "−0.100 to +0.010"),
+        *("0.400 0.350 to 0.450", "+0.200 +0.125 to +0.275", "−0.050 −0.100 to +0.010", "gain over MusicLM"),
         *("pseudo-MOS, no people's ratings", "12.50 11.25 to 13.75", "4.500", "123.5", "nats a clip"),
         *("95 % bootstrap over 64 prompts.", "The first held-out prompt.", "The prompt that lost most."),
-        *("a slow waltz", "a fast reel", "+0.250", "−0.250", "KL", "Codec loss", "The music is simple."),
-        "The reward rose: the interval of the gain excludes zero.",
+        *("a slow waltz", "a fast reel", "+0.250", "−0.250", "R: KL", "Codec loss", "The music is simple."),
+        *("Alarm: at step 7.", "The last checkpoint is kept.", "ab" * 32, "KL by code", "semantic"),
     ):
         assert text in words, text
+
+
+def rows(path, section):
+    """The text of each table row of a section."""
+    text = path.read_text(encoding="utf-8")
+    part = text[text.index(f'<section id="{section}">') :].split("</section>")[0]
+    cells = re.sub(r"<[^>]*>", " ", part.replace("</tr>", "|"))
+    return [" ".join(row.split()) for row in html.unescape(cells).split("|")]
+
+
+def test_each_row_holds_its_figures(tmp_path):
+    path = page.write_page(tmp_path / "page.html", report())
+    assert rows(path, "panel")[1:4] == [
+        "R against MusicLM 65.0 % 22.1 % 12.9 % 83.5 % 78.0 % to 88.0 % < 0.001",
+        "MusicLM against best of 8 50.0 % 25.0 % 25.0 % 66.7 % 61.0 % to 72.0 % 0.012",
+        "R against best of 8 40.0 % 30.0 % 30.0 % 57.1 % 48.0 % to 66.0 % 0.250",
+    ]
+    assert rows(path, "panel")[5:8] == [
+        "MusicLM 3.070 2.900 to 3.200",
+        "R 3.540 3.400 to 3.650",
+        "best of 8 3.000 2.000 to 4.000",
+    ]
+    for section, first in (("rewards", "Term"), ("measures", "Measure")):
+        assert rows(path, section)[0].endswith(f"{first} MusicLM R best of 8")
+    assert rows(path, "rewards")[1:3] == [
+        "total 0.400 0.350 to 0.450 0.600 0.550 to 0.650 0.420 0.410 to 0.430",
+        "gain over MusicLM – +0.200 +0.125 to +0.275 +0.020 −0.010 to +0.050",
+    ]
+    assert rows(path, "measures")[1:3] == [
+        "KL nats a clip – 12.50 11.25 to 13.75 –",
+        "Fréchet distance not trained on 4.500 123.5 7.250",
+    ]
+    text = path.read_text(encoding="utf-8")
+    bars = re.findall(r'<i class="([^"]*)" style="flex: ([^"]*)"></i>', text)
+    assert bars[:3] == [("series-0", "0.650"), ("tie", "0.221"), ("base", "0.129")]
+    strip = text[: text.index('<section id="rewards">')].split('<span class="strip base">')[1]
+    assert re.findall(r"[\d.]+%", strip)[:3] == [
+        "47.50%",
+        "7.50%",
+        "51.75%",
+    ]  # 2.9, 0.3 and 3.07 on a scale from 1 to 5
+    for mean, side in (("+0.200", "up"), ("+0.020", ""), ("−0.200", "down"), ("83.5 %", "up"), ("57.1 %", "")):
+        assert f'<td class="{side}">{mean} <small>' in text
+
+
+def test_what_the_panel_says_is_signed(written, tmp_path):
+    words = written.words()
+    assert "The judging panel is 40 simulated listeners, not people" in words
+    assert "3 of them judge a pair; two of them agree on 66.0 % of the pairs." in words
+    assert "They hear consonance, loudness range and gaps." in words
+    captions = [data for tag, data in written.text if tag == "caption"]
+    assert [text for text in captions if "simulated listeners" in text] == [
+        "Pairs, by the votes of simulated listeners",
+        "Mean opinion score, by the ratings of simulated listeners from 1 to 5",
+    ]
+    assert (
+        "R 83.5 % 78.0 % to 88.0 % best of 8 33.3 % 28.0 % to 39.0 % Win rate against MusicLM, by the votes of "
+        in words
+    )
+    alone = read(page.write_page(tmp_path / "page.html", report(panel=None))).words()
+    assert "simulated" not in alone and "Pairs" not in alone
+    assert "R +0.200 +0.125 to +0.275 best of 8 +0.020 −0.010 to +0.050 Gain in total over MusicLM." in alone
+
+
+def test_sections_stand_in_order(written):
+    names = [section["id"] for section in written.all("section")]
+    order = "panel rewards measures listen regressions runs training cost identity notes"
+    assert names == order.split()
+    assert [a["href"] for a in written.all("a")] == [f"#{name}" for name in names]
+
+
+def test_a_side_without_scores_shows_none(tmp_path):
+    path = page.write_page(tmp_path / "page.html", report())
+    assert rows(path, "listen")[1:3] == ["total 0.400", "quality (pseudo-MOS) 0.200"]
+    assert rows(path, "listen")[4:6] == ["total 0.650 +0.250", "quality (pseudo-MOS) 0.325 +0.125"]
+    sides = path.read_text(encoding="utf-8").split('<div class="side">')[1:4]
+    assert ["<table>" in side for side in sides] == [True, True, False]
+    assert ["Change" in side for side in sides] == [False, True, False]
+    keys = [re.search(r'<h3><span class="key ([^"]*)">([^<]*)<', side).groups() for side in sides]
+    assert keys == [("base", "MusicLM"), ("series-0", "R"), ("other", "R, last")]
 
 
 def test_nothing_is_loaded_from_elsewhere(written, tmp_path):
@@ -126,41 +256,54 @@ def test_nothing_is_loaded_from_elsewhere(written, tmp_path):
 def test_it_can_be_read_aloud(written):
     labels = [audio["aria-label"] for audio in written.all("audio")]
     assert labels == [
-        "Base model, 1.0 seconds: a slow waltz",
-        "Finetuned model, 1.0 seconds: a slow waltz",
-        "Base model, 1.0 seconds: a fast reel",
-        "Finetuned model, 1.0 seconds: a fast reel",
+        "MusicLM, 1.0 seconds: a slow waltz",
+        "R, 1.0 seconds: a slow waltz",
+        "R, last, 1.0 seconds: a slow waltz",
+        "MusicLM, 1.0 seconds: a fast reel",
+        "R, 1.0 seconds: a fast reel",
     ]
     assert all("controls" in audio for audio in written.all("audio"))
-    assert len(written.all("svg")) == 6 and all(svg["role"] == "img" for svg in written.all("svg"))
-    assert "Mel spectrogram, base model: a slow waltz" in [svg["aria-label"] for svg in written.all("svg")]
+    assert len(written.all("svg")) == 8 and all(svg["role"] == "img" for svg in written.all("svg"))
+    assert "Mel spectrogram, R, last: a slow waltz" in [svg["aria-label"] for svg in written.all("svg")]
     assert {"lang": "en"} in written.all("html")
 
 
 def test_hostile_words_are_inert(tmp_path, written):
-    given = report()
+    interval = page.Interval(0.5, 0.4, 0.6)
+    curve = curves.Curve(HOSTILE, HOSTILE, HOSTILE, {HOSTILE: (np.arange(3), np.arange(3.0))})
+    bars = dataclasses.replace(curve, ticks=("<b>&$_x$",) * 3)
+    heard = dataclasses.replace(clip(1, 0.1, 0.5), scores={HOSTILE: 1.0})
+    other = HOSTILE + "!"
     hostile = report(
         title=HOSTILE,
         facts={HOSTILE: HOSTILE},
+        policies=[HOSTILE, other],
+        panel=panel(
+            name=HOSTILE,
+            measurements=[HOSTILE],
+            matches=[page.Match(other, HOSTILE, 0.5, 0.0, 0.5, interval, 0.5)],
+            opinions={HOSTILE: interval},
+        ),
+        rewards=[page.Reward(HOSTILE, {HOSTILE: interval, other: interval}, {other: interval}, HOSTILE)],
+        interval_note=HOSTILE,
+        measures=[page.Measure(HOSTILE, {HOSTILE: 1.0}, HOSTILE)],
+        kl=[bars],
+        trials=[page.Trial(HOSTILE, {HOSTILE: heard, other: heard})],
+        trials_rule=HOSTILE,
+        regressions_rule=HOSTILE,
+        runs=[page.Run(HOSTILE, [curve], HOSTILE)],
+        runs_rule=HOSTILE,
+        training=[curve],
         stages=[(HOSTILE, 1.0)],
-        total=dataclasses.replace(given.total, name=HOSTILE, label=HOSTILE),
-        measures=[page.Measure(HOSTILE, 1.0, 2.0, HOSTILE)],
-        curves=[curves.Curve(HOSTILE, HOSTILE, HOSTILE, {HOSTILE: (np.arange(3), np.arange(3.0))})],
-        pairs=[
-            page.Pair(
-                HOSTILE,
-                dataclasses.replace(given.pairs[0].base, scores={HOSTILE: 1.0}),
-                dataclasses.replace(given.pairs[0].finetuned, scores={HOSTILE: 2.0}),
-            )
-        ],
-        pairs_rule=HOSTILE,
+        identity={HOSTILE: HOSTILE},
         notes=[HOSTILE],
     )
     reader = read(page.write_page(tmp_path / "page.html", hostile))
     assert len(reader.all("script")) == len(written.all("script")) == 1
     assert not reader.all("img") and not any("onerror" in attrs for _, attrs in reader.elements)
-    assert reader.words().count(HOSTILE) >= 10  # shown as it is, braces too
-    assert f"Base model, 1.0 seconds: {HOSTILE}" in [audio["aria-label"] for audio in reader.all("audio")]
+    assert reader.words().count(HOSTILE) >= 40  # shown as it is, braces too
+    assert "<b>&$_x$" in reader.words()
+    assert f"{HOSTILE}, 1.0 seconds: {HOSTILE}" in [audio["aria-label"] for audio in reader.all("audio")]
 
 
 def test_audio_is_the_level_matched_clip(written):
@@ -170,28 +313,40 @@ def test_audio_is_the_level_matched_clip(written):
         kind, encoded = audio["src"].split(",")
         assert kind == "data:audio/flac;base64"
         heard.append(soundfile.read(io.BytesIO(base64.b64decode(encoded, validate=True)), dtype="float32"))
-    for pair, sides in zip((*given.pairs, *given.regressions), (heard[:2], heard[2:]), strict=True):
-        matched = loudness.level_match([pair.base.wav, pair.finetuned.wav], RATE)
-        for (wav, rate), clip in zip(sides, matched, strict=True):
+    assert len(heard) == 5
+    for trial in (*given.trials, *given.regressions):
+        matched = loudness.level_match([clip.wav for clip in trial.clips.values()], RATE)
+        for clip in matched:
+            wav, rate = heard.pop(0)
             assert rate == RATE and len(wav) == RATE  # 1.0 seconds, as the label promises
             np.testing.assert_allclose(wav, clip.wav, atol=1.0 / 32768)
 
 
+def test_drawings_are_of_the_level_matched_clips(tmp_path):
+    loud = clip(1, 0.9, 0.5)
+    clips = {"MusicLM": loud, "R": dataclasses.replace(loud, wav=loud.wav / 10)}
+    text = page.write_page(tmp_path / "page.html", report(trials=[page.Trial("echo", clips)])).read_text()
+    first, second = (base64.b64decode(found) for found in re.findall(r'png;base64,([^"]*)"', text)[:2])
+    same = image.imread(io.BytesIO(first)) == image.imread(io.BytesIO(second))
+    assert same.mean() > 0.99  # but where rounding changes a colour
+
+
 def test_silent_and_very_short_clips_are_shown(tmp_path):
     heard = clip(1, 0.1, 0.5)
-    silent = page.Pair("silence", dataclasses.replace(heard, wav=np.zeros(RATE, np.float32)), heard)
-    short = page.Pair("short", clip(1, 0.1, 0.5, samples=30), clip(2, 0.2, 0.5, samples=800))
-    words = read(page.write_page(tmp_path / "page.html", report(pairs=[silent, short], regressions=[]))).words()
-    assert "Base silent" in words and "dBFS" in words
-    assert "nan" not in words.lower() and "inf" not in words.lower()
+    silent = page.Trial("silence", {"MusicLM": dataclasses.replace(heard, wav=np.zeros(RATE, np.float32)), "R": heard})
+    short = page.Trial("short", {"MusicLM": clip(1, 0.1, 0.5, samples=30), "R": clip(2, 0.2, 0.5, samples=800)})
+    words = read(page.write_page(tmp_path / "page.html", report(trials=[silent, short], regressions=[]))).words()
+    assert "MusicLM silent" in words and "dBFS" in words
+    assert not re.search(r"\b(nan|inf)\b", words.lower())
     assert "None: the reward fell for no prompt." in words
 
 
 def test_an_empty_report_is_still_a_page(tmp_path):
-    bare = report(facts={}, stages=[], terms=[], measures=[], curves=[], training=[], pairs=[], regressions=[])
+    nothing = dict.fromkeys(("measures", "kl", "trials", "regressions", "runs", "training", "stages", "notes"), ())
+    bare = report(**nothing, panel=None, facts={}, identity={})
     reader = read(page.write_page(tmp_path / "page.html", bare))
     anchors = {a["href"][1:] for a in reader.all("a")}
-    assert anchors <= {attrs.get("id") for attrs in reader.all("section")}
+    assert anchors == {attrs.get("id") for attrs in reader.all("section")} == {"rewards", "listen", "regressions"}
 
 
 def test_a_page_is_replaced_and_repeats_byte_for_byte(tmp_path):
@@ -203,17 +358,34 @@ def test_a_page_is_replaced_and_repeats_byte_for_byte(tmp_path):
 
 @pytest.mark.parametrize(
     ("low", "high", "word"),
-    [(0.01, 0.2, "rose"), (-0.2, -0.01, "fell"), (-0.1, 0.1, "No gain"), (0.0, 0.2, "No gain")],
+    [(0.01, 0.2, "rose"), (-0.2, -0.01, "fell"), (-0.1, 0.1, "shows no gain"), (0.0, 0.2, "shows no gain")],
 )
 def test_the_verdict_follows_the_interval(low, high, word):
-    assert word in page.verdict(page.Interval((low + high) / 2.0, low, high))
+    found = page.verdict("MusicLM", {"R": page.Interval((low + high) / 2.0, low, high)}, heard=False)
+    assert found == f"By the interval of the gain over MusicLM, the reward {word} for R."
+
+
+def test_the_verdict_names_every_policy(written):
+    up, down, level = page.Interval(0.7, 0.6, 0.8), page.Interval(0.3, 0.2, 0.4), page.Interval(0.55, 0.45, 0.65)
+    edges = {"R": up, "U": level, "RU": up, "joint": down, "best of 8": up}
+    assert page.verdict("MusicLM", edges, heard=True) == (
+        "By the interval of the win rate, simulated listeners prefer R, RU and best of 8 to MusicLM, and prefer "
+        "MusicLM to joint, and show no preference either way for U."
+    )
+    assert page.verdict("MusicLM", {}, heard=True) == "No policy stood against MusicLM."
+    assert (  # what beats the base, and where the base stands first and wins
+        "By the interval of the win rate, simulated listeners prefer R to MusicLM, and prefer MusicLM to best of 8."
+        in written.words()
+    )
 
 
 def test_gain_marks_by_hand():
-    marks = page.gain_marks(page.Interval(0.5, 0.0, 1.0))
-    assert marks["left"] == 50.0
-    assert marks["width"] == pytest.approx(50.0 / 1.08) and marks["mean"] == pytest.approx(50.0 + 25.0 / 1.08)
-    assert page.gain_marks(page.Interval(0.0, 0.0, 0.0)) == {"left": 50.0, "width": 0.0, "mean": 50.0}
+    marks = page.gain_marks({"R": page.Interval(0.5, 0.0, 1.0), "U": page.Interval(-0.1, -0.2, 0.0)})
+    assert marks["R"]["left"] == 50.0
+    assert marks["R"]["width"] == pytest.approx(50.0 / 1.08) and marks["R"]["mean"] == pytest.approx(50.0 + 25.0 / 1.08)
+    assert marks["U"]["left"] == pytest.approx(50.0 - 10.0 / 1.08)  # on the same scale
+    still = page.gain_marks({"R": page.Interval(0.0, 0.0, 0.0)})
+    assert still == {"R": {"left": 50.0, "width": 0.0, "mean": 50.0}}
 
 
 @pytest.mark.parametrize(
@@ -243,6 +415,12 @@ def test_durations(seconds, text):
     assert page.duration(seconds) == text
 
 
+def test_shares_and_lists():
+    assert page.percent(0.1294) == "12.9 %"
+    assert [page.probability(p) for p in (0.00099, 0.001, 0.0456, 1.0)] == ["< 0.001", "0.001", "0.046", "1.000"]
+    assert [page.listed(list(names)) for names in ("", "a", "ab", "abc")] == ["", "a", "a and b", "a, b and c"]
+
+
 def test_bad_input_is_named():
     good = clip(1, 0.1, 0.5)
     with pytest.raises(ValueError, match=r"wav has shape \(2, 4\)"):
@@ -253,10 +431,22 @@ def test_bad_input_is_named():
         page.Clip(np.array([0.0, np.nan, np.inf], np.float32), RATE, {})
     with pytest.raises(ValueError, match="sample_rate_hz = 0"):
         page.Clip(good.wav, 0, {})
-    with pytest.raises(ValueError, match="'reel': base is at 16000 Hz and finetuned at 24000 Hz"):
-        page.Pair("reel", good, dataclasses.replace(good, sample_rate_hz=24000))
-    with pytest.raises(ValueError, match="'reel': base has scores"):
-        page.Pair("reel", good, dataclasses.replace(good, scores={"total": 1.0}))
+    with pytest.raises(ValueError, match=r"'reel': sample rates differ, {'MusicLM': 16000, 'R': 24000} Hz"):
+        page.Trial("reel", {"MusicLM": good, "R": dataclasses.replace(good, sample_rate_hz=24000)})
+    with pytest.raises(ValueError, match=r"'reel': scores differ, .*'R': \['total'\]"):
+        page.Trial("reel", {"MusicLM": good, "R": dataclasses.replace(good, scores={"total": 1.0})})
+    with pytest.raises(ValueError, match="'reel': clips has 1 sides"):
+        page.Trial("reel", {"MusicLM": good})
+    for shares in ((0.6, 0.3, 0.2), (65.0, 22.1, 12.9), (1.2, 0.0, -0.2), (float("nan"), 0.5, 0.5)):
+        with pytest.raises(ValueError, match="R against MusicLM: win = "):
+            page.Match("R", "MusicLM", *shares, page.Interval(0.5, 0.4, 0.6), 0.1)
+    for policies in (["MusicLM"], ["MusicLM", "MusicLM"]):
+        with pytest.raises(ValueError, match=r"policies = .*give two or more, each once"):
+            report(policies=policies)
+    with pytest.raises(ValueError, match=r"reward 'total' has means of .*give the means of \['MusicLM', 'U', 'R'\]"):
+        report(policies=["MusicLM", "U", "R"])
+    with pytest.raises(ValueError, match="rewards is empty"):
+        report(rewards=[])
     for low, high in ((1.0, 0.0), (float("nan"), 1.0)):
         with pytest.raises(ValueError, match="interval low"):
             page.Interval(0.5, low, high)
