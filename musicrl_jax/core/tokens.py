@@ -38,19 +38,23 @@ class TokenLayout:
 
     @property
     def vocabulary(self) -> int:
-        """The number of ids that each place may use: the larger of the two codebooks."""
+        """V, the codes of the larger of the two codebooks."""
         return max(self.semantic_codes, self.acoustic_codes)
 
     @functools.cached_property
-    def allowed(self) -> np.ndarray:
-        """bool [K, vocabulary]: the codes that exist at each place."""
+    def starts(self) -> np.ndarray:
+        """int32 [K + 1]: the first flat id of each place, and behind the last their number."""
         sizes = [self.semantic_codes] + [self.acoustic_codes] * (self.depth - 1)
-        return np.arange(self.vocabulary)[None, :] < np.array(sizes)[:, None]
+        return np.cumsum([0, *sizes], dtype=np.int32)
+
+    @property
+    def ids(self) -> int:
+        """How many flat ids there are."""
+        return int(self.starts[-1])
 
     def flat_ids(self, tokens: jax.Array) -> jax.Array:
-        """Ids in [0, K * vocabulary), a range of its own for each place: tokens int32 [..., K] -> int32 [..., K]."""
-        offsets = jnp.arange(self.depth, dtype=jnp.int32) * self.vocabulary
-        return tokens + jnp.broadcast_to(offsets, tokens.shape)
+        """Ids in [0, `ids`), a range of its own for each place: tokens int32 [..., K] -> int32 [..., K]."""
+        return tokens + jnp.broadcast_to(self.starts[:-1], tokens.shape)
 
 
 def interleave(semantic: jax.Array, coarse: jax.Array) -> jax.Array:

@@ -52,11 +52,10 @@ class Trunk(nn.Module):
     def setup(self) -> None:
         c = self.config
         table = nn.initializers.normal(c.temporal.embed**-0.5)
-        ids = c.layout.depth * c.layout.vocabulary
         embed = nn.with_logical_partitioning(table, ("vocab", "embed"))
         self.mulan_table = self.param("mulan_table", embed, (c.mulan_levels * c.mulan_codes, c.temporal.embed))
-        self.frame_table = self.param("frame_table", embed, (ids, c.temporal.embed))
-        self.code_table = self.param("code_table", embed, (ids, c.depth.embed))
+        self.frame_table = self.param("frame_table", embed, (c.layout.ids, c.temporal.embed))
+        self.code_table = self.param("code_table", embed, (c.layout.ids, c.depth.embed))
         self.begin = self.param("begin", nn.with_logical_partitioning(table, ("embed",)), (c.temporal.embed,))
         self.place = self.param(
             "place", nn.with_logical_partitioning(table, (None, "embed")), (c.layout.depth, c.depth.embed)
@@ -121,7 +120,7 @@ class Trunk(nn.Module):
     ) -> tuple[jax.Array, Cache]:
         """The hidden vector [B, d] at `place` (0 .. K - 1), given the code int32 [B] at the place before it."""
         c = self.config
-        code = self.code_table[previous + (place - 1) * c.layout.vocabulary]
+        code = self.code_table[previous + jnp.asarray(c.layout.starts)[jnp.maximum(place - 1, 0)]]
         code = jnp.where(place > 0, code, 0.0)
         x = context + code + self.place[place][None]
         x, cache = self.depth.extend(x[:, None], cache, place, bias)
@@ -129,17 +128,23 @@ class Trunk(nn.Module):
 
 
 class MusicLM(nn.Module):
-    """The policy: a trunk and a softmax head for each place in the frame."""
+    """The policy: a trunk and a softmax head for each place in the frame, the first of which is the semantic one."""
 
     config: MusicLMConfig
 
     def setup(self) -> None:
         c = self.config
         self.trunk = Trunk(c)
-        self.head = self.param(
-            "head",
-            nn.with_logical_partitioning(nn.initializers.normal(c.depth.embed**-0.5), (None, "embed", "vocab")),
-            (c.layout.depth, c.depth.embed, c.layout.vocabulary),
+        normal = nn.initializers.normal(c.depth.embed**-0.5)
+        self.semantic_head = self.param(
+            "semantic_head",
+            nn.with_logical_partitioning(normal, ("embed", "vocab")),
+            (c.depth.embed, c.layout.semantic_codes),
+        )
+        self.acoustic_head = self.param(
+            "acoustic_head",
+            nn.with_logical_partitioning(normal, (None, "embed", "vocab")),
+            (c.layout.depth - 1, c.depth.embed, c.layout.acoustic_codes),
         )
 
     def __call__(self, tokens: jax.Array, mulan: jax.Array, deterministic: bool = True) -> jax.Array:
@@ -148,8 +153,14 @@ class MusicLM(nn.Module):
         Codes that a place does not have get a score that makes their probability exactly 0.
         """
         hidden = self.trunk.hidden(tokens, mulan, deterministic)
-        logits = at_least_float32(jnp.einsum("bfkd,kdv->bfkv", hidden, self.head))
-        return jnp.where(self.config.layout.allowed[None, None], logits, NEVER)
+        acoustic = jnp.einsum("bfkd,kdv->bfkv", hidden[:, :, 1:], self.acoustic_head)
+        return jnp.concatenate([self._filled(hidden[:, :, :1] @ self.semantic_head), self._filled(acoustic)], axis=2)
+
+    def _filled(self, logits: jax.Array) -> jax.Array:
+        """Up to the V codes of the larger codebook: [..., at most V] -> f32 [..., V]."""
+        missing = self.config.layout.vocabulary - logits.shape[-1]
+        widths = [(0, 0)] * (logits.ndim - 1) + [(0, missing)]
+        return jnp.pad(at_least_float32(logits), widths, constant_values=NEVER)
 
     def temporal_bias(self, frames: int) -> jax.Array:
         """See Trunk."""
@@ -178,8 +189,8 @@ class MusicLM(nn.Module):
     ) -> tuple[jax.Array, Cache]:
         """Logits f32 [B, V] of the code at `place`, and the depth cache; arguments as in Trunk.next_code."""
         hidden, cache = self.trunk.next_code(context, previous, cache, place, bias)
-        logits = at_least_float32(hidden @ self.head[place])
-        return jnp.where(jnp.asarray(self.config.layout.allowed)[place][None], logits, NEVER), cache
+        acoustic = self._filled(hidden @ self.acoustic_head[jnp.maximum(place - 1, 0)])
+        return jnp.where(place > 0, acoustic, self._filled(hidden @ self.semantic_head)), cache
 
 
 class Value(nn.Module):
