@@ -1,7 +1,8 @@
 """Reward terms and their mixture.
 
-A term says what it is called, in which range it lies and which weights it needs; `score` is a pure function
-(weights, Rollout) -> f32 [B] on the device. A user's own term is a frozen dataclass with the same five members.
+A term says what it is called, in which range it lies, under which licence its model stands, what of a clip that hears
+and which weights it needs; `score` is a pure function (weights, Rollout) -> f32 [B] on the device. A user's own term is
+a frozen dataclass with the same members.
 
 Legend: B clips.
 """
@@ -20,6 +21,9 @@ from musicrl_jax.models.mulan import MuLan, MuLanConfig
 from musicrl_jax.models.rewards import Preference, PreferenceConfig, Quality, QualityConfig
 from musicrl_jax.rl.rollout import LINEAGE, Rollout
 
+FIRST_AND_LAST = "the first and the last {:g} s; the mean"
+Units = dict[str, tuple[jax.Array | float, jax.Array | float]]  # centre and spread of each term
+
 
 class Term(Protocol):
     """What a reward term offers."""
@@ -27,9 +31,13 @@ class Term(Protocol):
     name: str
     low: float
     high: float
+    licence: str
 
     def load(self) -> checkpoint.Model:
         """The term's model, read once."""
+
+    def windows(self, model: Any) -> str:
+        """In words, what of a clip is heard."""
 
     def score(self, model: Any, variables: Any, rollout: Rollout) -> jax.Array:
         """f32 [B] in [low, high]; `model` is the config that `load` gave, `variables` its weights."""
@@ -42,9 +50,11 @@ class TextAdherence:
 
     Attributes:
       mulan: folder of the MuLan checkpoint.
+      licence: that its weights stand under.
     """
 
     mulan: str
+    licence: str
     name = "text_adherence"
     low = -1.0
     high = 1.0
@@ -52,6 +62,10 @@ class TextAdherence:
     def load(self) -> checkpoint.Model:
         """MuLan."""
         return checkpoint.load_model(self.mulan, MuLanConfig)
+
+    def windows(self, model: MuLanConfig) -> str:
+        """One after the other."""
+        return f"windows of {model.window_seconds:g} s, one after the other; the mean"
 
     def score(self, model: MuLanConfig, variables: Any, rollout: Rollout) -> jax.Array:
         """f32 [B]."""
@@ -65,9 +79,11 @@ class AcousticQuality:
 
     Attributes:
       quality: folder of the quality regressor's checkpoint.
+      licence: that its weights stand under.
     """
 
     quality: str
+    licence: str
     name = "acoustic_quality"
     low = 0.0
     high = 1.0
@@ -75,6 +91,10 @@ class AcousticQuality:
     def load(self) -> checkpoint.Model:
         """The regressor."""
         return checkpoint.load_model(self.quality, QualityConfig)
+
+    def windows(self, model: QualityConfig) -> str:
+        """Both ends."""
+        return FIRST_AND_LAST.format(model.window_seconds)
 
     def score(self, model: QualityConfig, variables: Any, rollout: Rollout) -> jax.Array:
         """f32 [B]."""
@@ -87,9 +107,11 @@ class UserPreference:
 
     Attributes:
       preference: folder of the preference model's checkpoint.
+      licence: that its weights stand under.
     """
 
     preference: str
+    licence: str
     name = "user_preference"
     low = -math.inf
     high = math.inf
@@ -97,6 +119,10 @@ class UserPreference:
     def load(self) -> checkpoint.Model:
         """The preference model."""
         return checkpoint.load_model(self.preference, PreferenceConfig)
+
+    def windows(self, model: PreferenceConfig) -> str:
+        """Both ends."""
+        return FIRST_AND_LAST.format(model.window_seconds)
 
     def score(self, model: PreferenceConfig, variables: Any, rollout: Rollout) -> jax.Array:
         """f32 [B]."""
@@ -110,10 +136,13 @@ class Mixture:
     Attributes:
       terms: the terms, each name once.
       weights: a weight for each term's name.
+      normalise: whether a term is first brought to mean 0 and standard deviation 1 over clips of the base, so that
+        weights mean the same for terms of any scale; else terms are taken as they are, as in MusicRL.
     """
 
     terms: tuple[Term, ...]
     weights: dict[str, float]
+    normalise: bool = False
 
     def __post_init__(self) -> None:
         names = [term.name for term in self.terms]
@@ -157,14 +186,48 @@ class LoadedMixture:
                         f"speaks those of {spoken[other][:12]}: train it on votes for clips of this policy"
                     )
 
-    def score(self, variables: dict[str, Any], rollout: Rollout) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """(the mixture f32 [B], each term f32 [B])."""
-        scores = {
+    def describe(self) -> dict[str, dict[str, Any]]:
+        """What each term declares, for whoever gets a policy that it trained."""
+        return {
+            term.name: {
+                "weight": self.mixture.weights[term.name],
+                "range": [str(term.low), str(term.high)],
+                "windows": term.windows(self.models[term.name].config),
+                "licence": term.licence,
+                "hash": self.models[term.name].hash,
+            }
+            for term in self.mixture.terms
+        }
+
+    def score(self, variables: dict[str, Any], rollout: Rollout) -> dict[str, jax.Array]:
+        """Each term, f32 [B]."""
+        return {
             term.name: term.score(self.models[term.name].config, variables[term.name], rollout).astype(jnp.float32)
             for term in self.mixture.terms
         }
-        total = sum(self.mixture.weights[name] * score for name, score in scores.items())
-        return total, scores
+
+    def units(self, scores: dict[str, np.ndarray]) -> Units:
+        """What the terms are measured in, from their scores f32 [B] of the base's clips; (0, 1) if not normalised.
+
+        ValueError where a term has no two finite scores that differ.
+        """
+        if not self.mixture.normalise:
+            return {name: (0.0, 1.0) for name in scores}
+        found = {}
+        for name, score in scores.items():
+            finite = np.asarray(score)[np.isfinite(score)]
+            if len(finite) < 2 or finite.std() <= 1e-7 * max(np.abs(finite).max(), 1e-30):
+                raise ValueError(
+                    f"reward {name} is the same for all of {len(finite)} clips of the base and cannot be normalised: "
+                    "leave it out, or set Mixture.normalise=False"
+                )
+            found[name] = float(finite.mean()), float(finite.std())
+        return found
+
+    def total(self, scores: dict[str, jax.Array], units: Units) -> jax.Array:
+        """The mixture, f32 [B]."""
+        weights = self.mixture.weights
+        return sum(weights[name] * ((score - units[name][0]) / units[name][1]) for name, score in scores.items())
 
     def check(self, scores: dict[str, np.ndarray]) -> None:
         """ValueError where a term left its range; what is not finite is left to the update, which skips it."""

@@ -19,6 +19,8 @@ from musicrl_jax.models.soundstorm import SoundStorm, SoundStormConfig, fill_fin
 from musicrl_jax.models.soundstream import SoundStream, SoundStreamConfig
 from musicrl_jax.rl.sample import Sampling, sample
 
+ANCHOR = "anchor.json"  # beside a finetuned policy: its anchor's content hash, what its rewards declare, the alarm
+LAST = "last"  # a finetuned policy's folder for the last weights, where earlier ones were kept
 LINEAGE = "tokens.json"  # which models wrote the tokens that a token model was trained on, {name: hash}
 
 

@@ -9,11 +9,14 @@ import pytest
 from flax.linen import meta
 
 from musicrl_jax.core import checkpoint
+from musicrl_jax.core.tokens import TokenLayout
 from musicrl_jax.models.bert import BertConfig
 from musicrl_jax.models.mulan import MuLan, MuLanConfig
+from musicrl_jax.models.musiclm import MusicLMConfig
 from musicrl_jax.models.resnet import ResNetConfig
-from musicrl_jax.models.rewards import Quality, QualityConfig
-from musicrl_jax.rl.rewards import AcousticQuality, Mixture, TextAdherence
+from musicrl_jax.models.rewards import Preference, PreferenceConfig, Quality, QualityConfig
+from musicrl_jax.models.transformer import TransformerConfig
+from musicrl_jax.rl.rewards import AcousticQuality, Mixture, TextAdherence, UserPreference
 from musicrl_jax.rl.rollout import Rollout
 
 BATCH, SAMPLES = 3, 8000
@@ -27,9 +30,13 @@ class Peak:
     name: str = "peak"
     low: float = 0.0
     high: float = 1.0
+    licence: str = "none needed"
 
     def load(self):
-        return checkpoint.Model(None, {}, "none", {})
+        return checkpoint.Model(None, {}, "5e3d", {})
+
+    def windows(self, model):
+        return "all"
 
     def score(self, model, variables, rollout):
         return rollout.wav.max(axis=-1)
@@ -51,7 +58,8 @@ def wav():
 def test_the_mixture_is_the_weighted_sum_of_its_terms(wav):
     terms = Peak("peak"), Peak("second")
     loaded = Mixture(terms, {"peak": 0.25, "second": -2.0}).load()
-    total, scores = loaded.score(loaded.variables, rolled(wav))
+    scores = loaded.score(loaded.variables, rolled(wav))
+    total = loaded.total(scores, loaded.units(scores))
     peak = np.asarray(wav).max(axis=1)
     np.testing.assert_array_equal(scores["peak"], peak)
     np.testing.assert_allclose(total, -1.75 * peak, rtol=1e-6)
@@ -61,29 +69,85 @@ def test_the_mixture_is_the_weighted_sum_of_its_terms(wav):
 def test_small_differences_between_rewards_survive():
     wav = jnp.linspace(0.1, 0.9, 9)[:, None] * jnp.ones((9, 4))
     loaded = Mixture((Peak(),), {"peak": 1.0}).load()
-    total, _ = loaded.score(loaded.variables, rolled(wav))
-    np.testing.assert_allclose(total, np.linspace(0.1, 0.9, 9), atol=1e-6)
+    scores = loaded.score(loaded.variables, rolled(wav))
+    np.testing.assert_allclose(loaded.total(scores, loaded.units(scores)), np.linspace(0.1, 0.9, 9), atol=1e-6)
 
 
-def test_text_adherence_is_the_cosine_of_prompt_and_clip(wav):
+def test_normalised_terms_count_alike_whatever_their_scale():
+    terms = Peak("loud", high=np.inf), Peak("soft")
+    loaded = Mixture(terms, {"loud": 1.0, "soft": 2.0}, normalise=True).load()
+    peak = np.array([0.1, 0.4, 0.3], np.float32)
+    base = {"loud": 1000 * np.array([*peak, np.nan]), "soft": peak + 5}
+    units = loaded.units(base)
+    assert units["loud"] == pytest.approx((1000 * peak.mean(), 1000 * peak.std()), rel=1e-5)
+    scores = {"loud": jnp.asarray(1000 * peak), "soft": jnp.asarray(peak + 5)}
+    expected = 3 * (peak - peak.mean()) / peak.std()
+    np.testing.assert_allclose(loaded.total(scores, units), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("scores", [[0.5, 0.5, 0.5], [0.5, np.nan], [np.inf, np.nan]])
+def test_a_term_that_never_moves_cannot_be_normalised(scores):
+    loaded = Mixture((Peak(),), {"peak": 1.0}, normalise=True).load()
+    with pytest.raises(ValueError, match=r"reward peak is the same for all of \d clips of the base"):
+        loaded.units({"peak": np.array(scores)})
+
+
+def test_a_mixture_declares_what_its_terms_are():
+    declared = Mixture((Peak(),), {"peak": 0.5}).load().describe()
+    assert declared == {
+        "peak": {"weight": 0.5, "range": ["0.0", "1.0"], "windows": "all", "licence": "none needed", "hash": "5e3d"}
+    }
+
+
+def rows(x, starts, length):
+    """The windows of a clip that NumPy cuts: x [B, N, ...] -> a list of [B, length, ...]."""
+    return [np.asarray(x)[:, start : start + length] for start in starts]
+
+
+# Samples of a clip and where its windows of 0.25 s begin: MusicRL's 3 x 10 s, scaled; some that overlap; and one.
+@pytest.mark.parametrize(
+    ("samples", "starts"), [(12_000, [0, 4000, 8000]), (10_000, [0, 3000, 6000]), (4000, [0]), (3200, [0])]
+)
+def test_text_adherence_is_the_mean_of_the_windows_cosines(wav, samples, starts):
     text_tower = BertConfig(layers=1, heads=2, embed=16, mlp=32, positions=8, pieces=40)
-    config = MuLanConfig(16_000, 10.0, TOWER, text_tower, text_length=8, embed=4, levels=2, codes=4)
+    config = MuLanConfig(16_000, 0.25, TOWER, text_tower, text_length=8, embed=4, levels=2, codes=4)
     text = jnp.array([[3, 4, 0], [5, 6, 7], [8, 0, 0]], jnp.int32)
+    wav = jnp.tile(wav, (1, 2))[:, :samples]
     variables = meta.unbox(MuLan(config).init(jax.random.key(1), wav, text))
-    audio, prompt, _ = MuLan(config).apply(variables, wav, text)
-    scores = TextAdherence("unread").score(config, variables, rolled(wav, prompt))
-    audio, prompt = np.asarray(audio, np.float64), np.asarray(prompt, np.float64)
-    cosine = (audio * prompt).sum(1) / np.linalg.norm(audio, axis=1) / np.linalg.norm(prompt, axis=1)
-    np.testing.assert_allclose(scores, cosine, atol=1e-6)
+    parts = [MuLan(config).apply(variables, part, text)[:2] for part in rows(wav, starts, 4000)]
+    cosines = []
+    for audio, prompt in np.asarray(parts, np.float64):
+        cosines.append((audio * prompt).sum(1) / np.linalg.norm(audio, axis=1) / np.linalg.norm(prompt, axis=1))
+    scores = TextAdherence("unread", "").score(config, variables, rolled(wav, parts[0][1]))
+    np.testing.assert_allclose(scores, np.mean(cosines, axis=0), atol=1e-6)
 
 
-def test_acoustic_quality_takes_one_to_five_to_zero_to_one(wav):
+# Shorter than two windows they overlap; up to one there is one.
+@pytest.mark.parametrize(("samples", "starts"), [(8000, [0, 4000]), (5000, [0, 1000]), (4000, [0]), (3200, [0])])
+def test_acoustic_quality_is_that_of_the_first_and_the_last_window(wav, samples, starts):
     config = QualityConfig(sample_rate_hz=16_000, window_seconds=0.25, network=TOWER)
+    wav = wav[:, :samples]
     variables = meta.unbox(Quality(config).init(jax.random.key(2), wav))
-    mos = np.asarray(Quality(config).apply(variables, wav))
-    scores = AcousticQuality("unread").score(config, variables, rolled(wav))
+    mos = np.mean([Quality(config).apply(variables, part) for part in rows(wav, starts, 4000)], axis=0)
+    scores = AcousticQuality("unread", "").score(config, variables, rolled(wav))
     np.testing.assert_allclose(scores, (mos - 1) / 4, rtol=1e-6)
     assert (np.asarray(scores) > 0).all() and (np.asarray(scores) < 1).all()
+
+
+@pytest.mark.parametrize(("frames", "starts"), [(20, [0, 10]), (13, [0, 3]), (10, [0]), (7, [0])])
+def test_user_preference_is_that_of_the_first_and_the_last_window(frames, starts):
+    size = TransformerConfig(1, 8, 2, 8, dropout=0.0)
+    config = PreferenceConfig(MusicLMConfig(size, size, TokenLayout(6, 6, 1), 2, 4), window_seconds=0.4)
+    tokens = jax.random.randint(jax.random.key(3), (BATCH, frames, 3), 0, 6)
+    mulan = jax.random.randint(jax.random.key(4), (BATCH, 2), 0, 4)
+    variables = meta.unbox(Preference(config).init(jax.random.key(5), tokens, mulan))
+    kernel = jax.random.normal(jax.random.key(6), variables["params"]["score"]["kernel"].shape)  # starts at 0
+    variables["params"]["score"]["kernel"] = kernel
+    expected = np.mean([Preference(config).apply(variables, part, mulan) for part in rows(tokens, starts, 10)], axis=0)
+    rollout = rolled(jnp.zeros((BATCH, 8))).replace(tokens=tokens, mulan=mulan)
+    scores = UserPreference("unread", "").score(config, variables, rollout)
+    np.testing.assert_allclose(scores, expected, rtol=1e-5, atol=1e-6)
+    assert np.std(scores) > 1e-3
 
 
 @pytest.mark.parametrize("value", [-0.01, 1.01])
