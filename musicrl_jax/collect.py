@@ -3,7 +3,7 @@
 Legend: P pairs.
 """
 
-import importlib.util
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from musicrl_jax.arena.audience import Audience
 from musicrl_jax.arena.listeners import Panel
 from musicrl_jax.core import checkpoint
 from musicrl_jax.core.files import write_json
@@ -18,7 +19,6 @@ from musicrl_jax.core.keys import row_keys, step_key
 from musicrl_jax.core.progress import Progress
 from musicrl_jax.core.tokens import deinterleave
 from musicrl_jax.inputs import pieces, tokens, votes
-from musicrl_jax.inputs.clips import Clips
 from musicrl_jax.inputs.prompts import Prompts
 from musicrl_jax.rl import rollout as rollouts
 from musicrl_jax.rl.rollout import Rollout
@@ -35,13 +35,11 @@ def collect(
     codec: str,
     mulan: str,
     prompts: Prompts,
-    clips: Clips,
-    panel: Panel,
+    audience: Audience,
     pairs: int,
     clip_seconds: float,
     validation_share: float = 0.1,
     votes_per_pair: int = 1,
-    ears_clips: int = 400,
     temperature: float = 0.99,
     top_k: int | None = None,
     batch_size: int = 16,
@@ -49,20 +47,19 @@ def collect(
 ) -> None:
     """Writes the tokens of P pairs of clips and the votes on them; leaves finished splits alone.
 
-    Every vote is of *simulated listeners*, and says so. How often two of them agree on these pairs is printed, and
-    stands in `votes_dir`/agreement.json; of MusicRL's people it was about 60 %.
+    Every vote is of *simulated listeners*, and says so. How often two of them agree on these pairs, and how often one's
+    choice can be foretold at most, is printed and stands in `votes_dir`/agreement.json; the agreement of MusicRL's
+    people was about 60 %.
 
     Args:
       votes_dir: where tokens and votes go.
       policy, fine, codec, mulan: folders of the checkpoints that turn a prompt into sound.
       prompts: what is asked for; validation prompts for the validation pairs. They come again where there are too few.
-      clips: real clips: what is known of them says what their captions ask for, and sets the scale of the measurements.
-      panel: who votes.
+      audience: who votes.
       pairs: P, of both splits together.
       clip_seconds: length of the clips.
       validation_share: of the pairs.
       votes_per_pair: different listeners that vote on a pair.
-      ears_clips: real training clips that set the listeners' scale.
       temperature, top_k: of the policy.
       batch_size: pairs at a time; changes nothing in the result.
       seed: of sampling, of who votes on what, and of their noise.
@@ -72,17 +69,13 @@ def collect(
     """
     if not 0 < validation_share < 1 or pairs * min(validation_share, 1 - validation_share) < 1:
         raise ValueError(f"collect.validation_share={validation_share} of pairs={pairs} leaves a split without any")
+    panel = audience.panel
     if not 1 <= votes_per_pair <= panel.size:
         raise ValueError(f"collect.votes_per_pair={votes_per_pair} must be from 1 to the panel's size, {panel.size}")
-    if missing := [name for name in ("librosa", "sklearn") if importlib.util.find_spec(name) is None]:
-        raise ModuleNotFoundError(f"listening needs {', '.join(missing)}: pip install 'musicrl-jax[listeners]'")
-    from musicrl_jax.arena.ears import RATE_HZ, Ears  # an extra; training hosts go without
-
     sampling = Sampling(temperature, top_k)
     loaded = rollouts.load(policy, fine, codec, mulan)
     studio, frames = loaded.studio, loaded.studio.frames(clip_seconds)
-    if studio.sample_rate_hz != RATE_HZ:
-        raise ValueError(f"{codec} decodes at {studio.sample_rate_hz} Hz, and the listeners hear at {RATE_HZ}")
+    audience.check(studio.sample_rate_hz)
     speaks = studio.musiclm.config
     layout = {
         "acoustic_levels": studio.soundstream.config.levels,
@@ -96,8 +89,8 @@ def collect(
         {
             "hashes": loaded.hashes,
             "prompts": prompts,
-            "panel": panel,
-            "settings": [pairs, clip_seconds, validation_share, votes_per_pair, ears_clips, temperature, top_k, seed],
+            "audience": audience,
+            "settings": [pairs, clip_seconds, validation_share, votes_per_pair, temperature, top_k, seed],
         }
     )
     counts = {"validation": round(pairs * validation_share)}
@@ -107,17 +100,14 @@ def collect(
         print(f"{votes_dir}: collected already")
         return
 
-    known = {}
-    for split in clips.splits():
-        known |= dict(zip(clips.captions(split), clips.attributes(split).values(), strict=True))
-    ears = Ears(*_real(clips, ears_clips))
+    hearing = audience.load()
 
     @jax.jit
     def draw(policy: Any, frozen: Any, text: jax.Array, keys: jax.Array) -> Rollout:
         return studio.rollout(policy, frozen, text, keys, frames, sampling)
 
     def played(split: str, heard: list[np.ndarray], asked: list[str]) -> Iterator[dict[str, Any]]:
-        """The clips of a split as token examples; puts what was measured into `heard`, pair by pair."""
+        """The clips of a split as token examples; puts what was measured into `heard`, batch by batch."""
         text = pieces.encode(loaded.vocabulary, asked, prompts.text_length)
         starts = range(0, len(asked), batch_size)
         for first in Progress(starts, f"collect {split}", len(starts)):
@@ -125,9 +115,10 @@ def collect(
             keys = row_keys(step_key(seed, SPLITS.index(split), stream=5), 2 * batch_size, 2 * first)
             found = jax.device_get(draw(loaded.policy, loaded.frozen, np.repeat(text[chosen], 2, axis=0), keys))
             semantic, _ = deinterleave(found.tokens)
-            for row in range(2 * min(batch_size, len(asked) - first)):
+            here = range(2 * min(batch_size, len(asked) - first))
+            heard.append(hearing.measure(found.wav[: len(here)], [asked[first + row // 2] for row in here]))
+            for row in here:
                 pair = first + row // 2
-                heard.append(ears.measure(found.wav[row], known.get(asked[pair], {})))
                 yield {
                     "semantic": np.asarray(semantic[row]),
                     "acoustic": found.acoustic[row],
@@ -136,7 +127,8 @@ def collect(
                     "caption": asked[pair],
                 }
 
-    agreement = {}
+    figures = Path(votes_dir) / FIGURES
+    found = json.loads(figures.read_text()) if figures.exists() else {"agreement": {}, "ceiling": {}}
     for split in wanting:
         unique = prompts.unique(split)
         if not unique:
@@ -145,34 +137,26 @@ def collect(
         heard: list[np.ndarray] = []
         # Votes come first: the manifest that `write_tokens` ends with makes a split whole.
         examples = list(played(split, heard, asked))
-        cast, agreement[split] = _votes(panel, np.stack(heard), asked, split, votes_per_pair, seed)
+        cast, found["agreement"][split], found["ceiling"][split] = _votes(
+            panel, np.concatenate(heard), asked, split, votes_per_pair, seed
+        )
         others = [vote for vote in _votes_there(votes_dir) if not vote.a.startswith(f"{split}-")]
         Path(votes_dir).mkdir(parents=True, exist_ok=True)
         votes.write_votes(votes_dir, [*others, *cast])
         tokens.write_tokens(votes_dir, split, examples, models, layout, data)
         abstained = np.mean([vote.vote == votes.ABSTAINED for vote in cast])
+        write_json(figures, {"panel": panel.name, "simulated listeners": True, **found})
         print(
             f"{split}: {len(cast)} votes of simulated listeners ({panel.name}) on {counts[split]} pairs, "
-            f"{abstained:.0%} abstentions; two listeners agree on {agreement[split]:.1%} of the pairs"
+            f"{abstained:.0%} abstentions; two listeners agree on {found['agreement'][split]:.1%} of the pairs, "
+            f"and {found['ceiling'][split]:.1%} of the choices can be foretold"
         )
-    write_json(Path(votes_dir) / FIGURES, {"panel": panel.name, "simulated listeners": True, "agreement": agreement})
-
-
-def _real(clips: Clips, count: int) -> tuple[list[np.ndarray], list[dict[str, Any]]]:
-    """The first `count` training clips in the order of seed 0, and what is true of them."""
-    known, wavs, asked = clips.attributes("train"), [], []
-    for batch in clips.batches("train", min(count, clips.count("train")), seed=0, epochs=1):
-        wavs += list(batch["audio"])
-        asked += [known[name] for name in batch["id"]]
-        if len(wavs) >= count:
-            break
-    return wavs[:count], asked[:count]
 
 
 def _votes(
     panel: Panel, measured: np.ndarray, asked: list[str], split: str, votes_per_pair: int, seed: int
-) -> tuple[list[votes.Vote], float]:
-    """Votes on pairs (2 i, 2 i + 1) of the measured clips, and how often two listeners would agree."""
+) -> tuple[list[votes.Vote], float, float]:
+    """Votes on pairs (2 i, 2 i + 1) of the measured clips; how often two listeners would agree, and the ceiling."""
     utilities = panel.utilities(measured)  # [L, 2 P]
     a, b = utilities[:, ::2], utilities[:, 1::2]
     rng = np.random.default_rng([seed, SPLITS.index(split)])
@@ -183,7 +167,7 @@ def _votes(
             ids = (f"{split}-{pair:06d}-{side}" for side in "ab")
             who = f"simulated listener {listener} of the {panel.name}"
             cast.append(votes.Vote(0, prompt, *ids, choice, who, [True, True]))
-    return cast, panel.agreement(a, b)
+    return cast, panel.agreement(a, b), panel.ceiling(a, b)
 
 
 def _votes_there(votes_dir: str) -> list[votes.Vote]:

@@ -10,7 +10,9 @@ Legend: B clips, S = F K tokens of a clip in the order in which they are drawn, 
 import dataclasses
 import json
 import math
+import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +22,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from musicrl_jax.arena.monitor import Judge, Monitor
 from musicrl_jax.core import checkpoint, sharding
 from musicrl_jax.core.keys import row_keys, step_key
-from musicrl_jax.core.metrics import MetricWriter
+from musicrl_jax.core.metrics import FILE_NAME, MetricWriter
 from musicrl_jax.core.progress import Progress
 from musicrl_jax.core.state import Optimiser, moved
 from musicrl_jax.inputs.prompts import Prompts
@@ -35,13 +38,15 @@ from musicrl_jax.losses.policy_gradient import (
     scores,
     value_loss,
 )
-from musicrl_jax.models.musiclm import MusicLM, Value
+from musicrl_jax.models.musiclm import MusicLM, MusicLMConfig, Value
+from musicrl_jax.report.curves import read_metrics
 from musicrl_jax.rl import rollout as rollouts
-from musicrl_jax.rl.rewards import Mixture
+from musicrl_jax.rl.rewards import Mixture, Units
 from musicrl_jax.rl.rollout import Rollout
 from musicrl_jax.rl.sample import Sampling, log_probs, values
 
-ANCHOR = "anchor.json"  # beside a finetuned policy: the content hashes of its anchor and of its reward models
+LOOKS = "looks"  # the policies that the held-out judge looked at, until one is kept
+JUDGED = "judge_gain", "judge_error"  # the held-out judge's metrics
 MOST_SKIPPED = 10  # updates without a finite reward and gradient, before a run gives up
 
 
@@ -243,10 +248,13 @@ def train_rl(
     fsdp: int = 1,
     tensor: int = 1,
     save_every: int = 10,
+    monitor: Monitor | None = None,
 ) -> None:
     """Finetunes a base policy and writes it to `model_dir`/model; goes on from the newest checkpoint there, if any.
 
-    Policy and value start from the base's weights, and the base stays as the anchor (MusicRL 3.3).
+    Policy and value start from the base's weights, and the base stays as the anchor (MusicRL 3.3). With a monitor the
+    policy that is written is the one that `arena.monitor.RULE` keeps; where that is not the last, the last one is
+    written to `model_dir`/last/model.
 
     Args:
       model_dir: the run's folder.
@@ -266,6 +274,7 @@ def train_rl(
       seed: of prompts' order and of sampling.
       fsdp, tensor: sizes of the mesh's axes.
       save_every: steps between two checkpoints.
+      monitor: a held-out judge that looks at the policy from time to time and stops an over-optimised run.
 
     Raises:
       ValueError: where a setting is out of range, the models do not fit, or model_dir holds another run.
@@ -307,9 +316,12 @@ def train_rl(
         "top_k": top_k,
         "policy_optimiser": dataclasses.asdict(policy_optimiser),
         "value_optimiser": dataclasses.asdict(value_optimiser),
+        "monitor": checkpoint.describe(monitor),
         "seed": seed,
         "steps": steps,
     }
+    if monitor is not None:
+        monitor.audience.check(studio.sample_rate_hz)
     checkpoints = checkpoint.RunCheckpoints(directory, identity)
     if checkpoint.has_model(directory):
         print(f"{directory}: trained already")
@@ -335,32 +347,56 @@ def train_rl(
         state = checkpoints.restore(state)
 
     # The three functions.
-    def draw(policy: Any, frozen: Any, text: jax.Array, step: jax.Array) -> Rollout:
-        keys = row_keys(step_key(seed, step, stream=3), len(text))
+    def draw(policy: Any, frozen: Any, text: jax.Array, keys: jax.Array) -> Rollout:
         return studio.rollout(policy, frozen, text, keys, frames, sampling)
 
-    rollout_step = jax.jit(draw, out_shardings=sharding.batch_sharding(mesh))
-    reward_step = jax.jit(mixture.score, out_shardings=sharding.batch_sharding(mesh))
+    def score(scorers: Any, rollout: Rollout, units: Units) -> tuple[jax.Array, dict[str, jax.Array]]:
+        terms = mixture.score(scorers, rollout)
+        return mixture.total(terms, units), terms
+
+    by_row = sharding.batch_sharding(mesh)
+    rollout_step = jax.jit(draw, out_shardings=by_row)
+    reward_step = jax.jit(score, out_shardings=by_row)
     update_step = jax.jit(learner.update, donate_argnums=0, out_shardings=(shardings, replicated))
+    keys_of = jax.jit(lambda step: row_keys(step_key(seed, step, stream=3), batch_size), out_shardings=by_row)
+
+    def played(policy: Any, asked: np.ndarray, step: int) -> Rollout:
+        return rollout_step(policy, frozen, sharding.put_batch(mesh, {"text": asked})["text"], keys_of(step))
+
+    def heard(policy: Any, text: np.ndarray) -> np.ndarray:
+        """A clip for each of the judge's prompts, with the same keys at every look: [n, L] -> f32 [n, N]."""
+        rows = np.arange(-(-len(text) // batch_size) * batch_size) % len(text)
+        parts = rows.reshape(-1, batch_size)
+        wavs = [jax.device_get(played(policy, text[part], -1 - number).wav) for number, part in enumerate(parts)]
+        return np.concatenate(wavs)[: len(text)]
 
     # The loop.
-    batches = prompts.batches("train", batch_size // gradient.clips_per_prompt, seed, start_step=start)
-    progress = Progress(range(start, steps), directory.name, steps, start)
+    per_prompt = gradient.clips_per_prompt
     with jax.set_mesh(mesh), MetricWriter(directory, start) as writer:
+        units = {term.name: (0.0, 1.0) for term in rewards.terms}
+        if rewards.normalise:
+            asked = next(prompts.batches("train", batch_size // per_prompt, seed))["text"]
+            first = reward_step(scorers, played(anchor, np.repeat(asked, per_prompt, axis=0), 0), units)[1]
+            units = mixture.units(jax.device_get(first))
+        judge = None if monitor is None else _judge(monitor, loaded.vocabulary, directory, partial(heard, anchor))
+        batches = prompts.batches("train", batch_size // per_prompt, seed, start_step=start)
+        progress = Progress(range(start, steps), directory.name, steps, start)
+        kept = None
         for step in progress:
-            asked = np.repeat(
-                next(batches)["text"], gradient.clips_per_prompt, axis=0
-            )  # clips of a prompt stand together
-            text = sharding.put_batch(mesh, {"text": asked})["text"]
-            rollout = rollout_step(state.policy, frozen, text, jnp.int32(step))
-            reward, terms = reward_step(scorers, rollout)
+            seen = {}
+            if judge is not None and step and step % monitor.every == 0:
+                seen = dict(zip(JUDGED, judge.look(partial(heard, state.policy)), strict=True))
+                checkpoint.save_model(directory / LOOKS / f"{step}", config, {"params": state.policy})
+            asked = np.repeat(next(batches)["text"], per_prompt, axis=0)  # clips of a prompt stand together
+            rollout = played(state.policy, asked, step)
+            reward, terms = reward_step(scorers, rollout, units)
             if step == 0:
                 state = learner.with_baseline(state, reward)
             state, metrics = update_step(state, anchor, rollout, reward)
             reward, terms, metrics = jax.device_get((reward, terms, metrics))
             mixture.check(terms)
             numbers = {name: score.mean() for name, score in terms.items()}
-            numbers |= {"reward": reward.mean(), "reward_std": reward.std(), **metrics}
+            numbers |= {"reward": reward.mean(), "reward_std": reward.std(), **metrics, **seen}
             numbers["kl_per_second"] = numbers["kl"] / clip_seconds
             writer.write(step, numbers)
             if metrics["skipped"] > MOST_SKIPPED:
@@ -369,9 +405,27 @@ def train_rl(
                     f"last at step {step}; mend the reward or lower the learning rate"
                 )
             progress.note(f"reward {numbers['reward']:.3f}  kl {numbers['kl']:.2f}")
+            if seen and (kept := judge.alarmed(step, float(metrics["kl"]), *seen.values())) is not None:
+                print(f"{directory.name}: the held-out judge has passed its peak; stops, and keeps step {kept}")
+                break
             if (step + 1) % save_every == 0:
                 checkpoints.save(step + 1, state)
     checkpoints.close()
-    anchored = json.dumps({"anchor": loaded.hashes["policy"], **mixture.hashes}).encode()
-    assets = {rollouts.LINEAGE: loaded.lineage, ANCHOR: anchored}
-    checkpoint.save_model(directory, config, {"params": state.policy}, assets)
+    told = {"anchor": loaded.hashes["policy"], "rewards": mixture.describe(), "units": units, "alarm": kept}
+    assets = {rollouts.LINEAGE: loaded.lineage, rollouts.ANCHOR: json.dumps(told).encode()}
+    final = {"params": state.policy}
+    if kept is not None:
+        checkpoint.save_model(directory / rollouts.LAST, config, final, assets)
+        final = checkpoint.load_model(directory / LOOKS / f"{kept}", MusicLMConfig).variables
+    checkpoint.save_model(directory, config, final, assets)
+    shutil.rmtree(directory / LOOKS, ignore_errors=True)
+
+
+def _judge(monitor: Monitor, vocabulary: bytes, directory: Path, heard: Callable[[np.ndarray], np.ndarray]) -> Judge:
+    """The monitor's judge, who has heard the base and remembers what earlier attempts of this run let it see."""
+    judge = monitor.load(vocabulary, heard)
+    metrics = read_metrics(directory / FILE_NAME)
+    for step, gain, error in zip(*metrics.get(JUDGED[0], ((), ())), metrics.get(JUDGED[1], ((), ()))[1], strict=True):
+        kl = metrics["kl"][1][np.searchsorted(metrics["kl"][0], step)]
+        judge.alarmed(int(step), float(kl), float(gain), float(error))
+    return judge

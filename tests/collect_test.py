@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import pytest
 
 from musicrl_jax import collect
 from musicrl_jax.arena import ears
+from musicrl_jax.arena.audience import Audience
 from musicrl_jax.arena.listeners import training_panel
 from musicrl_jax.core.tokens import TokenLayout
 from musicrl_jax.inputs.votes import Votes, read_votes
@@ -56,6 +58,8 @@ class FakePrompts:
 class FakeClips:
     """What is known of the prompts."""
 
+    with_captions: bool = False
+
     def splits(self):
         return ["train", "validation"]
 
@@ -69,6 +73,7 @@ class FakeClips:
         return 5
 
     def batches(self, split, batch_size, seed, epochs):
+        assert self.with_captions
         yield {"audio": np.zeros((5, 16_000), np.float32), "id": np.array([f"train-{i}" for i in range(5)])}
 
 
@@ -84,7 +89,7 @@ class Hiss:
 
 
 def collected(folder, **settings):
-    settings = {"pairs": 40, "clip_seconds": 1.0, "batch_size": 4, "panel": training_panel(), **settings}
+    settings = {"pairs": 40, "clip_seconds": 1.0, "batch_size": 4, **settings}
     hashes = {"policy": "p0"}
     with pytest.MonkeyPatch.context() as patch:
         loaded = Loaded(Studio(), {}, {}, b"words", hashes, b'{"codec": "c0", "semantic": "5e", "mulan": "a1"}')
@@ -95,7 +100,7 @@ def collected(folder, **settings):
             f"{folder}/votes",
             *("policy", "fine", "codec", "mulan"),
             prompts=FakePrompts(),
-            clips=FakeClips(),
+            audience=Audience(training_panel(), FakeClips()),
             **settings,
         )
     return f"{folder}/votes"
@@ -129,7 +134,7 @@ def test_agreement_is_written_and_called_what_it_is(folder):
     with open(f"{folder}/{collect.FIGURES}") as file:
         figures = json.load(file)
     assert figures["simulated listeners"] is True and figures["panel"] == "training panel"
-    assert 0.5 < figures["agreement"]["train"] < 1
+    assert 0.5 < figures["agreement"]["train"] < figures["ceiling"]["train"] < 1
 
 
 def test_batches_change_nothing_and_a_finished_folder_is_left_alone(folder, tmp_path, capsys):
@@ -151,6 +156,7 @@ def test_a_split_that_is_missing_is_made_again_and_the_other_kept(folder, tmp_pa
     path.write_text(json.dumps(manifest))
     collected(tmp_path)
     assert sorted(read_votes(other)) == sorted(read_votes(folder))
+    assert (tmp_path / "votes" / collect.FIGURES).read_text() == (Path(folder) / collect.FIGURES).read_text()
 
 
 def test_several_listeners_hear_a_pair(tmp_path):

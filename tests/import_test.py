@@ -13,7 +13,7 @@ MAY_IMPORT = {
     "losses": {"core", "losses"},
     "inputs": {"core", "inputs"},
     "report": {"core", "report"},
-    "arena": {"core", "arena"},
+    "arena": {"core", "inputs", "arena"},
     "objectives": {"core", "models", "losses", "inputs", "objectives"},
     "rl": {"core", "models", "losses", "inputs", "rl"},
 }

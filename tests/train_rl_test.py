@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +13,14 @@ import pytest
 from flax.linen import meta
 
 from musicrl_jax import train_rl
+from musicrl_jax.arena import monitor
 from musicrl_jax.core import checkpoint, sharding
 from musicrl_jax.core.keys import row_keys
 from musicrl_jax.core.tokens import TokenLayout
 from musicrl_jax.losses.policy_gradient import PolicyGradient
 from musicrl_jax.models.musiclm import MusicLM, MusicLMConfig, Value
 from musicrl_jax.models.transformer import TransformerConfig
+from musicrl_jax.rl import rollout as rollouts
 from musicrl_jax.rl.rollout import Loaded, Rollout
 from musicrl_jax.rl.sample import Sampling, sample
 from musicrl_jax.train_rl import Learner
@@ -204,6 +207,7 @@ class Studio:
     """The policy alone: a prompt is its MuLan tokens, and a rollout has its keys in place of the codec's codes."""
 
     musiclm = MusicLM(SMALL)
+    sample_rate_hz = 16_000
 
     def frames(self, clip_seconds):
         return FRAMES
@@ -222,13 +226,25 @@ class Listener:
     heard: list = dataclasses.field(default_factory=list)
     variables: dict = dataclasses.field(default_factory=dict)
     hashes: dict = dataclasses.field(default_factory=dict)
+    terms: tuple = ()
+    normalise: bool = False
 
     def load(self):
         return self
 
     def score(self, variables, rollout):
-        reward = self.weight * (rollout.tokens[:, :, 0] == 0).mean(axis=1, dtype=jnp.float32)
-        return reward, {"tokens": rollout.tokens, "log_probs": rollout.log_probs, "keys": rollout.acoustic}
+        zeros = (rollout.tokens[:, :, 0] == 0).mean(axis=1, dtype=jnp.float32)
+        return {"zeros": zeros, "tokens": rollout.tokens, "log_probs": rollout.log_probs, "keys": rollout.acoustic}
+
+    def units(self, terms):
+        return {"zeros": (float(terms["zeros"].mean()), float(terms["zeros"].std()))}
+
+    def total(self, terms, units):
+        centre, spread = units.get("zeros", (0.0, 1.0))
+        return self.weight * (terms["zeros"] - centre) / spread
+
+    def describe(self):
+        return {"zeros": {"weight": self.weight}}
 
     def check(self, terms):
         self.heard.append(terms)
@@ -243,9 +259,15 @@ class OnePrompt:
 
     vocabulary: str
 
-    def batches(self, split, batch_size, seed, start_step):
+    text_length: int = 2
+
+    def batches(self, split, batch_size, seed, start_step=0):
         while True:
             yield {"text": np.ones((batch_size, 2), np.int32)}
+
+    def unique(self, split):
+        assert split == "validation"
+        return [f"tune {i}" for i in range(2 * BATCH)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -262,10 +284,10 @@ def base():
     return meta.unbox(jax.jit(MusicLM(SMALL).init)(jax.random.key(2), *shapes))["params"]
 
 
-def loop(folder, mesh=None, weight=1.0, vocabulary=b"words", **settings):
+def loop(folder, mesh=None, weight=1.0, vocabulary=b"words", normalise=False, **settings):
     """train_rl itself on `mesh` -> (what was heard in every step, the last state on its devices, lines of metrics)."""
     (folder / "vocabulary.model").write_bytes(vocabulary)
-    listener, states = Listener(weight), []
+    listener, states = Listener(weight, normalise=normalise), []
     settings = {
         "gradient": PolicyGradient(),
         "steps": 3,
@@ -276,6 +298,9 @@ def loop(folder, mesh=None, weight=1.0, vocabulary=b"words", **settings):
     with pytest.MonkeyPatch.context() as patch:
         loaded = Loaded(Studio(), base(), {}, b"words", {"policy": checkpoint.content_hash(base())}, b"{}")
         patch.setattr(train_rl.rollouts, "load", lambda *folders: loaded)
+        patch.setattr(
+            monitor.pieces, "encode", lambda vocabulary, asked, length: np.ones((len(asked), length), np.int32)
+        )
         patch.setattr(checkpoint.RunCheckpoints, "save", lambda self, step, state: states.append(state))
         if mesh is not None:
             patch.setattr(sharding, "make_mesh", lambda fsdp, tensor: mesh)
@@ -291,7 +316,7 @@ def loop(folder, mesh=None, weight=1.0, vocabulary=b"words", **settings):
             **settings,
         )
     lines = (folder / "run/metrics.jsonl").read_text().splitlines()
-    return listener.heard, states[-1], [json.loads(line) for line in lines]
+    return listener.heard, states[-1:][0] if states else None, [json.loads(line) for line in lines]
 
 
 @pytest.fixture(scope="module")
@@ -306,7 +331,7 @@ def alone(tmp_path_factory):
 def test_eight_devices_do_what_one_does(alone, fsdp, tensor, tmp_path):
     many = loop(tmp_path, fsdp=fsdp, tensor=tensor)
     assert [run[1].value["offset"].sharding.num_devices for run in (alone, many)] == [1, 8]
-    assert many[1].policy["head"].sharding.is_fully_replicated == (fsdp == 1)
+    assert many[1].policy["acoustic_head"].sharding.is_fully_replicated == (fsdp == 1)
     for one, other in zip(alone[0], many[0], strict=True):
         np.testing.assert_array_equal(other["tokens"], one["tokens"])
         np.testing.assert_allclose(other["log_probs"], one["log_probs"], atol=1e-5)
@@ -328,8 +353,82 @@ def test_a_finetuned_policy_knows_its_anchor(tmp_path):
     """RU is anchored to R: what its checkpoint names is the content of R's."""
     loop(tmp_path, steps=1)
     saved = checkpoint.load_model(tmp_path / "run", MusicLMConfig)
-    assert json.loads(saved.assets[train_rl.ANCHOR]) == {"anchor": checkpoint.content_hash(base())}
+    told = json.loads(saved.assets[rollouts.ANCHOR])
+    assert told == {
+        "anchor": checkpoint.content_hash(base()),
+        "rewards": {"zeros": {"weight": 1.0}},
+        "units": {},
+        "alarm": None,
+    }
     assert saved.hash != checkpoint.content_hash(base())
+
+
+def test_normalised_rewards_start_at_zero_in_units_of_the_base(tmp_path):
+    _, _, lines = loop(tmp_path, normalise=True, steps=2)
+    assert lines[0]["reward"] == pytest.approx(0, abs=1e-5) and lines[0]["reward_std"] == pytest.approx(1, abs=1e-5)
+    assert lines[0]["zeros"] != pytest.approx(lines[0]["reward"], abs=0.01)
+    told = json.loads(checkpoint.load_model(tmp_path / "run", MusicLMConfig).assets[rollouts.ANCHOR])
+    assert told["units"]["zeros"][0] == pytest.approx(lines[0]["zeros"])
+
+
+@dataclasses.dataclass
+class Critics:
+    """An audience that likes what it hears by a script: the base, then a value a look, each clip a little apart."""
+
+    script: tuple
+    heard: list = dataclasses.field(default_factory=list)
+
+    def check(self, rate_hz):
+        assert rate_hz == 16_000
+
+    def load(self):
+        return self
+
+    def utilities(self, wavs, asked):
+        assert len(wavs) == len(asked) == 40
+        self.heard.append(wavs)
+        noise = np.random.default_rng(len(self.heard)).normal(size=len(asked))
+        return (0, *self.script)[len(self.heard) - 1] + 0.1 * noise
+
+
+def judged(folder, script, steps, every):
+    critics = Critics(script)
+    judge = monitor.Monitor(critics, OnePrompt(""), every, count=40)
+    *_, lines = loop(folder, steps=steps, monitor=judge, kl_strength=0.0)
+    assert len(critics.heard) == 1 + sum("judge_gain" in line for line in lines)
+    return lines
+
+
+def test_a_judge_that_passes_its_peak_stops_the_run_and_keeps_the_best(tmp_path, monkeypatch):
+    script = (0.5, 0.9, 1.0, 0.9, 0.5, -0.2, -1.2, -2.0)
+    looked, save = {}, checkpoint.save_model
+
+    def noting(directory, config, variables, assets=None):
+        looked[Path(directory).name] = checkpoint.content_hash(variables)
+        return save(directory, config, variables, assets)
+
+    monkeypatch.setattr(checkpoint, "save_model", noting)
+    lines = judged(tmp_path, script, steps=20, every=2)
+    looks = {line["step"]: line["judge_gain"] for line in lines if "judge_gain" in line}
+    assert list(looks) == [2, 4, 6, 8, 10, 12, 14, 16][: len(looks)] and len(looks) < 9
+    assert lines[-1]["step"] == list(looks)[-1] < 19
+    told = json.loads(checkpoint.load_model(tmp_path / "run", MusicLMConfig).assets[rollouts.ANCHOR])
+    assert told["alarm"] in (4, 6, 8)
+    kept, last = (checkpoint.load_model(tmp_path / name, MusicLMConfig) for name in ("run", "run/last"))
+    assert len({kept.hash, last.hash, checkpoint.content_hash({"params": base()})}) == 3
+    assert not (tmp_path / "run" / train_rl.LOOKS).exists()
+    # The policy that is kept is the one that the judge heard at that step.
+    assert kept.hash == looked[str(told["alarm"])]
+
+
+def test_a_judge_that_is_content_lets_the_run_end(tmp_path):
+    lines = judged(tmp_path, (0.2, 0.4, 0.5, 0.55), steps=5, every=1)
+    assert [line["step"] for line in lines if "judge_gain" in line] == [1, 2, 3, 4] and len(lines) == 5
+    gains = [line["judge_gain"] for line in lines[1:]]
+    np.testing.assert_allclose(gains, [0.2, 0.4, 0.5, 0.55], atol=0.1)
+    assert not (tmp_path / "run/last").exists()
+    told = json.loads(checkpoint.load_model(tmp_path / "run", MusicLMConfig).assets[rollouts.ANCHOR])
+    assert told["alarm"] is None
 
 
 def test_a_run_whose_updates_are_all_skipped_gives_up(tmp_path):

@@ -3,10 +3,11 @@
 `ears` turns a waveform and what its prompt asked for into measurements, none of which comes from a model of this
 project. A listener weighs them in a way of their own, and chooses with noise.
 
-Two panels are populations apart. The *training panel* votes on the clips that a preference model learns from; the
-*judging panel* judges the finished models: other listeners, whose weights are drawn from another distribution, and who
-hear four things that no one of the training panel hears. What they have in common is what makes a preference worth
-learning; what they have not is where a policy that only pleases the first shows.
+Two populations are apart. The *training panel* votes on the clips that a preference model learns from; the *judging
+panel* judges the finished models: other listeners, whose weights are drawn from another distribution, and who hear four
+things that no one of the training panel hears. What they have in common is what makes a preference worth learning; what
+they have not is where a policy that only pleases the first shows. The *monitoring panel* looks at a policy while it is
+finetuned: of the judges' kind, and other listeners than they.
 
 Legend: P clips, M measurements, L listeners.
 """
@@ -86,13 +87,38 @@ class Panel:
     def agreement(self, a: np.ndarray, b: np.ndarray) -> float:
         """How often two different listeners make the same choice, where neither abstains: utilities [L, P] of both
         clips of P pairs -> [0, 1]. An expectation, not a draw."""
-        edge, difference = self.indifference, (a - b) / self.noise
-        for_a, for_b = (1 / (1 + np.exp(edge - side)) for side in (difference, -difference))  # past the indifference
-        share = for_a / (for_a + for_b)  # [L, P]
+        share = self._share(a, b)
         total, listeners = share.sum(axis=0), len(share)
         both_a = total**2 - (share**2).sum(axis=0)
         both_b = (listeners - total) ** 2 - ((1 - share) ** 2).sum(axis=0)
         return float(((both_a + both_b) / (listeners * (listeners - 1))).mean())
+
+    def ceiling(self, a: np.ndarray, b: np.ndarray) -> float:
+        """How often a choice can be foretold at most, by one who does not know the listener: [L, P] twice -> [0, 1]."""
+        share = self._share(a, b).mean(axis=0)
+        return float(np.maximum(share, 1 - share).mean())
+
+    def _share(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        """How likely each listener is to choose the first clip, where it does not abstain: [L, P] twice -> [L, P]."""
+        edge, difference = self.indifference, (a - b) / self.noise
+        for_a, for_b = (1 / (1 + np.exp(edge - side)) for side in (difference, -difference))  # past the indifference
+        return for_a / (for_a + for_b)
+
+
+JUDGES_HEAR = {
+    "consonance": 0.7,
+    "beat": 0.5,
+    "loudness_range": 0.2,
+    "brightness": 0.3,
+    "roughness": 0.5,
+    "key_agreement": 0.3,
+    "tempo_agreement": 0.4,
+    "instrument_agreement": 0.8,
+    "harmonicity": 0.6,
+    "register_agreement": 0.5,
+    "density_agreement": 0.4,
+    "gaps": 0.5,
+}
 
 
 def training_panel(noise: float = 1.0) -> Panel:
@@ -111,19 +137,10 @@ def training_panel(noise: float = 1.0) -> Panel:
 
 
 def judging_panel(noise: float = 1.0) -> Panel:
-    """Those who judge the finished models; the last four of what they hear is theirs alone."""
-    weights = {
-        "consonance": 0.7,
-        "beat": 0.5,
-        "loudness_range": 0.2,
-        "brightness": 0.3,
-        "roughness": 0.5,
-        "key_agreement": 0.3,
-        "tempo_agreement": 0.4,
-        "instrument_agreement": 0.8,
-        "harmonicity": 0.6,
-        "register_agreement": 0.5,
-        "density_agreement": 0.4,
-        "gaps": 0.5,
-    }
-    return Panel("judging panel", weights, spread=0.7, noise=noise, seed=2)
+    """Those who judge the finished models; the last four of what they hear is not heard by the training panel."""
+    return Panel("judging panel", JUDGES_HEAR, spread=0.7, noise=noise, seed=2)
+
+
+def monitoring_panel(noise: float = 1.0) -> Panel:
+    """Those who look at a policy while it is finetuned: drawn as the judges are, and others."""
+    return Panel("monitoring panel", JUDGES_HEAR, spread=0.7, noise=noise, seed=3)

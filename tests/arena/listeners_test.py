@@ -78,3 +78,18 @@ def test_what_no_one_can_hear_is_refused():
         Panel("p", {"composer": 1.0})
     with pytest.raises(ValueError, match=r"Panel p: noise = 0 must be above 0"):
         Panel("p", {"beat": 1.0}, noise=0)
+
+
+@pytest.mark.parametrize("panel", [training_panel(), judging_panel()], ids=str)
+def test_the_ceiling_is_that_of_a_guess_by_the_majority(panel, measured):
+    """Drawn votes, foretold by what most of a hundred thousand other votes on the pair chose."""
+    a, b = (panel.utilities(each)[:, :20] for each in measured)
+    rng = np.random.default_rng(2)
+    right = decided = 0
+    for pair in range(20):
+        who = rng.integers(panel.size, size=20_000)
+        chosen = panel.choose(a[who, pair], b[who, pair], rng)
+        counts = np.array([(chosen == side).sum() for side in "ab"])
+        right, decided = right + counts.max() / counts.sum(), decided + 1
+    assert panel.ceiling(a, b) == pytest.approx(right / decided, abs=0.02)
+    assert panel.agreement(a, b) < panel.ceiling(a, b)
