@@ -21,7 +21,7 @@ import jax
 import gin
 from gin import config_parser
 from musicrl_jax import collect, encode, evaluate, generate, run, train, train_rl
-from musicrl_jax.arena import listeners
+from musicrl_jax.arena import audience, listeners, monitor
 from musicrl_jax.core import checkpoint, state, tokens
 from musicrl_jax.inputs import build, clips, pretrained, prompts, vocabulary, votes
 from musicrl_jax.inputs import tokens as token_data
@@ -51,6 +51,13 @@ def folder(root: str, name: str) -> str:
     return str(Path(root) / name)
 
 
+def scaled(steps: int, by: float) -> int:
+    """So many steps of the paper's, at least one: how a size shortens all schedules of a recipe alike."""
+    if not by > 0:
+        raise ValueError(f"scaled.by={by} must be above 0")
+    return max(1, round(steps * by))
+
+
 VERBS: dict[str, Callable] = {
     "run": run.run,
     "build": build.prepare,
@@ -66,6 +73,7 @@ VERBS: dict[str, Callable] = {
 
 CONFIGS: tuple[Callable, ...] = (
     folder,
+    scaled,
     checkpoint.model_hash,
     state.Optimiser,
     tokens.TokenLayout,
@@ -100,6 +108,9 @@ CONFIGS: tuple[Callable, ...] = (
     dpo.DPOObjective,
     listeners.training_panel,
     listeners.judging_panel,
+    listeners.monitoring_panel,
+    audience.Audience,
+    monitor.Monitor,
     policy_gradient.PolicyGradient,
     reward_terms.TextAdherence,
     reward_terms.AcousticQuality,

@@ -1,41 +1,55 @@
-"""Base and finetuned policy on held-out prompts: rewards with intervals, untrained measures, a page to listen to.
+"""The judge: policies side by side on prompts that nothing was trained on. Rewards, what simulated listeners prefer,
+how far each policy went, and a page to listen to.
 
-Legend: B clips, D width of the semantic features.
+Legend: P prompts, S clips (seeds) a prompt, R raters, B clips of a batch, N samples, F frames, K codes in a frame,
+D width of the semantic features, M measurements.
 """
 
+import dataclasses
 import importlib.util
+import itertools
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.stats
 
+from musicrl_jax.arena.audience import Audience, Hearing
+from musicrl_jax.arena.listeners import MEASUREMENTS
+from musicrl_jax.arena.monitor import RULE
 from musicrl_jax.core import checkpoint
 from musicrl_jax.core.files import write_json
 from musicrl_jax.core.keys import row_keys, step_key
+from musicrl_jax.core.metrics import FILE_NAME
 from musicrl_jax.core.progress import Progress
-from musicrl_jax.core.statistics import frechet_distance, mean_interval, mean_pairwise_distance
+from musicrl_jax.core.statistics import frechet_distance, mean_interval, mean_pairwise_distance, ratio_interval
+from musicrl_jax.core.tokens import FRAMES_PER_SECOND
 from musicrl_jax.inputs import pieces
 from musicrl_jax.inputs.clips import Clips
 from musicrl_jax.inputs.prompts import Prompts
 from musicrl_jax.losses.policy_gradient import full_kl
+from musicrl_jax.models.musiclm import MusicLMConfig
 from musicrl_jax.models.semantic import SemanticConfig, SemanticEncoder
+from musicrl_jax.report.curves import read_metrics
 from musicrl_jax.rl import rollout as rollouts
 from musicrl_jax.rl.rewards import Mixture
 from musicrl_jax.rl.sample import Sampling, log_probs
 from musicrl_jax.run import read_seconds
 
 LEAST_SPREAD = 1e-3  # of a feature over real clips; one that never moves is not blown up
-TOTAL = "reward"  # the mixture's name among the scores
+TOTAL, OPINION = "reward", "opinion"  # the mixture's name among the scores, and that of the raters' mean
+SUMMARY, SCORES = "summary.json", "scores.npz"
+Found = dict[str, np.ndarray]
 
 
 def evaluate(
     model_dir: str,
     run_dir: str,
-    base: str,
-    finetuned: str,
+    policies: Mapping[str, str],
     fine: str,
     codec: str,
     mulan: str,
@@ -46,6 +60,9 @@ def evaluate(
     training: tuple[str, ...],
     notes: tuple[str, ...],
     clip_seconds: float,
+    audience: Audience | None = None,
+    raters: int = 3,
+    best_of: int = 1,
     temperature: float = 0.99,
     top_k: int | None = None,
     count: int = 64,
@@ -55,48 +72,62 @@ def evaluate(
     shown: int = 8,
     worst: int = 4,
 ) -> dict[str, Any]:
-    """Compares two policies on the same held-out prompts and seeds; writes summary and page, and returns the summary.
+    """Compares policies on the same held-out prompts; writes summary, scores and page, and returns the summary.
 
-    Beside the rewards stand three figures that were not trained on: the KL to the base; diversity, the mean distance
-    between the semantic features of two clips; and the Frechet distance between those of generated and of real held-out
-    clips, frame by frame. The semantic model takes no part in the reward.
+    As in MusicRL (section 5), every rater gives the clips of a prompt 1 to 5 points; a policy wins a pair where its
+    clip has more, and its win rate is wins / (wins + losses). The raters are *simulated listeners*: `audience`'s.
+    Beside them and the rewards stand figures that nothing was trained on: the KL to the base, as a whole, by code of a
+    frame and by second; diversity, the mean distance between the semantic features of two clips; the Frechet distance
+    between those of generated and of real held-out clips, frame by frame.
 
     Args:
-      model_dir: where summary and page go; left alone where they are there, for the same models and settings.
+      model_dir: where summary, scores and page go; left alone where they are there, for the same models and settings.
       run_dir: the folder of the whole run, for its name and its stages' times.
-      base, finetuned: folders of the two policies.
+      policies: the folder of each policy by its name; the first is the base.
       fine, codec, mulan, semantic: folders of the other models.
-      rewards: the mixture that was trained on.
+      rewards: the terms to measure, and the mixture that best-of-n chooses by.
       prompts: the first `count` of the 'test' split are used; none of them was trained on.
-      clips: real clips, 'test' split, for the Frechet distance.
+      clips: real clips, 'test' split, for the Frechet distance and as what the raters compare with.
       training: folders whose metrics are drawn on the page.
       notes: honest words for the page.
       clip_seconds, temperature, top_k: as in training.
-      count: held-out prompts, or all where there are fewer.
-      seeds: clips a prompt and policy.
+      audience: who judges; None leaves out all that needs listeners.
+      raters: R, listeners that rate each prompt's clips, different ones for every prompt and seed.
+      best_of: if above 1, a further entry: of so many clips of the base the one with the highest reward.
+      count: P, held-out prompts, or all where there are fewer.
+      seeds: S, clips a prompt and policy.
       batch_size: clips at a time.
-      seed: of the sampling; a stream of its own, apart from training's.
-      shown, worst: clips on the page: the first prompts, and those that lost most.
+      seed: of the sampling and the raters; streams of their own, apart from training's.
+      shown, worst: prompts on the page: the first ones, and those that lost most.
 
     Returns:
-      reward_base, reward_finetuned, reward_gain, each {mean, low, high}; the same for each term; kl, diversity,
-      frechet; page, checkpoint.
+      What `report.comparison.write_comparison` says of its summary.
     """
     if missing := [name for name in ("jinja2", "matplotlib", "pyloudnorm") if importlib.util.find_spec(name) is None]:
         raise ModuleNotFoundError(f"the page needs {', '.join(missing)}: pip install 'musicrl-jax[report]'")
     from musicrl_jax.report.comparison import write_comparison  # drawing is an extra; training hosts go without
 
+    if len(policies) < 2 and best_of < 2:
+        raise ValueError(f"evaluate.policies has {len(policies)}: nothing to compare the first with; name another")
+    if audience is not None and not 1 <= raters <= audience.panel.size:
+        raise ValueError(f"evaluate.raters={raters} must be from 1 to the panel's size, {audience.panel.size}")
     directory, sampling = Path(model_dir), Sampling(temperature, top_k)
-    before = rollouts.load(base, fine, codec, mulan)
-    after = rollouts.load(finetuned, fine, codec, mulan)
+    base = next(iter(policies))
+    loaded = {name: rollouts.load(folder, fine, codec, mulan) for name, folder in policies.items()}
+    studio, frozen, anchor = loaded[base].studio, loaded[base].frozen, loaded[base].policy
+    if audience is not None:
+        audience.check(studio.sample_rate_hz)
     mixture = rewards.load()
+    mixture.check_lineage(loaded[base].lineage)
     listener = checkpoint.load_model(semantic, SemanticConfig)
+    others = {name: value for name, value in loaded[base].hashes.items() if name != "policy"}
+    hashes = {**others, "semantic": listener.hash, **mixture.hashes}
     identity = {
-        "hashes": {**before.hashes, "finetuned": after.hashes["policy"], "semantic": listener.hash, **mixture.hashes},
-        "settings": [clip_seconds, temperature, top_k, count, seeds, seed, shown, worst],
-        "data": checkpoint.describe([rewards, prompts, clips, notes]),
+        "hashes": {**{name: found.hashes["policy"] for name, found in loaded.items()}, **hashes},
+        "settings": [clip_seconds, temperature, top_k, count, seeds, seed, shown, worst, raters, best_of],
+        "data": checkpoint.describe([rewards, prompts, clips, audience, notes]),
     }
-    done = directory / "summary.json"
+    done = directory / SUMMARY
     if done.exists() and (summary := json.loads(done.read_text()))["identity"] == identity:
         print(f"{directory}: evaluated already")
         _print(summary)
@@ -108,78 +139,152 @@ def evaluate(
     if len(asked) < count:
         print(f"only {len(asked)} held-out prompts exist, not {count}")
         count = len(asked)
-    text = pieces.encode(before.vocabulary, asked, prompts.text_length)
-    studio, frames = before.studio, before.studio.frames(clip_seconds)
+    text = pieces.encode(loaded[base].vocabulary, asked, prompts.text_length)
+    frames = studio.frames(clip_seconds)
+    hearing = None if audience is None else audience.load()
 
     @jax.jit
-    def measure(policy, anchor, frozen, scorers, listener_variables, text, keys):
+    def measure(
+        policy: Any, anchor: Any, frozen: Any, scorers: Any, ears: Any, text: jax.Array, keys: jax.Array
+    ) -> Any:
         """One batch of rollouts with all that is measured on them."""
         rollout = studio.rollout(policy, frozen, text, keys, frames, sampling)
-        total, terms = mixture.score(scorers, rollout)
         ours = log_probs(studio.musiclm, policy, rollout.tokens, rollout.mulan, sampling, rollout.allowed)
         theirs = log_probs(studio.musiclm, anchor, rollout.tokens, rollout.mulan, sampling, rollout.allowed)
-        features = SemanticEncoder(listener.config).apply(listener_variables, rollout.wav, method="features")
-        kl = full_kl(ours, theirs).sum(axis=(1, 2))
-        return {"wav": rollout.wav, TOTAL: total, **terms, "kl": kl, "features": features}
+        kl = full_kl(ours, theirs)  # [B, F, K]
+        by_second = jnp.pad(kl.sum(axis=2), ((0, 0), (0, -frames % FRAMES_PER_SECOND)))
+        return {
+            "wav": rollout.wav,
+            **mixture.score(scorers, rollout),
+            "kl": kl.sum(axis=(1, 2)),
+            "kl_by_level": kl.sum(axis=1),
+            "kl_by_second": by_second.reshape(len(kl), -1, FRAMES_PER_SECOND).sum(axis=2),
+            "features": SemanticEncoder(listener.config).apply(ears, rollout.wav, method="features"),
+        }
 
-    def collect(name: str, policy: Any) -> dict[str, np.ndarray]:
-        """All prompts, all seeds: arrays [prompts, seeds, ...]."""
-        rows = np.tile(np.arange(count), seeds)
-        padded = np.pad(rows, (0, -len(rows) % batch_size))
+    rows = np.tile(np.arange(count), seeds)  # seed by seed
+    padded = np.pad(rows, (0, -len(rows) % batch_size))
+
+    def collect(name: str, policy: Any, units: dict[str, Any] | None, draws: int = 1) -> Found:
+        """All prompts, all seeds, of `draws` clips each the one with the highest reward: arrays [P, S, ...]."""
         found = []
         for first in Progress(range(0, len(padded), batch_size), name, len(padded) // batch_size):
-            keys = row_keys(step_key(seed, 0, stream=4), batch_size, first)
-            chosen = text[padded[first : first + batch_size]]
-            found.append(
-                jax.device_get(
-                    measure(policy, before.policy, before.frozen, mixture.variables, listener.variables, chosen, keys)
-                )
-            )
-        joined = {key: np.concatenate([part[key] for part in found])[: len(rows)] for key in found[0]}
-        return {key: value.reshape(seeds, count, *value.shape[1:]).swapaxes(0, 1) for key, value in joined.items()}
+            here = padded[first : first + batch_size]
+            best = None
+            for draw in range(draws):
+                stream = step_key(seed, draw if draws == 1 else 1 + draw, stream=4)  # best-of-n has clips of its own
+                keys = row_keys(stream, batch_size, first)
+                part = measure(policy, anchor, frozen, mixture.variables, listener.variables, text[here], keys)
+                part = jax.device_get(part)
+                if draws > 1:
+                    part[TOTAL] = np.asarray(mixture.total(_terms(mixture, part), units))
+                    part = part if best is None else _better(best, part)
+                best = part
+            wav = best.pop("wav")
+            if hearing is not None:
+                best["measured"] = hearing.measure(wav, [asked[row] for row in here])
+            best["heard"] = np.rint(np.clip(wav, -1, 1) * 32767).astype(np.int16)
+            if first >= count:  # pictures of one clip a prompt are enough
+                del best["heard"], best["features"]
+            found.append(best)
+        joined = {key: np.concatenate([part[key] for part in found if key in part]) for key in found[0]}
+        heard, features = (joined.pop(key)[:count] for key in ("heard", "features"))
+        shaped = {key: value[: len(rows)].reshape(seeds, count, *value.shape[1:]) for key, value in joined.items()}
+        return {**{key: value.swapaxes(0, 1) for key, value in shaped.items()}, "heard": heard, "features": features}
 
-    results = {"base": collect("base", before.policy), "finetuned": collect("finetuned", after.policy)}
+    results = {name: collect(name, found.policy, None) for name, found in loaded.items()}
+    units = mixture.units({name: x.ravel() for name, x in _terms(mixture, results[base]).items()})
     for result in results.values():
-        mixture.check({term.name: result[term.name] for term in mixture.mixture.terms})
+        mixture.check(_terms(mixture, result))
+        result[TOTAL] = np.asarray(mixture.total(_terms(mixture, result), units))
+    if best_of > 1:
+        results[f"best of {best_of}"] = collect(f"best of {best_of}", anchor, units, best_of)
     # Semantic features, each dimension in units of its spread over real clips.
-    real = _real_features(clips, listener, batch_size)
+    real, real_wavs, real_prompts = _real(clips, listener, batch_size, count if hearing is not None else 0)
     centre, spread = real.mean(axis=(0, 1)), np.maximum(real.std(axis=(0, 1)), LEAST_SPREAD)
-    heard = {which: result["features"][:, 0] for which, result in results.items()} | {"real": real}
-    heard = {which: (features - centre) / spread for which, features in heard.items()}  # [clips, F, D]
+    felt = {name: result["features"] for name, result in results.items()} | {"real": real}
+    felt = {name: (features - centre) / spread for name, features in felt.items()}  # [clips, F, D]
 
     # Figures: means over seeds first, then intervals over prompts.
-    names = [TOTAL, *(term.name for term in mixture.mixture.terms)]
-    scores = {}
-    for name in names:
-        per_prompt = {which: result[name].mean(axis=1) for which, result in results.items()}
-        scores[name] = {
-            **{which: mean_interval(values, seed) for which, values in per_prompt.items()},
-            "gain": mean_interval(per_prompt["finetuned"] - per_prompt["base"], seed),
-        }
+    names = [TOTAL, *mixture.models]
+    per_prompt = {name: {which: result[name].mean(axis=1) for which, result in results.items()} for name in names}
+    went = [name for name in policies if name != base]
     summary = {
-        **{f"reward_{which}": scores[TOTAL][which] for which in ("base", "finetuned", "gain")},
-        "terms": {name: scores[name] for name in names[1:]},
-        "kl": mean_interval(results["finetuned"]["kl"].mean(axis=1), seed),
-        "diversity": {which: mean_pairwise_distance(features.mean(axis=1)) for which, features in heard.items()},
-        "frechet": {
-            which: frechet_distance(*(np.concatenate(features) for features in (heard[which], heard["real"])))
-            for which in ("base", "finetuned")
+        "policies": list(results),
+        "rewards": {n: {which: mean_interval(x, seed) for which, x in each.items()} for n, each in per_prompt.items()},
+        "gains": {
+            n: {which: mean_interval(x - each[base], seed) for which, x in each.items() if which != base}
+            for n, each in per_prompt.items()
         },
+        "kl": {name: mean_interval(results[name]["kl"].mean(axis=1), seed) for name in went},
+        **{
+            by: {name: results[name][by].mean(axis=(0, 1)).tolist() for name in went}
+            for by in ("kl_by_level", "kl_by_second")
+        },
+        "diversity": {name: mean_pairwise_distance(features.mean(axis=1)) for name, features in felt.items()},
+        "frechet": {
+            name: frechet_distance(*(np.concatenate(felt[which]) for which in (name, "real"))) for name in results
+        },
+        "alarms": {name: _alarm(policies[name]) for name in went},
+        "rule": RULE,
+        "seeds": seeds,
+        "seed": seed,
         "page": str(directory / "page.html"),
-        "checkpoint": str(finetuned),
+        "checkpoint": str(list(policies.values())[-1]),
         "identity": identity,
     }
+    if hearing is not None:
+        measured = hearing.measure(real_wavs, real_prompts)
+        summary |= _opinions(hearing, results, measured, raters, seed)
+
+    # What can be heard: of every prompt all policies, and the last of a run that kept an earlier one.
+    last = {f"{name}, last": Path(folder) / rollouts.LAST for name, folder in policies.items()}
+    last = {
+        name: checkpoint.load_model(folder, MusicLMConfig)
+        for name, folder in last.items()
+        if checkpoint.has_model(folder)
+    }
+    gains = np.min(
+        [results[name][TOTAL][:, 0] - results[base][TOTAL][:, 0] for name in results if name != base], axis=0
+    )
+    lost = [int(row) for row in np.argsort(gains, kind="stable")[:worst] if gains[row] < 0]
+    sides = {}
+    for name, model in last.items():
+        sides[name] = {}
+        for row in {*range(min(shown, count)), *lost}:
+            first = row // batch_size * batch_size
+            here = padded[first : first + batch_size]
+            keys = row_keys(step_key(seed, 0, stream=4), batch_size, first)
+            policy = model.variables["params"]
+            part = measure(policy, anchor, frozen, mixture.variables, listener.variables, text[here], keys)
+            sides[name][row] = np.asarray(part["wav"])[row - first]
+
+    def heard(row: int) -> tuple[int, Found]:
+        clips = {name: result["heard"][row].astype(np.float32) / 32767 for name, result in results.items()}
+        return row, clips | {name: wavs[row] for name, wavs in sides.items()}
+
+    scores = {which: {n: r[n] for n in (*names, OPINION) if n in r} for which, r in results.items()}
+    directory.mkdir(parents=True, exist_ok=True)
+    kept = ("measured", "ratings", "kl")
+    np.savez_compressed(
+        directory / SCORES,
+        prompts=np.array(asked),
+        measurements=np.array(MEASUREMENTS),
+        **{f"{which}/{n}": x for which, each in scores.items() for n, x in each.items()},
+        **{f"{which}/{n}": r[n] for which, r in results.items() for n in kept if n in r},
+    )
     write_comparison(
         directory / "page.html",
         summary,
         asked,
-        results,
+        [heard(row) for row in range(min(shown, count))],
+        [heard(row) for row in lost],
+        scores,
         studio.sample_rate_hz,
         run_dir,
-        finetuned,
+        {name: policies[name] for name in went},
         training,
         read_seconds(run_dir),
-        (shown, worst),
         notes,
     )
     write_json(done, summary)
@@ -187,19 +292,116 @@ def evaluate(
     return summary
 
 
+def _terms(mixture: Any, found: Found) -> Found:
+    return {name: found[name] for name in mixture.models}
+
+
+def _better(one: Found, other: Found) -> Found:
+    """Clip by clip the one with the higher reward."""
+    wins = other[TOTAL] > one[TOTAL]
+    return {key: np.where(wins.reshape(-1, *[1] * (x.ndim - 1)), other[key], x) for key, x in one.items()}
+
+
+def _alarm(folder: str) -> dict[str, float] | None:
+    """At which step, and at what KL from its anchor, a run was kept because its judge raised the alarm."""
+    told = json.loads(checkpoint.load_model(folder, MusicLMConfig).assets.get(rollouts.ANCHOR, b"{}"))
+    if told.get("alarm") is None:
+        return None
+    metrics = Path(folder) / FILE_NAME
+    steps, kls = read_metrics(metrics)["kl"] if metrics.exists() else ((), ())
+    kl = dict(zip(steps, kls, strict=True)).get(told["alarm"])
+    return {"step": told["alarm"], "kl": None if kl is None else float(kl)}
+
+
+def _opinions(hearing: Hearing, results: dict[str, Found], real: np.ndarray, raters: int, seed: int) -> dict[str, Any]:
+    """What the panel says of all clips, and of real ones; puts ratings [P, S, R] and opinion [P, S] into results."""
+    panel = hearing.panel
+    rng = np.random.default_rng([seed, 7])
+    measured = {name: result["measured"] for name, result in results.items()}
+    shape = next(iter(measured.values())).shape[:2]
+    who = np.stack([rng.permutation(panel.size)[:raters] for _ in range(shape[0] * shape[1])]).reshape(*shape, raters)
+    asks = np.arange(shape[0])[:, None, None] + np.zeros_like(who)  # which prompt each rating is of
+    for result in results.values():
+        worth = panel.utilities(result["measured"].reshape(-1, real.shape[1])).reshape(-1, *shape)  # [L, P, S]
+        result["ratings"] = panel.rate(np.take_along_axis(np.moveaxis(worth, 0, 2), who, axis=2), rng)
+        result[OPINION] = result["ratings"].mean(axis=2)
+    flat = (asks.ravel(), who.ravel())
+    pairs, same, decided = [], 0, 0
+    for first, second in itertools.combinations(reversed(results), 2):
+        gap = results[first]["ratings"] - results[second]["ratings"]
+        win, loss = gap > 0, gap < 0
+        means = gap.mean(axis=(1, 2))  # a prompt's ratings belong together
+        pairs.append(
+            {
+                "first": first,
+                "second": second,
+                "win": float(win.mean()),
+                "tie": float((gap == 0).mean()),
+                "loss": float(loss.mean()),
+                "win_rate": ratio_interval(win.ravel(), (win | loss).ravel(), *flat, seed),
+                "wilcoxon_p": float(scipy.stats.wilcoxon(means).pvalue) if np.any(means) else 1.0,
+            }
+        )
+        sides = np.sign(gap)
+        for one, other in itertools.combinations(range(raters), 2):
+            both = (sides[..., one] != 0) & (sides[..., other] != 0)
+            decided, same = decided + both.sum(), same + (both & (sides[..., one] == sides[..., other])).sum()
+    listeners = np.tile(np.arange(panel.size), (len(real), 1))
+    rated = panel.rate(panel.utilities(real).T, rng)  # every listener, each real clip
+    clips = np.arange(len(real))[:, None] + np.zeros_like(listeners)
+    return {
+        "panel": {
+            "name": panel.name,
+            "listeners": panel.size,
+            "raters": raters,
+            "agreement": float(same / decided) if decided else None,
+            "measurements": [name for name in MEASUREMENTS if panel.weights.get(name)],
+        },
+        "mos": {
+            name: ratio_interval(result["ratings"].ravel(), np.ones(who.size), *flat, seed)
+            for name, result in results.items()
+        },
+        "pairs": pairs,
+        "real": {
+            "clips": len(real),
+            "mos": ratio_interval(rated.ravel(), np.ones(rated.size), clips.ravel(), listeners.ravel(), seed),
+            "measurements": dict(zip(MEASUREMENTS, real.mean(axis=0).tolist(), strict=True)),
+        },
+        "measurements": {
+            name: dict(zip(MEASUREMENTS, each.mean(axis=(0, 1)).tolist(), strict=True))
+            for name, each in measured.items()
+        },
+    }
+
+
 def _print(summary: dict[str, Any]) -> None:
-    for which in ("base", "finetuned", "gain"):
-        numbers = summary[f"reward_{which}"]
-        print(f"reward {which:>9}  {numbers['mean']:+.4f}  [{numbers['low']:+.4f}, {numbers['high']:+.4f}]")
-    print(f"KL {summary['kl']['mean']:.2f} nats a clip; page: {summary['page']}; checkpoint: {summary['checkpoint']}")
+    for name, each in summary["rewards"].items():
+        for which, numbers in each.items():
+            print(f"{name:>16} {which:>12}  {numbers['mean']:+.4f}  [{numbers['low']:+.4f}, {numbers['high']:+.4f}]")
+    for pair in summary.get("pairs", ()):
+        rate = pair["win_rate"]
+        print(
+            f"{pair['first']:>16} {'- ' + pair['second']:>12}  win / tie / loss "
+            f"{pair['win']:.1%} / {pair['tie']:.1%} / {pair['loss']:.1%}, win rate {rate['mean']:.1%} "
+            f"[{rate['low']:.1%}, {rate['high']:.1%}] by simulated listeners"
+        )
+    kls = ", ".join(f"{name} {kl['mean']:.2f}" for name, kl in summary["kl"].items())
+    print(f"KL to the base in nats a clip: {kls}; page: {summary['page']}")
 
 
-def _real_features(clips: Clips, listener: checkpoint.Model, batch_size: int) -> np.ndarray:
-    """Semantic features of the real test clips, [clips, F, D]."""
+def _real(
+    clips: Clips, listener: checkpoint.Model, batch_size: int, count: int
+) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Semantic features of the real test clips, [clips, F, D]; the first `count` of them, f32 [count, N], and their
+    captions."""
     features = jax.jit(lambda v, wav: SemanticEncoder(listener.config).apply(v, wav, method="features"))
-    found = []
+    found, wavs, asked = [], [], []
+    clips = dataclasses.replace(clips, with_captions=True)
     for batch in clips.batches("test", batch_size, seed=0, epochs=1):
         missing = batch_size - len(batch["audio"])
         wav = jnp.pad(batch["audio"], ((0, missing), (0, 0)))
         found.append(np.asarray(features(listener.variables, wav))[: batch_size - missing])
-    return np.concatenate(found)
+        if len(wavs) < count:
+            wavs += list(batch["audio"])
+            asked += list(batch["caption"])
+    return np.concatenate(found), np.asarray(wavs[:count]), asked[:count]

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +10,10 @@ from musicrl_jax.core.files import write_json
 
 SECONDS = "seconds.json"
 SUMMARY = "summary.json"
+Stages = Mapping[str, Callable[[], Any]]
 
 
-def run(model_dir: str, stages: Mapping[str, Callable[[], Any]], only: str = "", skip: str = "") -> None:
+def run(model_dir: str, stages: Sequence[Stages], only: str = "", skip: str = "") -> None:
     """Runs the stages in order and writes `model_dir`/summary.json.
 
     Run again, finished stages return at once; after an interruption the one that was cut off goes on from its newest
@@ -20,14 +21,18 @@ def run(model_dir: str, stages: Mapping[str, Callable[[], Any]], only: str = "",
 
     Args:
       model_dir: the run's folder.
-      stages: the name of each stage and the function that does it.
+      stages: the name of each stage and the function that does it, in groups.
       only: names of stages, separated by commas; the others are left out, and no summary is written where the last
         stage is one of them.
       skip: names of stages to leave out, such as that of a model which was trained elsewhere.
 
     Raises:
-      ValueError: where `only` or `skip` names no stage, or none is left.
+      ValueError: where `only` or `skip` names no stage, none is left, or two have one name.
     """
+    names = [name for group in stages for name in group]
+    if len(set(names)) < len(names):
+        raise ValueError(f"run.stages names a stage twice: {', '.join(names)}; keep each once")
+    stages = dict(item for group in stages for item in group.items())
     wanted, unwanted = (set(filter(None, names.split(","))) for names in (only, skip))
     if unknown := sorted((wanted | unwanted) - set(stages)):
         raise ValueError(f"run: {unknown[0]!r} is none of the stages {', '.join(stages)}; mend only or skip")

@@ -33,10 +33,31 @@ def test_every_run_resolves(path, capsys):
             gin.get_configurable(f"musicrl.{name}")()  # its own checks pass
 
 
+@pytest.mark.parametrize("size", ["tiny", "demo", None])
+@pytest.mark.parametrize("recipe", sorted((ROOT / "gin").glob("experiments/*.gin")), ids=lambda path: path.stem)
+def test_every_recipe_resolves_at_every_size(recipe, size, capsys):
+    files = [recipe] if size is None else [recipe, ROOT / f"gin/sizes/{size}.gin"]
+    macros = {"MODEL_DIR": "'/x'", "DATA_DIR": "'/x'", "DATA_CONFIG": "'x'", "DATASETS": {"x/x": 1.0}}
+    macros |= {"PROMPT_DATASETS": ("x/x",)} | ({} if size else {"SAMPLE_RATE_HZ": 24_000, "CLIP_SECONDS": 30.0})
+    flags = [f"--gin_file={file}" for file in files] + [f"--gin.{name}={value}" for name, value in macros.items()]
+    assert (
+        musicrl(
+            "run", *flags, "--gin.vocabulary.size=100", "--gin.train.steps=1", "--gin.train.batch_size=1", "--dry_run"
+        )
+        == 0
+    ), capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "gin").glob("ablations/*.gin")), ids=lambda path: path.stem)
+def test_every_ablation_resolves(path, capsys):
+    assert musicrl("run", f"--gin_file={ROOT}/gin/runs/demo.gin", f"--gin_file={path}", "--dry_run") == 0
+    assert f"preference/folder.name = 'preference_{path.stem}'" in capsys.readouterr().out
+
+
 def test_files_that_are_no_runs_are_included_by_one():
     texts = "".join(path.read_text() for path in (ROOT / "gin").rglob("*.gin"))
     for path in (ROOT / "gin").rglob("*.gin"):
-        if path not in RUNS:
+        if path not in RUNS and path.parent.name != "ablations":
             assert f"include '{path.relative_to(ROOT)}'" in texts, f"nothing includes {path}"
 
 
@@ -58,16 +79,21 @@ def test_names_that_nothing_knows_are_errors(binding, complaint, capsys):
     assert complaint in capsys.readouterr().err
 
 
+def included(path):
+    """A gin file with all that it includes, in place."""
+    text = (ROOT / path).read_text()
+    return re.sub(r"^include '(.*)'$", lambda found: included(found[1]), text, flags=re.MULTILINE)
+
+
 def without(name, tmp_path):
     """The tiny run in one file, without the bindings of `name`."""
-    text = "\n".join((ROOT / f"gin/{part}.gin").read_text() for part in ("folders", "musicrl", "runs/tiny"))
-    left_out = (f"{name} ", "include 'gin/folders", "include 'gin/musicrl")
     path = tmp_path / "run.gin"
-    path.write_text("\n".join(line for line in text.splitlines() if not line.startswith(left_out)))
+    text = included("gin/runs/tiny.gin")
+    path.write_text("\n".join(line for line in text.splitlines() if not line.startswith(f"{name} ")))
     return "run", f"--gin_file={path}", "--dry_run"
 
 
-@pytest.mark.parametrize("name", ["data/build.builder", "vocabulary/vocabulary.size", "rl/train_rl.steps"])
+@pytest.mark.parametrize("name", ["data/build.builder", "vocabulary/vocabulary.size", "votes/collect.pairs"])
 def test_the_name_of_every_stage_is_its_scope(name, tmp_path, capsys):
     """A binding under that scope is read; without one, the stage lacks a parameter."""
     run = without(name.split("/")[1], tmp_path)
@@ -82,7 +108,7 @@ def test_what_a_later_stage_lacks_is_said_at_once(name, tmp_path, capsys):
     assert re.split("[./]", name)[-1] in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("macro", ["VOCABULARY", "CODEC", "TOKENS", "RL", "EVALUATION"])
+@pytest.mark.parametrize("macro", ["VOCABULARY", "CODEC", "TOKENS", "VOTES", "RU", "EVALUATION"])
 def test_any_folder_may_lie_elsewhere(macro):
     assert musicrl("run", f"--gin_file={ROOT}/gin/runs/tiny.gin", f"--gin.{macro}='/elsewhere'", "--dry_run") == 0
 

@@ -56,7 +56,7 @@ def folder(tmp_path_factory):
     with pytest.raises(KeyboardInterrupt):
         musicrl("run", folder)
     patch.undo()
-    assert not checkpoint.has_model(folder / "run/rl")
+    assert not checkpoint.has_model(folder / "run/r")
     assert musicrl("run", folder) == 0
     return folder
 
@@ -65,41 +65,83 @@ def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_summary_and_page_say_what_was_found(folder):
+def test_the_summary_says_what_was_found(folder):
     summary = json.loads((folder / "run/summary.json").read_text())
-    for name in ("reward_base", "reward_finetuned", "reward_gain"):
-        assert summary[name]["low"] <= summary[name]["mean"] <= summary[name]["high"]
-    gain = summary["reward_finetuned"]["mean"] - summary["reward_base"]["mean"]
-    assert summary["reward_gain"]["mean"] == pytest.approx(gain, abs=1e-6)
-    assert summary["kl"]["mean"] > 0
+    assert summary["policies"] == ["MusicLM", "R", "RU", "best of 2"]
+    terms = ["text_adherence", "acoustic_quality", "user_preference"]
+    assert list(summary["rewards"]) == ["reward", *terms]
+    for term in summary["rewards"]:
+        for name, found in summary["rewards"][term].items():
+            assert found["low"] <= found["mean"] <= found["high"]
+            gain = found["mean"] - summary["rewards"][term]["MusicLM"]["mean"]
+            assert name == "MusicLM" or summary["gains"][term][name]["mean"] == pytest.approx(gain, abs=1e-6)
+    # The total is the sum of its terms, each in units of its spread over the base's clips.
+    assert summary["rewards"]["reward"]["MusicLM"]["mean"] == pytest.approx(0, abs=1e-4)
+    assert summary["gains"]["reward"]["best of 2"]["mean"] > 0
+    assert summary["kl"]["RU"]["mean"] > 0 and list(summary["kl"]) == ["R", "RU"]
+    for name, kl in summary["kl"].items():
+        assert sum(summary["kl_by_level"][name]) == pytest.approx(kl["mean"], rel=1e-4)
+        assert sum(summary["kl_by_second"][name]) == pytest.approx(kl["mean"], rel=1e-4)
+    assert [(pair["first"], pair["second"]) for pair in summary["pairs"][:2]] == [
+        ("best of 2", "RU"),
+        ("best of 2", "R"),
+    ]
+    assert len(summary["pairs"]) == 6
+    for pair in summary["pairs"]:
+        assert pair["win"] + pair["tie"] + pair["loss"] == pytest.approx(1)
+    assert all(1 <= opinion["mean"] <= 5 for opinion in summary["mos"].values())
     models = ["codec", "semantic", "mulan", "quality", "encode", "policy", "fine"]
-    assert list(summary["seconds"]) == ["pretrained", "data", "vocabulary", *models, "rl", "evaluate"]
+    after = ["r", "votes", "preference", "ru", "evaluate"]
+    assert list(summary["seconds"]) == ["pretrained", "data", "vocabulary", *models, *after]
     assert all(second > 0 for second in summary["seconds"].values())
     assert checkpoint.has_model(summary["checkpoint"])
-    # The total is the weighted sum of its terms.
-    terms = summary["terms"]
-    assert summary["reward_base"]["mean"] == pytest.approx(sum(t["base"]["mean"] for t in terms.values()), abs=1e-5)
+
+
+def test_scores_are_kept_clip_by_clip(folder):
+    summary = json.loads((folder / "run/summary.json").read_text())
+    with np.load(folder / "run/evaluation/scores.npz") as scores:
+        prompts = Prompts("", ("score_clips/tiny",), data_dir=f"{folder}/data").unique("test")
+        assert list(scores["prompts"]) == prompts[:8]
+        for name in summary["policies"]:
+            assert scores[f"{name}/ratings"].shape == (len(prompts[:8]), 2, 3)
+            assert scores[f"{name}/ratings"].mean() == pytest.approx(summary["mos"][name]["mean"])
+            assert scores[f"{name}/reward"].mean() == pytest.approx(
+                summary["rewards"]["reward"][name]["mean"], abs=1e-5
+            )
+        gap = scores["RU/ratings"] - scores["R/ratings"]
+    pair = next(pair for pair in summary["pairs"] if (pair["first"], pair["second"]) == ("RU", "R"))
+    assert pair["win"] == pytest.approx((gap > 0).mean())
+
+
+def test_ru_starts_from_r_and_is_anchored_to_it(folder):
+    told = json.loads((folder / "run/ru/model/anchor.json").read_text())
+    assert told["anchor"] == checkpoint.model_hash(folder / "run/r")
+    assert told["rewards"]["user_preference"]["hash"] == checkpoint.model_hash(folder / "run/preference")
+    assert json.loads((folder / "run/r/model/anchor.json").read_text())["anchor"] == checkpoint.model_hash(
+        folder / "run/policy"
+    )
 
 
 def test_the_page_holds_what_it_says(folder):
-    """Both models' clips of the first two held-out prompts, of one that lost if any did, all terms and the notes."""
+    """The policies' clips of the first two held-out prompts, of one that lost if any did, all terms and the notes."""
     page = (folder / "run/evaluation/page.html").read_text()
     prompts = Prompts("", ("score_clips/tiny",), data_dir=f"{folder}/data").unique("test")
-    heard = re.findall(r'<audio [^>]*aria-label="(\w+) model, 1\.0 seconds: ([^"]*)"', page)
-    asked = [(side, prompt) for prompt in prompts[:2] for side in ("Base", "Finetuned")]
-    assert [(side, html.unescape(prompt)) for side, prompt in heard[:4]] == asked
-    assert len(heard) in (4, 6) and page.count('src="data:audio/flac;base64,') == len(heard)
+    heard = re.findall(r'<audio [^>]*aria-label="([^,"]+), 1\.0 seconds: ([^"]*)"', page)
+    asked = [(side, prompt) for prompt in prompts[:2] for side in ("MusicLM", "R", "RU", "best of 2")]
+    assert [(side, html.unescape(prompt)) for side, prompt in heard[:8]] == asked
+    assert len(heard) in (8, 12) and page.count('src="data:audio/flac;base64,') == len(heard)
     sounds = re.findall(r'src="data:audio/flac;base64,([^"]+)"', page)
     decoded = [soundfile.read(io.BytesIO(base64.b64decode(sound))) for sound in sounds]
     assert all((len(wav), rate) == (16000, 16000) and np.abs(wav).max() > 0 for wav, rate in decoded)
-    for term in ("reward", "text_adherence", "acoustic_quality"):
-        assert f'<th scope="row">{term} <small>' in page
+    for term in ("reward", "text_adherence", "acoustic_quality", "user_preference"):
+        assert term in page
+    assert "simulated listeners" in page
     assert "a pseudo-MOS unless it learned people&#39;s ratings" in page
     assert "<p>A test of the machinery; nothing here is music.</p>" in page
 
 
 def test_kl_starts_at_zero_to_the_bit_and_the_sampler_agrees_with_the_learner(folder):
-    metrics = lines(folder / "run/rl/metrics.jsonl")
+    metrics = lines(folder / "run/r/metrics.jsonl")
     assert [line["step"] for line in metrics] == [0, 1, 2]
     assert metrics[0]["kl"] == 0.0 and metrics[-1]["kl"] > 0
     assert max(line["sampler_drift"] for line in metrics) < 2e-5
@@ -107,9 +149,11 @@ def test_kl_starts_at_zero_to_the_bit_and_the_sampler_agrees_with_the_learner(fo
 
 
 def test_the_interrupted_run_is_the_uninterrupted_one(folder):
-    assert musicrl("train_rl", folder, f"--gin.RL='{folder}/again'") == 0
-    assert lines(folder / "again/metrics.jsonl") == lines(folder / "run/rl/metrics.jsonl")
-    assert checkpoint.model_hash(folder / "again") == checkpoint.model_hash(folder / "run/rl")
+    """Its held-out judge included, who hears the base again and remembers what it saw."""
+    assert musicrl("run", folder, "--only=r", f"--gin.R='{folder}/again'") == 0
+    assert ["judge_gain" in line for line in lines(folder / "again/metrics.jsonl")] == [False, True, True]
+    assert lines(folder / "again/metrics.jsonl") == lines(folder / "run/r/metrics.jsonl")
+    assert checkpoint.model_hash(folder / "again") == checkpoint.model_hash(folder / "run/r")
 
 
 def test_verbs_work_from_the_gin_file_alone(folder, capsys):
@@ -172,7 +216,7 @@ def test_tokens_are_those_of_the_models(folder):
 
 def test_prompts_become_clips(folder, tmp_path):
     out = tmp_path / "reel.wav"
-    flags = (f"--checkpoint={folder}/run/rl", "--clip_seconds=1.0", f"--out={out}")
+    flags = (f"--checkpoint={folder}/run/ru", "--clip_seconds=1.0", f"--out={out}")
     assert cli.main(["generate", "--prompt=a fast Irish reel on a harp", *flags]) == 0
     wav, rate = soundfile.read(out)
     assert (len(wav), rate) == (16000, 16000) and np.abs(wav).max() > 0
@@ -180,12 +224,12 @@ def test_prompts_become_clips(folder, tmp_path):
 
 def test_a_prompt_gives_its_clip_whatever_else_is_asked(folder, tmp_path):
     prompts = ["a slow air", "быстрая джига на скрипке 🎻", "a jig " * 500]
-    paths = generate(prompts, f"{folder}/run/rl", str(tmp_path / "all"), clip_seconds=0.4)
-    alone = generate(prompts[1], f"{folder}/run/rl", str(tmp_path / "one.wav"), clip_seconds=0.4)
+    paths = generate(prompts, f"{folder}/run/ru", str(tmp_path / "all"), clip_seconds=0.4)
+    alone = generate(prompts[1], f"{folder}/run/ru", str(tmp_path / "one.wav"), clip_seconds=0.4)
     clips = [soundfile.read(path)[0] for path in paths]
     np.testing.assert_array_equal(clips[1], soundfile.read(alone[0])[0])
     assert [len(clip) for clip in clips] == [6400, 6400, 6400]
-    other = generate(prompts[1], f"{folder}/run/rl", str(tmp_path / "two.wav"), clip_seconds=0.4, seed=1)
+    other = generate(prompts[1], f"{folder}/run/ru", str(tmp_path / "two.wav"), clip_seconds=0.4, seed=1)
     assert np.abs(soundfile.read(other[0])[0] - clips[1]).max() > 0
 
 
@@ -201,7 +245,7 @@ def test_a_prompt_gives_its_clip_whatever_else_is_asked(folder, tmp_path):
 def test_bad_requests_are_named(folder, tmp_path, monkeypatch, changes, complaint):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=complaint):
-        generate(**{"prompt": "a reel", "checkpoint": f"{folder}/run/rl", "clip_seconds": 0.4, **changes})
+        generate(**{"prompt": "a reel", "checkpoint": f"{folder}/run/ru", "clip_seconds": 0.4, **changes})
     assert not list(tmp_path.rglob("*.wav"))
 
 
@@ -213,7 +257,7 @@ def test_models_that_do_not_belong_together_are_refused(folder, tmp_path):
     louder = jax.tree.map(lambda w: w * 1.5, model.variables["params"])
     checkpoint.save_model(codec, model.config, {**model.variables, "params": louder})
     with pytest.raises(ValueError, match="was trained on tokens of codec"):
-        generate("a reel", f"{folder}/run/rl", str(tmp_path / "x.wav"), 0.4, codec=str(codec))
+        generate("a reel", f"{folder}/run/ru", str(tmp_path / "x.wav"), 0.4, codec=str(codec))
     with pytest.raises(ValueError, match="holds a SoundStreamConfig, not a MusicLMConfig"):
         generate("a reel", f"{folder}/run/codec", str(tmp_path / "x.wav"), 0.4)
     with pytest.raises(FileNotFoundError, match="no MusicLMConfig checkpoint"):

@@ -36,7 +36,7 @@ def stages(made):
     ],
 )
 def test_the_stages_that_are_asked_for_run_in_order(stages, made, tmp_path, only, skip, expected):
-    run(str(tmp_path), stages, only, skip)
+    run(str(tmp_path), [stages], only, skip)
     assert tuple(made) == expected
     assert set(read_seconds(str(tmp_path))) == set(expected)
     summary = tmp_path / "summary.json"
@@ -51,7 +51,7 @@ def test_the_stages_that_are_asked_for_run_in_order(stages, made, tmp_path, only
 )
 def test_what_names_no_stage_is_refused_before_any_runs(stages, made, tmp_path, only, skip, complaint):
     with pytest.raises(ValueError, match=complaint):
-        run(str(tmp_path), stages, only, skip)
+        run(str(tmp_path), [stages], only, skip)
     assert not made
 
 
@@ -60,9 +60,9 @@ def test_seconds_of_an_interrupted_stage_count(stages, tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run(str(tmp_path), {"data": stages["data"], "codec": interrupted})
+        run(str(tmp_path), [{"data": stages["data"]}, {"codec": interrupted}])
     first = read_seconds(str(tmp_path))
     assert set(first) == {"data", "codec"} and not (tmp_path / "summary.json").exists()
-    run(str(tmp_path), stages)
+    run(str(tmp_path), [stages])
     second = read_seconds(str(tmp_path))
     assert all(second[name] >= first[name] for name in first)

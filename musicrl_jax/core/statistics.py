@@ -28,6 +28,44 @@ def mean_interval(
     return {"mean": float(values.mean()), "low": float(low), "high": float(high)}
 
 
+def ratio_interval(
+    parts: np.ndarray, wholes: np.ndarray, rows: np.ndarray, columns: np.ndarray, seed: int = 0, resamples: int = 4000
+) -> dict[str, float]:
+    """sum(parts) / sum(wholes) and its 95 % interval where values share two kinds of things that were drawn: prompts
+    and listeners, say. Both are drawn anew, each independently (the pigeonhole bootstrap: Owen, 2007).
+
+    Args:
+      parts, wholes: f64 [n]; a rating and 1, or whether a clip won and whether either did.
+      rows, columns: [n], which thing of each kind a value belongs to.
+      seed: of the resampling.
+      resamples: how many.
+
+    Returns:
+      {'mean', 'low', 'high'}; 0.5, 0 and 1 where the wholes add up to nothing.
+    """
+    parts, wholes = np.asarray(parts, np.float64), np.asarray(wholes, np.float64)
+    if wholes.sum() <= 0:
+        return {"mean": 0.5, "low": 0.0, "high": 1.0}
+    rng = np.random.default_rng(seed)
+    weights = np.ones((resamples, len(parts)))
+    for kind in (rows, columns):
+        places = np.unique(kind, return_inverse=True)[1]
+        size = places.max() + 1
+        weights *= rng.multinomial(size, np.full(size, 1 / size), size=resamples)[:, places]
+    above, below = weights @ parts, weights @ wholes
+    low, high = np.percentile((above / np.where(below > 0, below, 1))[below > 0], [2.5, 97.5])
+    return {"mean": float(parts.sum() / wholes.sum()), "low": float(low), "high": float(high)}
+
+
+def calibration_error(chances: np.ndarray, outcomes: np.ndarray, bins: int = 10) -> float:
+    """Expected calibration error: how far the mean of foretold chances f64 [n] is from that of what came, f64 [n] in
+    [0, 1], averaged over `bins` bins of equal size, by chance; values with the same chance fall into one bin."""
+    _, place = np.unique(chances, return_inverse=True)
+    ranks = np.cumsum(np.bincount(place)) - np.bincount(place)  # of the first value at each level
+    bin_of = (ranks * bins // len(chances))[place]
+    return float(sum(abs(np.sum((chances - outcomes)[bin_of == b])) for b in range(bins)) / len(chances))
+
+
 def frechet_distance(first: np.ndarray, second: np.ndarray) -> float:
     """Frechet distance of Gaussians fitted to points [n, D] and [m, D]: |mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^1/2).
 

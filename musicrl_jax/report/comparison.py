@@ -87,7 +87,8 @@ def write_comparison(
 
     def run(policy: str, folder: str) -> Run:
         alarm = summary["alarms"].get(policy)
-        words = f"at step {alarm['step']}, KL {alarm['kl']:.1f} nats a clip" if alarm else "none"
+        kept = "went off; step {step} is kept, at {kl:.1f} nats a clip from its anchor"
+        words = kept.format(**alarm) if alarm else "silent"
         curves = _run_curves(policy, _history(folder), terms, alarm)
         return Run(policy, curves, f"Alarm against over-optimisation: {words}." if policy in summary["alarms"] else "")
 
@@ -214,7 +215,7 @@ def _run_curves(
         series = {"gain": (distance, gain)}
         if alarm:
             ends = np.array([np.min(gain - error), np.max(gain + error)])
-            series["alarm"] = (np.full(2, np.sqrt(alarm["kl"])), ends)  # an upright line
+            series["kept"] = (np.full(2, np.sqrt(alarm["kl"])), ends)  # an upright line
         title, x_label = f"{policy}: a held-out judge's gain", "square root of the KL to the anchor"
         curves.append(Curve(title, x_label, "gain over the base", series, {"gain": error}))
     by_step("KL to the anchor", "nats a clip", ("kl",))

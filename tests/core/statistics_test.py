@@ -5,7 +5,14 @@ import pytest
 import scipy.linalg
 import scipy.stats
 
-from musicrl_jax.core.statistics import frechet_distance, mean_interval, mean_pairwise_distance, over_optimised
+from musicrl_jax.core.statistics import (
+    calibration_error,
+    frechet_distance,
+    mean_interval,
+    mean_pairwise_distance,
+    over_optimised,
+    ratio_interval,
+)
 
 
 def test_interval_is_scipys_percentile_bootstrap():
@@ -28,6 +35,52 @@ def test_values_of_a_cluster_are_drawn_together():
     assert alone["high"] - alone["low"] < 0.4 * (once["high"] - once["low"])
     uneven = mean_interval(np.asarray([1.0, 1.0, 1.0, 5.0]), clusters=np.asarray([0, 0, 0, 1]))
     assert uneven == {"mean": 2.0, "low": 1.0, "high": 5.0}
+
+
+def test_an_interval_over_two_kinds_is_wide_where_either_decides():
+    """Ratings that depend on the prompt alone, or on the listener alone, are as uncertain as so few of them."""
+    rng = np.random.default_rng(0)
+    prompts, listeners = (each.ravel() for each in np.meshgrid(range(30), range(20), indexing="ij"))
+    for kind, size in ((prompts, 30), (listeners, 20)):
+        effect = rng.normal(size=size)
+        found = ratio_interval(effect[kind], np.ones(600), prompts, listeners)
+        expected = 2 * 1.96 * effect.std() / np.sqrt(size)
+        assert found["high"] - found["low"] == pytest.approx(expected, rel=0.1)
+        assert found["mean"] == pytest.approx(effect.mean())
+
+
+def test_an_interval_of_a_rate_covers_the_truth():
+    """Wins with a prompt's and a listener's share of luck: the intervals hold the true rate as often as they say."""
+    covered = 0
+    for seed in range(100):
+        rng = np.random.default_rng(seed)
+        prompts = np.repeat(np.arange(40), 3)
+        listeners = rng.integers(15, size=120)
+        edge = 0.5 + rng.normal(size=40)[prompts] + 0.5 * rng.normal(size=15)[listeners]
+        felt = edge + rng.logistic(size=120)
+        win, loss = felt > 0.3, felt < -0.3
+        found = ratio_interval(win, win | loss, prompts, listeners, resamples=500)
+        covered += found["low"] < 0.6101 < found["high"]
+    assert 88 <= covered <= 100
+
+
+def test_calibration_is_measured_bin_by_bin():
+    chances = np.repeat([0.1, 0.5, 0.9], 100)
+    came = np.concatenate([np.arange(100) < share for share in (10, 50, 90)]).astype(float)
+    assert calibration_error(chances, came, bins=3) == pytest.approx(0)
+    assert calibration_error(chances, 1 - came, bins=3) == pytest.approx((0.8 + 0 + 0.8) / 3)
+    # On the whole right and yet uncalibrated: one bin does not see it.
+    assert calibration_error(chances, np.full(300, 0.5), bins=1) == pytest.approx(0)
+    assert calibration_error(chances, np.full(300, 0.5), bins=3) == pytest.approx(0.8 / 3)
+    assert calibration_error(np.full(50, 0.7), np.ones(50)) == pytest.approx(0.3)
+
+
+def test_a_rate_of_nothing_is_unknown():
+    assert ratio_interval(np.zeros(3), np.zeros(3), np.arange(3), np.arange(3)) == {
+        "mean": 0.5,
+        "low": 0.0,
+        "high": 1.0,
+    }
 
 
 def test_frechet_distance_is_that_of_the_textbook():

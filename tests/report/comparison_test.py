@@ -133,7 +133,7 @@ def test_figures_stand_on_the_page(folders):
         "lower is nearer 14.25 11.75 12.50",
         "95 % bootstrap over 3 prompts, 2 clip(s) each.",
         "The checkpoint of step 2 is kept, the last before the alarm.",
-        "R Alarm against over-optimisation: at step 3, KL 6.2 nats a clip.",
+        "R Alarm against over-optimisation: went off; step 3 is kept, at 6.2 nats a clip from its anchor.",
         "codec 12.3 s rl 3 min 05 s",
         "codec " + "c0dec" * 12 + " R " + "f00d" * 16 + " seed 17",
         "Nothing here is music.",
@@ -184,7 +184,7 @@ def test_curves_go_through_the_logged_points(folders, reports):
     np.testing.assert_array_equal(drawn["R: reward against KL"]["reward"], [[0, 1, 4, 9], [10, 12, 11, 13]])
     np.testing.assert_array_equal(drawn["R: a held-out judge's gain"]["gain"], [[2, 3], [-1, -3]])  # KL 4 and 9
     np.testing.assert_array_equal(run.curves[2].errors["gain"], [0.25, 0.75])
-    np.testing.assert_array_equal(drawn["R: a held-out judge's gain"]["alarm"], [[2.5, 2.5], [-3.75, -0.75]])
+    np.testing.assert_array_equal(drawn["R: a held-out judge's gain"]["kept"], [[2.5, 2.5], [-3.75, -0.75]])
     np.testing.assert_array_equal(drawn["R: KL to the anchor"]["kl"], [[0, 1, 2, 3], [0, 4, 1, 9]])
     (codec,) = reports[0].training
     np.testing.assert_array_equal(codec.series["training"], [[0, 5], [2.0, 1.0]])
@@ -205,8 +205,8 @@ def test_the_kl_stands_over_codes_and_seconds(folders, reports):
 def test_a_silent_alarm_says_so(folders):
     found = summary() | {"alarms": {"R": None}}
     text = write(folders, found)
-    assert "Alarm against over-optimisation: none." in text
-    assert "gain, alarm over" not in text  # no line in the drawing
+    assert "Alarm against over-optimisation: silent." in text
+    assert "gain, kept over" not in text  # no line in the drawing
     assert "Alarm against" not in write(folders, found | {"alarms": {}})
 
 
