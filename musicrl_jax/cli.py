@@ -19,8 +19,9 @@ from pathlib import Path
 import jax
 
 import gin
+from gin import config as gin_config
 from gin import config_parser
-from musicrl_jax import collect, encode, evaluate, generate, run, train, train_rl
+from musicrl_jax import collect, encode, evaluate, generate, pack, run, train, train_rl
 from musicrl_jax.arena import audience, listeners, monitor
 from musicrl_jax.core import checkpoint, state, tokens
 from musicrl_jax.inputs import build, clips, pretrained, prompts, vocabulary, votes
@@ -69,6 +70,8 @@ VERBS: dict[str, Callable] = {
     "train_rl": train_rl.train_rl,
     "evaluate": evaluate.evaluate,
     "generate": generate.generate,
+    "pack": pack.pack,
+    "unpack": pack.unpack,
 }
 
 CONFIGS: tuple[Callable, ...] = (
@@ -154,12 +157,16 @@ def _is_folder(selector: str) -> bool:
     return selector.split(".")[-1] == folder.__name__
 
 
-def check_bindings(text: str) -> None:
+def check_bindings(text: str, files: Sequence[str] = ()) -> None:
     """ValueError where a gin config holds what nothing reads: a macro without a use, a scope that no reference opens.
 
-    gin itself refuses an unknown configurable or parameter, but takes a misspelt macro or scope in silence.
+    gin itself refuses an unknown configurable or parameter, but takes a misspelt macro or scope in silence. What one of
+    the `files` reads counts as read, also where a later one binds something else in its place: a run that leaves out
+    stages need not unbind what is theirs.
     """
     references = _References()
+    for file in files:
+        list(config_parser.ConfigParser(file, references))
     macros, scoped, folders = set(), {}, {}
     for statement in config_parser.ConfigParser(text, references):
         if not isinstance(statement, config_parser.BindingStatement):
@@ -178,6 +185,13 @@ def check_bindings(text: str) -> None:
             raise ValueError(
                 f"gin: nothing reads {found[scope]}: no @{scope}/... stands in the config; mend the scope's name"
             )
+
+
+def _read_all(parsed: Sequence[gin_config.ParsedConfigFileIncludesAndImports]) -> Iterator[str]:
+    """The content of gin files and of all that they include."""
+    for file in parsed:
+        yield Path(file.filename).read_text()
+        yield from _read_all(file.includes)
 
 
 def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -284,8 +298,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for path in (*filter(None, flags.gin_search_paths.split(",")), Path(__file__).parents[1]):
         gin.add_config_file_search_path(str(path))
     try:
-        gin.parse_config_files_and_bindings(flags.gin_file, bindings)
-        check_bindings(gin.config_str())
+        parsed = gin.parse_config_files_and_bindings(flags.gin_file, bindings)
+        check_bindings(gin.config_str(), list(_read_all(parsed)))
         if flags.dry_run:
             print(gin.config_str())
         check_required(flags.verb)

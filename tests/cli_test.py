@@ -113,6 +113,16 @@ def test_any_folder_may_lie_elsewhere(macro):
     assert musicrl("run", f"--gin_file={ROOT}/gin/runs/tiny.gin", f"--gin.{macro}='/elsewhere'", "--dry_run") == 0
 
 
+def test_a_run_may_leave_out_stages_without_unbinding_what_is_theirs(tmp_path, capsys):
+    """What an included file reads counts as read; what no file reads does not."""
+    path = tmp_path / "less.gin"
+    path.write_text("include 'gin/runs/tiny.gin'\nMODELS = {'data': @data/build}\n")
+    assert musicrl("run", f"--gin_file={path}", "--dry_run") == 0
+    assert "codec/train.steps" not in capsys.readouterr().err
+    assert musicrl("run", f"--gin_file={path}", "--gin.codex/train.steps=3", "--dry_run") == 1
+    assert "nothing reads codex/train.steps" in capsys.readouterr().err
+
+
 def test_a_missing_gin_file_is_named(capsys):
     assert musicrl("run", "--gin_file=gin/runs/nowhere.gin") == 1
     assert "nowhere.gin" in capsys.readouterr().err

@@ -24,7 +24,7 @@ HOMES = {
     "tensorflow_datasets": {"inputs"},
     "sentencepiece": {"inputs"},
     "tokenizers": {"inputs"},
-    "safetensors": {"inputs"},
+    "safetensors": {"inputs", "pack.py"},
     "flax.linen": {"models", "core/sharding.py"},
     "orbax": {"core/checkpoint.py"},
     "matplotlib": {"report"},

@@ -1,0 +1,209 @@
+"""The models of a run as small files that can be shipped, and back.
+
+A packed model is one safetensors file: its arrays by their path ("params/trunk/begin"), in half precision, and in the
+header the config that rebuilds the module and the files that belong to it. Rounded weights are other weights: a packed
+model has a hash of its own, and where it was trained on, from or with another model of the pack it names that one's.
+
+Towers that were fetched stay out; whoever unpacks fetches them too.
+"""
+
+import base64
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from musicrl_jax.core import checkpoint
+from musicrl_jax.core.files import write_json
+from musicrl_jax.models.mulan import MuLanConfig
+from musicrl_jax.models.musiclm import MusicLMConfig
+from musicrl_jax.models.rewards import PreferenceConfig, QualityConfig
+from musicrl_jax.models.semantic import SemanticConfig
+from musicrl_jax.models.soundstorm import SoundStormConfig
+from musicrl_jax.models.soundstream import SoundStreamConfig
+from musicrl_jax.objectives.mulan import VOCABULARY
+from musicrl_jax.objectives.mulan_projections import PretrainedTowers
+
+KINDS = {
+    kind.__name__: kind
+    for kind in (
+        SoundStreamConfig,
+        SemanticConfig,
+        MuLanConfig,
+        QualityConfig,
+        MusicLMConfig,
+        SoundStormConfig,
+        PreferenceConfig,
+    )
+}
+INDEX = "models.json"
+HEADER, FORMAT = "musicrl", "musicrl-jax 1"
+LARGEST = 6e4  # what half precision holds
+TOWERS = "params/towers/"
+
+
+def pack(
+    models: Mapping[str, str], out: str, audio_weights: str = "", text_weights: str = "", vocabulary: str = ""
+) -> None:
+    """Writes `out`/NAME.safetensors for each model and `out`/models.json, which says what is in them.
+
+    Args:
+      models: the folder of each model by the name that it is packed under.
+      out: the folder of the pack.
+      audio_weights, text_weights, vocabulary: what MuLan's towers were fetched as, and is left out; '' packs them too.
+
+    Raises:
+      ValueError: where a folder holds no model of a known kind, or MuLan's towers are not those that are left out.
+    """
+    whole = {name: _load(folder) for name, folder in models.items()}
+    kept, hashes = {}, {}
+    for name, model in whole.items():
+        exact, left_out = _flat(model.variables), {}
+        if audio_weights and isinstance(model.config, MuLanConfig):
+            left_out = _towers(model.config, audio_weights, text_weights)
+            if other := [path for path, array in left_out.items() if not np.array_equal(exact.get(path), array)]:
+                raise ValueError(f"{models[name]}: {other[0]} is not that of the pretrained towers: pack without them")
+        kept[name] = {path: _rounded(array) for path, array in exact.items() if path not in left_out}
+        hashes[name] = checkpoint.content_hash(_restored({**kept[name], **left_out}))
+    Path(out).mkdir(parents=True, exist_ok=True)
+    words = Path(vocabulary).read_bytes() if vocabulary else None
+    described = {}
+    for name, model in whole.items():
+        assets = {file: content for file, content in model.assets.items() if (file, content) != (VOCABULARY, words)}
+        for other, found in whole.items():
+            old, new = found.hash.encode(), hashes[other].encode()
+            assets = {file: content.replace(old, new) for file, content in assets.items()}
+        header = {
+            "format": FORMAT,
+            "hash": hashes[name],
+            "config": checkpoint.config_to_json(model.config),
+            "assets": {file: base64.b64encode(content).decode() for file, content in sorted(assets.items())},
+        }
+        path = Path(out) / f"{name}.safetensors"
+        told = {HEADER: json.dumps(header)}  # one key: several would be in any order
+        safetensors.numpy.save_file(kept[name], path, metadata=told)
+        described[name] = {
+            "kind": type(model.config).__name__,
+            "weights": int(sum(array.size for array in kept[name].values())),
+            "bytes": path.stat().st_size,
+            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+            "hash": hashes[name],
+            "packed_from": model.hash,
+        }
+        print(f"{path}: {described[name]['weights'] / 1e6:.2f} M weights, {described[name]['bytes'] / 1e6:.2f} MB")
+    write_json(Path(out) / INDEX, described)
+
+
+def unpack(source: str, out: str, audio_weights: str = "", text_weights: str = "", vocabulary: str = "") -> None:
+    """Writes the models of a pack as `out`/NAME/model, as if they had been trained there; leaves done ones alone.
+
+    Args:
+      source: the folder of the pack.
+      out: the run's folder.
+      audio_weights, text_weights, vocabulary: what was left out of MuLan, fetched again.
+
+    Raises:
+      ValueError: where a file is not the one that models.json describes, MuLan lacks its towers, or another model is
+        there already.
+      FileNotFoundError: where a file is missing.
+    """
+    for name, told in _index(source).items():
+        folder = Path(out) / name
+        if checkpoint.has_model(folder):
+            if (found := checkpoint.model_hash(folder)) != told["hash"]:
+                raise ValueError(f"{folder} holds model {found[:12]}, not {told['hash'][:12]}: unpack elsewhere")
+            print(f"{folder}: unpacked already")
+            continue
+        model = load(source, name, audio_weights, text_weights, vocabulary)
+        checkpoint.save_model(folder, model.config, model.variables, model.assets)
+        print(f"{folder}: unpacked")
+
+
+def load(
+    source: str, name: str, audio_weights: str = "", text_weights: str = "", vocabulary: str = ""
+) -> checkpoint.Model:
+    """One model of a pack; arguments and errors are those of `unpack`."""
+    told = _index(source)[name]
+    config, arrays, assets = _read(Path(source) / f"{name}.safetensors", told)
+    if isinstance(config, MuLanConfig) and not any(path.startswith(TOWERS) for path in arrays):
+        if not (audio_weights and text_weights and vocabulary):
+            raise ValueError(f"{source}: {name} needs its pretrained towers and their vocabulary: `musicrl fetch`")
+        arrays |= _towers(config, audio_weights, text_weights)
+        assets = {VOCABULARY: Path(vocabulary).read_bytes(), **assets}
+    variables = _restored(arrays)
+    if (found := checkpoint.content_hash(variables)) != told["hash"]:
+        raise ValueError(
+            f"{source}: {name} comes to {found[:12]}, not {told['hash'][:12]}: its towers are not those that it was "
+            "packed without"
+        )
+    return checkpoint.Model(config, variables, told["hash"], assets)
+
+
+def _index(source: str) -> dict[str, dict[str, Any]]:
+    path = Path(source) / INDEX
+    if not path.is_file():
+        raise FileNotFoundError(f"source={source!r} has no {INDEX}: name a folder that `musicrl pack` wrote")
+    return json.loads(path.read_text())
+
+
+def _load(folder: str) -> checkpoint.Model:
+    path = Path(folder) / checkpoint.MODEL / checkpoint.MANIFEST
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint in {folder}: train it first, or mend the path")
+    kind = json.loads(path.read_text())["config"].get("kind")
+    if kind not in KINDS:
+        raise ValueError(f"{folder} holds a {kind}, which is none of {', '.join(KINDS)}")
+    return checkpoint.load_model(folder, KINDS[kind])
+
+
+def _towers(config: MuLanConfig, audio_weights: str, text_weights: str) -> dict[str, np.ndarray]:
+    """The pretrained towers, by path."""
+    return _flat({"params": {"towers": PretrainedTowers(config, audio_weights, text_weights).params()}})
+
+
+def _read(path: Path, told: Mapping[str, Any]) -> tuple[Any, dict[str, np.ndarray], dict[str, bytes]]:
+    """(config, arrays, assets) of a packed model."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: restore the pack")
+    if (found := hashlib.sha256(path.read_bytes()).hexdigest()) != told["sha256"]:
+        raise ValueError(f"{path} has the sha256 {found[:12]}, not {told['sha256'][:12]}: it is damaged, restore it")
+    with safetensors.safe_open(path, framework="numpy") as file:
+        header = json.loads(file.metadata().get(HEADER, "{}"))
+        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    if header.get("format") != FORMAT:
+        raise ValueError(f"{path} is of format {header.get('format')!r}, not {FORMAT!r}: pack it with this version")
+    config = checkpoint.config_from_json(KINDS[told["kind"]], header["config"], str(path))
+    assets = {name: base64.b64decode(content) for name, content in header["assets"].items()}
+    return config, arrays, assets
+
+
+def _rounded(array: np.ndarray) -> np.ndarray:
+    """In half precision, where that holds it."""
+    array = np.asarray(array)
+    if array.dtype != np.float32 or np.abs(array).max(initial=0) > LARGEST:
+        return array
+    return array.astype(np.float16)
+
+
+def _flat(tree: Any) -> dict[str, np.ndarray]:
+    """Every array by its path."""
+    found = jax.tree_util.tree_leaves_with_path(tree)
+    return {"/".join(str(key.key) for key in path): np.asarray(leaf) for path, leaf in found}
+
+
+def _restored(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """The inverse, in single precision."""
+    tree: dict[str, Any] = {}
+    for path, array in arrays.items():
+        *outer, last = path.split("/")
+        inner = tree
+        for key in outer:
+            inner = inner.setdefault(key, {})
+        inner[last] = array.astype(np.float32) if array.dtype == np.float16 else array
+    return tree

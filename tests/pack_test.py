@@ -1,0 +1,142 @@
+"""Packing and unpacking: what comes back, what names it, and what is refused."""
+
+import json
+
+import numpy as np
+import pytest
+
+from musicrl_jax import pack
+from musicrl_jax.core import checkpoint
+from musicrl_jax.models.mulan import MuLanConfig
+from musicrl_jax.models.musiclm import MusicLMConfig
+from musicrl_jax.models.rewards import QualityConfig
+from musicrl_jax.models.soundstream import SoundStreamConfig
+
+RNG = np.random.default_rng(0)
+TOWERS = {"audio": {"kernel": RNG.normal(size=(4, 2)).astype(np.float32)}}
+
+
+@pytest.fixture(autouse=True)
+def towers(monkeypatch):
+    """What is fetched; a test may change it."""
+    fetched = {"audio": {"kernel": TOWERS["audio"]["kernel"].copy()}}
+    monkeypatch.setattr(pack.PretrainedTowers, "params", lambda self: fetched)
+    return fetched
+
+
+def weights(scale=1.0):
+    return {"kernel": (scale * RNG.normal(size=(3, 5))).astype(np.float32), "count": np.arange(3, dtype=np.int32)}
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A codec, a MuLan over fetched towers, and a policy that was trained on their tokens."""
+    (tmp_path / "words").write_bytes(b"tokenizer")
+    large = {"params": weights(), "codebooks": {"sums": np.full(3, 1e5, np.float32)}}  # more than half precision holds
+    codec = checkpoint.save_model(tmp_path / "codec", SoundStreamConfig(levels=3), large)
+    heard = {"params": {"towers": TOWERS, "audio_projection": weights()}}
+    mulan = checkpoint.save_model(tmp_path / "mulan", MuLanConfig(), heard, {"vocabulary": b"tokenizer"})
+    lineage = json.dumps({"codec": codec, "mulan": mulan, "semantic": "5e"}).encode()
+    checkpoint.save_model(tmp_path / "policy", MusicLMConfig(), {"params": weights()}, {"tokens.json": lineage})
+    return tmp_path
+
+
+def packed(run, names=("codec", "mulan", "policy")):
+    pack.pack({name: str(run / name) for name in names}, str(run / "pack"), "musicnn", "minilm", str(run / "words"))
+
+
+def unpacked(run):
+    pack.unpack(str(run / "pack"), str(run / "back"), "musicnn", "minilm", str(run / "words"))
+
+
+def test_what_comes_back_is_what_was_packed_in_half_precision(run):
+    packed(run)
+    unpacked(run)
+    for name, kind in (("codec", SoundStreamConfig), ("policy", MusicLMConfig), ("mulan", MuLanConfig)):
+        before, after = (checkpoint.load_model(run / where / name, kind) for where in (".", "back"))
+        assert after.config == before.config and set(after.assets) == set(before.assets)
+        one, other = pack._flat(before.variables), pack._flat(after.variables)
+        assert list(one) == list(other) and all(one[path].dtype == other[path].dtype for path in one)
+        for path in one:
+            np.testing.assert_allclose(other[path], one[path], rtol=2**-11, atol=1e-7)
+    mulan = checkpoint.load_model(run / "back/mulan", MuLanConfig)
+    np.testing.assert_array_equal(mulan.variables["params"]["towers"]["audio"]["kernel"], TOWERS["audio"]["kernel"])
+    assert mulan.assets == {"vocabulary": b"tokenizer"}
+    codec = checkpoint.load_model(run / "back/codec", SoundStreamConfig)
+    np.testing.assert_array_equal(codec.variables["codebooks"]["sums"], np.full(3, 1e5))
+
+
+def test_the_lineage_names_the_packed_models(run):
+    packed(run)
+    unpacked(run)
+    lineage = json.loads((run / "back/policy/model/tokens.json").read_text())
+    assert lineage == {
+        "codec": checkpoint.model_hash(run / "back/codec"),
+        "mulan": checkpoint.model_hash(run / "back/mulan"),
+        "semantic": "5e",
+    }
+    told = json.loads((run / "pack/models.json").read_text())
+    assert told["policy"]["packed_from"] == checkpoint.model_hash(run / "policy") != told["policy"]["hash"]
+    assert told["mulan"]["weights"] == 18  # without the towers
+    packed_again = (run / "pack/policy.safetensors").read_bytes()
+    packed(run)
+    assert (run / "pack/policy.safetensors").read_bytes() == packed_again
+
+
+def test_done_models_are_left_alone_and_others_refused(run, capsys):
+    packed(run)
+    unpacked(run)
+    capsys.readouterr()
+    unpacked(run)
+    assert capsys.readouterr().out.count("unpacked already") == 3
+    checkpoint.save_model(run / "back/policy", MusicLMConfig(), {"params": weights()})
+    with pytest.raises(ValueError, match=r"back/policy holds model \w+, not \w+: unpack elsewhere"):
+        unpacked(run)
+
+
+def test_other_towers_are_refused(run, towers):
+    packed(run)
+    towers["audio"]["kernel"] += 1
+    with pytest.raises(ValueError, match=r"towers/audio/kernel is not that of the pretrained towers"):
+        packed(run)
+    with pytest.raises(ValueError, match="its towers are not those that it was packed without"):
+        unpacked(run)
+    with pytest.raises(ValueError, match="mulan needs its pretrained towers and their vocabulary"):
+        pack.unpack(str(run / "pack"), str(run / "elsewhere"))
+
+
+def test_without_fetched_towers_all_is_packed(run):
+    pack.pack({"mulan": str(run / "mulan")}, str(run / "pack"))
+    pack.unpack(str(run / "pack"), str(run / "back"))
+    mulan = checkpoint.load_model(run / "back/mulan", MuLanConfig)
+    assert mulan.assets == {"vocabulary": b"tokenizer"} and "towers" in mulan.variables["params"]
+
+
+@pytest.mark.parametrize("place", [10, -1])
+def test_a_changed_byte_is_named(run, place):
+    path = run / "pack/policy.safetensors"
+    packed(run)
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"policy\.safetensors has the sha256 \w+, not \w+: it is damaged"):
+        unpacked(run)
+
+
+def test_what_is_missing_is_named(run):
+    with pytest.raises(FileNotFoundError, match=r"has no models\.json"):
+        unpacked(run)
+    packed(run)
+    (run / "pack/policy.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"policy\.safetensors is missing"):
+        unpacked(run)
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint in .*nothing"):
+        packed(run, names=("nothing",))
+
+
+def test_a_model_of_no_known_kind_is_refused(run):
+    checkpoint.save_model(run / "odd", QualityConfig(), {"params": weights()})
+    manifest = run / "odd/model/manifest.json"
+    manifest.write_text(manifest.read_text().replace("QualityConfig", "OddConfig"))
+    with pytest.raises(ValueError, match="odd holds a OddConfig, which is none of SoundStreamConfig"):
+        packed(run, names=("odd",))
