@@ -113,6 +113,7 @@ def test_scores_are_kept_clip_by_clip(folder):
     assert pair["win"] == pytest.approx((gap > 0).mean())
 
 
+@pytest.mark.exactness(16)
 def test_ru_starts_from_r_and_is_anchored_to_it(folder):
     told = json.loads((folder / "run/ru/model/anchor.json").read_text())
     assert told["anchor"] == checkpoint.model_hash(folder / "run/r")
@@ -148,6 +149,7 @@ def test_kl_starts_at_zero_to_the_bit_and_the_sampler_agrees_with_the_learner(fo
     assert all(line["skipped"] == 0 for line in metrics)
 
 
+@pytest.mark.exactness(17)
 def test_the_interrupted_run_is_the_uninterrupted_one(folder):
     """Its held-out judge included, who hears the base again and remembers what it saw."""
     assert musicrl("run", folder, "--only=r", f"--gin.R='{folder}/again'") == 0

@@ -3,6 +3,10 @@
 import dataclasses
 import functools
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -16,6 +20,7 @@ from musicrl_jax import train_rl
 from musicrl_jax.arena import monitor
 from musicrl_jax.core import checkpoint, sharding
 from musicrl_jax.core.keys import row_keys
+from musicrl_jax.core.metrics import MetricWriter
 from musicrl_jax.core.tokens import TokenLayout
 from musicrl_jax.losses.policy_gradient import PolicyGradient
 from musicrl_jax.models.musiclm import MusicLM, MusicLMConfig, Value
@@ -83,12 +88,14 @@ def rollout(start, steps):
     return steps[0](start[0].policy, mulan, jax.random.key(1))
 
 
+@pytest.mark.exactness(6)
 def test_kl_is_zero_to_the_bit_before_the_first_step(start, steps, rollout):
     _, metrics = steps[1](*start, rollout, jnp.linspace(0, 1, BATCH))
     assert float(metrics["kl"]) == 0.0
     assert float(metrics["sampler_drift"]) < 2e-5
 
 
+@pytest.mark.exactness(6, 7)
 @pytest.mark.parametrize(
     "sampling", [Sampling(0.7), Sampling(0.9), Sampling(1.3), Sampling(0.9, top_k=3)], ids=lambda s: f"{s}"
 )
@@ -106,6 +113,7 @@ def test_it_is_zero_however_the_clips_are_drawn(learner, start, sampling):
     assert float(metrics["sampler_drift"]) < 2e-5
 
 
+@pytest.mark.exactness(6)
 def test_scoring_at_another_temperature_than_sampling_is_caught(learner, start):
     """By the drift between sampler and learner, of which a run keeps a record."""
     (state, anchor), mulan = start, jnp.zeros((BATCH, 2), jnp.int32)
@@ -114,6 +122,7 @@ def test_scoring_at_another_temperature_than_sampling_is_caught(learner, start):
     assert float(metrics["sampler_drift"]) > 0.01
 
 
+@pytest.mark.exactness(15)
 @pytest.mark.parametrize("microbatches", [2, 8])
 @pytest.mark.parametrize("gradient", [PolicyGradient(), PolicyGradient("group", kl="sampled")], ids=str)
 def test_accumulated_gradients_are_those_of_the_whole_batch(start, rollout, gradient, microbatches):
@@ -139,6 +148,7 @@ def test_equal_rewards_that_the_value_knows_move_nothing(learner, start, steps, 
     assert float(metrics["value_norm"]) < 1e-6
 
 
+@pytest.mark.exactness(23)
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
 def test_a_reward_that_is_not_finite_skips_the_update_and_is_counted(start, steps, rollout, bad):
     state, anchor = start
@@ -155,6 +165,7 @@ def test_the_value_starts_at_the_mean_of_the_finite_rewards(learner, start):
     jax.tree.map(np.testing.assert_array_equal, value["trunk"], start[0].value["trunk"])
 
 
+@pytest.mark.exactness(12)
 def test_permuted_clips_give_the_same_update(start, steps, rollout):
     reward = jax.random.uniform(jax.random.key(4), (BATCH,))
     order = jax.random.permutation(jax.random.key(5), BATCH)
@@ -284,7 +295,16 @@ def base():
     return meta.unbox(jax.jit(MusicLM(SMALL).init)(jax.random.key(2), *shapes))["params"]
 
 
-def loop(folder, mesh=None, weight=1.0, vocabulary=b"words", normalise=False, **settings):
+class Dying(MetricWriter):
+    """As a machine that is taken away: no exception, no farewell."""
+
+    def write(self, step, metrics, prefix=""):
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        super().write(step, metrics, prefix)
+
+
+def loop(folder, mesh=None, weight=1.0, vocabulary=b"words", normalise=False, writer=None, saves=False, **settings):
     """train_rl itself on `mesh` -> (what was heard in every step, the last state on its devices, lines of metrics)."""
     (folder / "vocabulary.model").write_bytes(vocabulary)
     listener, states = Listener(weight, normalise=normalise), []
@@ -301,7 +321,10 @@ def loop(folder, mesh=None, weight=1.0, vocabulary=b"words", normalise=False, **
         patch.setattr(
             monitor.pieces, "encode", lambda vocabulary, asked, length: np.ones((len(asked), length), np.int32)
         )
-        patch.setattr(checkpoint.RunCheckpoints, "save", lambda self, step, state: states.append(state))
+        if not saves:
+            patch.setattr(checkpoint.RunCheckpoints, "save", lambda self, step, state: states.append(state))
+        if writer is not None:
+            patch.setattr(train_rl, "MetricWriter", writer)
         if mesh is not None:
             patch.setattr(sharding, "make_mesh", lambda fsdp, tensor: mesh)
         train_rl.train_rl(
@@ -312,8 +335,7 @@ def loop(folder, mesh=None, weight=1.0, vocabulary=b"words", normalise=False, **
             clip_seconds=1.0,
             policy_optimiser=Descent(),
             value_optimiser=Descent(),
-            save_every=settings["steps"],
-            **settings,
+            **{"save_every": settings["steps"], **settings},
         )
     lines = (folder / "run/metrics.jsonl").read_text().splitlines()
     return listener.heard, states[-1:][0] if states else None, [json.loads(line) for line in lines]
@@ -327,6 +349,7 @@ def alone(tmp_path_factory):
     return loop(tmp_path_factory.mktemp("alone"), mesh)
 
 
+@pytest.mark.exactness(11, 15)
 @pytest.mark.parametrize(("fsdp", "tensor"), [(1, 1), (2, 2)])
 def test_eight_devices_do_what_one_does(alone, fsdp, tensor, tmp_path):
     many = loop(tmp_path, fsdp=fsdp, tensor=tensor)
@@ -342,6 +365,7 @@ def test_eight_devices_do_what_one_does(alone, fsdp, tensor, tmp_path):
         assert other == pytest.approx(one, rel=1e-4, abs=1e-5)
 
 
+@pytest.mark.exactness(11)
 def test_no_two_clips_of_a_run_have_the_same_key(alone):
     keys = np.concatenate([step["keys"] for step in alone[0]])
     assert len(np.unique(keys, axis=0)) == len(keys) == 3 * BATCH
@@ -349,6 +373,7 @@ def test_no_two_clips_of_a_run_have_the_same_key(alone):
     assert len(np.unique(clips, axis=0)) == len(clips)  # of one prompt
 
 
+@pytest.mark.exactness(16)
 def test_a_finetuned_policy_knows_its_anchor(tmp_path):
     """RU is anchored to R: what its checkpoint names is the content of R's."""
     loop(tmp_path, steps=1)
@@ -361,6 +386,29 @@ def test_a_finetuned_policy_knows_its_anchor(tmp_path):
         "alarm": None,
     }
     assert saved.hash != checkpoint.content_hash(base())
+
+
+@pytest.mark.exactness(17)
+def test_a_run_that_is_killed_goes_on_as_if_nothing_had_happened(tmp_path):
+    """kill -9 in the fourth of five steps, a checkpoint after every second: metrics and weights equal to the bit."""
+    for name in ("whole", "cut"):
+        (tmp_path / name).mkdir()
+    settings = {"steps": 5, "save_every": 2, "saves": True, "normalise": True}
+    loop(tmp_path / "whole", **settings)
+    code = f"""
+import sys
+from pathlib import Path
+sys.path[:0] = [{str(Path(__file__).parents[1])!r}, {str(Path(__file__).parent)!r}]
+import train_rl_test
+train_rl_test.loop(Path({str(tmp_path / "cut")!r}), writer=train_rl_test.Dying, **{settings!r})
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
+    assert not checkpoint.has_model(tmp_path / "cut/run")
+    loop(tmp_path / "cut", **settings)
+    whole, cut = ((tmp_path / name / "run/metrics.jsonl").read_text() for name in ("whole", "cut"))
+    assert cut == whole and whole.count("\n") == 5
+    assert checkpoint.model_hash(tmp_path / "cut/run") == checkpoint.model_hash(tmp_path / "whole/run")
 
 
 def test_normalised_rewards_start_at_zero_in_units_of_the_base(tmp_path):

@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+import pytest
 
 from musicrl_jax.core.keys import row_keys, step_key
 
@@ -10,6 +11,7 @@ def bits(keys: jax.Array) -> np.ndarray:
     return np.asarray(jax.random.key_data(keys)).reshape(-1, 2)
 
 
+@pytest.mark.exactness(11)
 def test_rows_keep_their_keys_in_any_batch():
     key = step_key(3, 7)
     whole = bits(row_keys(key, 8))
@@ -17,6 +19,7 @@ def test_rows_keep_their_keys_in_any_batch():
     np.testing.assert_array_equal(whole, parts)
 
 
+@pytest.mark.exactness(11)
 def test_no_two_rows_steps_streams_or_seeds_share_a_key():
     keys = [
         bits(row_keys(step_key(seed, step, stream), 4)) for seed in (0, 1) for step in range(5) for stream in range(3)

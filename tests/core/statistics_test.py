@@ -112,6 +112,7 @@ def alarm(gold, noise, seed, checkpoints=100):
     return None
 
 
+@pytest.mark.exactness(21)
 @pytest.mark.parametrize("noise", [0.02, 0.05, 0.1])
 @pytest.mark.parametrize("c", [1.0, 1.5])
 def test_the_peak_of_a_judge_whom_the_reward_leaves_behind_is_found(c, noise):
@@ -121,6 +122,7 @@ def test_the_peak_of_a_judge_whom_the_reward_leaves_behind_is_found(c, noise):
     assert sum(each is not None and abs(each - peak) <= 0.1 * peak for each in found) >= 18, found
 
 
+@pytest.mark.exactness(21)
 @pytest.mark.parametrize("gold", [lambda f: f, lambda f: f - f**2 / 2, lambda f: 1 - np.exp(-3 * f), np.zeros_like])
 @pytest.mark.parametrize("noise", [0.05, 0.3])
 def test_a_judge_who_agrees_sets_off_no_alarm(gold, noise):

@@ -58,6 +58,7 @@ def test_votes_that_count_come_with_both_clips(folder):
                 np.testing.assert_array_equal(batch[name][row, side], expected[name])
 
 
+@pytest.mark.exactness(20)
 def test_clips_swapped_in_the_file_are_swapped_in_the_batch(folder):
     before = next(Votes(folder).batches("train", 4, seed=3, epochs=1))
     opposite = {"a": "b", "b": "a", "tie": "tie", "abstain": "abstain"}

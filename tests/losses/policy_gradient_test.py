@@ -41,18 +41,21 @@ def test_the_readme_shows_the_table_as_it_is(truth, problem):
     assert oracle.table(problem, truth) in readme.read_text(encoding="utf-8")
 
 
+@pytest.mark.exactness(1, 4)
 @pytest.mark.parametrize("surrogate", ["reinforce", "clipped"])
 @pytest.mark.parametrize(("baseline", "kl"), EXACT)
 def test_the_mean_gradient_of_the_first_update_is_that_of_the_objective(truth, problem, baseline, surrogate, kl):
     assert oracle.error(oracle.mean_gradient(a_choice(baseline, surrogate, kl), problem), truth) < 1e-7
 
 
+@pytest.mark.exactness(1)
 def test_baselines_across_clips_leave_the_gradient_exact(truth, problem):
     """Batches of two clips, each the other's baseline for the KL still to come."""
     for kl in ("exact", "sampled"):
         assert oracle.error(oracle.mean_gradient(a_choice(kl=kl), problem, batch=2), truth) < 1e-7
 
 
+@pytest.mark.exactness(13)
 def test_a_mean_with_its_own_reward_in_it_shrinks_the_rewards_gradient(double, problem):
     """By (G - 1) / G, exactly; the KL's gradient stays."""
     theta = problem["theta"]
@@ -67,6 +70,7 @@ def test_what_is_biased_by_definition_shows_it(truth, problem):
         assert oracle.error(oracle.mean_gradient(choice, problem), truth) > 0.05, choice
 
 
+@pytest.mark.exactness(13)
 def test_equal_rewards_of_a_group_give_no_advantage(double):
     rewards = jnp.asarray([0.3, 0.3, 0.9, 0.9, 0.1, 0.5])
     for baseline in ("leave_one_out", "group", "group_std"):
@@ -84,6 +88,7 @@ def test_equal_rewards_of_a_group_give_no_advantage(double):
     np.testing.assert_array_equal(best, [0.5, 0.5, 0.5, 0.5, 0, 1])
 
 
+@pytest.mark.exactness(2)
 def test_a_baseline_that_saw_the_action_is_caught(truth, problem):
     late = np.concatenate(
         [problem["values"][oracle.contexts(oracle.CLIPS)][:, 1:], problem["rewards"][:, None]], axis=1
@@ -101,6 +106,7 @@ def with_kl_loss(penalty):
     return loss
 
 
+@pytest.mark.exactness(3)
 def test_sampled_log_ratio_as_a_loss_is_caught(truth, problem):
     """Its expected gradient is zero, so the KL term is missing altogether."""
     found = oracle.mean_gradient(a_choice(kl="local"), problem, loss=with_kl_loss(lambda ours, theirs: ours - theirs))
@@ -114,6 +120,7 @@ def k3(ours, theirs):
     return jnp.exp(theirs - ours) - 1 - (theirs - ours)
 
 
+@pytest.mark.exactness(4)
 def test_other_estimates_of_the_kl_are_caught(truth, problem):
     """k3 as a loss, as in GRPO; and in the reward, where its value is right and its gradient is not."""
 
@@ -133,17 +140,20 @@ def filtered(double, problem):
     return problem, oracle.finite_difference(lambda theta: oracle.objective(theta, problem), problem["theta"])
 
 
+@pytest.mark.exactness(7)
 @pytest.mark.parametrize(("baseline", "kl"), EXACT)
 def test_a_filtered_policy_has_its_own_exact_gradient(filtered, baseline, kl):
     problem, truth = filtered
     assert oracle.error(oracle.mean_gradient(a_choice(baseline, kl=kl), problem), truth) < 1e-7
 
 
+@pytest.mark.exactness(7)
 def test_scoring_a_filtered_policy_on_all_codes_is_caught(filtered):
     problem, truth = filtered
     assert oracle.cosine(oracle.mean_gradient(a_choice(), problem, scored_on="all codes"), truth) < 0.9
 
 
+@pytest.mark.exactness(14)
 def test_the_value_comes_to_the_expected_reward_of_each_prefix(double, problem):
     """Clips are uniform here, so that means over the batch are expectations. Least squares reaches E[R | prefix]; what
     it explains of R is Var E[R | prefix] / Var R, the mean over the steps."""
@@ -177,6 +187,7 @@ def optimum(double, problem):
     return weight / weight.sum()
 
 
+@pytest.mark.exactness(5)
 def test_ascent_reaches_the_regularised_optimum(problem, optimum):
     """Its objective and its distribution within .3 %; without the KL still to come it stops short."""
     log_anchor = np.log(oracle.probabilities(problem["anchor"]))
@@ -261,6 +272,7 @@ def test_other_clips_mean_leaves_out_the_clip():
     np.testing.assert_allclose(other_clips_mean(x[:1]), [[0.0, 0.0]])
 
 
+@pytest.mark.exactness(12)
 def test_rewards_reach_the_advantage_as_they_are():
     """0.1 to 0.9 in float32, in their order: no rounding to integers, no whitening, no shuffling."""
     rewards = np.linspace(0.1, 0.9, 9).astype(np.float32)
@@ -271,6 +283,7 @@ def test_rewards_reach_the_advantage_as_they_are():
     np.testing.assert_array_equal(policy_gradient.reward_advantage(a_choice(), rewards[order], values), found[order])
 
 
+@pytest.mark.exactness(14)
 def test_values_fit_the_expected_reward_of_the_prefix(double, problem):
     """The minimum of the value loss over all clips, by probability, is E[R | prefix]."""
     probabilities = np.asarray(oracle.probabilities(jnp.asarray(problem["theta"])))

@@ -49,17 +49,20 @@ def drawn(utilities, count=50_000):
     return pairs, (rng.uniform(size=count) < chance).astype(float), errors
 
 
+@pytest.mark.exactness(20)
 def test_planted_utilities_come_back_exactly_from_expected_votes(double, utilities):
     pairs = np.arange(len(PAIRS))
     np.testing.assert_allclose(fitted(pairs, expit(CONTRAST @ utilities)), utilities, atol=1e-8)
 
 
+@pytest.mark.exactness(20)
 def test_and_within_their_standard_errors_from_drawn_ones(double, utilities):
     pairs, votes, errors = drawn(utilities)
     gaps = np.abs(fitted(pairs, votes) - utilities)
     assert (gaps < 4 * errors).all() and gaps.max() > 0.1 * errors.min()
 
 
+@pytest.mark.exactness(20)
 def test_shuffled_votes_teach_nothing(double, utilities):
     """Each pair's clips are shuffled: what is fitted is 0 within its errors, and no better than chance."""
     pairs, votes, errors = drawn(utilities)
@@ -72,6 +75,7 @@ def test_shuffled_votes_teach_nothing(double, utilities):
     assert truth < 0.67 and metrics["accuracy"] > 0.6
 
 
+@pytest.mark.exactness(20)
 def test_a_swapped_pair_is_the_same_vote(utilities):
     margin, vote = jnp.asarray([0.3, -2.0, 1.0, 0.0]), jnp.asarray([1.0, 0.0, 0.5, 0.25])
     whole = jax.value_and_grad(bradley_terry, has_aux=True)

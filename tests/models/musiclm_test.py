@@ -40,6 +40,7 @@ def drawn(model):
     return mulan, tokens, log_probs
 
 
+@pytest.mark.exactness(8)
 def test_cached_sampling_agrees_with_the_full_forward_pass(model, drawn):
     module, params = model
     mulan, tokens, log_probs = drawn
@@ -50,6 +51,7 @@ def test_cached_sampling_agrees_with_the_full_forward_pass(model, drawn):
     assert np.abs(np.asarray(rescored - log_probs)).max() < 2e-5
 
 
+@pytest.mark.exactness(8)
 @pytest.mark.parametrize("top_k", [None, 3])
 def test_cached_sampling_agrees_to_the_last_digits_in_float64(model, drawn, top_k):
     module, params = model
@@ -86,6 +88,7 @@ def test_samples_follow_the_tempered_distribution(model):
     assert chi_square < 18.5  # the 99.9 % point with 4 degrees of freedom
 
 
+@pytest.mark.exactness(11)
 def test_a_row_does_not_depend_on_its_batch(model, drawn):
     module, params = model
     mulan, tokens, _ = drawn
@@ -122,6 +125,7 @@ def test_prompt_moves_the_first_frame(model, drawn):
     assert np.abs(np.asarray(one - other))[:, 0, 0, :5].max() > 1e-3
 
 
+@pytest.mark.exactness(19)
 def test_joint_of_a_tiny_clip_sums_to_one(model):
     """All 5 x 7^4 clips of one frame, enumerated: the chain of conditionals is a distribution."""
     module, params = model
@@ -133,6 +137,7 @@ def test_joint_of_a_tiny_clip_sums_to_one(model):
     np.testing.assert_allclose(np.exp(np.asarray(joint, np.float64)).sum(), 1.0, atol=1e-4)
 
 
+@pytest.mark.exactness(10)
 def test_scoring_has_no_dropout(model, drawn):
     module, params = model
     mulan, tokens, _ = drawn
@@ -148,6 +153,7 @@ def test_relative_buckets_are_t5s():
     np.testing.assert_array_equal(relative_bucket(distance, 32, 128), [0, 0, 1, 15, 16, 21, 21, 26, 31, 31, 31])
 
 
+@pytest.mark.exactness(9)
 def test_bfloat16_moves_log_probs_little(model, drawn):
     """Activations and weights in bfloat16; the softmax is in float32 even so."""
     module, params = model

@@ -66,6 +66,7 @@ def test_the_mixture_is_the_weighted_sum_of_its_terms(wav):
     assert total.dtype == jnp.float32 and total.shape == (BATCH,)
 
 
+@pytest.mark.exactness(12)
 def test_small_differences_between_rewards_survive():
     wav = jnp.linspace(0.1, 0.9, 9)[:, None] * jnp.ones((9, 4))
     loaded = Mixture((Peak(),), {"peak": 1.0}).load()
@@ -105,6 +106,7 @@ def rows(x, starts, length):
 
 
 # Samples of a clip and where its windows of 0.25 s begin: MusicRL's 3 x 10 s, scaled; some that overlap; and one.
+@pytest.mark.exactness(18)
 @pytest.mark.parametrize(
     ("samples", "starts"), [(12_000, [0, 4000, 8000]), (10_000, [0, 3000, 6000]), (4000, [0]), (3200, [0])]
 )
@@ -123,6 +125,7 @@ def test_text_adherence_is_the_mean_of_the_windows_cosines(wav, samples, starts)
 
 
 # Shorter than two windows they overlap; up to one there is one.
+@pytest.mark.exactness(18)
 @pytest.mark.parametrize(("samples", "starts"), [(8000, [0, 4000]), (5000, [0, 1000]), (4000, [0]), (3200, [0])])
 def test_acoustic_quality_is_that_of_the_first_and_the_last_window(wav, samples, starts):
     config = QualityConfig(sample_rate_hz=16_000, window_seconds=0.25, network=TOWER)
@@ -134,6 +137,7 @@ def test_acoustic_quality_is_that_of_the_first_and_the_last_window(wav, samples,
     assert (np.asarray(scores) > 0).all() and (np.asarray(scores) < 1).all()
 
 
+@pytest.mark.exactness(18)
 @pytest.mark.parametrize(("frames", "starts"), [(20, [0, 10]), (13, [0, 3]), (10, [0]), (7, [0])])
 def test_user_preference_is_that_of_the_first_and_the_last_window(frames, starts):
     size = TransformerConfig(1, 8, 2, 8, dropout=0.0)
