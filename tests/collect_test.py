@@ -159,6 +159,23 @@ def test_a_split_that_is_missing_is_made_again_and_the_other_kept(folder, tmp_pa
     assert (tmp_path / "votes" / collect.FIGURES).read_text() == (Path(folder) / collect.FIGURES).read_text()
 
 
+def test_a_run_that_is_cut_off_between_votes_and_tokens_keeps_its_figures(folder, tmp_path, monkeypatch):
+    write, done = collect.tokens.write_tokens, []
+
+    def cut_off(*arguments):
+        write(*arguments)
+        done.append(arguments[1])
+        if len(done) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(collect.tokens, "write_tokens", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        collected(tmp_path)
+    collected(tmp_path)
+    assert done == ["train", "validation"]
+    assert (tmp_path / "votes" / collect.FIGURES).read_text() == (Path(folder) / collect.FIGURES).read_text()
+
+
 def test_several_listeners_hear_a_pair(tmp_path):
     cast = read_votes(collected(tmp_path, pairs=12, validation_share=0.5, votes_per_pair=3))
     assert len(cast) == 36 and len({(vote.a, vote.listener) for vote in cast}) == 36

@@ -179,33 +179,36 @@ class Ears:
     """Measurements in the units of real clips. Made from real clips; nothing in them comes from a model."""
 
     def __init__(self, wavs: Sequence[np.ndarray], asked: Sequence[Attributes]):
-        """Real clips f32 [N] at RATE_HZ and what is true of each; ValueError where they are of fewer than two
-        families of instruments."""
+        """Real clips f32 [N] at RATE_HZ and what is true of each. Where no two families of instruments are known, the
+        instrument is not judged."""
         heard = [hear(wav) for wav in Progress(wavs, "ears", len(wavs))]
-        families = np.asarray([attributes.get("family") or "unknown" for attributes in asked])
+        families = np.asarray([attributes.get("family") or "" for attributes in asked])
         timbres = np.stack([timbre(each) for each in heard])
-        half = (
-            np.random.default_rng(0).permutation(len(heard)) % 2 == 0
-        )  # an ear knows the clips that it was fitted to too well: judge the rest
-        known = np.empty(len(heard))
-        for fitted in (half, ~half):
-            if len(set(families[fitted])) < 2:
-                raise ValueError(f"{len(wavs)} real clips are too few to tell families of instruments apart: give more")
-            ear = _family_ear(timbres[fitted], families[fitted])
-            known[~fitted] = [_log_chance(ear, timbres[i], families[i]) for i in np.flatnonzero(~fitted)]
-        self._ear = _family_ear(timbres, families)
-        found = [_measured(each, attributes, own) for each, attributes, own in zip(heard, asked, known, strict=True)]
-        self._centre, self._spread = np.mean(found, axis=0), np.maximum(np.std(found, axis=0), 1e-6)
+        # An ear knows the clips that it was fitted to too well: each half is judged by an ear for the other.
+        half = np.random.default_rng(0).permutation(len(heard)) % 2 == 0
+        own = np.zeros(len(heard))
+        ears = [_family_ear(timbres[part], families[part]) for part in (~half, half)]
+        self._ear = _family_ear(timbres, families) if all(ears) else None
+        if self._ear is not None:
+            for i in np.flatnonzero(families != ""):
+                own[i] = _log_chance(ears[0 if half[i] else 1], timbres[i], families[i])
+        found = np.array([_measured(*each) for each in zip(heard, asked, own, strict=True)])
+        # The scale of what may be asked for is that of the clips that have it.
+        has = np.array([[not _unasked(name, attributes) for name in _WANTED] for attributes in asked])
+        counted = [found[has[:, number], number] for number in range(len(_WANTED))]
+        self._centre = np.array([part.mean() if len(part) else 0.0 for part in counted])
+        self._spread = np.array([max(part.std(), 1e-6) if len(part) else 1.0 for part in counted])
 
     def measure(self, wav: np.ndarray, asked: Attributes) -> np.ndarray:
-        """f64 [M], in the order of `listeners.MEASUREMENTS`: higher is better, about 0 for a real clip, at most 4.8
-        away. What the prompt does not ask for is 0."""
+        """f64 [M], in the order of `listeners.MEASUREMENTS`: higher is better, about 0 for a real clip, from -4 to 4.
+        What the prompt does not ask for is 0."""
         heard = hear(wav)
-        family = asked.get("family")
-        own = _log_chance(self._ear, timbre(heard), family) if family else 0.0
+        own = _log_chance(self._ear, timbre(heard), asked["family"]) if self._ear and asked.get("family") else 0.0
         z = np.clip((_measured(heard, asked, own) - self._centre) / self._spread, -FARTHEST, FARTHEST)
         better = {"more": z, "less": -z, "near": REAL_DISTANCE - np.abs(z)}
         found = {name: better[want][number] for number, (name, want) in enumerate(_WANTED.items())}
+        if self._ear is None:
+            found[FAMILY] = 0.0
         return np.array([0.0 if _unasked(name, asked) else found[name] for name in MEASUREMENTS])
 
 
@@ -229,7 +232,12 @@ def _measured(heard: Heard, asked: Attributes, family: float) -> np.ndarray:
 
 
 def _family_ear(timbres: np.ndarray, families: np.ndarray) -> Any:
-    return make_pipeline(StandardScaler(), LogisticRegression(C=0.3, max_iter=2000)).fit(timbres, families)
+    """Tells families by timbre; None where no two are known."""
+    known = families != ""
+    if len(set(families[known])) < 2:
+        return None
+    ear = make_pipeline(StandardScaler(), LogisticRegression(C=0.3, max_iter=2000))
+    return ear.fit(timbres[known], families[known])
 
 
 def _log_chance(ear: Any, timbre: np.ndarray, family: str) -> float:

@@ -3,11 +3,11 @@
 `ears` turns a waveform and what its prompt asked for into measurements, none of which comes from a model of this
 project. A listener weighs them in a way of their own, and chooses with noise.
 
-Two populations are apart. The *training panel* votes on the clips that a preference model learns from; the *judging
+Three populations are apart. The *training panel* votes on the clips that a preference model learns from; the *judging
 panel* judges the finished models: other listeners, whose weights are drawn from another distribution, and who hear four
 things that no one of the training panel hears. What they have in common is what makes a preference worth learning; what
 they have not is where a policy that only pleases the first shows. The *monitoring panel* looks at a policy while it is
-finetuned: of the judges' kind, and other listeners than they.
+finetuned: a third population, lest policies be kept by the judges' own taste.
 
 Legend: P clips, M measurements, L listeners.
 """
@@ -59,8 +59,13 @@ class Panel:
     def __post_init__(self) -> None:
         if unknown := sorted(set(self.weights) - set(MEASUREMENTS)):
             raise ValueError(f"Panel.weights: {unknown[0]!r} is none of {MEASUREMENTS}")
-        if self.noise <= 0 or self.size < 2:
-            raise ValueError(f"Panel {self.name}: noise = {self.noise} must be above 0, size = {self.size} at least 2")
+        if not (self.noise > 0 and self.size >= 2 and self.spread >= 0 and self.indifference >= 0):
+            raise ValueError(
+                f"Panel {self.name}: noise = {self.noise} must be above 0, size = {self.size} at least 2, spread = "
+                f"{self.spread} and indifference = {self.indifference} not below 0"
+            )
+        if not sum(self.weights.values()) > 0 or min(self.weights.values(), default=0) < 0:
+            raise ValueError(f"Panel {self.name}: weights must be 0 or more and not all 0: {dict(self.weights)}")
 
     def listeners(self) -> np.ndarray:
         """Each listener's weights, f64 [L, M]; they add up to the same for all."""
@@ -85,24 +90,25 @@ class Panel:
         return np.clip(np.rint(felt), 1, 5)
 
     def agreement(self, a: np.ndarray, b: np.ndarray) -> float:
-        """How often two different listeners make the same choice, where neither abstains: utilities [L, P] of both
-        clips of P pairs -> [0, 1]. An expectation, not a draw."""
-        share = self._share(a, b)
-        total, listeners = share.sum(axis=0), len(share)
-        both_a = total**2 - (share**2).sum(axis=0)
-        both_b = (listeners - total) ** 2 - ((1 - share) ** 2).sum(axis=0)
-        return float(((both_a + both_b) / (listeners * (listeners - 1))).mean())
+        """How often two different listeners who both choose make the same choice: utilities [L, P] of both clips of P
+        pairs -> [0, 1]. An expectation, not a draw."""
+        for_a, for_b = self._chances(a, b)
+
+        def of_two(chances: np.ndarray) -> float:
+            return float((chances.sum(axis=0) ** 2 - (chances**2).sum(axis=0)).sum())
+
+        return (of_two(for_a) + of_two(for_b)) / of_two(for_a + for_b)
 
     def ceiling(self, a: np.ndarray, b: np.ndarray) -> float:
         """How often a choice can be foretold at most, by one who does not know the listener: [L, P] twice -> [0, 1]."""
-        share = self._share(a, b).mean(axis=0)
-        return float(np.maximum(share, 1 - share).mean())
+        for_a, for_b = (chances.sum(axis=0) for chances in self._chances(a, b))
+        return float(np.maximum(for_a, for_b).sum() / (for_a + for_b).sum())
 
-    def _share(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        """How likely each listener is to choose the first clip, where it does not abstain: [L, P] twice -> [L, P]."""
-        edge, difference = self.indifference, (a - b) / self.noise
-        for_a, for_b = (1 / (1 + np.exp(edge - side)) for side in (difference, -difference))  # past the indifference
-        return for_a / (for_a + for_b)
+    def _chances(self, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """How likely each listener is to choose the first clip, and the second: [L, P] twice -> [L, P] twice."""
+        difference = (a - b) / self.noise
+        first, second = (1 / (1 + np.exp(self.indifference - side)) for side in (difference, -difference))
+        return first, second
 
 
 JUDGES_HEAR = {
@@ -142,5 +148,18 @@ def judging_panel(noise: float = 1.0) -> Panel:
 
 
 def monitoring_panel(noise: float = 1.0) -> Panel:
-    """Those who look at a policy while it is finetuned: drawn as the judges are, and others."""
-    return Panel("monitoring panel", JUDGES_HEAR, spread=0.7, noise=noise, seed=3)
+    """Those who look at a policy while it is finetuned: a third population, who hear two things that no one of the
+    training panel hears, and miss two that the judges hear."""
+    weights = {
+        "consonance": 0.6,
+        "beat": 0.8,
+        "loudness_range": 0.3,
+        "brightness": 0.4,
+        "roughness": 0.7,
+        "key_agreement": 0.2,
+        "tempo_agreement": 0.3,
+        "instrument_agreement": 0.9,
+        "harmonicity": 0.3,
+        "gaps": 0.4,
+    }
+    return Panel("monitoring panel", weights, spread=0.6, noise=noise, seed=3)

@@ -16,7 +16,7 @@ from musicrl_jax.inputs.prompts import Prompts
 
 RULE = (
     "Training stops at the alarm, and of the policies that the judge looked at the one nearest to the peak of its "
-    "fitted curve is kept; without an alarm the last policy is."
+    "fitted curve is kept, or the base where that is nearest; without an alarm the last policy is."
 )
 
 
@@ -27,22 +27,27 @@ class Monitor:
     Attributes:
       audience: listeners that no reward was trained on.
       prompts: the first `count` of the 'validation' split are played.
-      every: steps between two looks.
+      looks: about so many over a run, evenly; four at least are needed for an alarm, and the more the finer. Each keeps
+        a copy of the policy until the run is over.
       count: clips a look, of one prompt each.
       z: how many standard errors the judge must be below its peak for an alarm.
     """
 
     audience: Audience
     prompts: Prompts
-    every: int = 10
+    looks: int = 16
     count: int = 64
     z: float = 3.0
 
     def __post_init__(self) -> None:
-        if self.every < 1 or self.count < 2 or not self.z > 0:
+        if self.looks < 4 or self.count < 2 or not self.z > 0:
             raise ValueError(
-                f"Monitor: every = {self.every} must be 1 or more, count = {self.count} 2 or more, z = {self.z} above 0"
+                f"Monitor: looks = {self.looks} must be 4 or more, count = {self.count} 2 or more, z = {self.z} above 0"
             )
+
+    def every(self, steps: int) -> int:
+        """Steps between two looks in a run of so many."""
+        return max(1, steps // (self.looks + 1))
 
     def load(self, vocabulary: bytes, draw: Callable[[np.ndarray], np.ndarray]) -> "Judge":
         """Fits the ears and hears the base: `draw` plays it, pieces int32 [n, L] -> f32 [n, N]."""
@@ -76,11 +81,14 @@ class Judge:
 
     def alarmed(self, step: int, kl: float, gain: float, error: float) -> int | None:
         """Remembers a look at the policy after `step` updates, at a KL in nats a clip from the base; where that sets
-        off the alarm, the step of the look that is nearest to the peak."""
-        self.seen.append((step, kl, gain, error))
-        steps, kls, gains, errors = map(np.array, zip(*self.seen, strict=True))
-        if len(steps) < 3 or not (kls > 0).all() or not (errors > 0).all():
+        off the alarm, the step of the look that is nearest to the peak, 0 for the base. A look that says nothing, at
+        no distance or without an error, is left out."""
+        if kl > 0 and error > 0:
+            self.seen.append((step, kl, gain, error))
+        if len(self.seen) < 4:
             return None
-        distances = np.sqrt(kls)
-        peak = over_optimised(distances, gains, errors, self.monitor.z)
-        return None if peak is None else int(steps[np.argmin(np.abs(distances - peak))])
+        steps, kls, gains, errors = map(np.array, zip(*self.seen, strict=True))
+        peak = over_optimised(np.sqrt(kls), gains, errors, self.monitor.z)
+        if peak is None:
+            return None
+        return int([0, *steps][np.argmin(np.abs(np.array([0.0, *np.sqrt(kls)]) - peak))])

@@ -28,33 +28,34 @@ def mean_interval(
     return {"mean": float(values.mean()), "low": float(low), "high": float(high)}
 
 
-def ratio_interval(
-    parts: np.ndarray, wholes: np.ndarray, rows: np.ndarray, columns: np.ndarray, seed: int = 0, resamples: int = 4000
-) -> dict[str, float]:
+def ratio_interval(parts: np.ndarray, wholes: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> dict[str, float]:
     """sum(parts) / sum(wholes) and its 95 % interval where values share two kinds of things that were drawn: prompts
-    and listeners, say. Both are drawn anew, each independently (the pigeonhole bootstrap: Owen, 2007).
+    and listeners, say. The variance is that of sums over rows, plus that over columns, less that over their cells,
+    which both have (two-way clustering: Cameron, Gelbach and Miller, 2011), and at least the larger of the first two.
 
     Args:
       parts, wholes: f64 [n]; a rating and 1, or whether a clip won and whether either did.
       rows, columns: [n], which thing of each kind a value belongs to.
-      seed: of the resampling.
-      resamples: how many.
 
     Returns:
-      {'mean', 'low', 'high'}; 0.5, 0 and 1 where the wholes add up to nothing.
+      {'mean', 'low', 'high'}, the ends no farther out than single values; 0.5, 0 and 1 where the wholes are all 0.
     """
     parts, wholes = np.asarray(parts, np.float64), np.asarray(wholes, np.float64)
     if wholes.sum() <= 0:
         return {"mean": 0.5, "low": 0.0, "high": 1.0}
-    rng = np.random.default_rng(seed)
-    weights = np.ones((resamples, len(parts)))
-    for kind in (rows, columns):
-        places = np.unique(kind, return_inverse=True)[1]
-        size = places.max() + 1
-        weights *= rng.multinomial(size, np.full(size, 1 / size), size=resamples)[:, places]
-    above, below = weights @ parts, weights @ wholes
-    low, high = np.percentile((above / np.where(below > 0, below, 1))[below > 0], [2.5, 97.5])
-    return {"mean": float(parts.sum() / wholes.sum()), "low": float(low), "high": float(high)}
+    ratio = parts.sum() / wholes.sum()
+    rows, columns = (np.unique(kind, return_inverse=True)[1] for kind in (rows, columns))
+    cells = np.unique(rows * (columns.max() + 1) + columns, return_inverse=True)[1]
+
+    def variance(clusters: np.ndarray) -> float:
+        count = clusters.max() + 1
+        return float(np.square(np.bincount(clusters, parts - ratio * wholes)).sum() * count / max(count - 1, 1))
+
+    by_row, by_column = variance(rows), variance(columns)
+    error = np.sqrt(max(by_row + by_column - variance(cells), by_row, by_column)) / wholes.sum()
+    single = parts[wholes > 0] / wholes[wholes > 0]
+    low, high = np.clip([ratio - 1.96 * error, ratio + 1.96 * error], single.min(), single.max())
+    return {"mean": float(ratio), "low": float(low), "high": float(high)}
 
 
 def calibration_error(chances: np.ndarray, outcomes: np.ndarray, bins: int = 10) -> float:
@@ -101,17 +102,22 @@ def over_optimised(distances: np.ndarray, gains: np.ndarray, errors: np.ndarray,
       z: how sure to be.
 
     Returns:
-      The distance of the peak, or None where there is no alarm.
+      The distance of the peak, 0 where the base is best, or None where there is no alarm.
     """
     design = np.stack([distances, -np.square(distances)], axis=1) / errors[:, None]
     alpha, beta = np.linalg.lstsq(design, gains / errors)[0]
-    if alpha <= 0 or beta <= 0 or alpha / (2 * beta) >= distances[-1]:
+    size = max(len(distances) // 4, 2)
+    late = np.arange(len(distances))[-size:]
+    if alpha <= 0:  # down from the start: the peak is the base, whose gain is 0 and certain
+        peak, near, best = 0.0, late[:0], 0.0
+    elif beta <= 0 or alpha / (2 * beta) >= distances[-1]:
         return None
-    peak = alpha / (2 * beta)
-    order, size = np.argsort(np.abs(distances - peak), kind="stable"), max(len(distances) // 4, 2)
-    near, late = order[:size], np.arange(len(distances))[-size:]
-    if set(near) & set(late):
-        return None
-    weights = [1 / np.square(errors[part]) for part in (near, late)]
-    fall = np.average(gains[near], weights=weights[0]) - np.average(gains[late], weights=weights[1])
+    else:
+        peak = alpha / (2 * beta)
+        near = np.argsort(np.abs(distances - peak), kind="stable")[:size]
+        if set(near) & set(late):
+            return None
+        best = np.average(gains[near], weights=1 / np.square(errors[near]))
+    weights = [1 / np.square(errors[part]) for part in (near, late) if len(part)]
+    fall = best - np.average(gains[late], weights=weights[-1])
     return float(peak) if fall > z * np.sqrt(sum(1 / weight.sum() for weight in weights)) else None

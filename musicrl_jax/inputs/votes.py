@@ -96,8 +96,11 @@ class Votes:
 
     def votes(self, split: str) -> list[Vote]:
         """The votes of a split that count: those of its clips."""
-        places = self._places(split)
-        return [vote for vote in read_votes(self.directory) if vote.counts and vote.a in places]
+        places = {each: self._places(each) for each in self._tokens.splits()}
+        for vote in (cast := read_votes(self.directory)):
+            if not any(vote.a in known for known in places.values()):
+                raise ValueError(f"{self.directory}/{VOTES} line {vote.line}: no clip {vote.a!r} in any split")
+        return [vote for vote in cast if vote.counts and vote.a in places.get(split, {})]
 
     @property
     def _tokens(self) -> Tokens:

@@ -117,6 +117,10 @@ def test_a_clip_that_is_not_there_is_named(folder):
     write_votes(folder, [vote(0), vote(1)._replace(b="clip-9")])  # which is in another split
     with pytest.raises(ValueError, match="line 2: no clip 'clip-9' in split 'train'"):
         next(Votes(folder).batches("train", 1, seed=0))
+    write_votes(folder, [vote(0), vote(1)._replace(a="clip-99")])
+    for split in ("train", "validation"):
+        with pytest.raises(ValueError, match="line 2: no clip 'clip-99' in any split"):
+            Votes(folder).count(split)
 
 
 def test_tokens_of_other_models_are_refused(folder):
