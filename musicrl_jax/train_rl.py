@@ -12,6 +12,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,7 @@ from musicrl_jax.rl.rewards import Mixture, Units
 from musicrl_jax.rl.rollout import Rollout
 from musicrl_jax.rl.sample import Sampling, log_probs, values
 
+UNIT_BATCHES = 4  # of the base's clips, one a prompt, that say in which units rewards are normalised
 LOOKS = "looks"  # the policies that the held-out judge looked at, until one is kept
 JUDGED = "judge_gain", "judge_error"  # the held-out judge's metrics
 MOST_SKIPPED = 10  # updates without a finite reward and gradient, before a run gives up
@@ -287,8 +289,15 @@ def train_rl(
             f"train_rl.updates={updates} must be 1, or more with PolicyGradient.surrogate='clipped', "
             f"which is {gradient.surrogate!r}"
         )
-    if kl_target is not None and not 0 < kl_target < math.inf:
-        raise ValueError(f"train_rl.kl_target={kl_target} must be above 0 and finite, or None")
+    if kl_target is not None and not (0 < kl_target < math.inf and kl_strength > 0):
+        raise ValueError(
+            f"train_rl.kl_target={kl_target} must be above 0 and finite, or None, and kl_strength={kl_strength}, where "
+            "it starts, above 0"
+        )
+    if min(steps, batch_size, save_every) < 1:
+        raise ValueError(
+            f"train_rl: steps={steps}, batch_size={batch_size} and save_every={save_every} must be 1 or more"
+        )
     if batch_size % gradient.clips_per_prompt:
         raise ValueError(f"train_rl.batch_size={batch_size} is no multiple of PolicyGradient.group={gradient.group}")
     if microbatches < 1 or batch_size % microbatches:
@@ -296,7 +305,7 @@ def train_rl(
     directory = Path(model_dir)
     loaded = rollouts.load(base, fine, codec, mulan)
     mixture = rewards.load()
-    mixture.check_lineage(loaded.lineage)
+    mixture.check_models(loaded)
     if Path(prompts.vocabulary).read_bytes() != loaded.vocabulary:
         raise ValueError(
             f"Prompts.vocabulary={prompts.vocabulary!r} is not the one that {mulan} was trained with: use that"
@@ -325,6 +334,7 @@ def train_rl(
     checkpoints = checkpoint.RunCheckpoints(directory, identity)
     if checkpoint.has_model(directory):
         print(f"{directory}: trained already")
+        shutil.rmtree(directory / LOOKS, ignore_errors=True)  # of a run that was killed just before its end
         checkpoints.close()
         return
 
@@ -358,33 +368,35 @@ def train_rl(
     rollout_step = jax.jit(draw, out_shardings=by_row)
     reward_step = jax.jit(score, out_shardings=by_row)
     update_step = jax.jit(learner.update, donate_argnums=0, out_shardings=(shardings, replicated))
-    keys_of = jax.jit(lambda step: row_keys(step_key(seed, step, stream=3), batch_size), out_shardings=by_row)
+    keys_of = jax.jit(lambda key: row_keys(key, batch_size), out_shardings=by_row)
 
-    def played(policy: Any, asked: np.ndarray, step: int) -> Rollout:
-        return rollout_step(policy, frozen, sharding.put_batch(mesh, {"text": asked})["text"], keys_of(step))
+    def played(policy: Any, asked: np.ndarray, step: int, stream: int = 3) -> Rollout:
+        text = sharding.put_batch(mesh, {"text": asked})["text"]
+        return rollout_step(policy, frozen, text, keys_of(step_key(seed, step, stream)))
 
     def heard(policy: Any, text: np.ndarray) -> np.ndarray:
         """A clip for each of the judge's prompts, with the same keys at every look: [n, L] -> f32 [n, N]."""
         rows = np.arange(-(-len(text) // batch_size) * batch_size) % len(text)
         parts = rows.reshape(-1, batch_size)
-        wavs = [jax.device_get(played(policy, text[part], -1 - number).wav) for number, part in enumerate(parts)]
+        wavs = [jax.device_get(played(policy, text[part], number, stream=6).wav) for number, part in enumerate(parts)]
         return np.concatenate(wavs)[: len(text)]
 
     # The loop.
     per_prompt = gradient.clips_per_prompt
-    with jax.set_mesh(mesh), MetricWriter(directory, start) as writer:
+    with closing(checkpoints), jax.set_mesh(mesh), MetricWriter(directory, start) as writer:
         units = {term.name: (0.0, 1.0) for term in rewards.terms}
         if rewards.normalise:
-            asked = next(prompts.batches("train", batch_size // per_prompt, seed))["text"]
-            first = reward_step(scorers, played(anchor, np.repeat(asked, per_prompt, axis=0), 0), units)[1]
-            units = mixture.units(jax.device_get(first))
+            asked = zip(range(UNIT_BATCHES), prompts.batches("train", batch_size, seed))  # noqa: B905 (endless)
+            played_ = (played(anchor, batch["text"], number, stream=7) for number, batch in asked)
+            found = [jax.device_get(reward_step(scorers, rollout, units)[1]) for rollout in played_]
+            units = mixture.units({name: np.concatenate([part[name] for part in found]) for name in found[0]})
         judge = None if monitor is None else _judge(monitor, loaded.vocabulary, directory, partial(heard, anchor))
         batches = prompts.batches("train", batch_size // per_prompt, seed, start_step=start)
         progress = Progress(range(start, steps), directory.name, steps, start)
         kept = None
         for step in progress:
             seen = {}
-            if judge is not None and step and step % monitor.every == 0:
+            if judge is not None and step and step % monitor.every(steps) == 0:
                 seen = dict(zip(JUDGED, judge.look(partial(heard, state.policy)), strict=True))
                 checkpoint.save_model(directory / LOOKS / f"{step}", config, {"params": state.policy})
             asked = np.repeat(next(batches)["text"], per_prompt, axis=0)  # clips of a prompt stand together
@@ -410,13 +422,16 @@ def train_rl(
                 break
             if (step + 1) % save_every == 0:
                 checkpoints.save(step + 1, state)
-    checkpoints.close()
-    told = {"anchor": loaded.hashes["policy"], "rewards": mixture.describe(), "units": units, "alarm": kept}
+    watched = None if judge is None else {"looks": len(judge.seen), "kept": kept}
+    if watched and kept is not None:
+        watched["kl"] = {0: 0.0, **{step: kl for step, kl, *_ in judge.seen}}[kept]
+    told = {"anchor": loaded.hashes["policy"], "rewards": mixture.describe(), "units": units, "watched": watched}
     assets = {rollouts.LINEAGE: loaded.lineage, rollouts.ANCHOR: json.dumps(told).encode()}
     final = {"params": state.policy}
     if kept is not None:
         checkpoint.save_model(directory / rollouts.LAST, config, final, assets)
-        final = checkpoint.load_model(directory / LOOKS / f"{kept}", MusicLMConfig).variables
+        looked = directory / LOOKS / f"{kept}"
+        final = checkpoint.load_model(looked, MusicLMConfig).variables if kept else {"params": loaded.policy}
     checkpoint.save_model(directory, config, final, assets)
     shutil.rmtree(directory / LOOKS, ignore_errors=True)
 

@@ -19,7 +19,7 @@ import numpy as np
 from musicrl_jax.core import checkpoint
 from musicrl_jax.models.mulan import MuLan, MuLanConfig
 from musicrl_jax.models.rewards import Preference, PreferenceConfig, Quality, QualityConfig
-from musicrl_jax.rl.rollout import LINEAGE, Rollout
+from musicrl_jax.rl.rollout import LINEAGE, Loaded, Rollout
 
 FIRST_AND_LAST = "the first and the last {:g} s; the mean"
 Units = dict[str, tuple[jax.Array | float, jax.Array | float]]  # centre and spread of each term
@@ -54,7 +54,7 @@ class TextAdherence:
     """
 
     mulan: str
-    licence: str
+    licence: str = dataclasses.field(metadata=checkpoint.NO_IDENTITY)
     name = "text_adherence"
     low = -1.0
     high = 1.0
@@ -83,7 +83,7 @@ class AcousticQuality:
     """
 
     quality: str
-    licence: str
+    licence: str = dataclasses.field(metadata=checkpoint.NO_IDENTITY)
     name = "acoustic_quality"
     low = 0.0
     high = 1.0
@@ -111,7 +111,7 @@ class UserPreference:
     """
 
     preference: str
-    licence: str
+    licence: str = dataclasses.field(metadata=checkpoint.NO_IDENTITY)
     name = "user_preference"
     low = -math.inf
     high = math.inf
@@ -148,6 +148,10 @@ class Mixture:
         names = [term.name for term in self.terms]
         if len(set(names)) < len(names):
             raise ValueError(f"Mixture.terms names a reward twice: {names}; keep each once")
+        if not names:
+            raise ValueError("Mixture.terms is empty: name a reward")
+        if wrong := [name for name, weight in self.weights.items() if not math.isfinite(weight)]:
+            raise ValueError(f"Mixture.weights[{wrong[0]!r}] = {self.weights[wrong[0]]} must be finite")
         if set(names) != set(self.weights):
             raise ValueError(
                 f"Mixture.weights is for {sorted(self.weights)}, Mixture.terms are {sorted(names)}; make them match"
@@ -175,16 +179,26 @@ class LoadedMixture:
         """Each term's checkpoint, by content."""
         return {name: model.hash for name, model in self.models.items()}
 
-    def check_lineage(self, lineage: bytes) -> None:
-        """ValueError where a term reads tokens, and of other models than those in `lineage`, the policy's."""
-        spoken = json.loads(lineage)
+    def check_models(self, loaded: Loaded) -> None:
+        """ValueError where a term's model does not belong to the policy's: it reads tokens of other models, compares
+        with another MuLan's embedding, or hears at another rate."""
+        spoken = json.loads(loaded.lineage)
         for name, model in self.models.items():
-            for other, found in json.loads(model.assets.get(LINEAGE, b"{}")).items():
+            read = json.loads(model.assets.get(LINEAGE, b"{}"))
+            if isinstance(model.config, MuLanConfig):
+                read = {"mulan": model.hash}
+            for other, found in read.items():
                 if found != spoken.get(other, found):
                     raise ValueError(
-                        f"the model of reward {name} was trained on tokens of {other} {found[:12]}, and the policy "
-                        f"speaks those of {spoken[other][:12]}: train it on votes for clips of this policy"
+                        f"the model of reward {name} works with {other} {found[:12]}, and the policy speaks the tokens "
+                        f"of {spoken[other][:12]}: give that one's folder, or train on votes for clips of this policy"
                     )
+            rate = getattr(model.config, "sample_rate_hz", loaded.studio.sample_rate_hz)
+            if rate != loaded.studio.sample_rate_hz:
+                raise ValueError(
+                    f"the model of reward {name} hears at {rate} Hz, and the codec decodes at "
+                    f"{loaded.studio.sample_rate_hz} Hz: train it for that"
+                )
 
     def describe(self) -> dict[str, dict[str, Any]]:
         """What each term declares, for whoever gets a policy that it trained."""

@@ -23,7 +23,8 @@ class Sampling:
 
     Attributes:
       temperature: above 0.
-      top_k: only so many codes of each place, the likeliest, may be drawn; None, the paper's choice: all.
+      top_k: only so many codes of each place, the likeliest, may be drawn, and those that are as likely as the last of
+        them; None, the paper's choice: all.
     """
 
     temperature: float = 0.99

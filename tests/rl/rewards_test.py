@@ -1,6 +1,8 @@
 """The mixture: its sum, its checks, and the two terms against NumPy on what their models say."""
 
 import dataclasses
+import json
+import types
 
 import jax
 import jax.numpy as jnp
@@ -154,6 +156,38 @@ def test_user_preference_is_that_of_the_first_and_the_last_window(frames, starts
     assert np.std(scores) > 1e-3
 
 
+@dataclasses.dataclass(frozen=True)
+class Reading(Peak):
+    """A term whose model belongs to others, or hears at a rate."""
+
+    model: checkpoint.Model = None
+
+    def load(self):
+        return self.model
+
+
+@pytest.mark.parametrize(
+    ("config", "read", "complaint"),
+    [
+        (None, {"codec": "c0", "mulan": "a1"}, None),
+        (None, {"codec": "c1"}, "reward peak works with codec c1, and the policy speaks the tokens of c0"),
+        (MuLanConfig(16_000), {}, "reward peak works with mulan beef, and the policy speaks the tokens of a1"),
+        (QualityConfig(16_000), {}, None),
+        (QualityConfig(24_000), {}, "reward peak hears at 24000 Hz, and the codec decodes at 16000 Hz"),
+    ],
+)
+def test_a_model_of_others_is_refused(config, read, complaint):
+    model = checkpoint.Model(config, {}, "beef", {"tokens.json": json.dumps(read).encode()})
+    studio = types.SimpleNamespace(sample_rate_hz=16_000)
+    loaded = types.SimpleNamespace(studio=studio, lineage=b'{"codec": "c0", "mulan": "a1", "semantic": "5e"}')
+    mixture = Mixture((Reading(model=model),), {"peak": 1.0}).load()
+    if complaint is None:
+        mixture.check_models(loaded)
+    else:
+        with pytest.raises(ValueError, match=complaint):
+            mixture.check_models(loaded)
+
+
 @pytest.mark.parametrize("value", [-0.01, 1.01])
 def test_a_score_out_of_its_range_is_named(value):
     loaded = Mixture((Peak(),), {"peak": 1.0}).load()
@@ -169,6 +203,13 @@ def test_a_score_that_is_not_finite_is_left_to_the_update():
 def test_a_term_named_twice_is_refused():
     with pytest.raises(ValueError, match="names a reward twice"):
         Mixture((Peak(), Peak()), {"peak": 1.0})
+
+
+def test_a_mixture_of_nothing_or_of_no_number_is_refused():
+    with pytest.raises(ValueError, match=r"Mixture\.terms is empty"):
+        Mixture((), {})
+    with pytest.raises(ValueError, match=r"Mixture\.weights\['peak'\] = nan must be finite"):
+        Mixture((Peak(),), {"peak": np.nan})
 
 
 @pytest.mark.parametrize("weights", [{}, {"peek": 1.0}, {"peak": 1.0, "quality": 1.0}])
