@@ -24,7 +24,6 @@ from musicrl_jax.arena.monitor import RULE
 from musicrl_jax.core import checkpoint
 from musicrl_jax.core.files import write_json
 from musicrl_jax.core.keys import row_keys, step_key
-from musicrl_jax.core.metrics import FILE_NAME
 from musicrl_jax.core.progress import Progress
 from musicrl_jax.core.statistics import frechet_distance, mean_interval, mean_pairwise_distance, ratio_interval
 from musicrl_jax.core.tokens import FRAMES_PER_SECOND
@@ -34,7 +33,6 @@ from musicrl_jax.inputs.prompts import Prompts
 from musicrl_jax.losses.policy_gradient import full_kl
 from musicrl_jax.models.musiclm import MusicLMConfig
 from musicrl_jax.models.semantic import SemanticConfig, SemanticEncoder
-from musicrl_jax.report.curves import read_metrics
 from musicrl_jax.rl import rollout as rollouts
 from musicrl_jax.rl.rewards import Mixture
 from musicrl_jax.rl.sample import Sampling, log_probs
@@ -111,6 +109,8 @@ def evaluate(
         raise ValueError(f"evaluate.policies has {len(policies)}: nothing to compare the first with; name another")
     if audience is not None and not 1 <= raters <= audience.panel.size:
         raise ValueError(f"evaluate.raters={raters} must be from 1 to the panel's size, {audience.panel.size}")
+    if min(count, seeds, batch_size) < 1:
+        raise ValueError(f"evaluate: count={count}, seeds={seeds} and batch_size={batch_size} must be 1 or more")
     directory, sampling = Path(model_dir), Sampling(temperature, top_k)
     base = next(iter(policies))
     loaded = {name: rollouts.load(folder, fine, codec, mulan) for name, folder in policies.items()}
@@ -118,12 +118,15 @@ def evaluate(
     if audience is not None:
         audience.check(studio.sample_rate_hz)
     mixture = rewards.load()
-    mixture.check_lineage(loaded[base].lineage)
+    mixture.check_models(loaded[base])
     listener = checkpoint.load_model(semantic, SemanticConfig)
     others = {name: value for name, value in loaded[base].hashes.items() if name != "policy"}
     hashes = {**others, "semantic": listener.hash, **mixture.hashes}
+    if taken := sorted({*hashes, "real", "real clips", f"best of {best_of}"} & set(policies)):
+        raise ValueError(f"evaluate.policies: {taken[0]!r} is the name of something else on the page; choose another")
     identity = {
         "hashes": {**{name: found.hashes["policy"] for name, found in loaded.items()}, **hashes},
+        "policies": list(policies),  # the first is the base
         "settings": [clip_seconds, temperature, top_k, count, seeds, seed, shown, worst, raters, best_of],
         "data": checkpoint.describe([rewards, prompts, clips, audience, notes]),
     }
@@ -225,7 +228,7 @@ def evaluate(
         "frechet": {
             name: frechet_distance(*(np.concatenate(felt[which]) for which in (name, "real"))) for name in results
         },
-        "alarms": {name: _alarm(policies[name]) for name in went},
+        "watched": {name: _watched(policies[name]) for name in went},
         "rule": RULE,
         "seeds": seeds,
         "seed": seed,
@@ -302,15 +305,10 @@ def _better(one: Found, other: Found) -> Found:
     return {key: np.where(wins.reshape(-1, *[1] * (x.ndim - 1)), other[key], x) for key, x in one.items()}
 
 
-def _alarm(folder: str) -> dict[str, float] | None:
-    """At which step, and at what KL from its anchor, a run was kept because its judge raised the alarm."""
+def _watched(folder: str) -> dict[str, Any] | None:
+    """How often a held-out judge looked at a run, and which step was kept for its alarm, if any; None without one."""
     told = json.loads(checkpoint.load_model(folder, MusicLMConfig).assets.get(rollouts.ANCHOR, b"{}"))
-    if told.get("alarm") is None:
-        return None
-    metrics = Path(folder) / FILE_NAME
-    steps, kls = read_metrics(metrics)["kl"] if metrics.exists() else ((), ())
-    kl = dict(zip(steps, kls, strict=True)).get(told["alarm"])
-    return {"step": told["alarm"], "kl": None if kl is None else float(kl)}
+    return told.get("watched")
 
 
 def _opinions(hearing: Hearing, results: dict[str, Found], real: np.ndarray, raters: int, seed: int) -> dict[str, Any]:
@@ -338,7 +336,7 @@ def _opinions(hearing: Hearing, results: dict[str, Found], real: np.ndarray, rat
                 "win": float(win.mean()),
                 "tie": float((gap == 0).mean()),
                 "loss": float(loss.mean()),
-                "win_rate": ratio_interval(win.ravel(), (win | loss).ravel(), *flat, seed),
+                "win_rate": ratio_interval(win.ravel(), (win | loss).ravel(), *flat),
                 "wilcoxon_p": float(scipy.stats.wilcoxon(means).pvalue) if np.any(means) else 1.0,
             }
         )
@@ -358,13 +356,13 @@ def _opinions(hearing: Hearing, results: dict[str, Found], real: np.ndarray, rat
             "measurements": [name for name in MEASUREMENTS if panel.weights.get(name)],
         },
         "mos": {
-            name: ratio_interval(result["ratings"].ravel(), np.ones(who.size), *flat, seed)
+            name: ratio_interval(result["ratings"].ravel(), np.ones(who.size), *flat)
             for name, result in results.items()
         },
         "pairs": pairs,
         "real": {
             "clips": len(real),
-            "mos": ratio_interval(rated.ravel(), np.ones(rated.size), clips.ravel(), listeners.ravel(), seed),
+            "mos": ratio_interval(rated.ravel(), np.ones(rated.size), clips.ravel(), listeners.ravel()),
             "measurements": dict(zip(MEASUREMENTS, real.mean(axis=0).tolist(), strict=True)),
         },
         "measurements": {

@@ -31,7 +31,7 @@ from musicrl_jax.report.page import (
 TOTAL = "reward"
 NAMES = {"opinion": "opinion, simulated listeners"}
 LABELS = {
-    TOTAL: "the weighted sum that was trained on",
+    TOTAL: "the weighted sum of the terms below",
     "text_adherence": "cosine of MuLan's embeddings of text and clip",
     "acoustic_quality": "(q - 1) / 4 for the regressor's score q, a pseudo-MOS unless it learned people's ratings",
 }
@@ -86,11 +86,13 @@ def write_comparison(
         )
 
     def run(policy: str, folder: str) -> Run:
-        alarm = summary["alarms"].get(policy)
-        kept = "went off; step {step} is kept, at {kl:.1f} nats a clip from its anchor"
-        words = kept.format(**alarm) if alarm else "silent"
-        curves = _run_curves(policy, _history(folder), terms, alarm)
-        return Run(policy, curves, f"Alarm against over-optimisation: {words}." if policy in summary["alarms"] else "")
+        watched = summary["watched"].get(policy)
+        words = "" if watched is None else f"Alarm against over-optimisation: silent in {watched['looks']} looks."
+        if watched and watched["kept"] is not None:
+            kept = "went off in look {looks}; step {kept} is kept, at {kl:.1f} nats a clip from its anchor"
+            words = f"Alarm against over-optimisation: {kept.format(**watched)}."
+        kl = watched.get("kl") if watched else None
+        return Run(policy, _run_curves(policy, _history(folder), terms, kl), words)
 
     report = Report(
         title=Path(run_dir).name,
@@ -159,7 +161,8 @@ def _panel(summary: Mapping[str, Any]) -> Panel:
         )
         for pair in summary["pairs"]
     ]
-    return Panel(**summary["panel"], matches=matches, opinions=_intervals(summary["mos"]))
+    opinions = {**summary["mos"], "real clips": summary["real"]["mos"]}
+    return Panel(**summary["panel"], matches=matches, opinions=_intervals(opinions))
 
 
 def _history(folder: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -196,7 +199,7 @@ def _run_curves(
     policy: str,
     log: Mapping[str, tuple[np.ndarray, np.ndarray]],
     terms: Sequence[str],
-    alarm: Mapping[str, float] | None,
+    kept_kl: float | None,
 ) -> list[Curve]:
     """Those for which there are metrics in the log, metric -> (steps [P], values [P])."""
     curves = []
@@ -213,9 +216,9 @@ def _run_curves(
         kl, gain = _over("kl", "judge_gain", log)
         distance, error = np.sqrt(np.maximum(kl, 0.0)), _over("kl", "judge_error", log)[1]
         series = {"gain": (distance, gain)}
-        if alarm:
+        if kept_kl is not None:
             ends = np.array([np.min(gain - error), np.max(gain + error)])
-            series["kept"] = (np.full(2, np.sqrt(alarm["kl"])), ends)  # an upright line
+            series["kept"] = (np.full(2, np.sqrt(kept_kl)), ends)  # an upright line
         title, x_label = f"{policy}: a held-out judge's gain", "square root of the KL to the anchor"
         curves.append(Curve(title, x_label, "gain over the base", series, {"gain": error}))
     by_step("KL to the anchor", "nats a clip", ("kl",))

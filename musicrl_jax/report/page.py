@@ -108,16 +108,16 @@ class Panel:
         name: of the panel.
         listeners: how many there are.
         raters: how many of them judge a pair.
-        agreement: how often two of them make the same choice, 0 to 1.
+        agreement: how often two of them make the same choice, 0 to 1; None where no two of them chose.
         measurements: what they hear.
         matches: policies side by side.
-        opinions: policy -> mean rating, 1 to 5.
+        opinions: policy, or "real clips" -> mean rating, 1 to 5.
     """
 
     name: str
     listeners: int
     raters: int
-    agreement: float
+    agreement: float | None
     measurements: Sequence[str]
     matches: Sequence[Match]
     opinions: Mapping[str, Interval]

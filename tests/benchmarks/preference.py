@@ -1,6 +1,7 @@
 """How well preference models foretell the votes on held-out pairs, beside single rewards and the raters' own agreement.
 
-    python tests/benchmarks/preference.py --run runs/demo --ablations scratch no_text crop_1_2 crop_1_4 crop_3_20
+    python tests/benchmarks/preference.py --run runs/demo --data_dir runs/data --dataset score_clips/demo \\
+        --ablations scratch no_text crop_1_2 crop_1_4 crop_3_20
 
 For each model, and for text adherence and acoustic quality alone: accuracy over the votes that are no ties, a 95 %
 bootstrap over prompts in brackets; the expected calibration error of the foretold chance in ten bins of equal size

@@ -35,7 +35,7 @@ def summary(panel=True):
         "kl_by_second": {"R": [7.0, 8.0]},
         "diversity": {"MusicLM": 3.5, "R": 3.25, "best of 8": 3.375, "real": 4.25},
         "frechet": {"MusicLM": 14.25, "R": 11.75, "best of 8": 12.5},
-        "alarms": {"R": {"step": 3, "kl": 6.25}},
+        "watched": {"R": {"looks": 5, "kept": 3, "kl": 6.25}},
         "rule": "The checkpoint of step 2 is kept, the last before the alarm.",
         "identity": {"hashes": {"codec": "c0dec" * 12, "R": "f00d" * 16}},
         "seeds": 2,
@@ -50,6 +50,7 @@ def summary(panel=True):
             "measurements": ["gaps"],
         }
         found["mos"] = {policy: interval(2.5 + i) for i, policy in enumerate(POLICIES)}
+        found["real"] = {"mos": interval(4.25)}
         shares = {"win": 0.625, "tie": 0.125, "loss": 0.25}
         rate = {"mean": 0.714, "low": 0.6, "high": 0.8}
         found["pairs"] = [{"first": "R", "second": "MusicLM", **shares, "win_rate": rate, "wilcoxon_p": 0.0123}]
@@ -124,16 +125,16 @@ def test_figures_stand_on_the_page(folders):
     for part in (
         "quickstart By the interval of the win rate, simulated listeners prefer R to MusicLM.",
         "R against MusicLM 62.5 % 12.5 % 25.0 % 71.4 % 60.0 % to 80.0 % 0.012",
-        "best of 8 4.500 4.375 to 4.750",  # MOS
+        "best of 8 4.500 4.375 to 4.750 real clips 4.250 4.125 to 4.500",  # MOS
         # The total first, though the summary has it last.
-        "reward the weighted sum that was trained on 1.500 1.375 to 1.750 2.500 2.375 to 2.750 3.500",
+        "reward the weighted sum of the terms below 1.500 1.375 to 1.750 2.500 2.375 to 2.750 3.500",
         "gain over MusicLM – +0.750 +0.625 to +1.000 −1.500 −1.625 to −1.250 quality 0.500 0.375 to 0.750",
         "KL to the base, nats a clip how far the policy moved – 12.50 12.38 to 12.75 –",
         "of real clips it is 4.25 3.500 3.250 3.375",
         "lower is nearer 14.25 11.75 12.50",
         "95 % bootstrap over 3 prompts, 2 clip(s) each.",
         "The checkpoint of step 2 is kept, the last before the alarm.",
-        "R Alarm against over-optimisation: went off; step 3 is kept, at 6.2 nats a clip from its anchor.",
+        "R Alarm against over-optimisation: went off in look 5; step 3 is kept, at 6.2 nats a clip from its anchor.",
         "codec 12.3 s rl 3 min 05 s",
         "codec " + "c0dec" * 12 + " R " + "f00d" * 16 + " seed 17",
         "Nothing here is music.",
@@ -202,12 +203,18 @@ def test_the_kl_stands_over_codes_and_seconds(folders, reports):
     assert seconds.series["best of 8"][0].size == 0  # in its place, so that colours hold
 
 
+def test_listeners_who_never_both_choose_agree_on_nothing(folders):
+    found = summary()
+    found["panel"] = {**found["panel"], "agreement": None}
+    assert "judge a pair. They hear" in words(write(folders, found))
+
+
 def test_a_silent_alarm_says_so(folders):
-    found = summary() | {"alarms": {"R": None}}
+    found = summary() | {"watched": {"R": {"looks": 5, "kept": None}}}
     text = write(folders, found)
-    assert "Alarm against over-optimisation: silent." in text
+    assert "Alarm against over-optimisation: silent in 5 looks." in text
     assert "gain, kept over" not in text  # no line in the drawing
-    assert "Alarm against" not in write(folders, found | {"alarms": {}})
+    assert "Alarm against" not in write(folders, found | {"watched": {"R": None}})
 
 
 def test_hostile_names_are_inert(folders):
