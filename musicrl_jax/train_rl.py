@@ -4,7 +4,7 @@
     reward    waveform -> one number a term                                                   on the device
     update    log-probs of policy and anchor, values -> gradients -> new policy and value     on the device, donated
 
-Legend: B clips, S = F K tokens of a clip in the order in which they are drawn, V codes.
+What an update is stands in rl/learner.py. Legend: B clips, L text pieces, N samples, n prompts of the judge.
 """
 
 import dataclasses
@@ -14,216 +14,33 @@ import shutil
 from collections.abc import Callable
 from contextlib import closing
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import flax.struct
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 
 from musicrl_jax.arena.monitor import Judge, Monitor
 from musicrl_jax.core import checkpoint, sharding
 from musicrl_jax.core.keys import row_keys, step_key
 from musicrl_jax.core.metrics import FILE_NAME, MetricWriter
 from musicrl_jax.core.progress import Progress
-from musicrl_jax.core.state import Optimiser, moved
+from musicrl_jax.core.state import Optimiser
 from musicrl_jax.inputs.prompts import Prompts
-from musicrl_jax.losses.policy_gradient import (
-    Advantage,
-    PolicyGradient,
-    adapted_strength,
-    advantage,
-    policy_loss,
-    scores,
-    value_loss,
-)
-from musicrl_jax.models.musiclm import MusicLM, MusicLMConfig, Value
+from musicrl_jax.losses.policy_gradient import PolicyGradient
+from musicrl_jax.models.musiclm import MusicLMConfig, Value
 from musicrl_jax.report.curves import read_metrics
 from musicrl_jax.rl import rollout as rollouts
+from musicrl_jax.rl.learner import Learner
 from musicrl_jax.rl.rewards import Mixture, Units
 from musicrl_jax.rl.rollout import Rollout
-from musicrl_jax.rl.sample import Sampling, log_probs, values
+from musicrl_jax.rl.sample import Sampling
 
 UNIT_BATCHES = 4  # of the base's clips, one a prompt, that say in which units rewards are normalised
 LOOKS = "looks"  # the policies that the held-out judge looked at, until one is kept
 JUDGED = "judge_gain", "judge_error"  # the held-out judge's metrics
 MOST_SKIPPED = 10  # updates without a finite reward and gradient, before a run gives up
-
-
-@flax.struct.dataclass
-class RLState:
-    """Everything an update reads and writes.
-
-    Attributes:
-      step: int32 [], the updates done.
-      skipped: int32 [], the updates left out because a reward or a gradient was not finite.
-      kl_strength: f32 [], a in J = (1 - a) E[R] - a KL.
-      policy, value: weights; the value's are {} where the baseline is none.
-      policy_opt, value_opt: the optimisers' moments.
-    """
-
-    step: jax.Array
-    skipped: jax.Array
-    kl_strength: jax.Array
-    policy: Any
-    value: Any
-    policy_opt: Any
-    value_opt: Any
-
-
-@dataclasses.dataclass(frozen=True)
-class Learner:
-    """A KL-anchored policy gradient as one pure step.
-
-    Attributes:
-      policy, value: the modules.
-      policy_transform, value_transform: how the weights of each move.
-      gradient: which policy gradient.
-      kl_strength: a in J = (1 - a) E[R] - a KL; where it starts if there is a target.
-      sampling: the policy's distribution, the same in sampling and here.
-      updates: of each rollout; more than 1 only with the clipped surrogate.
-      kl_target: KL in nats a clip that the strength is adapted to, or None.
-      microbatches: parts of a batch that are scored and differentiated one after the other, to save memory; the
-        update is the same.
-    """
-
-    policy: MusicLM
-    value: Value
-    policy_transform: optax.GradientTransformation
-    value_transform: optax.GradientTransformation
-    gradient: PolicyGradient
-    kl_strength: float
-    sampling: Sampling
-    updates: int = 1
-    kl_target: float | None = None
-    microbatches: int = 1
-
-    @property
-    def learns_values(self) -> bool:
-        """Whether there is a value at all."""
-        return self.gradient.baseline == "value"
-
-    def create(self, key: jax.Array) -> RLState:
-        """A state of the right shapes; `started` puts the base's weights into it."""
-        config = self.policy.config
-        tokens = jnp.zeros((1, 1, config.layout.depth), jnp.int32)
-        mulan = jnp.zeros((1, config.mulan_levels), jnp.int32)
-        policy = self.policy.init(key, tokens, mulan)["params"]
-        value = self.value.init(key, tokens, mulan)["params"] if self.learns_values else {}
-        moments = self.policy_transform.init(policy), self.value_transform.init(value)
-        zero = jnp.zeros((), jnp.int32)
-        return RLState(zero, zero, jnp.float32(self.kl_strength), policy, value, *moments)
-
-    def started(self, state: RLState, base: Any) -> RLState:
-        """Policy and the value's trunk with the base's weights (MusicRL 3.3)."""
-        state = state.replace(policy=jax.tree.map(jnp.copy, base))
-        if not self.learns_values:
-            return state
-        return state.replace(value={**state.value, "trunk": jax.tree.map(jnp.copy, base["trunk"])})
-
-    def with_baseline(self, state: RLState, reward: jax.Array) -> RLState:
-        """V starts at the first rollout's mean reward f32 [B]; from 0, all that was drawn first would be pushed up."""
-        if not self.learns_values:
-            return state
-        finite = jnp.isfinite(reward)
-        mean = jnp.where(finite, reward, 0.0).sum() / jnp.maximum(finite.sum(dtype=jnp.float32), 1.0)
-        return state.replace(value={**state.value, "offset": mean})
-
-    def update(
-        self, state: RLState, anchor: Any, rollout: Rollout, reward: jax.Array
-    ) -> tuple[RLState, dict[str, jax.Array]]:
-        """All updates of a rollout: reward f32 [B] -> (the next state, metrics f32 [] each, of the last update).
-
-        Where a reward or a gradient is not finite nothing moves, and the update is counted in `skipped`.
-        """
-        parts = jax.tree.map(self._split, rollout)
-        rewards = self._split(reward)
-
-        # What the rollout is worth to the policy that drew it. The anchor is scored by the very operations that score
-        # the policy: as long as their weights are equal so are the log-probs, and the KL is 0 to the bit.
-        log_anchor = self._map(lambda part: self._scored(anchor, part), parts)
-        drawn = self._joined(
-            self._map(
-                lambda part, log_anchor: scores(self._scored(state.policy, part), log_anchor, _by_clip(part.tokens)),
-                parts,
-                log_anchor,
-            )
-        )
-        judged = self._joined(self._map(lambda part: self._judged(state.value, part), parts))
-        worth, metrics = advantage(self.gradient, drawn, reward, judged, state.kl_strength)
-        drift = drawn.log_probs - _by_clip(rollout.log_probs)
-        metrics |= {"sampler_drift": jnp.abs(drift).max(), "sampler_drift_clip": jnp.abs(drift.sum(axis=1)).max()}
-        if judged is not None:
-            metrics |= value_loss(judged, reward)[1]
-        worth = jax.tree.map(self._split, worth)
-
-        def actor(policy: Any, part: Rollout, log_anchor: jax.Array, worth: Advantage) -> Any:
-            tokens = _by_clip(part.tokens)
-            return policy_loss(self.gradient, self._scored(policy, part), log_anchor, tokens, worth, state.kl_strength)
-
-        def critic(value: Any, part: Rollout, reward: jax.Array) -> jax.Array:
-            return value_loss(self._judged(value, part), reward)[0]
-
-        def once(state: RLState, _: None) -> tuple[RLState, dict[str, jax.Array]]:
-            """One update."""
-            slopes = jax.grad(actor, has_aux=True)
-            found = self._map(lambda *part: slopes(state.policy, *part), parts, log_anchor, worth)
-            gradients, found = jax.tree.map(lambda x: x.mean(axis=0), found)
-            found["policy_norm"] = norm = optax.tree.norm(gradients)
-            policy, policy_opt = moved(self.policy_transform, gradients, state.policy_opt, state.policy)
-            taken = state.replace(policy=policy, policy_opt=policy_opt)
-            if self.learns_values:
-                slopes = jax.value_and_grad(critic)
-                found["value_loss"], gradients = jax.tree.map(
-                    lambda x: x.mean(axis=0), self._map(lambda *part: slopes(state.value, *part), parts, rewards)
-                )
-                value, value_opt = moved(self.value_transform, gradients, state.value_opt, state.value)
-                taken = taken.replace(value=value, value_opt=value_opt)
-                found["value_norm"] = optax.tree.norm(gradients)
-                norm += found["value_norm"]
-            left_out = state.replace(skipped=state.skipped + 1)
-            finite = jnp.isfinite(norm) & jnp.isfinite(reward).all()
-            return jax.tree.map(lambda new, old: jnp.where(finite, new, old), taken, left_out), found
-
-        after, found = once(state, None)
-        if self.updates > 1:
-            after, found = jax.lax.scan(once, after, None, length=self.updates - 1)
-            found = jax.tree.map(lambda x: x[-1], found)
-        metrics |= found
-        if self.kl_target is not None:
-            strength = adapted_strength(state.kl_strength, metrics["kl"], self.kl_target)
-            after = after.replace(kl_strength=jnp.where(jnp.isfinite(strength), strength, state.kl_strength))
-        metrics |= {"kl_strength": state.kl_strength, "skipped": after.skipped.astype(jnp.float32)}
-        return after.replace(step=state.step + 1), metrics
-
-    def _scored(self, weights: Any, part: Rollout) -> jax.Array:
-        """The policy's log-distributions f32 [b, S, V]."""
-        return _by_clip(log_probs(self.policy, weights, part.tokens, part.mulan, self.sampling, part.allowed))
-
-    def _judged(self, weights: Any, part: Rollout) -> jax.Array | None:
-        """The values f32 [b, S], if there are any."""
-        return _by_clip(values(self.value, weights, part.tokens, part.mulan)) if self.learns_values else None
-
-    def _split(self, x: jax.Array) -> jax.Array:
-        """[B, ...] -> [microbatches, B / microbatches, ...]; every part has clips of every device."""
-        return x.reshape(-1, self.microbatches, *x.shape[1:]).swapaxes(0, 1)
-
-    def _joined(self, tree: Any) -> Any:
-        """The inverse of `_split`."""
-        return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), tree)
-
-    def _map(self, function: Callable, *parts: Any) -> Any:
-        """function(part) of every part, stacked."""
-        if self.microbatches == 1:  # no loop around it: XLA's CPU products are slower inside
-            return jax.tree.map(lambda x: x[None], function(*jax.tree.map(lambda x: x[0], parts)))
-        return jax.lax.map(lambda part: function(*part), parts)
-
-
-def _by_clip(x: jax.Array) -> jax.Array:
-    """[B, F, K, ...] -> [B, S, ...]."""
-    return x.reshape(len(x), -1, *x.shape[3:])
 
 
 def train_rl(
@@ -386,9 +203,9 @@ def train_rl(
     with closing(checkpoints), jax.set_mesh(mesh), MetricWriter(directory, start) as writer:
         units = {term.name: (0.0, 1.0) for term in rewards.terms}
         if rewards.normalise:
-            asked = zip(range(UNIT_BATCHES), prompts.batches("train", batch_size, seed))  # noqa: B905 (endless)
-            played_ = (played(anchor, batch["text"], number, stream=7) for number, batch in asked)
-            found = [jax.device_get(reward_step(scorers, rollout, units)[1]) for rollout in played_]
+            asked = islice(prompts.batches("train", batch_size, seed), UNIT_BATCHES)
+            first = (played(anchor, batch["text"], number, stream=7) for number, batch in enumerate(asked))
+            found = [jax.device_get(reward_step(scorers, rollout, units)[1]) for rollout in first]
             units = mixture.units({name: np.concatenate([part[name] for part in found]) for name in found[0]})
         judge = None if monitor is None else _judge(monitor, loaded.vocabulary, directory, partial(heard, anchor))
         batches = prompts.batches("train", batch_size // per_prompt, seed, start_step=start)

@@ -1,0 +1,211 @@
+"""The learner on a tiny policy: what its first step must be, and what must not move it."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax.linen import meta
+
+from musicrl_jax.core.keys import row_keys
+from musicrl_jax.core.tokens import TokenLayout
+from musicrl_jax.losses.policy_gradient import PolicyGradient
+from musicrl_jax.models.musiclm import MusicLM, MusicLMConfig, Value
+from musicrl_jax.models.transformer import TransformerConfig
+from musicrl_jax.rl.learner import Learner
+from musicrl_jax.rl.rollout import Rollout
+from musicrl_jax.rl.sample import Sampling, sample
+
+CONFIG = MusicLMConfig(
+    TransformerConfig(2, 16, 2, 32, dropout=0.0), TransformerConfig(1, 16, 2, 16), TokenLayout(6, 6, 1), 2, 4
+)
+BATCH, FRAMES = 32, 8
+SAMPLING = Sampling()
+
+
+@pytest.fixture(scope="module")
+def learner():
+    return a_learner(PolicyGradient())
+
+
+def a_learner(gradient, **settings):
+    adam = optax.adam(3e-2)
+    settings = {"kl_strength": 0.02, "sampling": SAMPLING, **settings}
+    return Learner(MusicLM(CONFIG), Value(CONFIG), adam, adam, gradient, **settings)
+
+
+@pytest.fixture(scope="module")
+def start(learner):
+    state = meta.unbox(jax.jit(learner.create)(jax.random.key(0)))
+    base = jax.tree.map(jnp.copy, state.policy)
+    return learner.started(state, base), base
+
+
+@pytest.fixture(scope="module")
+def steps(learner):
+    def draw(policy, mulan, key):
+        return played(policy, mulan, key, SAMPLING)
+
+    return jax.jit(draw), jax.jit(learner.update)
+
+
+def played(policy, mulan, key, sampling):
+    drawn = sample(MusicLM(CONFIG), policy, mulan, row_keys(key, BATCH), FRAMES, sampling)
+    empty = jnp.zeros((BATCH, 1), jnp.float32)
+    return Rollout(jnp.zeros((BATCH, 1), jnp.int32), empty, mulan, *drawn, drawn.tokens, empty)
+
+
+def zeros_played(draw, update, state, anchor, steps):
+    """Updates for a reward that is the share of semantic codes that are 0 -> (rewards, KLs, the last state)."""
+    rewards, kls = [], []
+    for step in range(steps):
+        rollout = draw(state.policy, jnp.zeros((BATCH, 2), jnp.int32), jax.random.key(100 + step))
+        reward = (rollout.tokens[:, :, 0] == 0).mean(axis=1, dtype=jnp.float32)
+        state, metrics = update(state, anchor, rollout, reward)
+        rewards.append(float(reward.mean()))
+        kls.append(float(metrics["kl"]))
+    return rewards, kls, state
+
+
+@pytest.fixture(scope="module")
+def rollout(start, steps):
+    mulan = jax.random.randint(jax.random.key(9), (BATCH, 2), 0, 4)
+    return steps[0](start[0].policy, mulan, jax.random.key(1))
+
+
+@pytest.mark.exactness(6)
+def test_kl_is_zero_to_the_bit_before_the_first_step(start, steps, rollout):
+    _, metrics = steps[1](*start, rollout, jnp.linspace(0, 1, BATCH))
+    assert float(metrics["kl"]) == 0.0
+    assert float(metrics["sampler_drift"]) < 2e-5
+
+
+@pytest.mark.exactness(6, 7)
+@pytest.mark.parametrize(
+    "sampling", [Sampling(0.7), Sampling(0.9), Sampling(1.3), Sampling(0.9, top_k=3)], ids=lambda s: f"{s}"
+)
+def test_it_is_zero_however_the_clips_are_drawn(learner, start, sampling):
+    """And the log-probs of the sampler are the learner's: both are of the tempered, filtered distribution."""
+    (state, anchor), mulan = start, jnp.zeros((BATCH, 2), jnp.int32)
+    other = dataclasses.replace(learner, sampling=sampling)
+
+    def step(state, anchor):
+        rollout = played(state.policy, mulan, jax.random.key(1), sampling)
+        return other.update(state, anchor, rollout, jnp.linspace(0, 1, BATCH))[1]
+
+    metrics = jax.jit(step)(state, anchor)
+    assert float(metrics["kl"]) == 0.0
+    assert float(metrics["sampler_drift"]) < 2e-5
+
+
+@pytest.mark.exactness(6)
+def test_scoring_at_another_temperature_than_sampling_is_caught(learner, start):
+    """By the drift between sampler and learner, of which a run keeps a record."""
+    (state, anchor), mulan = start, jnp.zeros((BATCH, 2), jnp.int32)
+    rollout = played(state.policy, mulan, jax.random.key(1), Sampling(0.7))
+    metrics = jax.jit(learner.update)(state, anchor, rollout, jnp.linspace(0, 1, BATCH))[1]
+    assert float(metrics["sampler_drift"]) > 0.01
+
+
+@pytest.fixture(scope="module")
+def in_parts(start, rollout):
+    """gradient, parts of a batch -> (the optimisers' first moments, a tenth of the gradients; metrics)."""
+
+    @functools.cache
+    def found(gradient, parts):
+        learner = a_learner(gradient, microbatches=parts)
+        state = learner.started(meta.unbox(jax.jit(learner.create)(jax.random.key(0))), start[1])
+        reward = jax.random.uniform(jax.random.key(4), (BATCH,))
+        state, metrics = jax.jit(learner.update)(state, start[1], rollout, reward)
+        return [opt[0].mu for opt in (state.policy_opt, state.value_opt)], metrics
+
+    return found
+
+
+@pytest.mark.exactness(15)
+@pytest.mark.parametrize("microbatches", [2, 8])
+@pytest.mark.parametrize("gradient", [PolicyGradient(), PolicyGradient("group", kl="sampled")], ids=str)
+def test_accumulated_gradients_are_those_of_the_whole_batch(in_parts, gradient, microbatches):
+    (one, its_metrics), (other, metrics) = in_parts(gradient, 1), in_parts(gradient, microbatches)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(b, a, atol=3e-7), one, other)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-5), its_metrics, metrics)
+
+
+def test_equal_rewards_that_the_value_knows_move_nothing(learner, start, steps, rollout):
+    """At step 0 the KL's gradient is zero, and so is the advantage: the policy's gradient vanishes."""
+    state, anchor = start
+    state = state.replace(value={**state.value, "offset": jnp.float32(0.5)})
+    _, metrics = steps[1](state, anchor, rollout, jnp.full(BATCH, 0.5))
+    assert float(metrics["policy_norm"]) < 1e-6
+    assert float(metrics["value_norm"]) < 1e-6
+
+
+@pytest.mark.exactness(23)
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+def test_a_reward_that_is_not_finite_skips_the_update_and_is_counted(start, steps, rollout, bad):
+    state, anchor = start
+    after, metrics = steps[1](state, anchor, rollout, jnp.ones(BATCH).at[3].set(bad))
+    assert (int(after.step), int(after.skipped), float(metrics["skipped"])) == (1, 1, 1.0)
+    for name in ("policy", "value", "policy_opt", "value_opt"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(after, name), getattr(state, name))
+
+
+def test_the_value_starts_at_the_mean_of_the_finite_rewards(learner, start):
+    reward = jnp.asarray([0.25, jnp.nan, 0.75, jnp.inf])
+    value = learner.with_baseline(start[0], reward).value
+    assert float(value["offset"]) == 0.5
+    jax.tree.map(np.testing.assert_array_equal, value["trunk"], start[0].value["trunk"])
+
+
+@pytest.mark.exactness(12)
+def test_permuted_clips_give_the_same_update(start, steps, rollout):
+    reward = jax.random.uniform(jax.random.key(4), (BATCH,))
+    order = jax.random.permutation(jax.random.key(5), BATCH)
+    one, _ = steps[1](*start, rollout, reward)
+    other, _ = steps[1](*start, jax.tree.map(lambda x: x[order], rollout), reward[order])
+    # Adam's first step is the sign of the gradient: compare the moments, which are the gradient itself.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), one.policy_opt[0].mu, other.policy_opt[0].mu)
+
+
+def test_reward_rises_and_the_anchor_holds(learner, start, steps):
+    """The reward is the share of semantic codes that are 0, about a sixth by chance; only the KL holds it back. The
+    update takes its state's memory, and the anchor must not be in it."""
+    anchor = start[1]
+    kept = jax.tree.map(np.array, anchor)
+    state = learner.started(meta.unbox(jax.jit(learner.create)(jax.random.key(0))), anchor)
+    rewards, kls, _ = zeros_played(steps[0], jax.jit(learner.update, donate_argnums=0), state, anchor, 15)
+    assert rewards[0] < 0.4 and rewards[-1] > 2 * rewards[0]
+    # A policy that always plays 0 costs -log p(0) a frame, 8 frames long: the KL is of that size, not below it.
+    assert kls[0] == 0.0 and kls[-1] > 0.3 * FRAMES * np.log(2 * rewards[-1] / (2 * rewards[0]))
+    jax.tree.map(np.testing.assert_array_equal, anchor, kept)
+
+
+@pytest.mark.parametrize(
+    ("gradient", "updates"),
+    [
+        (PolicyGradient("leave_one_out"), 1),
+        (PolicyGradient("group_std", "clipped", "sampled", group=8), 2),
+        (PolicyGradient("value", "clipped", "local"), 2),
+        (PolicyGradient("best"), 1),
+    ],
+)
+def test_every_choice_raises_the_reward(start, steps, gradient, updates):
+    learner = a_learner(gradient, updates=updates)
+    state, anchor = start
+    state = learner.started(meta.unbox(jax.jit(learner.create)(jax.random.key(0))), anchor)
+    assert (state.value == {}) == (gradient.baseline != "value")
+    rewards, kls, state = zeros_played(steps[0], jax.jit(learner.update), state, anchor, 12)
+    assert rewards[-1] > 1.6 * rewards[0] and (updates > 1 or kls[0] == 0.0) and int(state.step) == 12
+
+
+def test_the_strength_follows_the_kls_target(learner, start, steps, rollout):
+    """Nothing has moved, so the KL is 0, under any target: the strength falls by a fiftieth."""
+    aimed = dataclasses.replace(learner, kl_target=2.0)
+    after, metrics = jax.jit(aimed.update)(*start, rollout, jnp.ones(BATCH))
+    assert float(metrics["kl_strength"]) == pytest.approx(0.02)
+    assert float(after.kl_strength) == pytest.approx(0.02 * 0.98)
+    kept, _ = steps[1](*start, rollout, jnp.ones(BATCH))
+    assert float(kept.kl_strength) == pytest.approx(0.02)
