@@ -4,7 +4,7 @@ Legend: P pairs.
 """
 
 import json
-from collections.abc import Iterator
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import numpy as np
 from musicrl_jax.arena.audience import Audience
 from musicrl_jax.arena.listeners import Panel
 from musicrl_jax.core import checkpoint
-from musicrl_jax.core.files import write_json
+from musicrl_jax.core.files import kept, write_json
 from musicrl_jax.core.keys import row_keys, step_key
 from musicrl_jax.core.progress import Progress
 from musicrl_jax.core.tokens import deinterleave
@@ -24,7 +24,7 @@ from musicrl_jax.rl import rollout as rollouts
 from musicrl_jax.rl.rollout import Rollout
 from musicrl_jax.rl.sample import Sampling
 
-FIGURES = "agreement.json"
+FIGURES, PLAYED = "agreement.json", "played"
 SPLITS = ("train", "validation")
 
 
@@ -45,7 +45,7 @@ def collect(
     batch_size: int = 16,
     seed: int = 0,
 ) -> None:
-    """Writes the tokens of P pairs of clips and the votes on them; leaves finished splits alone.
+    """Writes the tokens of P pairs of clips and the votes on them; killed, it goes on where it was.
 
     Every vote is of *simulated listeners*, and says so. How often two of them agree on these pairs, and how often one's
     choice can be foretold at most, is printed and stands in `votes_dir`/agreement.json; the agreement of MusicRL's
@@ -108,26 +108,25 @@ def collect(
     def draw(policy: Any, frozen: Any, text: jax.Array, keys: jax.Array) -> Rollout:
         return studio.rollout(policy, frozen, text, keys, frames, sampling)
 
-    def played(split: str, heard: list[np.ndarray], asked: list[str]) -> Iterator[dict[str, Any]]:
-        """The clips of a split as token examples; puts what was measured into `heard`, batch by batch."""
+    def played(split: str, asked: list[str]) -> dict[str, np.ndarray]:
+        """What became of a split's prompts: tokens and measurements of clips 2 i and 2 i + 1, [2 P, ...]."""
         text = pieces.encode(loaded.vocabulary, asked, prompts.text_length)
-        starts = range(0, len(asked), batch_size)
-        for first in Progress(starts, f"collect {split}", len(starts)):
+
+        def play(first: int) -> dict[str, np.ndarray]:
             chosen = np.arange(first, first + batch_size) % len(asked)  # the last batch is filled up
             keys = row_keys(step_key(seed, SPLITS.index(split), stream=5), 2 * batch_size, 2 * first)
             found = jax.device_get(draw(loaded.policy, loaded.frozen, np.repeat(text[chosen], 2, axis=0), keys))
             semantic, _ = deinterleave(found.tokens)
-            here = range(2 * min(batch_size, len(asked) - first))
-            heard.append(hearing.measure(found.wav[: len(here)], [asked[first + row // 2] for row in here]))
-            for row in here:
-                pair = first + row // 2
-                yield {
-                    "semantic": np.asarray(semantic[row]),
-                    "acoustic": found.acoustic[row],
-                    "mulan": found.mulan[row],
-                    "id": f"{split}-{pair:06d}-{'ab'[row % 2]}",
-                    "caption": asked[pair],
-                }
+            asks = [asked[row] for row in chosen for _ in "ab"]
+            heard = hearing.measure(found.wav, asks)
+            return {"semantic": semantic, "acoustic": found.acoustic, "mulan": found.mulan, "heard": heard}
+
+        starts = range(0, len(asked), batch_size)
+        parts = [
+            kept(Path(votes_dir) / PLAYED, f"{split}-{first}+{batch_size}", data, lambda first=first: play(first))
+            for first in Progress(starts, f"collect {split}", len(starts))
+        ]
+        return {name: np.concatenate([part[name] for part in parts])[: 2 * len(asked)] for name in parts[0]}
 
     figures = Path(votes_dir) / FIGURES
     found = json.loads(figures.read_text()) if figures.exists() else {"agreement": {}, "ceiling": {}}
@@ -136,11 +135,18 @@ def collect(
         if not unique:
             raise ValueError(f"prompts: split {split!r} has none")
         asked = [unique[i % len(unique)] for i in range(counts[split])]
-        heard: list[np.ndarray] = []
+        clips = played(split, asked)
+        examples = (
+            {
+                **{name: clips[name][row] for name in ("semantic", "acoustic", "mulan")},
+                "id": f"{split}-{row // 2:06d}-{'ab'[row % 2]}",
+                "caption": asked[row // 2],
+            }
+            for row in range(2 * len(asked))
+        )
         # Votes come first: the manifest that `write_tokens` ends with makes a split whole.
-        examples = list(played(split, heard, asked))
         cast, found["agreement"][split], found["ceiling"][split] = _votes(
-            panel, np.concatenate(heard), asked, split, votes_per_pair, seed
+            panel, clips["heard"], asked, split, votes_per_pair, seed
         )
         others = [vote for vote in _votes_there(votes_dir) if not vote.a.startswith(f"{split}-")]
         Path(votes_dir).mkdir(parents=True, exist_ok=True)
@@ -155,6 +161,7 @@ def collect(
         )
         if not 0.6 <= found["agreement"][split] <= 0.7:
             print(f"{split}: people agreed on 60 to 70 %; a panel with another noise comes nearer")
+    shutil.rmtree(Path(votes_dir) / PLAYED)
 
 
 def _votes(

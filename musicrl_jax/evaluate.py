@@ -6,9 +6,11 @@ D width of the semantic features, M measurements.
 """
 
 import dataclasses
+import functools
 import importlib.util
 import itertools
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from musicrl_jax.arena.audience import Audience, Hearing
 from musicrl_jax.arena.listeners import MEASUREMENTS
 from musicrl_jax.arena.monitor import RULE
 from musicrl_jax.core import checkpoint
-from musicrl_jax.core.files import write_json
+from musicrl_jax.core.files import kept, write_json
 from musicrl_jax.core.keys import row_keys, step_key
 from musicrl_jax.core.progress import Progress
 from musicrl_jax.core.statistics import frechet_distance, mean_interval, mean_pairwise_distance, ratio_interval
@@ -40,7 +42,7 @@ from musicrl_jax.run import read_seconds
 
 LEAST_SPREAD = 1e-3  # of a feature over real clips; one that never moves is not blown up
 TOTAL, OPINION = "reward", "opinion"  # the mixture's name among the scores, and that of the raters' mean
-SUMMARY, SCORES = "summary.json", "scores.npz"
+SUMMARY, SCORES, PLAYED = "summary.json", "scores.npz", "played"
 Found = dict[str, np.ndarray]
 
 
@@ -111,12 +113,11 @@ def evaluate(
         raise ValueError(f"evaluate.raters={raters} must be from 1 to the panel's size, {audience.panel.size}")
     if min(count, seeds, batch_size) < 1:
         raise ValueError(f"evaluate: count={count}, seeds={seeds} and batch_size={batch_size} must be 1 or more")
-    directory, sampling = Path(model_dir), Sampling(temperature, top_k)
+    directory = Path(model_dir)
     base = next(iter(policies))
     loaded = {name: rollouts.load(folder, fine, codec, mulan) for name, folder in policies.items()}
-    studio, frozen, anchor = loaded[base].studio, loaded[base].frozen, loaded[base].policy
     if audience is not None:
-        audience.check(studio.sample_rate_hz)
+        audience.check(loaded[base].studio.sample_rate_hz)
     mixture = rewards.load()
     mixture.check_models(loaded[base])
     listener = checkpoint.load_model(semantic, SemanticConfig)
@@ -142,78 +143,199 @@ def evaluate(
     if len(asked) < count:
         print(f"only {len(asked)} held-out prompts exist, not {count}")
         count = len(asked)
-    text = pieces.encode(loaded[base].vocabulary, asked, prompts.text_length)
-    frames = studio.frames(clip_seconds)
     hearing = None if audience is None else audience.load()
+    bench = _Bench(
+        loaded[base],
+        mixture,
+        listener,
+        hearing,
+        tuple(asked),
+        pieces.encode(loaded[base].vocabulary, asked, prompts.text_length),
+        loaded[base].studio.frames(clip_seconds),
+        Sampling(temperature, top_k),
+        seeds,
+        batch_size,
+        seed,
+    )
+    directory.mkdir(parents=True, exist_ok=True)
+    print(f"{directory}: {count} prompts, {seeds} clips of each by {', '.join(policies)}")
 
-    @jax.jit
-    def measure(
-        policy: Any, anchor: Any, frozen: Any, scorers: Any, ears: Any, text: jax.Array, keys: jax.Array
-    ) -> Any:
-        """One batch of rollouts with all that is measured on them."""
-        rollout = studio.rollout(policy, frozen, text, keys, frames, sampling)
-        ours = log_probs(studio.musiclm, policy, rollout.tokens, rollout.mulan, sampling, rollout.allowed)
-        theirs = log_probs(studio.musiclm, anchor, rollout.tokens, rollout.mulan, sampling, rollout.allowed)
-        kl = full_kl(ours, theirs)  # [B, F, K]
-        by_second = jnp.pad(kl.sum(axis=2), ((0, 0), (0, -frames % FRAMES_PER_SECOND)))
-        return {
-            "wav": rollout.wav,
-            **mixture.score(scorers, rollout),
-            "kl": kl.sum(axis=(1, 2)),
-            "kl_by_level": kl.sum(axis=1),
-            "kl_by_second": by_second.reshape(len(kl), -1, FRAMES_PER_SECOND).sum(axis=2),
-            "features": SemanticEncoder(listener.config).apply(ears, rollout.wav, method="features"),
-        }
+    def play(name: str, *how: Any) -> Found:
+        return kept(directory / PLAYED, name, identity, lambda: bench.play(name, *how))
 
-    rows = np.tile(np.arange(count), seeds)  # seed by seed
-    padded = np.pad(rows, (0, -len(rows) % batch_size))
-
-    def collect(name: str, policy: Any, units: dict[str, Any] | None, draws: int = 1) -> Found:
-        """All prompts, all seeds, of `draws` clips each the one with the highest reward: arrays [P, S, ...]."""
-        found = []
-        for first in Progress(range(0, len(padded), batch_size), name, len(padded) // batch_size):
-            here = padded[first : first + batch_size]
-            best = None
-            for draw in range(draws):
-                stream = step_key(seed, draw if draws == 1 else 1 + draw, stream=4)  # best-of-n has clips of its own
-                keys = row_keys(stream, batch_size, first)
-                part = measure(policy, anchor, frozen, mixture.variables, listener.variables, text[here], keys)
-                part = jax.device_get(part)
-                if draws > 1:
-                    part[TOTAL] = np.asarray(mixture.total(_terms(mixture, part), units))
-                    part = part if best is None else _better(best, part)
-                best = part
-            wav = best.pop("wav")
-            if hearing is not None:
-                best["measured"] = hearing.measure(wav, [asked[row] for row in here])
-            best["heard"] = np.rint(np.clip(wav, -1, 1) * 32767).astype(np.int16)
-            if first >= count:  # pictures of one clip a prompt are enough
-                del best["heard"], best["features"]
-            found.append(best)
-        joined = {key: np.concatenate([part[key] for part in found if key in part]) for key in found[0]}
-        heard, features = (joined.pop(key)[:count] for key in ("heard", "features"))
-        shaped = {key: value[: len(rows)].reshape(seeds, count, *value.shape[1:]) for key, value in joined.items()}
-        return {**{key: value.swapaxes(0, 1) for key, value in shaped.items()}, "heard": heard, "features": features}
-
-    results = {name: collect(name, found.policy, None) for name, found in loaded.items()}
+    results = {name: play(name, found.policy) for name, found in loaded.items()}
     units = mixture.units({name: x.ravel() for name, x in _terms(mixture, results[base]).items()})
     for result in results.values():
         mixture.check(_terms(mixture, result))
         result[TOTAL] = np.asarray(mixture.total(_terms(mixture, result), units))
     if best_of > 1:
-        results[f"best of {best_of}"] = collect(f"best of {best_of}", anchor, units, best_of)
-    # Semantic features, each dimension in units of its spread over real clips.
+        results[f"best of {best_of}"] = play(f"best of {best_of}", loaded[base].policy, best_of, units)
     real, real_wavs, real_prompts = _real(clips, listener, batch_size, count if hearing is not None else 0)
+
+    names = [TOTAL, *mixture.models]
+    went = {name: folder for name, folder in policies.items() if name != base}
+    summary = {
+        "policies": list(results),
+        **_figures(results, names, base, list(went), real, seed),
+        "watched": {name: _watched(folder) for name, folder in went.items()},
+        "rule": RULE,
+        "seeds": seeds,
+        "seed": seed,
+        "page": str(directory / "page.html"),
+        "checkpoint": str(list(policies.values())[-1]),
+        "identity": identity,
+    }
+    if hearing is not None:
+        summary |= _opinions(hearing, results, hearing.measure(real_wavs, real_prompts), raters, seed)
+
+    gains = np.min(
+        [results[name][TOTAL][:, 0] - results[base][TOTAL][:, 0] for name in results if name != base], axis=0
+    )
+    best = list(range(min(shown, count)))
+    lost = [int(row) for row in np.argsort(gains, kind="stable")[:worst] if gains[row] < 0]
+    heard = {row: {name: _float(result["heard"][row]) for name, result in results.items()} for row in {*best, *lost}}
+    for name, folder in went.items():  # the last weights of a run that kept earlier ones
+        if checkpoint.has_model(last := Path(folder) / rollouts.LAST):
+            policy = checkpoint.load_model(last, MusicLMConfig).variables["params"]
+            for row, clips_of in heard.items():
+                clips_of[f"{name}, last"] = bench.clip(policy, row)
+
+    scores = {which: {n: r[n] for n in (*names, OPINION) if n in r} for which, r in results.items()}
+    further = ("measured", "ratings", "kl")
+    np.savez_compressed(
+        directory / SCORES,
+        prompts=np.array(asked),
+        measurements=np.array(MEASUREMENTS),
+        **{f"{which}/{n}": x for which, each in scores.items() for n, x in each.items()},
+        **{f"{which}/{n}": r[n] for which, r in results.items() for n in further if n in r},
+    )
+    write_comparison(
+        directory / "page.html",
+        summary,
+        asked,
+        [(row, heard[row]) for row in best],
+        [(row, heard[row]) for row in lost],
+        scores,
+        bench.base.studio.sample_rate_hz,
+        run_dir,
+        went,
+        training,
+        read_seconds(run_dir),
+        notes,
+    )
+    write_json(done, summary)
+    shutil.rmtree(directory / PLAYED)
+    _print(summary)
+    return summary
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Bench:
+    """Where every policy plays the same prompts with the same noise, and all is measured on what it played.
+
+    Attributes:
+      base: the models; its policy is what KL is measured to.
+      mixture: the rewards, loaded.
+      listener: the semantic encoder.
+      hearing: what simulated listeners hear; None leaves their measurements out.
+      asked: P prompts.
+      text: int32 [P, L], their pieces.
+      frames: F.
+      sampling: of the policies.
+      seeds: S.
+      batch_size: B.
+      seed: of the sampling.
+    """
+
+    base: rollouts.Loaded
+    mixture: Any
+    listener: checkpoint.Model
+    hearing: Hearing | None
+    asked: tuple[str, ...]
+    text: np.ndarray
+    frames: int
+    sampling: Sampling
+    seeds: int
+    batch_size: int
+    seed: int
+
+    def play(self, name: str, policy: Any, draws: int = 1, units: dict[str, Any] | None = None) -> Found:
+        """All prompts, all seeds, of `draws` clips each the one with the highest reward.
+
+        Returns:
+          Arrays [P, S, ...]; of 'heard', int16 [P, N], and 'features', [P, F, D], the first seed's alone.
+        """
+        count, batch_size, rows = len(self.asked), self.batch_size, self._rows()
+        found = []
+        for first in Progress(range(0, len(rows), batch_size), name, len(rows) // batch_size):
+            best = None
+            for draw in range(draws):
+                part = self._batch(policy, first, draw if draws == 1 else 1 + draw)  # best-of-n has clips of its own
+                if draws > 1:
+                    part[TOTAL] = np.asarray(self.mixture.total(_terms(self.mixture, part), units))
+                    part = part if best is None else _better(best, part)
+                best = part
+            wav = best.pop("wav")
+            if self.hearing is not None:
+                here = rows[first : first + batch_size]
+                best["measured"] = self.hearing.measure(wav, [self.asked[row] for row in here])
+            best["heard"] = np.rint(np.clip(wav, -1, 1) * 32767).astype(np.int16)
+            if first >= count:  # pictures of one clip a prompt are enough
+                del best["heard"], best["features"]
+            found.append(best)
+        joined = {key: np.concatenate([part[key] for part in found if key in part]) for key in found[0]}
+        once = {key: joined.pop(key)[:count] for key in ("heard", "features")}
+        clips = self.seeds * count
+        shaped = {key: x[:clips].reshape(self.seeds, count, *x.shape[1:]) for key, x in joined.items()}
+        return {key: x.swapaxes(0, 1) for key, x in shaped.items()} | once
+
+    def clip(self, policy: Any, row: int) -> np.ndarray:
+        """f32 [N]: what the policy plays for a prompt with the first seed."""
+        first = row // self.batch_size * self.batch_size
+        return self._batch(policy, first, 0)["wav"][row - first]
+
+    def _rows(self) -> np.ndarray:
+        """The prompt of each clip, seed by seed; the last batch is filled up."""
+        rows = np.tile(np.arange(len(self.asked)), self.seeds)
+        return np.pad(rows, (0, -len(rows) % self.batch_size))
+
+    def _batch(self, policy: Any, first: int, draw: int) -> Found:
+        here = self._rows()[first : first + self.batch_size]
+        keys = row_keys(step_key(self.seed, draw, stream=4), self.batch_size, first)
+        weights = (policy, self.base.policy, self.base.frozen, self.mixture.variables, self.listener.variables)
+        return jax.device_get(self._measure(*weights, self.text[here], keys))
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def _measure(
+        self, policy: Any, anchor: Any, frozen: Any, scorers: Any, ears: Any, text: jax.Array, keys: jax.Array
+    ) -> dict[str, jax.Array]:
+        """One batch of rollouts with all that is measured on them."""
+        studio, sampling = self.base.studio, self.sampling
+        rollout = studio.rollout(policy, frozen, text, keys, self.frames, sampling)
+        ours = log_probs(studio.musiclm, policy, rollout.tokens, rollout.mulan, sampling, rollout.allowed)
+        theirs = log_probs(studio.musiclm, anchor, rollout.tokens, rollout.mulan, sampling, rollout.allowed)
+        kl = full_kl(ours, theirs)  # [B, F, K]
+        by_second = jnp.pad(kl.sum(axis=2), ((0, 0), (0, -self.frames % FRAMES_PER_SECOND)))
+        return {
+            "wav": rollout.wav,
+            **self.mixture.score(scorers, rollout),
+            "kl": kl.sum(axis=(1, 2)),
+            "kl_by_level": kl.sum(axis=1),
+            "kl_by_second": by_second.reshape(len(kl), -1, FRAMES_PER_SECOND).sum(axis=2),
+            "features": SemanticEncoder(self.listener.config).apply(ears, rollout.wav, method="features"),
+        }
+
+
+def _figures(
+    results: dict[str, Found], names: list[str], base: str, went: list[str], real: np.ndarray, seed: int
+) -> dict[str, Any]:
+    """What was measured without listeners: means over seeds first, then intervals over prompts."""
+    per_prompt = {name: {which: result[name].mean(axis=1) for which, result in results.items()} for name in names}
+    # Semantic features, each dimension in units of its spread over real clips.
     centre, spread = real.mean(axis=(0, 1)), np.maximum(real.std(axis=(0, 1)), LEAST_SPREAD)
     felt = {name: result["features"] for name, result in results.items()} | {"real": real}
     felt = {name: (features - centre) / spread for name, features in felt.items()}  # [clips, F, D]
-
-    # Figures: means over seeds first, then intervals over prompts.
-    names = [TOTAL, *mixture.models]
-    per_prompt = {name: {which: result[name].mean(axis=1) for which, result in results.items()} for name in names}
-    went = [name for name in policies if name != base]
-    summary = {
-        "policies": list(results),
+    return {
         "rewards": {n: {which: mean_interval(x, seed) for which, x in each.items()} for n, each in per_prompt.items()},
         "gains": {
             n: {which: mean_interval(x - each[base], seed) for which, x in each.items() if which != base}
@@ -228,71 +350,11 @@ def evaluate(
         "frechet": {
             name: frechet_distance(*(np.concatenate(felt[which]) for which in (name, "real"))) for name in results
         },
-        "watched": {name: _watched(policies[name]) for name in went},
-        "rule": RULE,
-        "seeds": seeds,
-        "seed": seed,
-        "page": str(directory / "page.html"),
-        "checkpoint": str(list(policies.values())[-1]),
-        "identity": identity,
     }
-    if hearing is not None:
-        measured = hearing.measure(real_wavs, real_prompts)
-        summary |= _opinions(hearing, results, measured, raters, seed)
 
-    # What can be heard: of every prompt all policies, and the last of a run that kept an earlier one.
-    last = {f"{name}, last": Path(folder) / rollouts.LAST for name, folder in policies.items()}
-    last = {
-        name: checkpoint.load_model(folder, MusicLMConfig)
-        for name, folder in last.items()
-        if checkpoint.has_model(folder)
-    }
-    gains = np.min(
-        [results[name][TOTAL][:, 0] - results[base][TOTAL][:, 0] for name in results if name != base], axis=0
-    )
-    lost = [int(row) for row in np.argsort(gains, kind="stable")[:worst] if gains[row] < 0]
-    sides = {}
-    for name, model in last.items():
-        sides[name] = {}
-        for row in {*range(min(shown, count)), *lost}:
-            first = row // batch_size * batch_size
-            here = padded[first : first + batch_size]
-            keys = row_keys(step_key(seed, 0, stream=4), batch_size, first)
-            policy = model.variables["params"]
-            part = measure(policy, anchor, frozen, mixture.variables, listener.variables, text[here], keys)
-            sides[name][row] = np.asarray(part["wav"])[row - first]
 
-    def heard(row: int) -> tuple[int, Found]:
-        clips = {name: result["heard"][row].astype(np.float32) / 32767 for name, result in results.items()}
-        return row, clips | {name: wavs[row] for name, wavs in sides.items()}
-
-    scores = {which: {n: r[n] for n in (*names, OPINION) if n in r} for which, r in results.items()}
-    directory.mkdir(parents=True, exist_ok=True)
-    kept = ("measured", "ratings", "kl")
-    np.savez_compressed(
-        directory / SCORES,
-        prompts=np.array(asked),
-        measurements=np.array(MEASUREMENTS),
-        **{f"{which}/{n}": x for which, each in scores.items() for n, x in each.items()},
-        **{f"{which}/{n}": r[n] for which, r in results.items() for n in kept if n in r},
-    )
-    write_comparison(
-        directory / "page.html",
-        summary,
-        asked,
-        [heard(row) for row in range(min(shown, count))],
-        [heard(row) for row in lost],
-        scores,
-        studio.sample_rate_hz,
-        run_dir,
-        {name: policies[name] for name in went},
-        training,
-        read_seconds(run_dir),
-        notes,
-    )
-    write_json(done, summary)
-    _print(summary)
-    return summary
+def _float(wav: np.ndarray) -> np.ndarray:
+    return wav.astype(np.float32) / 32767
 
 
 def _terms(mixture: Any, found: Found) -> Found:

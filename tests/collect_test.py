@@ -176,6 +176,26 @@ def test_a_run_that_is_cut_off_between_votes_and_tokens_keeps_its_figures(folder
     assert (tmp_path / "votes" / collect.FIGURES).read_text() == (Path(folder) / collect.FIGURES).read_text()
 
 
+def test_what_was_played_before_a_kill_is_not_played_again(folder, tmp_path, monkeypatch):
+    """Forty pairs are ten batches; the kill comes in the seventh."""
+    heard, measure = [], Hiss.measure
+
+    def counted(ears, wav, asked):
+        heard.append(wav)
+        if len(heard) == 50:
+            raise KeyboardInterrupt
+        return measure(ears, wav, asked)
+
+    monkeypatch.setattr(Hiss, "measure", counted)
+    with pytest.raises(KeyboardInterrupt):
+        collected(tmp_path)
+    assert not (tmp_path / "votes/votes.jsonl").exists()
+    other = collected(tmp_path)
+    assert len(heard) == 50 + 80 - 6 * 8
+    assert read_votes(other) == read_votes(folder)
+    assert not (tmp_path / "votes" / collect.PLAYED).exists()
+
+
 def test_several_listeners_hear_a_pair(tmp_path):
     cast = read_votes(collected(tmp_path, pairs=12, validation_share=0.5, votes_per_pair=3))
     assert len(cast) == 36 and len({(vote.a, vote.listener) for vote in cast}) == 36

@@ -14,7 +14,7 @@ import pytest
 import soundfile
 
 import gin
-from musicrl_jax import cli, train_rl
+from musicrl_jax import cli, evaluate, train_rl
 from musicrl_jax.core import checkpoint
 from musicrl_jax.core.metrics import MetricWriter
 from musicrl_jax.generate import generate
@@ -174,6 +174,35 @@ def test_run_again_reuses_everything(folder, capsys):
     assert "evaluated already" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in (folder / "run").rglob("manifest.json")} == models
     assert (folder / "run/evaluation/page.html").read_bytes() == page
+
+
+def test_a_killed_comparison_goes_on_with_the_next_policy(folder, monkeypatch):
+    """The policies that had played do not play again, and every score is the uninterrupted comparison's."""
+    played = []
+    play = evaluate._Bench.play
+
+    def killed(bench, name, *rest):
+        if name == "RU" and "RU" not in played:
+            played.append(name)
+            raise KeyboardInterrupt
+        played.append(name)
+        return play(bench, name, *rest)
+
+    monkeypatch.setattr(evaluate._Bench, "play", killed)
+    again = ("--only=evaluate", f"--gin.evaluate/evaluate.model_dir='{folder}/compared_again'")
+    with pytest.raises(KeyboardInterrupt):
+        musicrl("run", folder, *again)
+    assert played == ["MusicLM", "R", "RU"]
+    assert musicrl("run", folder, *again) == 0
+    assert played[3:] == ["RU", "best of 2"]
+    with (
+        np.load(folder / "run/evaluation/scores.npz") as one,
+        np.load(folder / "compared_again/scores.npz") as other,
+    ):
+        assert set(one) == set(other)
+        for name in one:
+            np.testing.assert_array_equal(one[name], other[name])
+    assert not (folder / "compared_again/played").exists()
 
 
 def test_another_size_in_the_same_folder_is_refused(folder, capsys):
