@@ -206,7 +206,7 @@ def test_the_kl_stands_over_codes_and_seconds(folders, reports):
 def test_listeners_who_never_both_choose_agree_on_nothing(folders):
     found = summary()
     found["panel"] = {**found["panel"], "agreement": None}
-    assert "judge a pair. They hear" in words(write(folders, found))
+    assert "judge a pair. Intervals of win rates" in words(write(folders, found))
 
 
 def test_a_silent_alarm_says_so(folders):
