@@ -40,7 +40,6 @@ def run(model_dir: str, stages: Sequence[Stages], only: str = "", skip: str = ""
     if not chosen:
         raise ValueError(f"run.only={only!r} and run.skip={skip!r} leave no stage: name fewer to skip")
     directory = Path(model_dir)
-    seconds: dict[str, float] = read_seconds(model_dir)
     result: Any = None
     for number, name in enumerate(chosen, start=1):
         print(f"\n[{number}/{len(chosen)}] {name}", flush=True)
@@ -48,10 +47,11 @@ def run(model_dir: str, stages: Sequence[Stages], only: str = "", skip: str = ""
         try:
             result = stages[name]()
         finally:
+            seconds = read_seconds(model_dir)  # anew: another process may do other stages of this run
             seconds[name] = seconds.get(name, 0.0) + time.monotonic() - start
             write_json(directory / SECONDS, seconds)
     if chosen[-1] == list(stages)[-1]:
-        write_json(directory / SUMMARY, {**(result or {}), "seconds": seconds})
+        write_json(directory / SUMMARY, {**(result or {}), "seconds": read_seconds(model_dir)})
 
 
 def read_seconds(model_dir: str) -> dict[str, float]:

@@ -57,8 +57,8 @@ class Audience:
 
         asked = {}
         for split in self.clips.splits():
-            true = zip(self.clips.captions(split), self.clips.attributes(split).values(), strict=True)
-            asked |= {caption: asked_for(caption, known) for caption, known in true}
+            captioned = zip(self.clips.captions(split), self.clips.attributes(split).values(), strict=True)
+            asked |= {caption: asked_for(caption, known) for caption, known in captioned}
         known, wavs, true = self.clips.attributes("train"), [], []
         batch_size = min(self.ears_clips, self.clips.count("train"))
         clips = dataclasses.replace(self.clips, with_captions=True)  # and their ids
