@@ -1,6 +1,8 @@
 """Packing and unpacking: what comes back, what names it, and what is refused."""
 
+import hashlib
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from musicrl_jax.models.musiclm import MusicLMConfig
 from musicrl_jax.models.rewards import QualityConfig
 from musicrl_jax.models.soundstream import SoundStreamConfig
 
+SHIPPED = Path(__file__).parents[1] / "data/pretrained/demo"
 RNG = np.random.default_rng(0)
 TOWERS = {"audio": {"kernel": RNG.normal(size=(4, 2)).astype(np.float32)}}
 
@@ -140,3 +143,14 @@ def test_a_model_of_no_known_kind_is_refused(run):
     manifest.write_text(manifest.read_text().replace("QualityConfig", "OddConfig"))
     with pytest.raises(ValueError, match="odd holds a OddConfig, which is none of SoundStreamConfig"):
         packed(run, names=("odd",))
+
+
+def test_what_ships_is_small_whole_and_described():
+    """The models of the demo: every file is the one in the index, the card names its hash, and all fit into 24 MB."""
+    told, card = json.loads((SHIPPED / pack.INDEX).read_text()), (SHIPPED / "README.md").read_text()
+    files = sorted(SHIPPED.glob("*.safetensors"))
+    assert [path.stem for path in files] == sorted(told)
+    assert sum(path.stat().st_size for path in files) <= 24e6
+    for path in files:
+        assert hashlib.sha256(path.read_bytes()).hexdigest() == told[path.stem]["sha256"]
+        assert f"`{path.name}`" in card and told[path.stem]["hash"][:12] in card

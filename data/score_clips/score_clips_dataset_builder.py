@@ -84,6 +84,17 @@ class Builder(tfds.core.GeneratorBasedBuilder):
             description="53 minutes in clips of 4 s, built in less than a minute.",
         ),
         ScoreClipsConfig(
+            name="small",
+            train=480,
+            validation=64,
+            test=128,
+            clip_seconds=5.0,
+            pieces=300,
+            collections=scores.COLLECTIONS,
+            instruments=tuple(INSTRUMENTS),
+            description="56 minutes in clips of 5 s, of all that demo has, built in less than a minute.",
+        ),
+        ScoreClipsConfig(
             name="demo",
             train=6000,
             validation=300,
