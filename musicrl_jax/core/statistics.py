@@ -38,8 +38,10 @@ def ratio_interval(parts: np.ndarray, wholes: np.ndarray, rows: np.ndarray, colu
       rows, columns: [n], which thing of each kind a value belongs to.
 
     Returns:
-      {'mean', 'low', 'high'}, the ends no farther out than single values; 0.5, 0 and 1 where the wholes are all 0.
+      {'mean', 'low', 'high'}, the ends no farther out than single values; 0.5, 0 and 1 where the wholes are all 0. Of
+      yes and no (bool) where all are alike, which has no variance to go by, the rule of three for the number of rows.
     """
+    yes_or_no = np.asarray(parts).dtype == bool
     parts, wholes = np.asarray(parts, np.float64), np.asarray(wholes, np.float64)
     if wholes.sum() <= 0:
         return {"mean": 0.5, "low": 0.0, "high": 1.0}
@@ -53,6 +55,9 @@ def ratio_interval(parts: np.ndarray, wholes: np.ndarray, rows: np.ndarray, colu
 
     by_row, by_column = variance(rows), variance(columns)
     error = np.sqrt(max(by_row + by_column - variance(cells), by_row, by_column)) / wholes.sum()
+    if yes_or_no and ratio in (0.0, 1.0):
+        unseen = min(3.0 / (rows.max() + 1), 1.0)
+        return {"mean": float(ratio), "low": float(ratio * (1 - unseen)), "high": float(ratio + (1 - ratio) * unseen)}
     single = parts[wholes > 0] / wholes[wholes > 0]
     low, high = np.clip([ratio - 1.96 * error, ratio + 1.96 * error], single.min(), single.max())
     return {"mean": float(ratio), "low": float(low), "high": float(high)}
@@ -106,18 +111,19 @@ def over_optimised(distances: np.ndarray, gains: np.ndarray, errors: np.ndarray,
     """
     design = np.stack([distances, -np.square(distances)], axis=1) / errors[:, None]
     alpha, beta = np.linalg.lstsq(design, gains / errors)[0]
+    weights = 1 / np.square(errors)
     size = max(len(distances) // 4, 2)
     late = np.arange(len(distances))[-size:]
-    if alpha <= 0:  # down from the start: the peak is the base, whose gain is 0 and certain
-        peak, near, best = 0.0, late[:0], 0.0
-    elif beta <= 0 or alpha / (2 * beta) >= distances[-1]:
+    last = np.average(gains[late], weights=weights[late])
+    if alpha <= 0:  # down from the start: the peak is the base
+        # All gains are over the same clips of the base, whose error no number of looks averages out.
+        return 0.0 if -last > z * errors[late].min() else None
+    if beta <= 0 or alpha / (2 * beta) >= distances[-1]:
         return None
-    else:
-        peak = alpha / (2 * beta)
-        near = np.argsort(np.abs(distances - peak), kind="stable")[:size]
-        if set(near) & set(late):
-            return None
-        best = np.average(gains[near], weights=1 / np.square(errors[near]))
-    weights = [1 / np.square(errors[part]) for part in (near, late) if len(part)]
-    fall = best - np.average(gains[late], weights=weights[-1])
-    return float(peak) if fall > z * np.sqrt(sum(1 / weight.sum() for weight in weights)) else None
+    peak = alpha / (2 * beta)
+    near = np.argsort(np.abs(distances - peak), kind="stable")[:size]
+    if set(near) & set(late):
+        return None
+    fall = np.average(gains[near], weights=weights[near]) - last
+    error = np.sqrt(1 / weights[near].sum() + 1 / weights[late].sum())
+    return float(peak) if fall > z * error else None

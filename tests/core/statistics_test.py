@@ -76,6 +76,14 @@ def test_calibration_is_measured_bin_by_bin():
     assert calibration_error(np.full(50, 0.7), np.ones(50)) == pytest.approx(0.3)
 
 
+def test_a_rate_of_all_or_nothing_is_not_certain():
+    """Ten prompts that all won: the rule of three."""
+    prompts, raters = np.repeat(np.arange(10), 3), np.tile(np.arange(3), 10)
+    wins = np.ones(30, bool)
+    assert ratio_interval(wins, wins, prompts, raters) == pytest.approx({"mean": 1, "low": 0.7, "high": 1})
+    assert ratio_interval(~wins, wins, prompts, raters) == pytest.approx({"mean": 0, "low": 0, "high": 0.3})
+
+
 def test_a_rate_of_nothing_is_unknown():
     assert ratio_interval(np.zeros(3), np.zeros(3), np.arange(3), np.arange(3)) == {
         "mean": 0.5,
@@ -101,11 +109,13 @@ def test_pairwise_distance_is_the_mean_over_pairs():
     assert mean_pairwise_distance(np.ones((4, 3))) == 0.0
 
 
-def alarm(gold, noise, seed, checkpoints):
+def alarm(gold, noise, seed, checkpoints, shared=0.0):
     """The monitor's peak, as a checkpoint's number, when it first goes off in a run whose distance grows steadily and
-    whose held-out judge sees `gold` through noise; None where it never does. It sees the past alone."""
+    whose held-out judge sees `gold` through noise; None where it never does. It sees the past alone. A share of the
+    noise's variance is that of the base's clips, the same at every look."""
     distances = np.arange(1, checkpoints + 1) / checkpoints
-    seen = gold(distances) + noise * np.random.default_rng(seed).normal(size=checkpoints)
+    own, base = np.split(np.random.default_rng(seed).normal(size=checkpoints + 1), [checkpoints])
+    seen = gold(distances) + noise * (np.sqrt(1 - shared) * own + np.sqrt(shared) * base)
     errors = np.full(checkpoints, noise)
     for now in range(4, checkpoints + 1):
         if (peak := over_optimised(distances[:now], seen[:now], errors[:now])) is not None:
@@ -128,9 +138,10 @@ def test_the_peak_of_a_judge_whom_the_reward_leaves_behind_is_found(c, looks, no
 @pytest.mark.parametrize("gold", [lambda f: f, lambda f: f - f**2 / 2, lambda f: 1 - np.exp(-3 * f), np.zeros_like])
 @pytest.mark.parametrize("noise", [0.05, 0.3])
 @pytest.mark.parametrize("looks", [12, 100])
-def test_a_judge_who_agrees_sets_off_no_alarm(gold, noise, looks):
+@pytest.mark.parametrize("shared", [0.0, 0.5])
+def test_a_judge_who_agrees_sets_off_no_alarm(gold, noise, looks, shared):
     """Rising, levelling off at the very end, saturating, and never moving at all."""
-    assert sum(alarm(gold, noise, seed, looks) is not None for seed in range(20)) <= 1
+    assert sum(alarm(gold, noise, seed, looks, shared) is not None for seed in range(20)) <= 1
 
 
 def test_a_reward_that_harms_from_the_start_sets_off_the_alarm_and_points_to_the_base():
