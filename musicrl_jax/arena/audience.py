@@ -36,11 +36,14 @@ class Audience:
       panel: who listens.
       clips: real clips; what is known of them says what their captions ask for.
       ears_clips: so many training clips set the scale of the measurements.
+      seed: of which these are. Panels that check on one another have ears of their own, fitted to other clips: what
+        fools one ear, that for instruments above all, need not fool the next.
     """
 
     panel: Panel
     clips: Clips
     ears_clips: int = 400
+    seed: int = 0
 
     def check(self, rate_hz: int) -> None:
         """ModuleNotFoundError where the ears are not installed, ValueError where they hear at another rate."""
@@ -62,7 +65,7 @@ class Audience:
         known, wavs, true = self.clips.attributes("train"), [], []
         batch_size = min(self.ears_clips, self.clips.count("train"))
         clips = dataclasses.replace(self.clips, with_captions=True)  # and their ids
-        for batch in clips.batches("train", batch_size, seed=0, epochs=1):
+        for batch in clips.batches("train", batch_size, seed=self.seed, epochs=1):
             wavs += list(batch["audio"])
             true += [known[name] for name in batch["id"]]
             if len(wavs) >= self.ears_clips:
