@@ -33,7 +33,7 @@ class RLState:
 
     Attributes:
       step: int32 [], the updates done.
-      skipped: int32 [], the updates left out because a reward or a gradient was not finite.
+      skipped: int32 [], the rollouts of which an update was left out because a reward or a gradient was not finite.
       kl_strength: f32 [], a in J = (1 - a) E[R] - a KL.
       policy, value: weights; the value's are {} where the baseline is none.
       policy_opt, value_opt: the optimisers' moments.
@@ -111,7 +111,7 @@ class Learner:
     ) -> tuple[RLState, dict[str, jax.Array]]:
         """All updates of a rollout: reward f32 [B] -> (the next state, metrics f32 [] each, of the last update).
 
-        Where a reward or a gradient is not finite nothing moves, and the update is counted in `skipped`.
+        Where a reward or a gradient is not finite nothing moves, and the rollout is counted in `skipped`, once.
         """
         parts = jax.tree.map(self._split, rollout)
         rewards = self._split(reward)
@@ -167,9 +167,11 @@ class Learner:
             after, found = jax.lax.scan(once, after, None, length=self.updates - 1)
             found = jax.tree.map(lambda x: x[-1], found)
         metrics |= found
+        skips = after.skipped > state.skipped
+        after = after.replace(skipped=state.skipped + skips.astype(jnp.int32))
         if self.kl_target is not None:
             strength = adapted_strength(state.kl_strength, metrics["kl"], self.kl_target)
-            after = after.replace(kl_strength=jnp.where(jnp.isfinite(strength), strength, state.kl_strength))
+            after = after.replace(kl_strength=jnp.where(skips, state.kl_strength, strength))
         metrics |= {"kl_strength": state.kl_strength, "skipped": after.skipped.astype(jnp.float32)}
         return after.replace(step=state.step + 1), metrics
 

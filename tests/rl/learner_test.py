@@ -153,6 +153,14 @@ def test_a_reward_that_is_not_finite_skips_the_update_and_is_counted(start, step
         jax.tree.map(np.testing.assert_array_equal, getattr(after, name), getattr(state, name))
 
 
+@pytest.mark.exactness(23)
+def test_a_rollout_whose_updates_are_all_skipped_counts_once_and_moves_no_strength(start, rollout):
+    learner = a_learner(PolicyGradient("value", "clipped"), updates=3, kl_target=2.0)
+    state = learner.started(meta.unbox(jax.jit(learner.create)(jax.random.key(0))), start[1])
+    after, _ = jax.jit(learner.update)(state, start[1], rollout, jnp.ones(BATCH).at[3].set(jnp.nan))
+    assert (int(after.skipped), float(after.kl_strength)) == (1, float(state.kl_strength))
+
+
 def test_the_value_starts_at_the_mean_of_the_finite_rewards(learner, start):
     reward = jnp.asarray([0.25, jnp.nan, 0.75, jnp.inf])
     value = learner.with_baseline(start[0], reward).value
