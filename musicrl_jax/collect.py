@@ -95,11 +95,13 @@ def collect(
             "settings": [pairs, clip_seconds, validation_share, votes_per_pair, temperature, top_k, seed],
         }
     )
+    _refuse_others(votes_dir, models, layout, data)
     counts = {"validation": round(pairs * validation_share)}
     counts["train"] = pairs - counts["validation"]
     wanting = [name for name in SPLITS if not tokens.complete(votes_dir, name, models, layout, data)]
     if not wanting:
         print(f"{votes_dir}: collected already")
+        shutil.rmtree(Path(votes_dir) / PLAYED, ignore_errors=True)  # of a run that was killed just before its end
         return
 
     hearing = audience.load()
@@ -179,6 +181,20 @@ def _votes(
             who = f"simulated listener {listener} of the {panel.name}"
             cast.append(votes.Vote(0, prompt, *ids, choice, who, [True, True]))
     return cast, panel.agreement(a, b), panel.ceiling(a, b)
+
+
+def _refuse_others(votes_dir: str, models: dict[str, str], layout: dict[str, int], data: dict[str, Any]) -> None:
+    """ValueError where there are votes on other clips, or by others: they cannot be had again, as tokens can."""
+    if not (_votes_there(votes_dir) and (Path(votes_dir) / tokens.MANIFEST).exists()):
+        return
+    found = tokens.read_manifest(votes_dir)
+    was = {**found["models"], **found["layout"], **found["data"]}
+    for name, now in json.loads(json.dumps({**models, **layout, **data})).items():
+        if was.get(name) != now:
+            raise ValueError(
+                f"votes_dir: {votes_dir} was collected with other {name}: name another folder, or leave these votes "
+                "as they are with --skip=votes"
+            )
 
 
 def _votes_there(votes_dir: str) -> list[votes.Vote]:

@@ -134,6 +134,7 @@ def evaluate(
     done = directory / SUMMARY
     if done.exists() and (summary := json.loads(done.read_text()))["identity"] == identity:
         print(f"{directory}: evaluated already")
+        shutil.rmtree(directory / PLAYED, ignore_errors=True)  # of a run that was killed just before its end
         _print(summary)
         return summary
 
@@ -369,7 +370,7 @@ def _better(one: Found, other: Found) -> Found:
 
 def _watched(folder: str) -> dict[str, Any] | None:
     """How often a held-out judge looked at a run, and which step was kept for its alarm, if any; None without one."""
-    told = json.loads(checkpoint.load_model(folder, MusicLMConfig).assets.get(rollouts.ANCHOR, b"{}"))
+    told = json.loads(checkpoint.load_model(folder, MusicLMConfig).assets.get(checkpoint.ANCHOR, b"{}"))
     return told.get("watched")
 
 

@@ -40,7 +40,7 @@ from musicrl_jax.rl.sample import Sampling
 UNIT_BATCHES = 4  # of the base's clips, one a prompt, that say in which units rewards are normalised
 LOOKS = "looks"  # the policies that the held-out judge looked at, until one is kept
 JUDGED = "judge_gain", "judge_error"  # the held-out judge's metrics
-MOST_SKIPPED = 10  # updates without a finite reward and gradient, before a run gives up
+MOST_SKIPPED = 10  # rollouts in a row without a finite reward and gradient, before a run gives up
 
 
 def train_rl(
@@ -210,7 +210,7 @@ def train_rl(
         judge = None if monitor is None else _judge(monitor, loaded.vocabulary, directory, partial(heard, anchor))
         batches = prompts.batches("train", batch_size // per_prompt, seed, start_step=start)
         progress = Progress(range(start, steps), directory.name, steps, start)
-        kept = None
+        kept, in_a_row, skipped = None, 0, int(state.skipped)
         for step in progress:
             seen = {}
             if judge is not None and step and step % monitor.every(steps) == 0:
@@ -228,9 +228,10 @@ def train_rl(
             numbers |= {"reward": reward.mean(), "reward_std": reward.std(), **metrics, **seen}
             numbers["kl_per_second"] = numbers["kl"] / clip_seconds
             writer.write(step, numbers)
-            if metrics["skipped"] > MOST_SKIPPED:
+            in_a_row, skipped = in_a_row + 1 if metrics["skipped"] > skipped else 0, metrics["skipped"]
+            if in_a_row > MOST_SKIPPED:
                 raise FloatingPointError(
-                    f"{directory.name}: {MOST_SKIPPED + 1} updates had a reward or gradient that is not finite, the "
+                    f"{directory.name}: {in_a_row} updates in a row had a reward or gradient that is not finite, the "
                     f"last at step {step}; mend the reward or lower the learning rate"
                 )
             progress.note(f"reward {numbers['reward']:.3f}  kl {numbers['kl']:.2f}")
@@ -243,7 +244,7 @@ def train_rl(
     if watched and kept is not None:
         watched["kl"] = {0: 0.0, **{step: kl for step, kl, *_ in judge.seen}}[kept]
     told = {"anchor": loaded.hashes["policy"], "rewards": mixture.describe(), "units": units, "watched": watched}
-    assets = {rollouts.LINEAGE: loaded.lineage, rollouts.ANCHOR: json.dumps(told).encode()}
+    assets = {checkpoint.LINEAGE: loaded.lineage, checkpoint.ANCHOR: json.dumps(told).encode()}
     final = {"params": state.policy}
     if kept is not None:
         checkpoint.save_model(directory / rollouts.LAST, config, final, assets)

@@ -143,8 +143,15 @@ def test_batches_change_nothing_and_a_finished_folder_is_left_alone(folder, tmp_
     capsys.readouterr()
     collected(tmp_path)
     assert capsys.readouterr().out == f"{other}: collected already\n"
-    with pytest.raises(ValueError, match="give another"):
+    votes = (Path(other) / "votes.jsonl").read_text()
+    with pytest.raises(ValueError, match="was collected with other settings: name another folder, or leave"):
         collected(tmp_path, pairs=41)
+    manifest = json.loads((Path(other) / "manifest.json").read_text())
+    manifest["models"]["codec"] = "another"
+    (Path(other) / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match="was collected with other codec"):
+        collected(tmp_path)
+    assert (Path(other) / "votes.jsonl").read_text() == votes and (Path(other) / "train").is_dir()
 
 
 def test_a_split_that_is_missing_is_made_again_and_the_other_kept(folder, tmp_path):

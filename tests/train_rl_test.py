@@ -24,7 +24,6 @@ from musicrl_jax.core.tokens import TokenLayout
 from musicrl_jax.losses.policy_gradient import PolicyGradient
 from musicrl_jax.models.musiclm import MusicLM, MusicLMConfig
 from musicrl_jax.models.transformer import TransformerConfig
-from musicrl_jax.rl import rollout as rollouts
 from musicrl_jax.rl.rollout import Loaded, Rollout
 from musicrl_jax.rl.sample import sample
 
@@ -201,7 +200,7 @@ def test_a_finetuned_policy_knows_its_anchor(tmp_path):
     """RU is anchored to R: what its checkpoint names is the content of R's."""
     loop(tmp_path, steps=1)
     saved = checkpoint.load_model(tmp_path / "run", MusicLMConfig)
-    told = json.loads(saved.assets[rollouts.ANCHOR])
+    told = json.loads(saved.assets[checkpoint.ANCHOR])
     assert told == {
         "anchor": checkpoint.content_hash(base()),
         "rewards": {"zeros": {"weight": 1.0}},
@@ -237,7 +236,7 @@ train_rl_test.loop(Path({str(tmp_path / "cut")!r}), writer=train_rl_test.Dying, 
 def test_normalised_rewards_are_in_units_of_the_base(tmp_path):
     """From 128 of its clips, with keys of their own: the first step's are about 0 and 1."""
     _, _, lines = loop(tmp_path, normalise=True, steps=2)
-    told = json.loads(checkpoint.load_model(tmp_path / "run", MusicLMConfig).assets[rollouts.ANCHOR])
+    told = json.loads(checkpoint.load_model(tmp_path / "run", MusicLMConfig).assets[checkpoint.ANCHOR])
     centre, spread = told["units"]["zeros"]
     assert lines[0]["reward"] == pytest.approx((lines[0]["zeros"] - centre) / spread, abs=1e-5)
     assert 0 < abs(lines[0]["reward"]) < 0.8 and lines[0]["reward_std"] == pytest.approx(1, abs=0.5)
@@ -272,7 +271,7 @@ def judged(folder, script, steps, looks, already=0, **settings):
 
 
 def told_of(folder):
-    return json.loads(checkpoint.load_model(folder / "run", MusicLMConfig).assets[rollouts.ANCHOR])["watched"]
+    return json.loads(checkpoint.load_model(folder / "run", MusicLMConfig).assets[checkpoint.ANCHOR])["watched"]
 
 
 def test_a_judge_that_passes_its_peak_stops_the_run_and_keeps_the_best(tmp_path, monkeypatch):
@@ -336,7 +335,7 @@ def test_the_judge_remembers_across_a_restart(tmp_path):
 
 
 def test_a_run_whose_updates_are_all_skipped_gives_up(tmp_path):
-    with pytest.raises(FloatingPointError, match=r"^run: 11 updates had a .* at step 10;"):
+    with pytest.raises(FloatingPointError, match=r"^run: 11 updates in a row had a .* at step 10;"):
         loop(tmp_path, weight=np.nan, steps=20)
     assert not checkpoint.has_model(tmp_path / "run")
 

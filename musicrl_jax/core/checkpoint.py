@@ -22,6 +22,9 @@ from musicrl_jax.core.files import write_json
 MANIFEST = "manifest.json"
 MODEL = "model"
 SAVE_MARGIN = 1.1  # the disk space asked for, over the bytes of the arrays
+LINEAGE = "tokens.json"  # asset of a token model: which models wrote the tokens that it was trained on, {name: hash}
+ANCHOR = "anchor.json"  # asset of a finetuned policy: its anchor's content hash, what its rewards declare, the alarm
+TOLD_BY = (MANIFEST, "votes.jsonl")  # the files that say what a folder of tokens, or of votes on them, holds
 NO_IDENTITY = {"identity": False}
 
 
@@ -86,8 +89,8 @@ def config_from_json(config_class: type, fields: dict[str, Any], where: str) -> 
 
 
 def describe(value: Any) -> Any:
-    """A setting as plain JSON, for the identity of a run: a model's folder and a file by their content's hash, another
-    folder by its name.
+    """A setting as plain JSON, for the identity of a run: a model's folder, a folder of tokens or votes and a file by
+    their content's hash, another folder by its name.
 
     A run may then move to another disk, and is another run where a model or a file that it builds on changed. A field
     of `field(metadata=NO_IDENTITY)`, such as a cache's folder, is left out.
@@ -100,11 +103,13 @@ def describe(value: Any) -> Any:
     if isinstance(value, tuple | list):
         return [describe(part) for part in value]
     if isinstance(value, str | Path):
-        if os.path.isfile(value):
-            return hashlib.sha256(Path(value).read_bytes()).hexdigest()
-        if os.path.isdir(value):
-            return model_hash(value) if has_model(value) else Path(value).name
-        return str(value)
+        path = os.path.expanduser(value)
+        if os.path.isdir(path) and has_model(path):
+            return model_hash(path)
+        files = [path, *(os.path.join(path, name) for name in TOLD_BY)]
+        if told_by := [Path(file).read_bytes() for file in files if os.path.isfile(file)]:
+            return hashlib.sha256(b"".join(told_by)).hexdigest()
+        return Path(path).name if os.path.isdir(path) else str(value)
     return value
 
 

@@ -10,13 +10,18 @@ from typing import Any
 import numpy as np
 
 
-def write_json(path: str | Path, content: Any) -> None:
-    """Writes JSON in one move: whoever reads it, or kills the writer, sees the old file or the new one."""
+def write_text(path: str | Path, content: str) -> None:
+    """Writes UTF-8 in one move: whoever reads the file, or kills the writer, sees the old one or the new one."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n")
+    partial.write_text(content, encoding="utf-8")
     os.replace(partial, path)
+
+
+def write_json(path: str | Path, content: Any) -> None:
+    """`write_text` of JSON."""
+    write_text(path, json.dumps(content, indent=1) + "\n")
 
 
 def kept(

@@ -7,6 +7,8 @@ from types import TracebackType
 
 import tensorboardX
 
+from musicrl_jax.core.files import write_text
+
 FILE_NAME = "metrics.jsonl"
 
 
@@ -53,4 +55,4 @@ def _drop_from(path: Path, start_step: int) -> None:
     for line in path.read_text().splitlines():
         if line.endswith("}") and json.loads(line)["step"] < start_step:
             kept.append(line + "\n")
-    path.write_text("".join(kept))
+    write_text(path, "".join(kept))

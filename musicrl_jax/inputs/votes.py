@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from musicrl_jax.core.files import read_text
+from musicrl_jax.core.files import read_text, write_text
 from musicrl_jax.inputs import tasks
 from musicrl_jax.inputs.tokens import Tokens, read
 
@@ -169,6 +169,4 @@ def read_votes(directory: str) -> list[Vote]:
 def write_votes(directory: str, votes: list[Vote]) -> None:
     """Writes the file anew, whole or not at all; line numbers are given here."""
     lines = [json.dumps({name: getattr(vote, name) for name in FIELDS}, ensure_ascii=False) for vote in votes]
-    partial = Path(directory) / f"{VOTES}.partial"
-    partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    partial.replace(Path(directory) / VOTES)
+    write_text(Path(directory) / VOTES, "\n".join(lines) + "\n")

@@ -4,6 +4,7 @@ A baseline for MusicRL-U: the same votes, the same KL-regularised objective, but
 """
 
 import dataclasses
+import json
 from typing import Any
 
 import jax
@@ -25,19 +26,20 @@ class DPOObjective(TokenObjective):
 
     Attributes:
       policy: folder of the base, which is both start and anchor.
-      beta: the KL strength, above 0.
-      temperature: that the clips were drawn at.
+      kl_strength: a in J = (1 - a) E[R] - a KL, as in `train_rl`, so that both are anchored alike: DPO's beta is
+        a / (1 - a).
+      temperature: that the clips were drawn at; of all codes, since a clip does not say which ones a top-k had left.
     """
 
     model: MusicLMConfig
     data: Votes
     policy: str
-    beta: float
+    kl_strength: float
     temperature: float = 0.99
 
     def __post_init__(self) -> None:
-        if not self.beta > 0:
-            raise ValueError(f"DPOObjective.beta = {self.beta} must be above 0")
+        if not 0 < self.kl_strength < 1:
+            raise ValueError(f"DPOObjective.kl_strength = {self.kl_strength} must lie between 0 and 1")
 
     def init(self, key: jax.Array, batch: Batch) -> dict[str, Any]:
         """Variables of MusicLM; ValueError where the clips' tokens are of another layout."""
@@ -66,9 +68,11 @@ class DPOObjective(TokenObjective):
             return token_log_probs(scores, flat).sum(axis=(1, 2)).reshape(-1, 2)
 
         policy, anchor = clips(params), clips(frozen)
-        loss, metrics = bradley_terry(dpo_margin(policy, anchor, self.beta), batch["vote"])
+        beta = self.kl_strength / (1 - self.kl_strength)
+        loss, metrics = bradley_terry(dpo_margin(policy, anchor, beta), batch["vote"])
         return loss, (state, {**metrics, "log_ratio": (policy - anchor).mean()})
 
     def assets(self) -> dict[str, bytes]:
-        """Those of the base: whose tokens it speaks."""
-        return checkpoint.load_model(self.policy, MusicLMConfig).assets
+        """tokens.json, and anchor.json with the base's hash."""
+        anchor = {"anchor": checkpoint.model_hash(self.policy)}
+        return super().assets() | {checkpoint.ANCHOR: json.dumps(anchor).encode()}

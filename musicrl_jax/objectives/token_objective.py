@@ -9,6 +9,7 @@ import json
 import jax
 import jax.numpy as jnp
 
+from musicrl_jax.core import checkpoint
 from musicrl_jax.core.tokens import interleave
 from musicrl_jax.inputs.tokens import Tokens, read_manifest
 from musicrl_jax.inputs.votes import Votes
@@ -34,7 +35,7 @@ class TokenObjective(Objective):
 
     def assets(self) -> dict[str, bytes]:
         """tokens.json: the hashes of the models whose tokens this one speaks."""
-        return {"tokens.json": json.dumps(read_manifest(self.data.directory)["models"]).encode()}
+        return {checkpoint.LINEAGE: json.dumps(read_manifest(self.data.directory)["models"]).encode()}
 
     def check_policy(self, policy: MusicLMConfig) -> None:
         """`check_layout` for what a policy reads."""

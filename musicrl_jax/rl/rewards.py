@@ -19,7 +19,7 @@ import numpy as np
 from musicrl_jax.core import checkpoint
 from musicrl_jax.models.mulan import MuLan, MuLanConfig
 from musicrl_jax.models.rewards import Preference, PreferenceConfig, Quality, QualityConfig
-from musicrl_jax.rl.rollout import LINEAGE, Loaded, Rollout
+from musicrl_jax.rl.rollout import Loaded, Rollout
 
 FIRST_AND_LAST = "the first and the last {:g} s; the mean"
 Units = dict[str, tuple[jax.Array | float, jax.Array | float]]  # centre and spread of each term
@@ -184,7 +184,7 @@ class LoadedMixture:
         with another MuLan's embedding, or hears at another rate."""
         spoken = json.loads(loaded.lineage)
         for name, model in self.models.items():
-            read = json.loads(model.assets.get(LINEAGE, b"{}"))
+            read = json.loads(model.assets.get(checkpoint.LINEAGE, b"{}"))
             if isinstance(model.config, MuLanConfig):
                 read = {"mulan": model.hash}
             for other, found in read.items():

@@ -19,9 +19,7 @@ from musicrl_jax.models.soundstorm import SoundStorm, SoundStormConfig, fill_fin
 from musicrl_jax.models.soundstream import SoundStream, SoundStreamConfig
 from musicrl_jax.rl.sample import Sampling, sample
 
-ANCHOR = "anchor.json"  # beside a finetuned policy: its anchor's content hash, what its rewards declare, the alarm
 LAST = "last"  # a finetuned policy's folder for the last weights, where earlier ones were kept
-LINEAGE = "tokens.json"  # which models wrote the tokens that a token model was trained on, {name: hash}
 
 
 @flax.struct.dataclass
@@ -136,7 +134,7 @@ def load(policy: str, fine: str, codec: str, mulan: str) -> Loaded:
                 f"{folder}: {name} is {found}, but the models it works with have {wanted}; train it for them"
             )
     for name, folder in (("policy", policy), ("soundstorm", fine)):
-        written_by = json.loads(models[name].assets[LINEAGE])
+        written_by = json.loads(models[name].assets[checkpoint.LINEAGE])
         for other, model in (("codec", models["soundstream"]), ("mulan", models["mulan"])):
             if written_by[other] != model.hash:
                 raise ValueError(
@@ -149,7 +147,7 @@ def load(policy: str, fine: str, codec: str, mulan: str) -> Loaded:
         {name: models[name].variables for name in ("soundstorm", "soundstream", "mulan")},
         models["mulan"].assets["vocabulary"],
         {name: model.hash for name, model in models.items()},
-        models["policy"].assets[LINEAGE],
+        models["policy"].assets[checkpoint.LINEAGE],
     )
 
 

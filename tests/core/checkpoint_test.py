@@ -111,6 +111,10 @@ def test_a_setting_is_described_by_what_it_holds(tmp_path, tree):
     assert describe(str(tmp_path / "votes.csv")) != first
     assert describe(str(tmp_path / "m")) == checkpoint.model_hash(tmp_path / "m")
     assert describe(tmp_path) == tmp_path.name
+    (tmp_path / "votes.jsonl").write_text("one vote\n")
+    few = describe(tmp_path)
+    (tmp_path / "votes.jsonl").write_text("one vote\nanother\n")
+    assert tmp_path.name != few != describe(tmp_path)  # a reward learned from more votes is another reward
     assert describe(("score_clips/mine", "x" * 5000)) != describe(("audio_folder/mine", "x" * 5000))
     assert describe({"layout": TokenLayout(5, 6, 2)})["layout"]["semantic_codes"] == 5
 

@@ -55,7 +55,7 @@ def base(tmp_path_factory):
 @pytest.fixture(scope="module", params=["preference", "dpo"])
 def objective(request, tokens_of, base):
     if request.param == "dpo":
-        return DPOObjective(POLICY, tokens_of(**LAYOUT), base[0], beta=0.5)
+        return DPOObjective(POLICY, tokens_of(**LAYOUT), base[0], kl_strength=1 / 3)
     return PreferenceObjective(PreferenceConfig(POLICY), tokens_of(**LAYOUT), base[0])
 
 
@@ -92,7 +92,7 @@ def test_clips_of_another_layout_are_refused(tokens_of, base, name):
     data = tokens_of(**LAYOUT | {name: 9})
     for objective in (
         PreferenceObjective(PreferenceConfig(POLICY), data),
-        DPOObjective(POLICY, data, base[0], beta=0.5),
+        DPOObjective(POLICY, data, base[0], kl_strength=1 / 3),
     ):
         with pytest.raises(ValueError, match=f"{name} is ., and its tokens have 9"):
             objective.init(KEY, batch(0))
@@ -135,14 +135,16 @@ def test_a_crop_that_is_no_share_is_refused(tokens_of, crop):
         PreferenceObjective(PreferenceConfig(POLICY), tokens_of(**LAYOUT), crop=crop)
 
 
-def test_a_beta_of_nothing_is_refused(tokens_of):
-    with pytest.raises(ValueError, match="beta = 0 must be above 0"):
-        DPOObjective(POLICY, tokens_of(**LAYOUT), "base", beta=0)
+@pytest.mark.parametrize("strength", [0.0, 1.0, float("nan")])
+def test_a_strength_that_is_none_is_refused(tokens_of, strength):
+    with pytest.raises(ValueError, match=r"kl_strength = .* must lie between 0 and 1"):
+        DPOObjective(POLICY, tokens_of(**LAYOUT), "base", kl_strength=strength)
 
 
-def test_a_policy_of_dpo_speaks_the_tokens_of_its_base(tokens_of, base):
-    assets = DPOObjective(POLICY, tokens_of(**LAYOUT), base[0], beta=1.0).assets()
-    assert json.loads(assets["tokens.json"]) == {"codec": "c0"}
+def test_a_policy_of_dpo_names_whose_tokens_it_speaks_and_its_anchor(tokens_of, token_models, base):
+    assets = DPOObjective(POLICY, tokens_of(**LAYOUT), base[0], kl_strength=0.5).assets()
+    assert json.loads(assets["tokens.json"]) == token_models
+    assert json.loads(assets["anchor.json"]) == {"anchor": checkpoint.model_hash(base[0])}
 
 
 def test_long_clips_are_read_in_their_first_and_last_window():

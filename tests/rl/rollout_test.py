@@ -36,7 +36,7 @@ def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     words = {"vocabulary": b"words"}
     models = {name: save(folder, name, CONFIGS[name], 1, words) for name in ("codec", "mulan")}
-    lineage = {rollout.LINEAGE: json.dumps({name: found for name, (_, found) in models.items()}).encode()}
+    lineage = {checkpoint.LINEAGE: json.dumps({name: found for name, (_, found) in models.items()}).encode()}
     return models | {name: save(folder, name, CONFIGS[name], 2, lineage) for name in ("policy", "fine")}
 
 
@@ -65,7 +65,7 @@ def test_models_that_belong_together_are_loaded(models):
     ],
 )
 def test_sizes_that_do_not_fit_are_named(models, tmp_path, name, changes, complaint):
-    other = save(tmp_path, name, dataclasses.replace(CONFIGS[name], **changes), 2, {rollout.LINEAGE: b"{}"})
+    other = save(tmp_path, name, dataclasses.replace(CONFIGS[name], **changes), 2, {checkpoint.LINEAGE: b"{}"})
     with pytest.raises(ValueError, match=f"{other[0]}.*{complaint}; train it for them"):
         load({**models, name: other})
 
@@ -81,7 +81,7 @@ def test_other_weights_of_the_same_sizes_are_refused(models, tmp_path, name):
 @pytest.mark.parametrize("name", ["policy", "fine"])
 def test_a_token_model_of_another_lineage_is_refused(models, tmp_path, name):
     lineage = json.dumps({"codec": models["codec"][1], "mulan": "0" * 64}).encode()
-    other = save(tmp_path, name, CONFIGS[name], 2, {rollout.LINEAGE: lineage})
+    other = save(tmp_path, name, CONFIGS[name], 2, {checkpoint.LINEAGE: lineage})
     with pytest.raises(ValueError, match=f"{other[0]} was trained on tokens of mulan 000000000000, not of"):
         load({**models, name: other})
 
