@@ -86,7 +86,7 @@ class Panel:
     def rate(self, utilities: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Ratings from 1 to 5: 4 is what a real clip gets on average."""
         unit = sum(self.weights.values())
-        felt = 4 + (utilities + rng.logistic(scale=self.noise / 2, size=np.shape(utilities))) / unit * 1.5
+        felt = 4 + (utilities + rng.logistic(scale=self.noise, size=np.shape(utilities))) / unit * 1.5
         return np.clip(np.rint(felt), 1, 5)
 
     def agreement(self, a: np.ndarray, b: np.ndarray) -> float:
