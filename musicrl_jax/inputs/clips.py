@@ -52,7 +52,13 @@ class Clips:
     with_captions: bool = False
 
     def batches(
-        self, split: str, batch_size: int, seed: int, start_step: int = 0, epochs: int | None = None
+        self,
+        split: str,
+        batch_size: int,
+        seed: int,
+        start_step: int = 0,
+        epochs: int | None = None,
+        rows: np.ndarray | None = None,
     ) -> Iterator[dict[str, np.ndarray]]:
         """{'audio': f32 [B, N] in [-1, 1)} and, with a vocabulary, {'text': i32 [B, L]}, in a fixed order.
 
@@ -78,6 +84,7 @@ class Clips:
             seed,
             start_step,
             epochs,
+            rows,
             passthrough=("caption", "id") if self.with_captions else (),
         )
 
@@ -174,7 +181,13 @@ class Ratings:
     ratings_csv: str
 
     def batches(
-        self, split: str, batch_size: int, seed: int, start_step: int = 0, epochs: int | None = None
+        self,
+        split: str,
+        batch_size: int,
+        seed: int,
+        start_step: int = 0,
+        epochs: int | None = None,
+        rows: np.ndarray | None = None,
     ) -> Iterator[dict[str, np.ndarray]]:
         """{'audio': f32 [B, N], 'score': f32 [B] in [1, 5]}.
 
@@ -192,7 +205,7 @@ class Ratings:
         source = tasks.RecordSource({split: self._rated(split)}, spec)
         task = tasks.register("ratings", source, [tasks.crop_audio], features)
         length = {"audio": self.clips.samples()}
-        return tasks.batches([(task, 1.0)], split, length, batch_size, seed, start_step, epochs)
+        return tasks.batches([(task, 1.0)], split, length, batch_size, seed, start_step, epochs, rows)
 
     def count(self, split: str) -> int:
         """The number of ratings of a split's clips."""

@@ -12,8 +12,9 @@ Legend: P positions, C components, R records of a component.
 """
 
 import functools
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 
 import numpy as np
@@ -90,12 +91,21 @@ def schedule(seed: int, position: np.ndarray, rates: Sequence[float]) -> tuple[n
     return component, ordinal
 
 
-def taken(seed: int, position: int, rates: Sequence[float]) -> list[int]:
-    """How many examples of each component [C] come before a position."""
-    counts = block_counts(rates)
-    block, offset = divmod(position, sum(counts))
-    in_block = np.bincount(_block(seed, block, counts)[0][:offset], minlength=len(counts))
-    return [int(block * count + n) for count, n in zip(counts, in_block, strict=True)]
+def positions(
+    batch_size: int, start_step: int = 0, end: int | None = None, rows: np.ndarray | None = None, steps: int = 1
+) -> Iterator[np.ndarray]:
+    """The positions of batches start_step, start_step + 1, ..., int64 [P], those of `steps` batches at a time.
+
+    Of each batch those of its `rows` alone, or all; none from position `end` on, or without an end.
+    """
+    rows = np.arange(batch_size) if rows is None else np.asarray(rows, np.int64)
+    for step in itertools.count(start_step, steps):
+        position = (np.arange(step, step + steps)[:, None] * batch_size + rows).ravel()
+        if end is not None:
+            position = position[position < end]
+            if step * batch_size >= end:
+                return
+        yield position
 
 
 def example_at(

@@ -1,15 +1,14 @@
 """SeqIO tasks over random-access records, read in the order that `order.py` lays down.
 
 A task is a `RecordSource` and its preprocessors. Training reads tasks through a SeqIO mixture whose sources
-start at the wanted position and whose schedule is `order.schedule`; nothing is shuffled in a buffer, and
+hold the wanted positions alone and whose schedule is `order.schedule`; nothing is shuffled in a buffer, and
 nothing is skipped over.
 
-Legend: B examples in a batch, C tasks in a mixture, N samples, L text pieces.
+Legend: B examples in a batch, C tasks in a mixture, N samples, L text pieces, P examples at a time.
 """
 
 import errno
 import functools
-import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -29,6 +28,8 @@ SPLITS = ("train", "validation", "test")
 TEXT_FIELDS = ("id", "caption", "attributes")
 
 Preprocessor = Callable[..., tf.data.Dataset]
+Ordinals = Callable[[], Iterator[np.ndarray]]  # int64 [P] at a time: which examples of a component, 0, 1, ... its first
+Turns = Callable[[], Iterator[tuple[np.ndarray, np.ndarray]]]  # (component, ordinal) of a mixture's examples, [P] each
 
 
 class Records(Protocol):
@@ -51,7 +52,7 @@ class RecordSource(seqio.DataSource):
 
     Every example carries `key`, int64 [2], its own for each (seed, task, example), so that a preprocessor
     that draws at random with `tf.random.stateless_*` draws the same after a resume. As SeqIO makes it, a
-    source gives one epoch; `stream` makes one that starts anywhere and does not end.
+    source gives one epoch; `stream` makes one that gives any examples.
     """
 
     def __init__(
@@ -59,10 +60,9 @@ class RecordSource(seqio.DataSource):
         records: Mapping[str, Records],
         spec: Mapping[str, tf.TensorSpec],
         component: int = 0,
-        start: int = 0,
-        endless: bool = False,
+        ordinals: Ordinals | None = None,
     ):
-        """Records by split; the features to read, with their specs; the place in the mixture; the first example."""
+        """Records by split; the features to read, with their specs; the place in the mixture; which examples."""
         super().__init__(
             splits=tuple(records),
             num_input_examples={split: len(r) for split, r in records.items()},
@@ -70,7 +70,7 @@ class RecordSource(seqio.DataSource):
             performs_internal_shuffling=True,
         )
         self._records, self._spec = dict(records), dict(spec)
-        self._component, self._start, self._endless = component, start, endless
+        self._component, self._ordinals = component, ordinals
 
     @property
     def supports_arbitrary_sharding(self) -> bool:
@@ -79,9 +79,9 @@ class RecordSource(seqio.DataSource):
     def list_shards(self, split: str) -> Sequence[str]:
         return [split]
 
-    def stream(self, component: int, start: int) -> "RecordSource":
-        """The same records as component `component` of a mixture, endlessly, from its example `start` on."""
-        return RecordSource(self._records, self._spec, component, start, endless=True)
+    def stream(self, component: int, ordinals: Ordinals) -> "RecordSource":
+        """The same records as component `component` of a mixture: those of its examples that `ordinals` names."""
+        return RecordSource(self._records, self._spec, component, ordinals)
 
     def get_dataset(
         self,
@@ -101,9 +101,8 @@ class RecordSource(seqio.DataSource):
 
         def examples() -> Iterator[dict[str, Any]]:
             size = len(records)
-            starts = itertools.count(self._start, READ_AHEAD) if self._endless else range(0, size, READ_AHEAD)
-            for start in starts:
-                ordinal = np.arange(start, start + READ_AHEAD if self._endless else min(start + READ_AHEAD, size))
+            epoch = (np.arange(start, min(start + READ_AHEAD, size)) for start in range(0, size, READ_AHEAD))
+            for ordinal in epoch if self._ordinals is None else self._ordinals():
                 index = order.shuffled(seed, self._component, ordinal, size) if shuffle else ordinal % size
                 keys = order.example_keys(seed, self._component, ordinal)
                 for record, key in zip(records.__getitems__(index.tolist()), keys, strict=True):
@@ -176,18 +175,16 @@ def register(
     )
 
 
-def scheduled(
-    datasets: Sequence[tf.data.Dataset], rates: Sequence[float], seed: int, first: int = 0
-) -> tf.data.Dataset:
-    """A SeqIO mixture's `sample_fn`: datasets take turns by `order.schedule` from position `first` on."""
+def scheduled(datasets: Sequence[tf.data.Dataset], rates: Sequence[float], seed: int, turns: Turns) -> tf.data.Dataset:
+    """A SeqIO mixture's `sample_fn`: datasets take turns as `turns` says, whatever the rates and the seed."""
     if len(datasets) == 1:
         return datasets[0]
 
-    def turns() -> Iterator[np.int64]:
-        for start in itertools.count(first, READ_AHEAD):
-            yield from order.schedule(seed, np.arange(start, start + READ_AHEAD), rates)[0]
+    def components() -> Iterator[np.int64]:
+        for component, _ in turns():
+            yield from component
 
-    choice = tf.data.Dataset.from_generator(turns, output_signature=tf.TensorSpec([], tf.int64))
+    choice = tf.data.Dataset.from_generator(components, output_signature=tf.TensorSpec([], tf.int64))
     return tf.data.Dataset.choose_from_datasets(datasets, choice)
 
 
@@ -199,12 +196,14 @@ def batches(
     seed: int,
     start_step: int = 0,
     epochs: int | None = None,
+    rows: np.ndarray | None = None,
     passthrough: Sequence[str] = (),
 ) -> Iterator[dict[str, np.ndarray]]:
     """Batches of a mixture of (task, rate), from step `start_step` on; to the bit what a run from 0 gives there.
 
     Endless where `epochs` is None. With `epochs`, rates are put aside: every epoch holds each record of
-    each task once, and the last batch may be smaller. `passthrough` names features that are handed on
+    each task once, and the last batch may be smaller. `rows` are those of each batch that are read, all by
+    default: a host of several reads its own alone. `passthrough` names features that are handed on
     without being output features. Strings come as object arrays of str.
     """
     if batch_size < 1 or start_step < 0 or seed < 0:
@@ -214,14 +213,23 @@ def batches(
     chosen = sorted(tasks, key=lambda pair: pair[0].name)  # SeqIO sorts them so
     sizes = [task.num_input_examples(split) for task, _ in chosen]
     rates = [rate for _, rate in chosen] if epochs is None else sizes
-    first = start_step * batch_size
+    order.block_counts(rates)  # refuses what is wrong with them before the first batch
+    end = None if epochs is None else epochs * sum(sizes)
+    row_count = batch_size if rows is None else len(rows)
+    at_once = max(1, READ_AHEAD // row_count)  # steps
+
+    def turns() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for position in order.positions(batch_size, start_step, end, rows, at_once):
+            yield order.schedule(seed, position, rates)
+
+    def own(component: int) -> Iterator[np.ndarray]:
+        return (ordinal[turn == component] for turn, ordinal in turns())
+
     streams = [
-        (task.replace(source=task.source.stream(component, start)), float(rate))
-        for component, ((task, _), start, rate) in enumerate(
-            zip(chosen, order.taken(seed, first, rates), rates, strict=True)
-        )
+        (task.replace(source=task.source.stream(component, functools.partial(own, component))), float(rate))
+        for component, ((task, _), rate) in enumerate(zip(chosen, rates, strict=True))
     ]
-    mixture = seqio.Mixture("stream", streams, sample_fn=functools.partial(scheduled, first=first))
+    mixture = seqio.Mixture("stream", streams, sample_fn=functools.partial(scheduled, turns=turns))
     dataset = mixture.get_dataset(
         sequence_length,
         split,
@@ -230,9 +238,7 @@ def batches(
         passthrough_features=passthrough,
         try_in_mem_cache=False,
     )
-    if epochs is not None:
-        dataset = dataset.take(max(0, epochs * sum(sizes) - first))
-    dataset = dataset.batch(batch_size, drop_remainder=epochs is None).prefetch(tf.data.AUTOTUNE)
+    dataset = dataset.batch(row_count, drop_remainder=epochs is None).prefetch(tf.data.AUTOTUNE)
     return map(_numpy, dataset.as_numpy_iterator())
 
 

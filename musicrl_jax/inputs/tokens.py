@@ -42,7 +42,13 @@ class Tokens:
     models: Mapping[str, str] | None = None
 
     def batches(
-        self, split: str, batch_size: int, seed: int, start_step: int = 0, epochs: int | None = None
+        self,
+        split: str,
+        batch_size: int,
+        seed: int,
+        start_step: int = 0,
+        epochs: int | None = None,
+        rows: np.ndarray | None = None,
     ) -> Iterator[dict[str, np.ndarray]]:
         """{'semantic': i32 [B, F], 'acoustic': i32 [B, T, Q], 'mulan': i32 [B, M]}, in a fixed order.
 
@@ -61,7 +67,7 @@ class Tokens:
         features = {name: tasks.number_feature(tf.int32, rank) for name, rank in FIELDS.items()}
         task = tasks.register("tokens", source, [], features)
         length = {name: spec[name].shape[0] for name in FIELDS}
-        return tasks.batches([(task, 1.0)], split, length, batch_size, seed, start_step, epochs)
+        return tasks.batches([(task, 1.0)], split, length, batch_size, seed, start_step, epochs, rows)
 
     def layout(self) -> dict[str, int]:
         """Levels and codes of the models that wrote them: 'acoustic_levels', 'acoustic_codes', 'semantic_codes', ..."""

@@ -60,7 +60,13 @@ class Votes:
     models: Mapping[str, str] | None = None
 
     def batches(
-        self, split: str, batch_size: int, seed: int, start_step: int = 0, epochs: int | None = None
+        self,
+        split: str,
+        batch_size: int,
+        seed: int,
+        start_step: int = 0,
+        epochs: int | None = None,
+        rows: np.ndarray | None = None,
     ) -> Iterator[dict[str, np.ndarray]]:
         """{'semantic': i32 [B, 2, F], 'acoustic': i32 [B, 2, T, Q], 'mulan': i32 [B, M], 'vote': f32 [B]}.
 
@@ -80,7 +86,7 @@ class Votes:
         }
         task = tasks.register("votes", source, [], features)
         length = {name: spec[name].shape[0] for name in features if spec[name].shape.rank}
-        return tasks.batches([(task, 1.0)], split, length, batch_size, seed, start_step, epochs)
+        return tasks.batches([(task, 1.0)], split, length, batch_size, seed, start_step, epochs, rows)
 
     def layout(self) -> dict[str, int]:
         """As `Tokens.layout`."""

@@ -71,7 +71,13 @@ class Heard:
     folder: str = dataclasses.field(metadata=checkpoint.NO_IDENTITY)
 
     def batches(
-        self, split: str, batch_size: int, seed: int, start_step: int = 0, epochs: int | None = None
+        self,
+        split: str,
+        batch_size: int,
+        seed: int,
+        start_step: int = 0,
+        epochs: int | None = None,
+        rows: np.ndarray | None = None,
     ) -> Iterator[dict[str, np.ndarray]]:
         """{'audio': f32 [B, V, W], 'text': f32 [B, D], 'pieces': i32 [B, L]}, in a fixed order.
 
@@ -86,13 +92,11 @@ class Heard:
         sets = [self.found(name, split) for name in sorted(rates)]
         sizes = [len(found["text"]) for found in sets]
         turns = [rates[name] for name in sorted(rates)] if epochs is None else sizes
-        position = start_step * batch_size
-        while epochs is None or position < epochs * sum(sizes):
-            end = position + batch_size if epochs is None else min(position + batch_size, epochs * sum(sizes))
-            places = zip(*order.example_at(seed, np.arange(position, end), sizes, turns), strict=True)
-            rows = [{field: values[row] for field, values in sets[component].items()} for component, row in places]
-            yield {field: np.stack([row[field] for row in rows]) for field in rows[0]}
-            position = end
+        end = None if epochs is None else epochs * sum(sizes)
+        for position in order.positions(batch_size, start_step, end, rows):
+            places = zip(*order.example_at(seed, position, sizes, turns), strict=True)
+            found = [{field: values[row] for field, values in sets[component].items()} for component, row in places]
+            yield {field: np.stack([each[field] for each in found]) for field in found[0]}
 
     def count(self, split: str) -> int:
         """The number of clips in a split, over all sets."""

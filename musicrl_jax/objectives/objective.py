@@ -15,9 +15,15 @@ class Data(Protocol):
     """A data set as objectives see it: `inputs.Clips`, `inputs.Tokens`, `inputs.Ratings`."""
 
     def batches(
-        self, split: str, batch_size: int, seed: int, start_step: int = 0, epochs: int | None = None
+        self,
+        split: str,
+        batch_size: int,
+        seed: int,
+        start_step: int = 0,
+        epochs: int | None = None,
+        rows: np.ndarray | None = None,
     ) -> Iterator[dict[str, np.ndarray]]:
-        """Batches in an order that is a pure function of (seed, step)."""
+        """Batches in an order that is a pure function of (seed, step); of each its `rows` alone, or all."""
 
     def count(self, split: str) -> int:
         """The number of examples in a split."""

@@ -52,6 +52,12 @@ def test_a_resumed_run_reads_what_the_uninterrupted_one_would_have(mixture):
         equal(take(mixture, 40 - step, start_step=step), walk[step:])
 
 
+@pytest.mark.parametrize("rows", [[0, 1], [2, 3], [1], [0, 3]])
+def test_a_host_reads_its_rows_of_each_batch(mixture, rows):
+    found = take(mixture, 12, start_step=5, rows=np.array(rows))
+    equal(found, [{name: x[rows] for name, x in batch.items()} for batch in take(mixture, 12, start_step=5)])
+
+
 def test_other_seeds_give_other_orders_and_crops(mixture):
     a, b = (next(mixture.batches("train", 8, seed=seed)) for seed in (0, 1))
     assert list(a["id"]) != list(b["id"])

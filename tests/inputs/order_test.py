@@ -58,9 +58,18 @@ def test_each_component_counts_its_own_examples(seed, sizes, data):
     component, ordinal = order.schedule(seed, np.arange(400), rates)
     for c in range(len(sizes)):
         np.testing.assert_array_equal(ordinal[component == c], np.arange(np.sum(component == c)))
-    position = data.draw(st.integers(0, 400))
-    expected = [int(np.sum(component[:position] == c)) for c in range(len(sizes))]
-    assert order.taken(seed, position, rates) == expected
+
+
+@given(st.integers(1, 7), st.integers(0, 5), st.integers(1, 3), st.integers(0, 60), st.data())
+@settings(deadline=None)
+def test_rows_of_batches_are_those_of_whole_batches(batch_size, start, steps, end, data):
+    rows = np.array(sorted(data.draw(st.sets(st.integers(0, batch_size - 1), min_size=1))))
+    whole = [np.arange(step * batch_size, (step + 1) * batch_size) for step in range(start, start + 6)]
+    endless = order.positions(batch_size, start, rows=rows, steps=steps)
+    found = np.concatenate([next(endless) for _ in range(6)])[: 6 * len(rows)]
+    np.testing.assert_array_equal(found, np.concatenate([batch[rows] for batch in whole]))
+    there = [position for part in order.positions(batch_size, start, end, steps=steps) for position in part]
+    assert there == list(range(start * batch_size, end))
 
 
 @given(SEEDS, SIZES)

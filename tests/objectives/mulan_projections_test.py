@@ -44,7 +44,7 @@ class Tones:
     def captions(self, split):
         return [CAPTIONS[n % 4] for name in self.datasets for n in range(COUNTS[name].get(split, 0))]
 
-    def batches(self, split, batch_size, seed, start_step=0, epochs=None):
+    def batches(self, split, batch_size, seed, start_step=0, epochs=None, rows=None):
         (name,) = self.datasets
         self.passes.append((name, split))
         numbers = order.shuffled(seed, 0, np.arange(COUNTS[name][split]), COUNTS[name][split])
