@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from musicrl_jax.core import hosts
 from musicrl_jax.core.files import write_json
 
 SECONDS = "seconds.json"
@@ -49,8 +50,9 @@ def run(model_dir: str, stages: Sequence[Stages], only: str = "", skip: str = ""
         finally:
             seconds = read_seconds(model_dir)  # anew: another process may do other stages of this run
             seconds[name] = seconds.get(name, 0.0) + time.monotonic() - start
-            write_json(directory / SECONDS, seconds)
-    if chosen[-1] == list(stages)[-1]:
+            if hosts.first():
+                write_json(directory / SECONDS, seconds)
+    if hosts.first() and chosen[-1] == list(stages)[-1]:
         write_json(directory / SUMMARY, {**(result or {}), "seconds": read_seconds(model_dir)})
 
 

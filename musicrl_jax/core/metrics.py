@@ -7,6 +7,7 @@ from types import TracebackType
 
 import tensorboardX
 
+from musicrl_jax.core import hosts
 from musicrl_jax.core.files import write_text
 
 FILE_NAME = "metrics.jsonl"
@@ -15,18 +16,24 @@ FILE_NAME = "metrics.jsonl"
 class MetricWriter:
     """Appends scalars to `directory`/metrics.jsonl, one JSON object a step, and to TensorBoard event files.
 
-    A run that resumes at `start_step` first drops the lines at and past it, so that no step stands twice.
+    A run that resumes at `start_step` first drops the lines at and past it, so that no step stands twice. Of several
+    hosts the first writes.
     """
 
     def __init__(self, directory: str | Path, start_step: int = 0):
-        self._path = Path(directory) / FILE_NAME
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        _drop_from(self._path, start_step)
-        self._file = self._path.open("a")
-        self._board = tensorboardX.SummaryWriter(str(self._path.parent / "tensorboard"), purge_step=start_step)
+        self._writes = hosts.first()
+        if self._writes:
+            path = Path(directory) / FILE_NAME
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _drop_from(path, start_step)
+            self._file = path.open("a")
+            self._board = tensorboardX.SummaryWriter(str(path.parent / "tensorboard"), purge_step=start_step)
+        hosts.wait_for_all("metrics")  # who reads them must not see what was dropped
 
     def write(self, step: int, metrics: Mapping[str, float], prefix: str = "") -> None:
         """Writes the metrics of one step, their names behind `prefix`."""
+        if not self._writes:
+            return
         numbers = {prefix + name: float(value) for name, value in metrics.items()}
         self._file.write(json.dumps({"step": step, **numbers}) + "\n")
         self._file.flush()
@@ -35,6 +42,8 @@ class MetricWriter:
 
     def close(self) -> None:
         """Flushes both."""
+        if not self._writes:
+            return
         self._file.close()
         self._board.close()
 
