@@ -1,6 +1,7 @@
 """What is restored is what was saved, to the bit, or an error says why not."""
 
 import dataclasses
+import json
 import shutil
 from types import SimpleNamespace
 
@@ -120,14 +121,53 @@ def test_a_setting_is_described_by_what_it_holds(tmp_path, tree):
 
 
 def test_full_disk_is_said_before_anything_is_written(tmp_path, tree, monkeypatch):
-    run = checkpoint.RunCheckpoints(tmp_path, {})
-    run.save(1, tree)
-    run._manager.wait_until_finished()
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
     with pytest.raises(OSError, match="no space to save"):
-        run.save(2, tree)
-    with pytest.raises(OSError, match="no space to save"):
         checkpoint.save_model(tmp_path / "m", TokenLayout(), tree)
-    assert run.latest_step() == 1
-    assert_equal_bits(tree, run.restore(tree))
-    run.close()
+    assert not list((tmp_path / "m").iterdir())
+
+
+def files_of(folder):
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def test_a_flipped_bit_in_any_file_of_a_model_is_named(tmp_path, tree):
+    checkpoint.save_model(tmp_path, TokenLayout(), tree, {"words.txt": b"hello"})
+    bits = np.random.default_rng(0)
+    files = files_of(tmp_path / "model")
+    assert {path.name for path in files} > {"words.txt", "manifest.json", "_METADATA"}
+    for path in files:
+        whole = path.read_bytes()
+        flipped = bytearray(whole)
+        flipped[bits.integers(len(whole))] ^= 1 << bits.integers(8)
+        path.write_bytes(flipped)
+        with pytest.raises(ValueError, match=f"is damaged: .*{path.name} "):
+            checkpoint.load_model(tmp_path, TokenLayout)
+        path.write_bytes(whole)
+    (tmp_path / "model/notes.txt").write_text("what I tried")  # nobody minds another file
+    assert_equal_bits(tree, checkpoint.load_model(tmp_path, TokenLayout).variables)
+
+
+def test_a_model_of_an_older_version_is_read(tmp_path, tree):
+    saved = checkpoint.save_model(tmp_path, TokenLayout(), tree, {"words.txt": b"hello"})
+    path = tmp_path / "model/manifest.json"
+    manifest = json.loads(path.read_text())
+    path.write_text(json.dumps({name: manifest[name] for name in ("config", "hash", "assets")}, indent=1))
+    assert checkpoint.model_hash(tmp_path) == saved
+    assert checkpoint.load_model(tmp_path, TokenLayout).assets == {"words.txt": b"hello"}
+
+
+def test_a_model_is_replaced_in_one_move(tmp_path, tree, monkeypatch):
+    old = checkpoint.save_model(tmp_path, TokenLayout(), tree)
+    seen = []
+
+    def watched(folder, *arguments, **keywords):
+        if checkpoint.has_model(tmp_path):  # whenever something is removed, what is called the model can be read
+            seen.append(checkpoint.load_model(tmp_path, TokenLayout).hash)
+        remove(folder, *arguments, **keywords)
+
+    remove = shutil.rmtree
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", watched)
+    new = checkpoint.save_model(tmp_path, TokenLayout(), {**tree, "step": jnp.int32(8)})
+    assert {old, new} <= set(seen)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
