@@ -5,19 +5,23 @@ end, the finished model in `model_dir`/model.
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
-from musicrl_jax.core import checkpoint, sharding
+from musicrl_jax.core import checkpoint, hosts, sharding
 from musicrl_jax.core.keys import step_key
 from musicrl_jax.core.metrics import MetricWriter
 from musicrl_jax.core.progress import Progress
-from musicrl_jax.core.state import Optimiser, TrainState, create_state, moved
+from musicrl_jax.core.state import MOST_SKIPPED, Optimiser, TrainState, create_state, moved
 from musicrl_jax.objectives.objective import Batch, Metrics, Objective
 
 
@@ -55,7 +59,8 @@ def train(
 
     Raises:
       ValueError: where model_dir holds another run.
-      FloatingPointError: where the loss, its gradient or a validation metric is not finite.
+      FloatingPointError: where the loss or its gradient is not finite many times in a row, or a validation metric is.
+      hosts.Preempted: where the run was told to stop; its state is saved.
     """
     directory = Path(model_dir)
     identity = {
@@ -74,44 +79,39 @@ def train(
 
     # Data, weights and the optimiser.
     mesh = sharding.make_mesh(fsdp, tensor)
+    rows = sharding.own_rows(mesh, batch_size)
+    frozen = objective.frozen()
+    frozen = sharding.put(frozen, sharding.spread(mesh, frozen))
+    first = next(objective.data.batches("train", batch_size, seed, rows=rows))
+    example = sharding.put_batch(mesh, first, batch_size)
     transform = optimiser.build(steps)
-    frozen = jax.device_put(objective.frozen(), sharding.replicated(mesh))
-    example = sharding.put_batch(mesh, next(objective.data.batches("train", batch_size, seed)))
-
-    def create(key: jax.Array, batch: Batch) -> TrainState:
-        return create_state(objective.init(key, batch), transform)
-
+    create = partial(first_state, objective, transform)
     state, shardings = sharding.born_sharded(mesh, create, jax.random.key(seed), example)
+    step_function = training_step(objective, transform, seed, mesh, shardings)
     start = checkpoints.latest_step()
     if start:
         state = checkpoints.restore(state)
     else:
-        state = state.replace(params=jax.device_put(objective.start(state.params), shardings.params))
+        params = objective.start(state.params)
+        state = state.replace(params=state.params if params is state.params else sharding.put(params, shardings.params))
 
-    # One step.
-    def train_step(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, Metrics]:
-        key = step_key(seed, state.step, stream=1)
-        gradient = jax.value_and_grad(objective.loss, has_aux=True)
-        (_, (other, metrics)), gradients = gradient(state.params, state.state, frozen, batch, key)
-        params, opt_state = moved(transform, gradients, state.opt_state, state.params)
-        metrics = {**metrics, "gradient_norm": optax.tree.norm(gradients)}
-        return TrainState(state.step + 1, params, other, opt_state), metrics
-
-    replicated = sharding.replicated(mesh)
-    step_function = jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, replicated))
-    batches = objective.data.batches("train", batch_size, seed, start_step=start)
+    batches = objective.data.batches("train", batch_size, seed, start_step=start, rows=rows)
     progress = Progress(range(start, steps), directory.name, steps, start)
-    with jax.set_mesh(mesh), MetricWriter(directory, start) as writer:
-        for step in progress:
-            state, metrics = step_function(state, frozen, sharding.put_batch(mesh, next(batches)))
-            saved = (step + 1) % save_every == 0
-            if step % log_every == 0 or step == steps - 1 or saved:
-                numbers = {name: float(value) for name, value in metrics.items()}
-                _stop_unless_finite(numbers, step, directory)
-                writer.write(step, numbers)
-                progress.note(f"loss {numbers['loss']:.3f}")
-            if saved:
-                checkpoints.save(step + 1, state)
+    with closing(checkpoints), jax.set_mesh(mesh), MetricWriter(directory, start) as writer:
+        with hosts.stopping_together() as told:
+            for step in progress:
+                if told():
+                    checkpoints.leave(step, state)
+                state, metrics = step_function(state, frozen, sharding.put_batch(mesh, next(batches), batch_size))
+                saved = (step + 1) % save_every == 0
+                if step % log_every == 0 or step == steps - 1 or saved:
+                    numbers = {name: float(value) for name, value in metrics.items()}
+                    if numbers["in_a_row"] >= min(MOST_SKIPPED, steps):
+                        _stop_unless_finite(numbers, step, directory)
+                    writer.write(step, numbers)
+                    progress.note(f"loss {numbers['loss']:.3f}")
+                if saved:
+                    checkpoints.save(step + 1, state)
 
         # What follows the last step, and the figures on data that was not trained on.
         def epoch() -> Iterator[dict[str, np.ndarray]]:
@@ -123,9 +123,40 @@ def train(
         _stop_unless_finite(metrics, steps, directory)
         writer.write(steps, metrics, prefix="validation/")
     print(f"{directory.name:>9}  validation  " + "  ".join(f"{k} {v:.3f}" for k, v in metrics.items()), flush=True)
-    checkpoints.close()
     checkpoint.save_model(directory, objective.model, variables, objective.assets())
     return metrics
+
+
+def first_state(
+    objective: Objective, transform: optax.GradientTransformation, key: jax.Array, batch: Batch
+) -> TrainState:
+    """The state before the first step."""
+    return create_state(objective.init(key, batch), transform)
+
+
+def training_step(
+    objective: Objective, transform: optax.GradientTransformation, seed: int, mesh: Mesh, shardings: Any
+) -> Callable[[TrainState, Any, Batch], tuple[TrainState, Metrics]]:
+    """(state, frozen, batch) -> (state, metrics), jitted, the old state gone: what `train` runs and `musicrl plan`
+    compiles.
+
+    Where the loss or its gradient is not finite nothing moves, and the batch is counted in `skipped`.
+    """
+
+    def step(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, Metrics]:
+        key = step_key(seed, state.step, stream=1)
+        gradient = jax.value_and_grad(objective.loss, has_aux=True)
+        (loss, (other, metrics)), gradients = gradient(state.params, state.state, frozen, batch, key)
+        params, opt_state = moved(transform, gradients, state.opt_state, state.params)
+        norm = optax.tree.norm(gradients)
+        finite = jnp.isfinite(norm) & jnp.isfinite(loss)
+        taken = state.replace(params=params, state=other, opt_state=opt_state, in_a_row=jnp.zeros_like(state.in_a_row))
+        left_out = state.replace(skipped=state.skipped + 1, in_a_row=state.in_a_row + 1)
+        after = jax.tree.map(lambda new, old: jnp.where(finite, new, old), taken, left_out)
+        counts = {name: getattr(after, name).astype(jnp.float32) for name in ("skipped", "in_a_row")}
+        return after.replace(step=state.step + 1), {**metrics, "gradient_norm": norm, **counts}
+
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, sharding.replicated(mesh)))
 
 
 def _validate(
@@ -141,10 +172,10 @@ def _validate(
     state = dict(variables)
     params = state.pop("params")
     evaluate = jax.jit(objective.evaluate)
-    batches = objective.data.batches("validation", batch_size, seed)
+    batches = objective.data.batches("validation", batch_size, seed, rows=sharding.own_rows(mesh, batch_size))
     found = []
     for i in range(count):
-        batch = sharding.put_batch(mesh, next(batches))
+        batch = sharding.put_batch(mesh, next(batches), batch_size)
         found.append(evaluate(params, state, frozen, batch, step_key(seed, i, stream=2)))
     return {name: float(np.mean([metrics[name] for metrics in found])) for name in found[0]}
 

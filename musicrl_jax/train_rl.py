@@ -1,10 +1,12 @@
-"""Prompts -> a finetuned policy. Three jitted functions, one after the other, around a loop that only keeps books:
+"""Prompts -> a finetuned policy. Three jitted functions, one after the other, in a loop that only keeps books:
 
     rollout   prompts -> MuLan tokens -> the policy's tokens -> fine levels -> waveform       on the device
     reward    waveform -> one number a term                                                   on the device
     update    log-probs of policy and anchor, values -> gradients -> new policy and value     on the device, donated
 
-What an update is stands in rl/learner.py. Legend: B clips, L text pieces, N samples, n prompts of the judge.
+They stand in rl/steps.py, what an update is in rl/learner.py.
+
+Legend: B clips, L text pieces, N samples, n prompts of the judge.
 """
 
 import dataclasses
@@ -20,27 +22,27 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from musicrl_jax.arena.monitor import Judge, Monitor
-from musicrl_jax.core import checkpoint, sharding
-from musicrl_jax.core.keys import row_keys, step_key
+from musicrl_jax.core import checkpoint, hosts, sharding
 from musicrl_jax.core.metrics import FILE_NAME, MetricWriter
 from musicrl_jax.core.progress import Progress
-from musicrl_jax.core.state import Optimiser
+from musicrl_jax.core.state import MOST_SKIPPED, Optimiser
 from musicrl_jax.inputs.prompts import Prompts
 from musicrl_jax.losses.policy_gradient import PolicyGradient
-from musicrl_jax.models.musiclm import MusicLMConfig, Value
+from musicrl_jax.models.musiclm import MusicLM, MusicLMConfig, Value
 from musicrl_jax.report.curves import read_metrics
 from musicrl_jax.rl import rollout as rollouts
 from musicrl_jax.rl.learner import Learner
-from musicrl_jax.rl.rewards import Mixture, Units
+from musicrl_jax.rl.rewards import LoadedMixture, Mixture
 from musicrl_jax.rl.rollout import Rollout
 from musicrl_jax.rl.sample import Sampling
+from musicrl_jax.rl.steps import Steps, build
 
 UNIT_BATCHES = 4  # of the base's clips, one a prompt, that say in which units rewards are normalised
 LOOKS = "looks"  # the policies that the held-out judge looked at, until one is kept
 JUDGED = "judge_gain", "judge_error"  # the held-out judge's metrics
-MOST_SKIPPED = 10  # rollouts in a row without a finite reward and gradient, before a run gives up
 
 
 def train_rl(
@@ -63,6 +65,7 @@ def train_rl(
     temperature: float = 0.99,
     top_k: int | None = None,
     microbatches: int = 1,
+    remat: bool = False,
     seed: int = 0,
     fsdp: int = 1,
     tensor: int = 1,
@@ -90,6 +93,7 @@ def train_rl(
       kl_target: nats a second of music that kl_strength is adapted to; None keeps it.
       temperature, top_k: of the policy, in sampling and in scoring alike; see `rl.sample.Sampling`.
       microbatches: parts of a batch that are differentiated one after the other, to save memory.
+      remat: saves memory for time, as in `models.transformer.Transformer`.
       seed: of prompts' order and of sampling.
       fsdp, tensor: sizes of the mesh's axes.
       save_every: steps between two checkpoints.
@@ -97,10 +101,12 @@ def train_rl(
 
     Raises:
       ValueError: where a setting is out of range, the models do not fit, or model_dir holds another run.
+      FloatingPointError: where rewards or gradients are not finite many times in a row.
+      hosts.Preempted: where the run was told to stop; its state is saved.
     """
     if not 0 <= kl_strength < 1:
         raise ValueError(f"train_rl.kl_strength={kl_strength} must lie in [0, 1)")
-    sampling = Sampling(temperature, top_k)
+    Sampling(temperature, top_k)  # refuses what is out of range
     if updates < 1 or (updates > 1 and gradient.surrogate != "clipped"):
         raise ValueError(
             f"train_rl.updates={updates} must be 1, or more with PolicyGradient.surrogate='clipped', "
@@ -127,7 +133,7 @@ def train_rl(
         raise ValueError(
             f"Prompts.vocabulary={prompts.vocabulary!r} is not the one that {mulan} was trained with: use that"
         )
-    studio, frames = loaded.studio, loaded.studio.frames(clip_seconds)
+    studio = loaded.studio
     identity = {
         "hashes": {**loaded.hashes, **mixture.hashes},
         "rewards": checkpoint.describe(rewards),
@@ -157,72 +163,81 @@ def train_rl(
 
     # Policy, value and anchor, all from the base.
     mesh = sharding.make_mesh(fsdp, tensor)
-    replicated = sharding.replicated(mesh)
     config = studio.musiclm.config
-    transforms = policy_optimiser.build(steps * updates), value_optimiser.build(steps * updates)
-    target = None if kl_target is None else kl_target * clip_seconds
-    learner = Learner(
-        *(studio.musiclm, Value(config), *transforms, gradient, kl_strength, sampling, updates, target, microbatches)
+    learner, functions = functions_of(
+        loaded,
+        mixture,
+        mesh,
+        steps=steps,
+        batch_size=batch_size,
+        clip_seconds=clip_seconds,
+        kl_strength=kl_strength,
+        policy_optimiser=policy_optimiser,
+        value_optimiser=value_optimiser,
+        gradient=gradient,
+        updates=updates,
+        kl_target=kl_target,
+        temperature=temperature,
+        top_k=top_k,
+        microbatches=microbatches,
+        remat=remat,
     )
     state, shardings = sharding.born_sharded(mesh, learner.create, jax.random.key(seed))
-    anchor = jax.device_put(loaded.policy, shardings.policy)
-    state = learner.started(state, anchor)
-    frozen = jax.device_put(loaded.frozen, replicated)
-    scorers = jax.device_put(mixture.variables, replicated)
+    anchor = sharding.put(loaded.policy, shardings.policy)
+    state = jax.jit(learner.started, out_shardings=shardings)(state, anchor)
+    frozen, scorers = (sharding.put(tree, sharding.spread(mesh, tree)) for tree in (loaded.frozen, mixture.variables))
     start = checkpoints.latest_step()
+    about = checkpoints.about()
     if start:
         state = checkpoints.restore(state)
 
-    # The three functions.
-    def draw(policy: Any, frozen: Any, text: jax.Array, keys: jax.Array) -> Rollout:
-        return studio.rollout(policy, frozen, text, keys, frames, sampling)
-
-    def score(scorers: Any, rollout: Rollout, units: Units) -> tuple[jax.Array, dict[str, jax.Array]]:
-        terms = mixture.score(scorers, rollout)
-        return mixture.total(terms, units), terms
-
-    by_row = sharding.batch_sharding(mesh)
-    rollout_step = jax.jit(draw, out_shardings=by_row)
-    reward_step = jax.jit(score, out_shardings=by_row)
-    update_step = jax.jit(learner.update, donate_argnums=0, out_shardings=(shardings, replicated))
-    keys_of = jax.jit(lambda key: row_keys(key, batch_size), out_shardings=by_row)
-
     def played(policy: Any, asked: np.ndarray, step: int, stream: int = 3) -> Rollout:
         text = sharding.put_batch(mesh, {"text": asked})["text"]
-        return rollout_step(policy, frozen, text, keys_of(step_key(seed, step, stream)))
+        keys = functions.keys(*(np.int32(number) for number in (seed, step, stream)))
+        return functions.rollout(functions.gather(policy), frozen, text, keys)
 
     def heard(policy: Any, text: np.ndarray) -> np.ndarray:
         """A clip for each of the judge's prompts, with the same keys at every look: [n, L] -> f32 [n, N]."""
         rows = np.arange(-(-len(text) // batch_size) * batch_size) % len(text)
         parts = rows.reshape(-1, batch_size)
-        wavs = [jax.device_get(played(policy, text[part], number, stream=6).wav) for number, part in enumerate(parts)]
+        wavs = [sharding.fetch(played(policy, text[part], number, stream=6).wav) for number, part in enumerate(parts)]
         return np.concatenate(wavs)[: len(text)]
 
     # The loop.
     per_prompt = gradient.clips_per_prompt
-    with closing(checkpoints), jax.set_mesh(mesh), MetricWriter(directory, start) as writer:
+    with (
+        closing(checkpoints),
+        jax.set_mesh(mesh),
+        MetricWriter(directory, start) as writer,
+        hosts.stopping_together() as told,
+    ):
         units = {term.name: (0.0, 1.0) for term in rewards.terms}
-        if rewards.normalise:
+        if start:
+            units = {name: tuple(unit) for name, unit in about["units"].items()}
+        elif rewards.normalise:
             asked = islice(prompts.batches("train", batch_size, seed), UNIT_BATCHES)
             first = (played(anchor, batch["text"], number, stream=7) for number, batch in enumerate(asked))
-            found = [jax.device_get(reward_step(scorers, rollout, units)[1]) for rollout in first]
+            found = [sharding.fetch(functions.reward(scorers, rollout, units)[1]) for rollout in first]
             units = mixture.units({name: np.concatenate([part[name] for part in found]) for name in found[0]})
+        about = {"anchor": loaded.hashes["policy"], "units": units, "seed": seed}
         judge = None if monitor is None else _judge(monitor, loaded.vocabulary, directory, partial(heard, anchor))
         batches = prompts.batches("train", batch_size // per_prompt, seed, start_step=start)
         progress = Progress(range(start, steps), directory.name, steps, start)
         kept, in_a_row, skipped = None, 0, int(state.skipped)
         for step in progress:
+            if told():
+                checkpoints.leave(step, state, about)
             seen = {}
             if judge is not None and step and step % monitor.every(steps) == 0:
                 seen = dict(zip(JUDGED, judge.look(partial(heard, state.policy)), strict=True))
                 checkpoint.save_model(directory / LOOKS / f"{step}", config, {"params": state.policy})
             asked = np.repeat(next(batches)["text"], per_prompt, axis=0)  # clips of a prompt stand together
             rollout = played(state.policy, asked, step)
-            reward, terms = reward_step(scorers, rollout, units)
+            reward, terms = functions.reward(scorers, rollout, units)
             if step == 0:
-                state = learner.with_baseline(state, reward)
-            state, metrics = update_step(state, anchor, rollout, reward)
-            reward, terms, metrics = jax.device_get((reward, terms, metrics))
+                state = jax.jit(learner.with_baseline, out_shardings=shardings)(state, reward)
+            state, metrics = functions.update(state, anchor, rollout, reward)
+            reward, terms, metrics = sharding.fetch((reward, terms, metrics))
             mixture.check(terms)
             numbers = {name: score.mean() for name, score in terms.items()}
             numbers |= {"reward": reward.mean(), "reward_std": reward.std(), **metrics, **seen}
@@ -239,7 +254,7 @@ def train_rl(
                 print(f"{directory.name}: the held-out judge has passed its peak; stops, and keeps step {kept}")
                 break
             if (step + 1) % save_every == 0:
-                checkpoints.save(step + 1, state)
+                checkpoints.save(step + 1, state, about)
     watched = None if judge is None else {"looks": len(judge.seen), "kept": kept}
     if watched and kept is not None:
         watched["kl"] = {0: 0.0, **{step: kl for step, kl, *_ in judge.seen}}[kept]
@@ -252,6 +267,42 @@ def train_rl(
         final = checkpoint.load_model(looked, MusicLMConfig).variables if kept else {"params": loaded.policy}
     checkpoint.save_model(directory, config, final, assets)
     shutil.rmtree(directory / LOOKS, ignore_errors=True)
+
+
+def functions_of(
+    loaded: rollouts.Loaded,
+    mixture: LoadedMixture,
+    mesh: Mesh,
+    *,
+    steps: int,
+    batch_size: int,
+    clip_seconds: float,
+    kl_strength: float,
+    policy_optimiser: Optimiser,
+    value_optimiser: Optimiser,
+    gradient: PolicyGradient,
+    updates: int,
+    kl_target: float | None,
+    temperature: float,
+    top_k: int | None,
+    microbatches: int,
+    remat: bool,
+) -> tuple[Learner, Steps]:
+    """The learner and the jitted functions of a run with these settings of `train_rl`, without weights."""
+    config = loaded.studio.musiclm.config
+    learner = Learner(
+        MusicLM(config, remat),
+        Value(config, remat),
+        policy_optimiser.build(steps * updates),
+        value_optimiser.build(steps * updates),
+        gradient,
+        kl_strength,
+        Sampling(temperature, top_k),
+        updates,
+        None if kl_target is None else kl_target * clip_seconds,
+        microbatches,
+    )
+    return learner, build(loaded.studio, mixture, learner, mesh, loaded.studio.frames(clip_seconds), batch_size)
 
 
 def _judge(monitor: Monitor, vocabulary: bytes, directory: Path, heard: Callable[[np.ndarray], np.ndarray]) -> Judge:

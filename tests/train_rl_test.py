@@ -141,7 +141,7 @@ def loop(folder, mesh=None, weight=1.0, vocabulary=b"words", normalise=False, wr
             monitor.pieces, "encode", lambda vocabulary, asked, length: np.ones((len(asked), length), np.int32)
         )
         if not saves:
-            patch.setattr(checkpoint.RunCheckpoints, "save", lambda self, step, state: states.append(state))
+            patch.setattr(checkpoint.RunCheckpoints, "save", lambda self, step, state, about: states.append(state))
         if writer is not None:
             patch.setattr(train_rl, "MetricWriter", writer)
         if mesh is not None:

@@ -8,19 +8,25 @@ import jax
 import jax.numpy as jnp
 import optax
 
+MOST_SKIPPED = 10  # updates in a row without a finite gradient, before a run gives up
+
 
 @flax.struct.dataclass
 class TrainState:
     """Everything a step reads and writes.
 
     Attributes:
-      step: int32 [], the updates done.
+      step: int32 [], the batches seen.
+      skipped: int32 [], those whose update was left out because a loss or gradient was not finite.
+      in_a_row: int32 [], how many of these came last.
       params: the trained weights.
       state: the other collections of a module (codebooks under moving averages, statistics); {} for most.
       opt_state: the optimiser's moments.
     """
 
     step: jax.Array
+    skipped: jax.Array
+    in_a_row: jax.Array
     params: Any
     state: Any
     opt_state: Any
@@ -30,7 +36,8 @@ def create_state(variables: Any, optimiser: optax.GradientTransformation) -> Tra
     """The state before the first step, from a module's variables."""
     state = dict(variables)
     params = state.pop("params")
-    return TrainState(jnp.zeros((), jnp.int32), params, state, optimiser.init(params))
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(zero, zero, zero, params, state, optimiser.init(params))
 
 
 def moved(optimiser: optax.GradientTransformation, gradients: Any, opt_state: Any, params: Any) -> tuple[Any, Any]:

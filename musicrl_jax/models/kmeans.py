@@ -240,7 +240,7 @@ def streamed_lloyd(start: jax.Array, points: np.ndarray, iterations: int) -> Fit
         for block in _blocks(points):
             totals, distance = _measured(totals, centroids, *block)
             distances.append(distance)
-        return totals, np.concatenate(jax.device_get(distances))
+        return totals, np.concatenate(sharding.fetch(distances))
 
     centroids, before, iteration = start, jnp.inf, 0
     totals, distance = measure(centroids)

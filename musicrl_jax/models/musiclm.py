@@ -48,6 +48,8 @@ class Trunk(nn.Module):
     """Everything below the heads: tokens of the past -> one vector for each token that comes next."""
 
     config: MusicLMConfig
+    remat: bool = False  # as in Transformer
+    lanes: int = 1  # the same
 
     def setup(self) -> None:
         c = self.config
@@ -61,8 +63,8 @@ class Trunk(nn.Module):
             "place", nn.with_logical_partitioning(table, (None, "embed")), (c.layout.depth, c.depth.embed)
         )
         self.bridge = self.param("bridge", partitioned(("embed", None)), (c.temporal.embed, c.depth.embed))
-        self.temporal = Transformer(c.temporal)
-        self.depth = Transformer(c.depth)
+        self.temporal = Transformer(c.temporal, self.remat, self.lanes)
+        self.depth = Transformer(c.depth, self.remat, self.lanes)
 
     def embed_mulan(self, mulan: jax.Array) -> jax.Array:
         """The temporal transformer's prefix: int32 [B, M] -> [B, M, D]."""
@@ -131,10 +133,12 @@ class MusicLM(nn.Module):
     """The policy: a trunk and a softmax head for each place in the frame, the first of which is the semantic one."""
 
     config: MusicLMConfig
+    remat: bool = False  # as in Transformer
+    lanes: int = 1  # the same
 
     def setup(self) -> None:
         c = self.config
-        self.trunk = Trunk(c)
+        self.trunk = Trunk(c, self.remat, self.lanes)
         normal = nn.initializers.normal(c.depth.embed**-0.5)
         self.semantic_head = self.param(
             "semantic_head",
@@ -197,9 +201,10 @@ class Value(nn.Module):
     """V(s) for every token: the policy's trunk, started from its weights, under a scalar head that starts at 0."""
 
     config: MusicLMConfig
+    remat: bool = False  # as in Transformer
 
     def setup(self) -> None:
-        self.trunk = Trunk(self.config)
+        self.trunk = Trunk(self.config, self.remat)
         self.head = self.param(
             "head", nn.with_logical_partitioning(nn.initializers.zeros, ("embed",)), (self.config.depth.embed,)
         )

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from musicrl_jax.core import sharding
 from musicrl_jax.losses import codec
 from musicrl_jax.models import rvq, soundstream
 from musicrl_jax.models.discriminators import Discriminators, DiscriminatorsConfig
@@ -150,7 +151,7 @@ class CodecObjective(Objective):
         vectors = jax.jit(lambda variables, wav: module.apply(variables, wav, method="vectors"))
         parts, found = [], 0
         for batch in batches():
-            parts.append(np.asarray(vectors(variables, batch["audio"])).reshape(-1, self.model.embed))
+            parts.append(sharding.fetch(vectors(variables, batch["audio"])).reshape(-1, self.model.embed))
             found += len(parts[-1])
             if found >= FRAMES_PER_CODE * self.model.codes:
                 break

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from musicrl_jax.core import sharding
 from musicrl_jax.inputs import pieces
 from musicrl_jax.losses import contrastive
 from musicrl_jax.models import mulan, rvq
@@ -80,7 +81,7 @@ class MuLanObjective(Objective):
         """The collection 'rvq', fitted to as many of the audio embeddings [B, E] as are needed."""
         parts, found = [], 0
         for part in embeddings:
-            parts.append(np.asarray(part))
+            parts.append(sharding.fetch(part))
             found += len(part)
             if found >= CLIPS_PER_CODE * self.model.codes:
                 break

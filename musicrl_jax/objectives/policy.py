@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 
+from musicrl_jax.core import checkpoint
 from musicrl_jax.losses.lm import cross_entropy
 from musicrl_jax.models.musiclm import MusicLM, MusicLMConfig
 from musicrl_jax.objectives.objective import Batch, Metrics
@@ -13,9 +14,14 @@ from musicrl_jax.objectives.token_objective import TokenObjective, policy_tokens
 
 @dataclasses.dataclass(frozen=True)
 class PolicyObjective(TokenObjective):
-    """Cross-entropy on the tokens that `musicrl encode` wrote."""
+    """Cross-entropy on the tokens that `musicrl encode` wrote.
+
+    Attributes:
+      remat: saves memory for time, as in `models.transformer.Transformer`.
+    """
 
     model: MusicLMConfig
+    remat: bool = dataclasses.field(default=False, metadata=checkpoint.NO_IDENTITY)
 
     def init(self, key: jax.Array, batch: Batch) -> dict[str, Any]:
         """Variables of MusicLM; ValueError where the tokens are of another layout."""
@@ -27,7 +33,7 @@ class PolicyObjective(TokenObjective):
     ) -> tuple[jax.Array, tuple[Any, Metrics]]:
         """Nats per token, with dropout."""
         tokens = policy_tokens(batch, self.model)
-        logits = MusicLM(self.model).apply(
+        logits = MusicLM(self.model, self.remat).apply(
             {"params": params}, tokens, batch["mulan"], deterministic=False, rngs={"dropout": key}
         )
         loss, metrics = cross_entropy(logits, tokens)

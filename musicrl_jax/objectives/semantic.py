@@ -102,7 +102,7 @@ class SemanticObjective(Objective):
             clips = clips or len(wav)
             filled = {"audio": np.pad(wav, ((0, clips - len(wav)), (0, 0)))}  # the last batch may be smaller
             placed = filled if mesh.empty else sharding.put_batch(mesh, filled)
-            part = np.asarray(features(variables, placed["audio"]))[: len(wav)]
+            part = sharding.fetch(features(variables, placed["audio"]))[: len(wav)]
             parts.append(part.reshape(-1, part.shape[-1]))
             found += len(parts[-1])
             if found >= wanted:

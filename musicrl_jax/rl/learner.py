@@ -107,10 +107,11 @@ class Learner:
         return state.replace(value={**state.value, "offset": mean})
 
     def update(
-        self, state: RLState, anchor: Any, rollout: Rollout, reward: jax.Array
+        self, state: RLState, anchor: Any, rollout: Rollout, reward: jax.Array, layout: RLState | None = None
     ) -> tuple[RLState, dict[str, jax.Array]]:
         """All updates of a rollout: reward f32 [B] -> (the next state, metrics f32 [] each, of the last update).
 
+        With a `layout`, the state's shardings, gradients are summed over microbatches as the weights lie.
         Where a reward or a gradient is not finite nothing moves, and the rollout is counted in `skipped`, once.
         """
         parts = jax.tree.map(self._split, rollout)
@@ -144,15 +145,16 @@ class Learner:
         def once(state: RLState, _: None) -> tuple[RLState, dict[str, jax.Array]]:
             """One update."""
             slopes = jax.grad(actor, has_aux=True)
-            found = self._map(lambda *part: slopes(state.policy, *part), parts, log_anchor, worth)
-            gradients, found = jax.tree.map(lambda x: x.mean(axis=0), found)
+            gradients, found = self._mean(
+                lambda *part: slopes(state.policy, *part), (parts, log_anchor, worth), layout and (layout.policy, None)
+            )
             found["policy_norm"] = norm = optax.tree.norm(gradients)
             policy, policy_opt = moved(self.policy_transform, gradients, state.policy_opt, state.policy)
             taken = state.replace(policy=policy, policy_opt=policy_opt)
             if self.learns_values:
                 slopes = jax.value_and_grad(critic)
-                found["value_loss"], gradients = jax.tree.map(
-                    lambda x: x.mean(axis=0), self._map(lambda *part: slopes(state.value, *part), parts, rewards)
+                found["value_loss"], gradients = self._mean(
+                    lambda *part: slopes(state.value, *part), (parts, rewards), layout and (None, layout.value)
                 )
                 value, value_opt = moved(self.value_transform, gradients, state.value_opt, state.value)
                 taken = taken.replace(value=value, value_opt=value_opt)
@@ -196,6 +198,25 @@ class Learner:
         if self.microbatches == 1:  # no loop around it: XLA's CPU products are slower inside
             return jax.tree.map(lambda x: x[None], function(*jax.tree.map(lambda x: x[0], parts)))
         return jax.lax.map(lambda part: function(*part), parts)
+
+    def _mean(self, function: Callable, parts: tuple[Any, ...], layout: tuple[Any, Any] | None) -> Any:
+        """The mean of function(part), a pair, over the parts; of their results one is kept at a time, and their sum."""
+        if self.microbatches == 1:
+            return function(*jax.tree.map(lambda x: x[0], parts))
+        first = jax.eval_shape(function, *jax.tree.map(lambda x: x[0], parts))
+        nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
+
+        def laid_out(pair: Any) -> Any:
+            where = layout or (None, None)
+            return tuple(
+                side if at is None else jax.lax.with_sharding_constraint(side, at)
+                for side, at in zip(pair, where, strict=True)
+            )
+
+        def add(total: Any, part: Any) -> tuple[Any, None]:
+            return laid_out(jax.tree.map(jnp.add, total, laid_out(function(*part)))), None
+
+        return jax.tree.map(lambda x: x / self.microbatches, jax.lax.scan(add, laid_out(nothing), parts)[0])
 
 
 def _by_clip(x: jax.Array) -> jax.Array:

@@ -17,6 +17,7 @@ from musicrl_jax.models.mulan import MuLan, MuLanConfig
 from musicrl_jax.models.musiclm import MusicLM, MusicLMConfig
 from musicrl_jax.models.soundstorm import SoundStorm, SoundStormConfig, fill_fine
 from musicrl_jax.models.soundstream import SoundStream, SoundStreamConfig
+from musicrl_jax.models.transformer import LANES
 from musicrl_jax.rl.sample import Sampling, sample
 
 LAST = "last"  # a finetuned policy's folder for the last weights, where earlier ones were kept
@@ -142,7 +143,12 @@ def load(policy: str, fine: str, codec: str, mulan: str) -> Loaded:
                     f"give the folder of that {other}, or encode and train again"
                 )
     return Loaded(
-        Studio(MusicLM(music), SoundStorm(storm), SoundStream(stream), MuLan(joint)),
+        Studio(
+            MusicLM(music, lanes=LANES.get(jax.default_backend(), 1)),
+            SoundStorm(storm),
+            SoundStream(stream),
+            MuLan(joint),
+        ),
         models["policy"].variables["params"],
         {name: models[name].variables for name in ("soundstorm", "soundstream", "mulan")},
         models["mulan"].assets["vocabulary"],

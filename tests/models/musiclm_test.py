@@ -52,6 +52,21 @@ def test_cached_sampling_agrees_with_the_full_forward_pass(model, drawn):
 
 
 @pytest.mark.exactness(8)
+@pytest.mark.parametrize("lanes", [12, 128])  # heads of 12 and 8: both at once in depth alone, in both
+def test_heads_side_by_side_draw_the_same(model, drawn, lanes):
+    """As TPUs do it: the same tokens, and log-probs to float32's last digits."""
+    module, params = MusicLM(CONFIG, lanes=lanes), model[1]
+    mulan, tokens, log_probs = drawn
+    draw = jax.jit(lambda p, m, k: sampling.sample(module, p, m, k, FRAMES, sampling.Sampling(0.9)))
+    with jax.default_matmul_precision("highest"):
+        found = draw(params, mulan, row_keys(jax.random.key(2), BATCH))
+    np.testing.assert_array_equal(found.tokens, tokens)
+    np.testing.assert_allclose(found.log_probs, log_probs, atol=1e-5)
+    cache = jax.eval_shape(lambda p: module.apply({"params": p}, 1, method="empty_depth_cache"), params)
+    assert cache[0][0].shape == (1, 1, DEPTH, 16)
+
+
+@pytest.mark.exactness(8)
 @pytest.mark.parametrize("top_k", [None, 3])
 def test_cached_sampling_agrees_to_the_last_digits_in_float64(model, drawn, top_k):
     module, params = model

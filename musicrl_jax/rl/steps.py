@@ -1,0 +1,70 @@
+"""The jitted functions of a step of RL, and how all that they touch lies on a mesh: what `train_rl` runs and
+`musicrl plan` compiles.
+
+Legend: B clips, L text pieces, F frames.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh
+
+from musicrl_jax.core import sharding
+from musicrl_jax.core.keys import row_keys, step_key
+from musicrl_jax.rl.learner import Learner
+from musicrl_jax.rl.rewards import LoadedMixture, Units
+from musicrl_jax.rl.rollout import Rollout, Studio
+
+
+class Steps(NamedTuple):
+    """What happens to a batch, in its order, and where the state is while it does.
+
+    `keys`: (seed, step, stream) -> a key for each of B rows. `gather`: the policy's weights -> the same, whole but for
+    the tensor axis; a loop of thousands of small steps would else fetch them in every one. `rollout`: (policy, frozen,
+    text [B, L], keys) -> Rollout. `reward`: (scorers, rollout, units) -> (f32 [B], its terms). `update`: (state,
+    anchor, rollout, reward) -> (state, metrics); the old state is gone.
+    """
+
+    shapes: Any  # of the learner's RLState
+    shardings: Any  # of the same
+    drawing: Any  # shardings of the policy's weights while clips are drawn
+    keys: Any
+    gather: Any
+    rollout: Any
+    reward: Any
+    update: Any
+
+
+def build(studio: Studio, mixture: LoadedMixture, learner: Learner, mesh: Mesh, frames: int, batch_size: int) -> Steps:
+    """The functions for clips of F frames and batches of B, without weights.
+
+    ValueError where the batch does not divide among the mesh's devices.
+    """
+    sharding.rows_a_shard(mesh, batch_size)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    shapes, shardings = sharding.laid_out(mesh, learner.create, key)
+    drawing = sharding.laid_out(mesh, learner.create, key, rules=sharding.DRAWING_RULES)[1].policy
+    whole, by_row = sharding.replicated(mesh), sharding.batch_sharding(mesh)
+
+    def keys(seed: jax.Array, step: jax.Array, stream: jax.Array) -> jax.Array:
+        return row_keys(step_key(seed, step, stream), batch_size)
+
+    def rollout(policy: Any, frozen: Any, text: jax.Array, keys: jax.Array) -> Rollout:
+        frozen = jax.lax.with_sharding_constraint(frozen, whole)
+        return studio.rollout(policy, frozen, text, keys, frames, learner.sampling)
+
+    def reward(scorers: Any, rollout: Rollout, units: Units) -> tuple[jax.Array, dict[str, jax.Array]]:
+        terms = mixture.score(scorers, rollout)
+        return mixture.total(terms, units), terms
+
+    return Steps(
+        shapes,
+        shardings,
+        drawing,
+        keys=jax.jit(keys, out_shardings=by_row),
+        gather=jax.jit(lambda policy: policy, out_shardings=drawing),
+        rollout=jax.jit(rollout, out_shardings=by_row),
+        reward=jax.jit(reward, out_shardings=by_row),
+        update=jax.jit(partial(learner.update, layout=shardings), donate_argnums=0, out_shardings=(shardings, whole)),
+    )

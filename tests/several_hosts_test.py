@@ -1,0 +1,84 @@
+"""Runs over several processes, as over the hosts of a slice: what befalls one of them, and what comes of it."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from musicrl_jax.core import checkpoint, hosts
+
+WORKER = Path(__file__).with_name("several_hosts_worker.py")
+LONGEST = 240  # seconds that a process may take
+
+
+def start(verb, folder, processes, devices, dies_at=99):
+    """The processes of one attempt."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    command = [sys.executable, str(WORKER), verb, str(folder), str(devices), str(dies_at)]
+    started = []
+    for number in range(processes):
+        environment = {**os.environ, "JAX_COORDINATOR_ADDRESS": address}
+        environment |= {"JAX_NUM_PROCESSES": str(processes), "JAX_PROCESS_ID": str(number)}
+        with (folder / f"log-{number}.txt").open("a") as log:
+            started.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
+    return started
+
+
+def ended(processes):
+    """Their exit statuses."""
+    deadline = time.monotonic() + LONGEST
+    try:
+        return [process.wait(max(deadline - time.monotonic(), 1)) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def told(folder):
+    """The last line of each step of the metrics, and what was drawn in it."""
+    run = folder / "run" if (folder / "run").exists() else folder
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return lines, checkpoint.model_hash(run)
+
+
+def drawn(folder):
+    """What was drawn in each step, by the first process, over all attempts in their order; each kind once."""
+    lines = (folder / "drawn-0.jsonl").read_text().splitlines()
+    return list(dict.fromkeys(lines))
+
+
+@pytest.mark.slow
+@pytest.mark.exactness(17)
+@pytest.mark.parametrize("verb", ["train", "train_rl"])
+def test_a_run_survives_all_that_befalls_its_hosts(verb, tmp_path):
+    """Uninterrupted on 2 processes of 2 devices; and with one of them killed, then told to stop, then on one of 4."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    whole.mkdir()
+    cut.mkdir()
+    assert ended(start(verb, whole, 2, 2)) == [0, 0], (whole / "log-0.txt").read_text()[-3000:]
+
+    lost = ended(start(verb, cut, 2, 2, dies_at=2))
+    assert lost[0] in (hosts.LOST, -signal.SIGABRT), (cut / "log-0.txt").read_text()[-3000:]  # ours, or JAX's own
+    assert lost[1] == -signal.SIGKILL
+    assert not checkpoint.has_model(cut) and not checkpoint.has_model(cut / "run")
+
+    processes = start(verb, cut, 2, 2, dies_at=-4)
+    while not (cut / "here-0").exists() and processes[0].poll() is None:
+        time.sleep(0.1)
+    since = time.monotonic()
+    processes[1].send_signal(signal.SIGTERM)  # one is told, both stop
+    assert ended(processes) == [hosts.AGAIN, hosts.AGAIN], (cut / "log-0.txt").read_text()[-3000:]
+    assert time.monotonic() - since < 30
+
+    assert ended(start(verb, cut, 1, 4)) == [0], (cut / "log-0.txt").read_text()[-3000:]
+    assert told(cut) == told(whole)
+    if verb == "train_rl":
+        assert drawn(cut) == drawn(whole)

@@ -1,0 +1,67 @@
+"""One process of a run over several, for several_hosts_test.py: `several_hosts_worker.py VERB FOLDER DEVICES [DIES_AT]`.
+
+Its name is no test's: pytest leaves it alone.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+verb, folder, devices, dies_at = sys.argv[1], Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+import conftest  # noqa: E402, F401  strict dtypes, no optimisation by LLVM
+
+os.environ["XLA_FLAGS"] = os.environ["XLA_FLAGS"].replace("count=8", f"count={devices}")
+
+import hashlib  # noqa: E402
+import json  # noqa: E402
+import signal  # noqa: E402
+import time  # noqa: E402
+
+import jax  # noqa: E402
+import train_rl_test  # noqa: E402
+import train_test  # noqa: E402
+
+from musicrl_jax.core import hosts  # noqa: E402
+from musicrl_jax.core import metrics as metric_files  # noqa: E402
+
+STEPS = 8
+WRITE = metric_files.MetricWriter.write
+
+
+def write(self, step, metrics, prefix=""):
+    """As it is; then the last process may die, or the first says that it got here and waits to be told to stop."""
+    WRITE(self, step, metrics, prefix)
+    if step == dies_at and jax.process_index() == jax.process_count() - 1 > 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if step == -dies_at:
+        (folder / f"here-{jax.process_index()}").touch()
+        time.sleep(1)
+
+
+class Listener(train_rl_test.Listener):
+    """Leaves a line a step: the content of all that was drawn."""
+
+    def check(self, terms):
+        drawn = hashlib.sha256(terms["tokens"].tobytes() + terms["zeros"].tobytes()).hexdigest()
+        with (folder / f"drawn-{jax.process_index()}.jsonl").open("a") as file:
+            file.write(json.dumps(drawn) + "\n")
+
+
+def main():
+    hosts.join()
+    metric_files.MetricWriter.write = write
+    if verb == "train":
+        train_test.run(folder, steps=STEPS, batch_size=8, fsdp=2)
+    else:
+        train_rl_test.Listener = Listener
+        train_rl_test.loop(folder, steps=STEPS, save_every=2, saves=True, normalise=True, fsdp=2)
+
+
+try:
+    main()
+except jax.errors.JaxRuntimeError as error:
+    if not hosts.lost(error):
+        raise
+    print("lost", error, flush=True)
+    os._exit(hosts.LOST)
