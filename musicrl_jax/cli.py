@@ -21,9 +21,9 @@ import jax
 import gin
 from gin import config as gin_config
 from gin import config_parser
-from musicrl_jax import collect, encode, evaluate, generate, pack, run, train, train_rl
+from musicrl_jax import collect, encode, evaluate, generate, pack, plan, run, train, train_rl
 from musicrl_jax.arena import audience, listeners, monitor
-from musicrl_jax.core import checkpoint, state, tokens
+from musicrl_jax.core import hosts, state, tokens
 from musicrl_jax.inputs import build, clips, pretrained, prompts, vocabulary, votes
 from musicrl_jax.inputs import tokens as token_data
 from musicrl_jax.losses import policy_gradient
@@ -59,25 +59,31 @@ def scaled(steps: int, by: float) -> int:
     return max(1, round(steps * by))
 
 
+def first(verb: Callable) -> Callable:
+    """A verb that the first host of a run does alone."""
+    return plan.recordable(hosts.first_alone(verb))
+
+
 VERBS: dict[str, Callable] = {
     "run": run.run,
-    "build": build.prepare,
-    "fetch": pretrained.fetch,
-    "vocabulary": vocabulary.build,
-    "train": train.train,
-    "encode": encode.encode,
-    "collect": collect.collect,
-    "train_rl": train_rl.train_rl,
-    "evaluate": evaluate.evaluate,
-    "generate": generate.generate,
-    "pack": pack.pack,
-    "unpack": pack.unpack,
+    "plan": plan.plan,
+    "build": first(build.prepare),
+    "fetch": first(pretrained.fetch),
+    "vocabulary": first(vocabulary.build),
+    "train": plan.recordable(train.train),
+    "encode": first(encode.encode),
+    "collect": first(collect.collect),
+    "train_rl": plan.recordable(train_rl.train_rl),
+    "evaluate": first(evaluate.evaluate),
+    "generate": first(generate.generate),
+    "pack": first(pack.pack),
+    "unpack": first(pack.unpack),
 }
 
 CONFIGS: tuple[Callable, ...] = (
     folder,
     scaled,
-    checkpoint.model_hash,
+    plan.model_hash,
     state.Optimiser,
     tokens.TokenLayout,
     clips.Clips,
@@ -121,6 +127,10 @@ CONFIGS: tuple[Callable, ...] = (
     reward_terms.Mixture,
 )
 
+
+# Macros that a run needs and a plan does not, and the one that every size binds.
+NEEDED_BY_A_RUN = "MODEL_DIR", "DATA_DIR", "DATA_CONFIG", "DATASETS", "PROMPT_DATASETS"
+SIZE, BASE_SIZE = "SAMPLE_RATE_HZ", "gin/sizes/base.gin"
 
 # Of a flag that takes a text: a macro, a call, a list or a quoted text; anything else is the text itself.
 GIN_TEXT = re.compile(r"""%[A-Z_]+$|@[\w./]+\(\)$|\[|['"]""")
@@ -273,6 +283,16 @@ def _references(value: typing.Any) -> Iterator[gin.config.ConfigurableReference]
             yield from _references(part)
 
 
+def what_a_plan_leaves_open(files: Sequence[str], bindings: list[str]) -> list[str]:
+    """The gin files to add to those of a plan, which is the paper's size where none is given; the names of folders and
+    data, which it does without, are added to the bindings."""
+    gin.parse_config_files_and_bindings(files, bindings, finalize_config=False)
+    bound = {name for name in (*NEEDED_BY_A_RUN, SIZE) if gin.get_bindings(f"{name}/macro")}
+    gin.clear_config()
+    bindings.extend(f"{name} = '{name.lower()}'" for name in NEEDED_BY_A_RUN if name not in bound)
+    return [] if SIZE in bound else [BASE_SIZE]
+
+
 def _save_config(begun: bool) -> None:
     """Leaves in MODEL_DIR, if there is one, config.gin: what was asked for; and at the end what of it was used.
 
@@ -283,6 +303,8 @@ def _save_config(begun: bool) -> None:
     except ValueError:
         return
     folder.mkdir(parents=True, exist_ok=True)
+    if not hosts.first():
+        return
     if not begun or not (folder / "config.gin").exists():
         (folder / "config.gin").write_text(gin.config_str())
     if not begun:
@@ -290,7 +312,7 @@ def _save_config(begun: bool) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one verb; the exit status."""
+    """Runs one verb; the exit status. As a command, without arguments of its own, this is one process of a run."""
     gin.clear_config()  # what an earlier call in this process asked for is no part of this one
     verbs = register()
     flags, bindings = parse(sys.argv[1:] if arguments is None else arguments)
@@ -298,6 +320,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for path in (*filter(None, flags.gin_search_paths.split(",")), Path(__file__).parents[1]):
         gin.add_config_file_search_path(str(path))
     try:
+        if flags.verb == "plan":
+            flags.gin_file += what_a_plan_leaves_open(flags.gin_file, bindings)
         parsed = gin.parse_config_files_and_bindings(flags.gin_file, bindings)
         check_bindings(gin.config_str(), list(_read_all(parsed)))
         if flags.dry_run:
@@ -305,12 +329,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_required(flags.verb)
         if flags.dry_run:
             return 0
+        if flags.verb == "plan":  # of a run that may never be
+            verbs[flags.verb]()
+            return 0
+        if arguments is None:
+            hosts.join()
         _save_config(begun=True)
         verbs[flags.verb]()
         _save_config(begun=False)
     except (ValueError, OSError, FloatingPointError, ModuleNotFoundError) as error:
         print(f"musicrl {flags.verb}: {error}", file=sys.stderr)
         return 1
+    except hosts.Preempted as stop:
+        print(f"musicrl {flags.verb}: {stop}", file=sys.stderr)
+        return hosts.AGAIN
+    except jax.errors.JaxRuntimeError as error:
+        if not hosts.lost(error):
+            raise
+        told = f"musicrl {flags.verb}: another host is lost; start all of them again: {error}"
+        print(told, file=sys.stderr, flush=True)
+        os._exit(hosts.LOST)  # what is left to do at an exit would wait for the other host
     return 0
 
 
