@@ -6,6 +6,8 @@ launch/setup.sh
 # Tests against PyTorch's implementations are left out where CI's versions do not name it: there it comes with CUDA, 3 GB.
 version=$(.venv/bin/python -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 if grep -qs '^torch==' "launch/constraints-$version.txt"; then launch/setup.sh parity; fi
+[ "${1:-}" = fast ] || launch/setup.sh plan  # the TPU compiler; no test needs a TPU
+export JAX_PLATFORMS=cpu
 export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}  # XLA buffers on huge pages: fewer page faults
 .venv/bin/ruff check .
 .venv/bin/python -m pytest -m "not slow"
