@@ -43,9 +43,9 @@ from musicrl_jax.models.soundstorm import SoundStorm, SoundStormConfig
 from musicrl_jax.models.soundstream import SoundStream, SoundStreamConfig
 from musicrl_jax.models.transformer import LANES
 from musicrl_jax.objectives.mulan import VOCABULARY, MuLanObjective
+from musicrl_jax.objectives.step import first_state, training_step
 from musicrl_jax.rl import rollout as rollouts
-from musicrl_jax.train import first_state, training_step
-from musicrl_jax.train_rl import functions_of
+from musicrl_jax.rl.steps import build
 
 GIB = 1 << 30
 PLANNED = "planned"  # the content hash of every model that is not there yet
@@ -270,10 +270,10 @@ def _reinforced(planned: Planned, stage: str, mesh: Mesh) -> Iterator[Program]:
     mixture = call["rewards"].load()
     settings = {
         name: call[name]
-        for name, about in inspect.signature(functions_of).parameters.items()
+        for name, about in inspect.signature(build).parameters.items()
         if about.kind == about.KEYWORD_ONLY
     }
-    _, steps = functions_of(loaded, mixture, mesh, **settings)
+    _, steps = build(loaded, mixture, mesh, **settings)
     by_row, zero = sharding.batch_sharding(mesh), jax.ShapeDtypeStruct((), jnp.int32)
     state = _struct(steps.shapes, steps.shardings)
     frozen, scorers = (_struct(tree, sharding.spread(mesh, tree)) for tree in (loaded.frozen, mixture.variables))
@@ -385,7 +385,8 @@ def _stage(
     mesh = mesh_of(calls[name].arguments["fsdp"], calls[name].arguments["tensor"])
     planned = Planned(calls, clip_seconds, mesh)
     described = _supervised if calls[name].verb == "train" else _reinforced
-    with mock.patch.object(checkpoint, "load_model", planned.load_model):  # the models are not there yet
+    absent = mock.patch.object(checkpoint, "load_model", planned.load_model)  # models that are not there yet
+    with absent, jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         programs = list(described(planned, name, mesh))
         traces = [program.function.trace(*program.arguments) for program in programs]
 

@@ -5,24 +5,22 @@ end, the finished model in `model_dir`/model.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
-from jax.sharding import Mesh
 
 from musicrl_jax.core import checkpoint, hosts, sharding
 from musicrl_jax.core.keys import step_key
 from musicrl_jax.core.metrics import MetricWriter
 from musicrl_jax.core.progress import Progress
-from musicrl_jax.core.state import MOST_SKIPPED, Optimiser, TrainState, create_state, moved
-from musicrl_jax.objectives.objective import Batch, Metrics, Objective
+from musicrl_jax.core.state import MOST_SKIPPED, Optimiser
+from musicrl_jax.objectives.objective import Objective
+from musicrl_jax.objectives.step import first_state, training_step
 
 
 def train(
@@ -125,38 +123,6 @@ def train(
     print(f"{directory.name:>9}  validation  " + "  ".join(f"{k} {v:.3f}" for k, v in metrics.items()), flush=True)
     checkpoint.save_model(directory, objective.model, variables, objective.assets())
     return metrics
-
-
-def first_state(
-    objective: Objective, transform: optax.GradientTransformation, key: jax.Array, batch: Batch
-) -> TrainState:
-    """The state before the first step."""
-    return create_state(objective.init(key, batch), transform)
-
-
-def training_step(
-    objective: Objective, transform: optax.GradientTransformation, seed: int, mesh: Mesh, shardings: Any
-) -> Callable[[TrainState, Any, Batch], tuple[TrainState, Metrics]]:
-    """(state, frozen, batch) -> (state, metrics), jitted, the old state gone: what `train` runs and `musicrl plan`
-    compiles.
-
-    Where the loss or its gradient is not finite nothing moves, and the batch is counted in `skipped`.
-    """
-
-    def step(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, Metrics]:
-        key = step_key(seed, state.step, stream=1)
-        gradient = jax.value_and_grad(objective.loss, has_aux=True)
-        (loss, (other, metrics)), gradients = gradient(state.params, state.state, frozen, batch, key)
-        params, opt_state = moved(transform, gradients, state.opt_state, state.params)
-        norm = optax.tree.norm(gradients)
-        finite = jnp.isfinite(norm) & jnp.isfinite(loss)
-        taken = state.replace(params=params, state=other, opt_state=opt_state, in_a_row=jnp.zeros_like(state.in_a_row))
-        left_out = state.replace(skipped=state.skipped + 1, in_a_row=state.in_a_row + 1)
-        after = jax.tree.map(lambda new, old: jnp.where(finite, new, old), taken, left_out)
-        counts = {name: getattr(after, name).astype(jnp.float32) for name in ("skipped", "in_a_row")}
-        return after.replace(step=state.step + 1), {**metrics, "gradient_norm": norm, **counts}
-
-    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, sharding.replicated(mesh)))
 
 
 def _validate(

@@ -22,7 +22,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from musicrl_jax.arena.monitor import Judge, Monitor
 from musicrl_jax.core import checkpoint, hosts, sharding
@@ -31,14 +30,13 @@ from musicrl_jax.core.progress import Progress
 from musicrl_jax.core.state import MOST_SKIPPED, Optimiser
 from musicrl_jax.inputs.prompts import Prompts
 from musicrl_jax.losses.policy_gradient import PolicyGradient
-from musicrl_jax.models.musiclm import MusicLM, MusicLMConfig, Value
+from musicrl_jax.models.musiclm import MusicLMConfig
 from musicrl_jax.report.curves import read_metrics
 from musicrl_jax.rl import rollout as rollouts
-from musicrl_jax.rl.learner import Learner
-from musicrl_jax.rl.rewards import LoadedMixture, Mixture
+from musicrl_jax.rl.rewards import Mixture
 from musicrl_jax.rl.rollout import Rollout
 from musicrl_jax.rl.sample import Sampling
-from musicrl_jax.rl.steps import Steps, build
+from musicrl_jax.rl.steps import build
 
 UNIT_BATCHES = 4  # of the base's clips, one a prompt, that say in which units rewards are normalised
 LOOKS = "looks"  # the policies that the held-out judge looked at, until one is kept
@@ -164,7 +162,7 @@ def train_rl(
     # Policy, value and anchor, all from the base.
     mesh = sharding.make_mesh(fsdp, tensor)
     config = studio.musiclm.config
-    learner, functions = functions_of(
+    learner, functions = build(
         loaded,
         mixture,
         mesh,
@@ -267,42 +265,6 @@ def train_rl(
         final = checkpoint.load_model(looked, MusicLMConfig).variables if kept else {"params": loaded.policy}
     checkpoint.save_model(directory, config, final, assets)
     shutil.rmtree(directory / LOOKS, ignore_errors=True)
-
-
-def functions_of(
-    loaded: rollouts.Loaded,
-    mixture: LoadedMixture,
-    mesh: Mesh,
-    *,
-    steps: int,
-    batch_size: int,
-    clip_seconds: float,
-    kl_strength: float,
-    policy_optimiser: Optimiser,
-    value_optimiser: Optimiser,
-    gradient: PolicyGradient,
-    updates: int,
-    kl_target: float | None,
-    temperature: float,
-    top_k: int | None,
-    microbatches: int,
-    remat: bool,
-) -> tuple[Learner, Steps]:
-    """The learner and the jitted functions of a run with these settings of `train_rl`, without weights."""
-    config = loaded.studio.musiclm.config
-    learner = Learner(
-        MusicLM(config, remat),
-        Value(config, remat),
-        policy_optimiser.build(steps * updates),
-        value_optimiser.build(steps * updates),
-        gradient,
-        kl_strength,
-        Sampling(temperature, top_k),
-        updates,
-        None if kl_target is None else kl_target * clip_seconds,
-        microbatches,
-    )
-    return learner, build(loaded.studio, mixture, learner, mesh, loaded.studio.frames(clip_seconds), batch_size)
 
 
 def _judge(monitor: Monitor, vocabulary: bytes, directory: Path, heard: Callable[[np.ndarray], np.ndarray]) -> Judge:

@@ -55,6 +55,18 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(dict(RULES)["batch"]))
 
 
+def by_row(x: jax.Array) -> jax.Array:
+    """x, its first axis over data and fsdp of the mesh that is set, if one is and divides it.
+
+    Activations need to be told: a weight that is split over fsdp would else draw them after itself, and every device
+    would compute all rows and a part of each sum.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if set(AXES) - set(mesh.axis_names) or x.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]):
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(dict(RULES)["batch"]))
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """A whole copy on every device."""
     return NamedSharding(mesh, PartitionSpec())

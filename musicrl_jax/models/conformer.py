@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from musicrl_jax.core import sharding
+
 ROTARY_BASE = 10_000.0
 
 
@@ -143,5 +145,5 @@ class Conformer(nn.Module):
         if layers is not None and not 1 <= layers <= self.config.layers:
             raise ValueError(f"layers = {layers} is not between 1 and the conformer's {self.config.layers}")
         for index in range(self.config.layers if layers is None else layers):
-            x = Block(self.config, name=f"block_{index}")(x)
+            x = Block(self.config, name=f"block_{index}")(sharding.by_row(x))
         return x

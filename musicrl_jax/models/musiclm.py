@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from musicrl_jax.core import sharding
 from musicrl_jax.core.tokens import TokenLayout
 from musicrl_jax.models.transformer import (
     NEVER,
@@ -156,7 +157,7 @@ class MusicLM(nn.Module):
 
         Codes that a place does not have get a score that makes their probability exactly 0.
         """
-        hidden = self.trunk.hidden(tokens, mulan, deterministic)
+        hidden = sharding.by_row(self.trunk.hidden(tokens, mulan, deterministic))
         acoustic = jnp.einsum("bfkd,kdv->bfkv", hidden[:, :, 1:], self.acoustic_head)
         return jnp.concatenate([self._filled(hidden[:, :, :1] @ self.semantic_head), self._filled(acoustic)], axis=2)
 

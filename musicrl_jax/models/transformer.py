@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from musicrl_jax.core import sharding
+
 Cache = list[tuple[jax.Array, jax.Array]]  # for each layer its keys and values, [B, G, P, g E] each; g is mostly 1
 LANES = {"tpu": 128}  # of a vector register, by platform: a shorter last axis of an array is filled up in memory
 
@@ -145,6 +147,7 @@ class Block(nn.Module):
         heads_kernel = partitioned(("embed", "heads", "kv"))
         ones = nn.with_logical_partitioning(nn.initializers.ones, ("embed",))
 
+        x = sharding.by_row(x)
         h = rms_norm(x, self.param("attention_norm", ones, (c.embed,)))
         query = jnp.einsum("bsd,dhe->bhse", h, self.param("query", heads_kernel, (c.embed, c.heads, width)))
         key = jnp.einsum("bsd,dhe->bhse", h, self.param("key", heads_kernel, (c.embed, c.heads, width)))

@@ -12,9 +12,13 @@ from jax.sharding import Mesh
 
 from musicrl_jax.core import sharding
 from musicrl_jax.core.keys import row_keys, step_key
+from musicrl_jax.core.state import Optimiser
+from musicrl_jax.losses.policy_gradient import PolicyGradient
+from musicrl_jax.models.musiclm import MusicLM, Value
 from musicrl_jax.rl.learner import Learner
 from musicrl_jax.rl.rewards import LoadedMixture, Units
-from musicrl_jax.rl.rollout import Rollout, Studio
+from musicrl_jax.rl.rollout import Loaded, Rollout
+from musicrl_jax.rl.sample import Sampling
 
 
 class Steps(NamedTuple):
@@ -36,12 +40,43 @@ class Steps(NamedTuple):
     update: Any
 
 
-def build(studio: Studio, mixture: LoadedMixture, learner: Learner, mesh: Mesh, frames: int, batch_size: int) -> Steps:
-    """The functions for clips of F frames and batches of B, without weights.
+def build(
+    loaded: Loaded,
+    mixture: LoadedMixture,
+    mesh: Mesh,
+    *,
+    steps: int,
+    batch_size: int,
+    clip_seconds: float,
+    kl_strength: float,
+    policy_optimiser: Optimiser,
+    value_optimiser: Optimiser,
+    gradient: PolicyGradient,
+    updates: int,
+    kl_target: float | None,
+    temperature: float,
+    top_k: int | None,
+    microbatches: int,
+    remat: bool,
+) -> tuple[Learner, Steps]:
+    """The learner and the functions of a run with these settings of `train_rl`, without weights.
 
     ValueError where the batch does not divide among the mesh's devices.
     """
     sharding.rows_a_shard(mesh, batch_size)
+    studio, frames, config = loaded.studio, loaded.studio.frames(clip_seconds), loaded.studio.musiclm.config
+    learner = Learner(
+        MusicLM(config, remat),
+        Value(config, remat),
+        policy_optimiser.build(steps * updates),
+        value_optimiser.build(steps * updates),
+        gradient,
+        kl_strength,
+        Sampling(temperature, top_k),
+        updates,
+        None if kl_target is None else kl_target * clip_seconds,
+        microbatches,
+    )
     key = jax.eval_shape(lambda: jax.random.key(0))
     shapes, shardings = sharding.laid_out(mesh, learner.create, key)
     drawing = sharding.laid_out(mesh, learner.create, key, rules=sharding.DRAWING_RULES)[1].policy
@@ -58,7 +93,7 @@ def build(studio: Studio, mixture: LoadedMixture, learner: Learner, mesh: Mesh, 
         terms = mixture.score(scorers, rollout)
         return mixture.total(terms, units), terms
 
-    return Steps(
+    return learner, Steps(
         shapes,
         shardings,
         drawing,
