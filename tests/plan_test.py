@@ -59,7 +59,7 @@ def test_every_function_of_a_run_lowers_on_a_mesh(calls, monkeypatch):
 def test_what_is_not_trained_in_the_run_is_named(calls):
     mesh = sharding.make_mesh()
     planned = plan.Planned({"r": calls["r"]}, 1.0, mesh)
-    with pytest.raises(ValueError, match="no stage of the run trains a MusicLMConfig in .*policy"):
+    with pytest.raises(ValueError, match=r"no stage of the run trains a MusicLMConfig in .*policy"):
         planned.load_model(calls["r"].arguments["base"], MusicLMConfig)
 
 

@@ -1,4 +1,4 @@
-"""One process of a run over several, for several_hosts_test.py: `several_hosts_worker.py VERB FOLDER DEVICES [DIES_AT]`.
+"""One process of a run over several, for several_hosts_test.py: VERB FOLDER DEVICES DIES_AT.
 
 Its name is no test's: pytest leaves it alone.
 """

@@ -8,6 +8,7 @@ heads.
 """
 
 import dataclasses
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -179,8 +180,9 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """Blocks under one shared relative position bias, then a norm.
 
-    With `remat` a gradient computes each block anew instead of keeping what it found: a third more work, and the memory
-    of one block in place of all. A cache keeps as many heads side by side as fill the `lanes`.
+    With `remat` all positions at once go through the blocks in a loop, whose gradient computes each anew instead of
+    keeping what it found: a third more work, and the memory of one block in place of all. A cache keeps as many heads
+    side by side as fill the `lanes`.
     """
 
     config: TransformerConfig
@@ -193,8 +195,7 @@ class Transformer(nn.Module):
         self.relative = self.param(
             "relative", nn.with_logical_partitioning(small, ("heads", None)), (c.heads, c.relative_buckets)
         )
-        block = nn.remat(Block, static_argnums=(4, 5)) if self.remat else Block
-        self.blocks = [block(c, heads_together(c, self.lanes), name=f"block_{i}") for i in range(c.layers)]
+        self.blocks = [Block(c, heads_together(c, self.lanes), name=f"block_{i}") for i in range(c.layers)]
         self.final_norm = self.param(
             "final_norm", nn.with_logical_partitioning(nn.initializers.ones, ("embed",)), (c.embed,)
         )
@@ -216,9 +217,27 @@ class Transformer(nn.Module):
     def __call__(self, x: jax.Array, deterministic: bool = True) -> jax.Array:
         """All positions at once: x [B, S, D] -> [B, S, D]."""
         bias = self.bias(x.shape[1])
+        if self.remat and not self.is_initializing():
+            return rms_norm(self._one_at_a_time(x, bias, deterministic), self.final_norm)
         for block in self.blocks:
             x, _ = block(x, bias, None, 0, deterministic)
         return rms_norm(x, self.final_norm)
+
+    def _one_at_a_time(self, x: jax.Array, bias: jax.Array, deterministic: bool) -> jax.Array:
+        """All blocks as one loop, which compiles in a fraction of the time; each is computed anew for its gradient."""
+        c = self.config
+        block = Block(c, parent=None)
+        weights = jax.tree.map(lambda *each: jnp.stack(each), *(block.variables["params"] for block in self.blocks))
+        dropping = not deterministic and c.dropout > 0
+        keys = jax.random.split(self.make_rng("dropout"), c.layers) if dropping else None
+
+        @jax.checkpoint
+        def apply(x: jax.Array, layer: tuple[Any, jax.Array | None]) -> tuple[jax.Array, None]:
+            weights, key = layer
+            rngs = {} if key is None else {"dropout": key}
+            return block.apply({"params": weights}, x, bias, None, 0, deterministic, rngs=rngs)[0], None
+
+        return jax.lax.scan(apply, x, (weights, keys))[0]
 
     def extend(self, x: jax.Array, cache: Cache, start: jax.Array | int, bias: jax.Array) -> tuple[jax.Array, Cache]:
         """The positions start .. start + S - 1, given the cache of those before.

@@ -51,6 +51,27 @@ def test_cached_sampling_agrees_with_the_full_forward_pass(model, drawn):
     assert np.abs(np.asarray(rescored - log_probs)).max() < 2e-5
 
 
+def test_remat_changes_neither_the_weights_nor_the_gradient(model, drawn):
+    module, params = model
+    mulan, tokens, _ = drawn
+    again = MusicLM(CONFIG, remat=True)
+    born = meta.unbox(again.init(jax.random.key(0), tokens, mulan))["params"]
+    jax.tree.map(np.testing.assert_array_equal, born, params)
+
+    def slope(module):
+        loss = lambda p: jnp.square(module.apply({"params": p}, tokens, mulan)[..., :5]).mean()  # noqa: E731
+        return jax.jit(jax.value_and_grad(loss))(params)
+
+    with jax.default_matmul_precision("highest"):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), slope(module), slope(again))
+    rngs = {"dropout": jax.random.key(5)}
+    one, other, plain = (
+        again.apply({"params": params}, tokens, mulan, deterministic=still, rngs=rngs) for still in (False, False, True)
+    )
+    np.testing.assert_array_equal(one, other)
+    assert np.abs(np.asarray(one - plain)[..., :5]).max() > 0.01  # dropout drops
+
+
 @pytest.mark.exactness(8)
 @pytest.mark.parametrize("lanes", [12, 128])  # heads of 12 and 8: both at once in depth alone, in both
 def test_heads_side_by_side_draw_the_same(model, drawn, lanes):

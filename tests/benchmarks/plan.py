@@ -1,0 +1,71 @@
+"""A step of RL at the paper's size on TPU slices of several sizes, by the compiler's estimate: a table in Markdown.
+
+    JAX_PLATFORMS=cpu python tests/benchmarks/plan.py --rows_a_chip 8 v5e:4x4 v5e:8x8 v5e:16x16 2xv5e:16x16
+
+Weak scaling: the batch grows with the chips. Every function is compiled by `musicrl plan`, some four minutes a topology
+on two CPU cores; nothing is measured. Efficiency is clips a chip and second over those of the first topology.
+"""
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def planned(topology: str, slices: int, chips: int, asked: argparse.Namespace) -> dict[str, dict]:
+    """The rows of the plan, by name."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "plan.json")
+        command = [sys.executable, "-m", "musicrl_jax.cli", "plan", f"--topology={topology}", f"--slices={slices}"]
+        command += [
+            "--gin_file=gin/experiments/musicrl_ru.gin",
+            "--gin_file=gin/sizes/base.gin",
+            f"--only={asked.stage}",
+        ]
+        command += [f"--gin.train_rl.batch_size={asked.rows_a_chip * chips}", f"--json_file={file}", *asked.flags]
+        done = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True, check=False)
+        if not file.exists():
+            raise SystemExit(f"{' '.join(command)}\n{done.stderr[-2000:]}")
+        return {row["name"]: row for row in json.loads(file.read_text())["functions"]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("topologies", nargs="+", help="such as v5e:4x4, or 2xv5e:16x16 for two slices")
+    parser.add_argument("--rows_a_chip", type=int, default=8, help="clips")
+    parser.add_argument("--stage", default="r")
+    parser.add_argument("--flags", nargs="*", default=[], help="more flags for musicrl plan")
+    asked = parser.parse_args()
+    print("| slice | chips, clips | function | GiB a chip | seconds: matrix / memory / network / compiler | limit |")
+    print("|---|---|---|---|---|---|", flush=True)
+    first = None
+    for each in asked.topologies:
+        slices, topology = each.split("x", 1) if each.split("x", 1)[0].isdigit() else ("1", each)
+        chips = int(slices) * math.prod(map(int, topology.split(":")[1].split("x")))
+        rows = planned(topology, int(slices), chips, asked)
+        for name, row in rows.items():
+            space = "" if name == "of which decode" else f"{row['needed'] / 2**30:.1f} of {row['memory'] / 2**30:.1f}"
+            if not row["fits"]:
+                print(f"| {each} | {chips}, {row['clips']} | {name} | {space} | does not fit | |", flush=True)
+                continue
+            parts = " / ".join(f"{row[f'{part}_seconds']:.2f}" for part in ("matrix", "memory", "network", "compiler"))
+            print(f"| {each} | {chips}, {row['clips']} | {name} | {space} | {parts} | {row['limit']} |", flush=True)
+        if all(row["fits"] for row in rows.values()):
+            seconds = sum(row["seconds"] for name, row in rows.items() if name != "of which decode")
+            speed = row["clips"] / seconds / chips
+            first = first or speed
+            told = f"{seconds:.2f} s, {speed * chips:.1f} clips a second, {3600 * speed:.0f} a chip-hour"
+            print(
+                f"| {each} | {chips}, {row['clips']} | **a step** | | {told} | efficiency {speed / first:.0%} |",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
