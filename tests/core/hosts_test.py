@@ -27,9 +27,10 @@ def test_who_is_alone_is_the_first_and_waits_for_no_one():
 @pytest.mark.parametrize(
     ("work", "said"),
     [
-        ("time.sleep(60)", "told to stop"),
+        ("print('joined', flush=True)\ntime.sleep(60)", "told to stop"),
         (
             "with hosts.stopping_together() as told:\n"
+            "    print('joined', flush=True)\n"
             "    while not told():\n"
             "        time.sleep(0.01)\n"
             "print('saved', flush=True)\n"
@@ -44,7 +45,6 @@ def test_sigterm_ends_a_process_that_has_joined_with_75(work, said):
 import time
 from musicrl_jax.core import hosts
 hosts.join()
-print('joined', flush=True)
 try:
     exec({work!r})
 except hosts.Preempted as stop:
