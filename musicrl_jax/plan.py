@@ -279,8 +279,9 @@ def _reinforced(planned: Planned, stage: str, mesh: Mesh) -> Iterator[Program]:
     frozen, scorers = (_struct(tree, sharding.spread(mesh, tree)) for tree in (loaded.frozen, mixture.variables))
     text = jax.ShapeDtypeStruct((batch_size, call["prompts"].text_length), jnp.int32, sharding=by_row)
     keys = _struct(jax.eval_shape(steps.keys, zero, zero, zero), by_row)
-    drawing = _struct(state.policy, steps.drawing)
-    rollout = _struct(jax.eval_shape(steps.rollout, drawing, frozen, text, keys), by_row)
+    whole = partial(_struct, shardings=sharding.replicated(mesh))
+    gathered = _struct(state.policy, steps.drawing), whole(frozen)
+    rollout = _struct(jax.eval_shape(steps.rollout, *gathered, text, keys), by_row)
     units = {term.name: (0.0, 1.0) for term in call["rewards"].terms}
     reward = jax.ShapeDtypeStruct((batch_size,), jnp.float32, sharding=by_row)
     moments = state.policy_opt, state.value_opt
@@ -288,9 +289,10 @@ def _reinforced(planned: Planned, stage: str, mesh: Mesh) -> Iterator[Program]:
     rounds = frames, frames * loaded.studio.musiclm.config.layout.depth
     anchor = state.policy
     for name, function, arguments, beside in (
-        ("gather", steps.gather, (state.policy,), (anchor, state.value, moments, frozen, scorers)),
-        ("rollout", steps.rollout, (drawing, frozen, text, keys), (state, anchor, scorers)),
-        ("reward", steps.reward, (scorers, rollout, units), (state, anchor, frozen)),
+        ("gather", steps.gather, (state.policy, frozen), (anchor, state.value, moments, scorers)),
+        ("rollout", steps.rollout, (*gathered, text, keys), (state, anchor, frozen, scorers)),
+        ("gather scorers", steps.gather_scorers, (scorers,), (state, anchor, frozen, rollout)),
+        ("reward", steps.reward, (whole(scorers), rollout, units), (state, anchor, frozen, scorers)),
         ("update", steps.update, (state, anchor, rollout, reward), (frozen, scorers)),
     ):
         yield Program(stage, name, function, arguments, batch_size, beside, rounds if name == "rollout" else ())

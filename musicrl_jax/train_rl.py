@@ -33,7 +33,7 @@ from musicrl_jax.losses.policy_gradient import PolicyGradient
 from musicrl_jax.models.musiclm import MusicLMConfig
 from musicrl_jax.report.curves import read_metrics
 from musicrl_jax.rl import rollout as rollouts
-from musicrl_jax.rl.rewards import Mixture
+from musicrl_jax.rl.rewards import Mixture, Units
 from musicrl_jax.rl.rollout import Rollout
 from musicrl_jax.rl.sample import Sampling
 from musicrl_jax.rl.steps import build
@@ -192,7 +192,10 @@ def train_rl(
     def played(policy: Any, asked: np.ndarray, step: int, stream: int = 3) -> Rollout:
         text = sharding.put_batch(mesh, {"text": asked})["text"]
         keys = functions.keys(*(np.int32(number) for number in (seed, step, stream)))
-        return functions.rollout(functions.gather(policy), frozen, text, keys)
+        return functions.rollout(*functions.gather(policy, frozen), text, keys)
+
+    def scored(rollout: Rollout, units: Units) -> tuple[jax.Array, dict[str, jax.Array]]:
+        return functions.reward(functions.gather_scorers(scorers), rollout, units)
 
     def heard(policy: Any, text: np.ndarray) -> np.ndarray:
         """A clip for each of the judge's prompts, with the same keys at every look: [n, L] -> f32 [n, N]."""
@@ -215,7 +218,7 @@ def train_rl(
         elif rewards.normalise:
             asked = islice(prompts.batches("train", batch_size, seed), UNIT_BATCHES)
             first = (played(anchor, batch["text"], number, stream=7) for number, batch in enumerate(asked))
-            found = [sharding.fetch(functions.reward(scorers, rollout, units)[1]) for rollout in first]
+            found = [sharding.fetch(scored(rollout, units)[1]) for rollout in first]
             units = mixture.units({name: np.concatenate([part[name] for part in found]) for name in found[0]})
         about = {"anchor": loaded.hashes["policy"], "units": units, "seed": seed}
         judge = None if monitor is None else _judge(monitor, loaded.vocabulary, directory, partial(heard, anchor))
@@ -231,7 +234,7 @@ def train_rl(
                 checkpoint.save_model(directory / LOOKS / f"{step}", config, {"params": state.policy})
             asked = np.repeat(next(batches)["text"], per_prompt, axis=0)  # clips of a prompt stand together
             rollout = played(state.policy, asked, step)
-            reward, terms = functions.reward(scorers, rollout, units)
+            reward, terms = scored(rollout, units)
             if step == 0:
                 state = jax.jit(learner.with_baseline, out_shardings=shardings)(state, reward)
             state, metrics = functions.update(state, anchor, rollout, reward)

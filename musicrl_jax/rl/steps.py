@@ -24,10 +24,11 @@ from musicrl_jax.rl.sample import Sampling
 class Steps(NamedTuple):
     """What happens to a batch, in its order, and where the state is while it does.
 
-    `keys`: (seed, step, stream) -> a key for each of B rows. `gather`: the policy's weights -> the same, whole but for
-    the tensor axis; a loop of thousands of small steps would else fetch them in every one. `rollout`: (policy, frozen,
-    text [B, L], keys) -> Rollout. `reward`: (scorers, rollout, units) -> (f32 [B], its terms). `update`: (state,
-    anchor, rollout, reward) -> (state, metrics); the old state is gone.
+    `keys`: (seed, step, stream) -> a key for each of B rows. `gather`: (policy, frozen) -> the same, the policy whole
+    but for the tensor axis and the rest whole; a loop of thousands of small steps would else fetch them in every one,
+    and a program that computes takes minutes longer to compile if it also fetches a thousand arrays. `rollout`: both,
+    text [B, L] and keys -> Rollout. `gather_scorers`: scorers -> the same, whole. `reward`: these, the rollout and
+    units -> (f32 [B], its terms). `update`: (state, anchor, rollout, reward) -> (state, metrics); the old state is gone.
     """
 
     shapes: Any  # of the learner's RLState
@@ -36,6 +37,7 @@ class Steps(NamedTuple):
     keys: Any
     gather: Any
     rollout: Any
+    gather_scorers: Any
     reward: Any
     update: Any
 
@@ -86,7 +88,6 @@ def build(
         return row_keys(step_key(seed, step, stream), batch_size)
 
     def rollout(policy: Any, frozen: Any, text: jax.Array, keys: jax.Array) -> Rollout:
-        frozen = jax.lax.with_sharding_constraint(frozen, whole)
         return studio.rollout(policy, frozen, text, keys, frames, learner.sampling)
 
     def reward(scorers: Any, rollout: Rollout, units: Units) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -98,8 +99,9 @@ def build(
         shardings,
         drawing,
         keys=jax.jit(keys, out_shardings=by_row),
-        gather=jax.jit(lambda policy: policy, out_shardings=drawing),
+        gather=jax.jit(lambda policy, frozen: (policy, frozen), out_shardings=(drawing, whole)),
         rollout=jax.jit(rollout, out_shardings=by_row),
+        gather_scorers=jax.jit(lambda scorers: scorers, out_shardings=whole),
         reward=jax.jit(reward, out_shardings=by_row),
         update=jax.jit(partial(learner.update, layout=shardings), donate_argnums=0, out_shardings=(shardings, whole)),
     )
