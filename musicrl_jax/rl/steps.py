@@ -28,7 +28,8 @@ class Steps(NamedTuple):
     but for the tensor axis and the rest whole; a loop of thousands of small steps would else fetch them in every one,
     and a program that computes takes minutes longer to compile if it also fetches a thousand arrays. `rollout`: both,
     text [B, L] and keys -> Rollout. `gather_scorers`: scorers -> the same, whole. `reward`: these, the rollout and
-    units -> (f32 [B], its terms). `update`: (state, anchor, rollout, reward) -> (state, metrics); the old state is gone.
+    units -> (f32 [B], its terms). `update`: (state, anchor, rollout, reward) -> (state, metrics); the old state is
+    gone.
     """
 
     shapes: Any  # of the learner's RLState
