@@ -21,6 +21,7 @@ import safetensors.numpy
 
 from musicrl_jax.core import checkpoint
 from musicrl_jax.core.files import write_json
+from musicrl_jax.core.manifest import MANIFEST
 from musicrl_jax.models.mulan import MuLanConfig
 from musicrl_jax.models.musiclm import MusicLMConfig
 from musicrl_jax.models.rewards import PreferenceConfig, QualityConfig
@@ -153,7 +154,7 @@ def _index(source: str) -> dict[str, dict[str, Any]]:
 
 
 def _load(folder: str) -> checkpoint.Model:
-    path = Path(folder) / checkpoint.MODEL / checkpoint.MANIFEST
+    path = Path(folder) / checkpoint.MODEL / MANIFEST
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint in {folder}: train it first, or mend the path")
     kind = json.loads(path.read_text())["config"].get("kind")

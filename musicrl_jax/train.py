@@ -18,6 +18,7 @@ from musicrl_jax.core import checkpoint, hosts, sharding
 from musicrl_jax.core.keys import step_key
 from musicrl_jax.core.metrics import MetricWriter
 from musicrl_jax.core.progress import Progress
+from musicrl_jax.core.run_checkpoints import RunCheckpoints
 from musicrl_jax.core.state import MOST_SKIPPED, Optimiser
 from musicrl_jax.objectives.objective import Objective
 from musicrl_jax.objectives.step import first_state, training_step
@@ -69,7 +70,7 @@ def train(
         "seed": seed,
         "steps": steps,
     }
-    checkpoints = checkpoint.RunCheckpoints(directory, identity)
+    checkpoints = RunCheckpoints(directory, identity)
     if checkpoint.has_model(directory):
         print(f"{directory}: trained already")
         checkpoints.close()

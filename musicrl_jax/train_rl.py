@@ -27,6 +27,7 @@ from musicrl_jax.arena.monitor import Judge, Monitor
 from musicrl_jax.core import checkpoint, hosts, sharding
 from musicrl_jax.core.metrics import FILE_NAME, MetricWriter
 from musicrl_jax.core.progress import Progress
+from musicrl_jax.core.run_checkpoints import RunCheckpoints
 from musicrl_jax.core.state import MOST_SKIPPED, Optimiser
 from musicrl_jax.inputs.prompts import Prompts
 from musicrl_jax.losses.policy_gradient import PolicyGradient
@@ -152,7 +153,7 @@ def train_rl(
     }
     if monitor is not None:
         monitor.audience.check(studio.sample_rate_hz)
-    checkpoints = checkpoint.RunCheckpoints(directory, identity)
+    checkpoints = RunCheckpoints(directory, identity)
     if checkpoint.has_model(directory):
         print(f"{directory}: trained already")
         shutil.rmtree(directory / LOOKS, ignore_errors=True)  # of a run that was killed just before its end

@@ -20,6 +20,7 @@ from musicrl_jax import train_rl
 from musicrl_jax.arena import monitor
 from musicrl_jax.core import checkpoint, sharding
 from musicrl_jax.core.metrics import MetricWriter
+from musicrl_jax.core.run_checkpoints import RunCheckpoints
 from musicrl_jax.core.tokens import TokenLayout
 from musicrl_jax.losses.policy_gradient import PolicyGradient
 from musicrl_jax.models.musiclm import MusicLM, MusicLMConfig
@@ -141,7 +142,7 @@ def loop(folder, mesh=None, weight=1.0, vocabulary=b"words", normalise=False, wr
             monitor.pieces, "encode", lambda vocabulary, asked, length: np.ones((len(asked), length), np.int32)
         )
         if not saves:
-            patch.setattr(checkpoint.RunCheckpoints, "save", lambda self, step, state, about: states.append(state))
+            patch.setattr(RunCheckpoints, "save", lambda self, step, state, about: states.append(state))
         if writer is not None:
             patch.setattr(train_rl, "MetricWriter", writer)
         if mesh is not None:

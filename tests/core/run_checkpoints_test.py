@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from musicrl_jax.core import checkpoint, hosts
-from musicrl_jax.core.checkpoint import RunCheckpoints
+from musicrl_jax.core import checkpoint, hosts, run_checkpoints
+from musicrl_jax.core.run_checkpoints import RunCheckpoints
 from musicrl_jax.core.tokens import TokenLayout
 
 IDENTITY = {"model": {"width": 8}, "data": "ab12", "seed": 0}
@@ -187,14 +187,14 @@ def test_the_newest_are_kept(tmp_path):
 
 
 def test_saving_does_not_wait_and_the_old_step_stays_until_the_new_one_is_whole(tmp_path, monkeypatch):
-    go_on, inner = threading.Event(), checkpoint._described_files
+    go_on, inner = threading.Event(), run_checkpoints.described_files
 
     def slow(folder):
         assert go_on.wait(60)
         return inner(folder)
 
     saved(tmp_path, 1)
-    monkeypatch.setattr(checkpoint, "_described_files", slow)
+    monkeypatch.setattr(run_checkpoints, "described_files", slow)
     run = RunCheckpoints(tmp_path, IDENTITY, keep=1)
     run.save(2, state(2), about(2))  # returns while its files are not yet hashed
     assert (run.steps(), run.latest_step()) == ([1], 1)
@@ -326,7 +326,7 @@ def test_a_state_of_an_older_version_is_not_removed(tmp_path):
 def test_a_full_disk_is_said_before_anything_is_written(folder, monkeypatch):
     step, run = opened(folder)
     before = files_of(folder)
-    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
+    monkeypatch.setattr(run_checkpoints.shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
     with pytest.raises(OSError, match=r"no space to save in .*checkpoints: 0 MB needed"):
         run.save(3, state(3))
     run.close()
@@ -341,7 +341,7 @@ def test_an_error_in_the_background_is_raised_at_the_next_call(folder, monkeypat
     for then in ("save", "close"):
         run = RunCheckpoints(folder, IDENTITY)
         with monkeypatch.context() as patch:
-            patch.setattr(checkpoint, "_described_files", broken)
+            patch.setattr(run_checkpoints, "described_files", broken)
             run.save(3, state(3))
             with pytest.raises(OSError, match=r"step 3 cannot be saved in .*: Input/output error; .*that of step 2\."):
                 run.save(4, state(4)) if then == "save" else run.close()
@@ -377,9 +377,9 @@ def test_a_disk_that_fills_up_leaves_the_last_step(small_disk, monkeypatch, capf
     usage = shutil.disk_usage
     run.latest_step()
     with monkeypatch.context() as patch:  # another process takes the space in the meantime
-        patch.setattr(checkpoint.shutil, "disk_usage", lambda _: SimpleNamespace(free=1 << 40))
+        patch.setattr(run_checkpoints.shutil, "disk_usage", lambda _: SimpleNamespace(free=1 << 40))
         run.save(2, {"x": jax.random.normal(jax.random.key(1), (1 << 20,))})
-        patch.setattr(checkpoint.shutil, "disk_usage", usage)
+        patch.setattr(run_checkpoints.shutil, "disk_usage", usage)
         with pytest.raises(OSError, match=r"step 2 .* in .*: No space left on device; 5 MB needed, .* step 1\."):
             run.close()
     assert not capfd.readouterr().err  # one error, not what is below it as well
