@@ -22,6 +22,8 @@ from musicrl_jax.models.musiclm import MusicLMConfig
 ROOT = Path(__file__).parents[1]
 BUDGETS = ROOT / "tests/plan_budgets.json"  # by version of jax: what the base size takes on v5e:4x4
 
+needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the extra 'plan'")
+
 
 @pytest.fixture(scope="module")
 def calls():
@@ -105,7 +107,38 @@ def test_an_estimate_adds_up():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the extra 'plan'")
+@needs_libtpu
+@pytest.mark.parametrize(
+    ("topology", "slices", "chips"),
+    [("v5e:4x4", 1, 16), ("v5e:16x16", 1, 256), ("v5e:16x16", 2, 512), ("v5p:4x4x4", 1, 64), ("v6e:8x8", 1, 64)],
+)
+def test_four_chips_of_any_slice_share_a_weight(topology, slices, chips):
+    """As the base size asks; the four are next to each other, in one slice."""
+    code = f"""
+import json
+from musicrl_jax import plan
+mesh = plan._topology({topology!r}, {slices})[0](4, 1)
+near = [[(getattr(d, "slice_index", 0), d.coords) for d in group.flat] for group in mesh.devices[:, :, 0]]
+print("RESULT", json.dumps([dict(mesh.shape), near]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    shape, near = json.loads(done.stdout.partition("RESULT ")[2])
+    assert shape == {"data": chips // 4, "fsdp": 4, "tensor": 1}
+    for group in near:
+        assert len({place for place, _ in group}) == 1
+        spans = np.ptp([coords for _, coords in group], axis=0)
+        assert spans.sum() <= 3
+
+
+@pytest.mark.slow
+@needs_libtpu
 def test_the_base_size_keeps_its_budget_on_sixteen_chips(tmp_path):
     """Memory, traffic of the decoding and the compiler's cycles, within 5 % of what stands in plan_budgets.json."""
     budget = json.loads(BUDGETS.read_text()).get(jax.__version__)
