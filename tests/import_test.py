@@ -26,7 +26,7 @@ HOMES = {
     "tokenizers": {"inputs"},
     "safetensors": {"inputs", "pack.py"},
     "flax.linen": {"models", "core/sharding.py"},
-    "orbax": {"core/checkpoint.py"},
+    "orbax": {"core/checkpoint.py", "core/run_checkpoints.py"},
     "matplotlib": {"report"},
     "jinja2": {"report"},
     "librosa": {"arena"},
