@@ -112,6 +112,7 @@ def damage(folder: Path, files: dict[str, list[Any]], more: bool) -> str:
 
 
 def bytes_needed(tree: Any) -> int:
+    """Of disk space, for a tree of arrays and what is written beside them."""
     return int(SAVE_MARGIN * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)))
 
 

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from musicrl_jax.core import checkpoint
-from musicrl_jax.core.run_checkpoints import RunCheckpoints
 from musicrl_jax.core.tokens import TokenLayout
 from musicrl_jax.models.musiclm import MusicLMConfig
 from musicrl_jax.models.transformer import TransformerConfig
@@ -80,28 +79,6 @@ def test_changed_arrays_are_noticed(tmp_path, tree):
     shutil.copytree(tmp_path / "b/model/variables", tmp_path / "a/model/variables")
     with pytest.raises(ValueError, match="is damaged"):
         checkpoint.load_model(tmp_path / "a", TokenLayout)
-
-
-def test_run_state_comes_back_bit_equal(tmp_path, tree):
-    run = RunCheckpoints(tmp_path, {"size": 1})
-    assert run.latest_step() == 0
-    run.save(5, tree)
-    run.close()
-    again = RunCheckpoints(tmp_path, {"size": 1})
-    assert again.latest_step() == 5
-    assert_equal_bits(tree, again.restore(jax.tree.map(jnp.zeros_like, tree)))
-    again.close()
-
-
-def test_checkpoint_of_another_size_names_the_field(tmp_path, tree):
-    identity = {"model": dataclasses.asdict(TokenLayout()), "steps": 3}
-    other = {"model": dataclasses.asdict(TokenLayout(semantic_codes=8)), "steps": 3}
-    RunCheckpoints(tmp_path, other).close()  # without a state it binds nobody
-    run = RunCheckpoints(tmp_path, identity)
-    run.save(1, tree)
-    run.close()
-    with pytest.raises(ValueError, match=r"model\.semantic_codes is 1024 there and 8 here"):
-        RunCheckpoints(tmp_path, other)
 
 
 def test_a_setting_is_described_by_what_it_holds(tmp_path, tree):

@@ -1,5 +1,6 @@
 """A run goes on from its newest whole checkpoint: whatever bit flips, whenever it is killed, whatever the disk does."""
 
+import dataclasses
 import json
 import os
 import re
@@ -282,6 +283,18 @@ def test_another_run_is_refused_and_nothing_of_this_one_is_touched(folder):
     with pytest.raises(ValueError, match=r"holds another run: model\.width is 8 there and 16 here"):
         RunCheckpoints(folder, {**IDENTITY, "model": {"width": 16}})
     assert files_of(folder) == before and (folder / "checkpoints/3").exists()
+
+
+def test_a_run_of_another_size_names_the_field_and_binds_nobody_before_its_first_state(tmp_path):
+    identity, other = (
+        {"model": dataclasses.asdict(layout)} for layout in (TokenLayout(), TokenLayout(semantic_codes=8))
+    )
+    RunCheckpoints(tmp_path, other).close()
+    run = RunCheckpoints(tmp_path, identity)
+    run.save(1, state(1))
+    run.close()
+    with pytest.raises(ValueError, match=r"model\.semantic_codes is 1024 there and 8 here"):
+        RunCheckpoints(tmp_path, other)
 
 
 def test_the_manifest_knows_the_run_where_run_json_is_damaged(folder):
