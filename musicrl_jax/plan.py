@@ -280,7 +280,8 @@ def _reinforced(planned: Planned, stage: str, mesh: Mesh) -> Iterator[Program]:
     text = jax.ShapeDtypeStruct((batch_size, call["prompts"].text_length), jnp.int32, sharding=by_row)
     keys = _struct(jax.eval_shape(steps.keys, zero, zero, zero), by_row)
     whole = partial(_struct, shardings=sharding.replicated(mesh))
-    gathered = _struct(state.policy, steps.drawing), whole(frozen)
+    policy, others = jax.eval_shape(steps.gather, state.policy, frozen)
+    gathered = _struct(policy, steps.learning.policy), whole(others)
     rollout = _struct(jax.eval_shape(steps.rollout, *gathered, text, keys), by_row)
     units = {term.name: (0.0, 1.0) for term in call["rewards"].terms}
     reward = jax.ShapeDtypeStruct((batch_size,), jnp.float32, sharding=by_row)
@@ -288,12 +289,14 @@ def _reinforced(planned: Planned, stage: str, mesh: Mesh) -> Iterator[Program]:
     frames = loaded.studio.frames(call["clip_seconds"])
     rounds = frames, frames * loaded.studio.musiclm.config.layout.depth
     anchor = state.policy
+    learning = _struct(jax.eval_shape(steps.gather_learner, state, anchor), steps.learning)
     for name, function, arguments, beside in (
         ("gather", steps.gather, (state.policy, frozen), (anchor, state.value, moments, scorers)),
         ("rollout", steps.rollout, (*gathered, text, keys), (state, anchor, frozen, scorers)),
         ("gather scorers", steps.gather_scorers, (scorers,), (state, anchor, frozen, rollout)),
         ("reward", steps.reward, (whole(scorers), rollout, units), (state, anchor, frozen, scorers)),
-        ("update", steps.update, (state, anchor, rollout, reward), (frozen, scorers)),
+        ("gather learner", steps.gather_learner, (state, anchor), (frozen, scorers, rollout)),
+        ("update", steps.update, (state, learning, rollout, reward), (anchor, frozen, scorers)),
     ):
         yield Program(stage, name, function, arguments, batch_size, beside, rounds if name == "rollout" else ())
 

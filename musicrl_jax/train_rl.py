@@ -28,7 +28,7 @@ from musicrl_jax.core import checkpoint, hosts, sharding
 from musicrl_jax.core.metrics import FILE_NAME, MetricWriter
 from musicrl_jax.core.progress import Progress
 from musicrl_jax.core.run_checkpoints import RunCheckpoints
-from musicrl_jax.core.state import MOST_SKIPPED, Optimiser
+from musicrl_jax.core.state import MOST_SKIPPED, Optimiser, in_dtype
 from musicrl_jax.inputs.prompts import Prompts
 from musicrl_jax.losses.policy_gradient import PolicyGradient
 from musicrl_jax.models.musiclm import MusicLMConfig
@@ -65,6 +65,7 @@ def train_rl(
     top_k: int | None = None,
     microbatches: int = 1,
     remat: bool = False,
+    dtype: str = "float32",
     seed: int = 0,
     fsdp: int = 1,
     tensor: int = 1,
@@ -93,6 +94,9 @@ def train_rl(
       temperature, top_k: of the policy, in sampling and in scoring alike; see `rl.sample.Sampling`.
       microbatches: parts of a batch that are differentiated one after the other, to save memory.
       remat: saves memory for time, as in `models.transformer.Transformer`.
+      dtype: of the products with the weights in the update and in SoundStorm, 'float32' or 'bfloat16'; clips are drawn
+        in float32 (on a TPU the compiler reads weights and caches as bfloat16 even so), and what is learned,
+        softmaxes, losses, rewards and the codec are in it too. The metric sampler_drift says what that changes.
       seed: of prompts' order and of sampling.
       fsdp, tensor: sizes of the mesh's axes.
       save_every: steps between two checkpoints.
@@ -124,6 +128,7 @@ def train_rl(
         raise ValueError(f"train_rl.batch_size={batch_size} is no multiple of PolicyGradient.group={gradient.group}")
     if microbatches < 1 or batch_size % microbatches:
         raise ValueError(f"train_rl.microbatches={microbatches} must divide batch_size={batch_size}")
+    in_dtype({}, dtype)  # refuses another
     directory = Path(model_dir)
     loaded = rollouts.load(base, fine, codec, mulan)
     mixture = rewards.load()
@@ -145,6 +150,7 @@ def train_rl(
         "kl_target": kl_target,
         "temperature": temperature,
         "top_k": top_k,
+        "dtype": dtype,
         "policy_optimiser": dataclasses.asdict(policy_optimiser),
         "value_optimiser": dataclasses.asdict(value_optimiser),
         "monitor": checkpoint.describe(monitor),
@@ -180,6 +186,7 @@ def train_rl(
         top_k=top_k,
         microbatches=microbatches,
         remat=remat,
+        dtype=dtype,
     )
     state, shardings = sharding.born_sharded(mesh, learner.create, jax.random.key(seed))
     anchor = sharding.put(loaded.policy, shardings.policy)
@@ -238,7 +245,7 @@ def train_rl(
             reward, terms = scored(rollout, units)
             if step == 0:
                 state = jax.jit(learner.with_baseline, out_shardings=shardings)(state, reward)
-            state, metrics = functions.update(state, anchor, rollout, reward)
+            state, metrics = functions.update(state, functions.gather_learner(state, anchor), rollout, reward)
             reward, terms, metrics = sharding.fetch((reward, terms, metrics))
             mixture.check(terms)
             numbers = {name: score.mean() for name, score in terms.items()}

@@ -54,7 +54,7 @@ def test_every_function_of_a_run_lowers_on_a_mesh(calls, monkeypatch):
     steps = ("codec", "semantic", "mulan", "quality", "policy", "fine", "preference")
     assert names == {
         **{name: ["step"] for name in steps},
-        **{name: ["gather", "rollout", "gather scorers", "reward", "update"] for name in ("r", "ru")},
+        **{name: ["gather", "rollout", "gather scorers", "reward", "gather learner", "update"] for name in ("r", "ru")},
     }
 
 

@@ -3,7 +3,8 @@
 A block is: half a feed-forward, self-attention with rotary positions, a convolution module, half a feed-forward,
 LayerNorm. Two departures from the paper. The convolution module normalises with LayerNorm where the paper has
 BatchNorm, so that a clip's output never depends on the rest of its batch and there are no statistics to carry.
-There is no dropout: the same input gives the same output in training and in use.
+There is no dropout: the same input gives the same output in training and in use. All is computed in the input's dtype,
+norms and the attention's softmax in float32.
 
 Legend: B clips, S positions, D width, H heads, A width of a head, W taps of the depthwise convolution.
 """
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from musicrl_jax.core import sharding
+from musicrl_jax.models.transformer import at_least_float32
 
 ROTARY_BASE = 10_000.0
 
@@ -75,6 +77,11 @@ def _kernel(*names: str | None):
     return nn.with_logical_partitioning(nn.initializers.lecun_normal(), names)
 
 
+def _norm(name: str, x: jax.Array) -> jax.Array:
+    """LayerNorm, computed in float32 at least."""
+    return nn.LayerNorm(name=name)(at_least_float32(x)).astype(x.dtype)
+
+
 class FeedForward(nn.Module):
     """LayerNorm, D -> mlp, swish, mlp -> D."""
 
@@ -82,9 +89,9 @@ class FeedForward(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = nn.LayerNorm(name="norm")(x)
-        x = nn.Dense(self.config.mlp, kernel_init=_kernel("embed", "mlp"), name="up")(x)  # [B, S, mlp]
-        return nn.Dense(self.config.embed, kernel_init=_kernel("mlp", "embed"), name="down")(nn.swish(x))
+        x = _norm("norm", x)
+        x = nn.Dense(self.config.mlp, dtype=x.dtype, kernel_init=_kernel("embed", "mlp"), name="up")(x)  # [B, S, mlp]
+        return nn.Dense(self.config.embed, dtype=x.dtype, kernel_init=_kernel("mlp", "embed"), name="down")(nn.swish(x))
 
 
 class SelfAttention(nn.Module):
@@ -95,14 +102,17 @@ class SelfAttention(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         width, heads = self.config.embed, self.config.heads
-        x = nn.LayerNorm(name="norm")(x)
+        x = _norm("norm", x)
         query, key, value = (
-            nn.Dense(width, kernel_init=_kernel("embed", "heads"), name=name)(x).reshape(*x.shape[:2], heads, -1)
+            nn.Dense(width, dtype=x.dtype, kernel_init=_kernel("embed", "heads"), name=name)(x).reshape(
+                *x.shape[:2], heads, -1
+            )
             for name in ("query", "key", "value")
         )  # [B, S, H, A] each
         positions = jnp.arange(x.shape[1])
-        mixed = jax.nn.dot_product_attention(rotary(query, positions), rotary(key, positions), value)
-        return nn.Dense(width, kernel_init=_kernel("heads", "embed"), name="out")(mixed.reshape(x.shape))
+        with jax.numpy_dtype_promotion("standard"):  # inside: its softmax is in float32
+            mixed = jax.nn.dot_product_attention(rotary(query, positions), rotary(key, positions), value)
+        return nn.Dense(width, dtype=x.dtype, kernel_init=_kernel("heads", "embed"), name="out")(mixed.reshape(x.shape))
 
 
 class Convolution(nn.Module):
@@ -113,11 +123,11 @@ class Convolution(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         width = self.config.embed
-        x = nn.LayerNorm(name="norm")(x)
-        x = nn.glu(nn.Dense(2 * width, kernel_init=_kernel("embed", "mlp"), name="up")(x))  # [B, S, D]
+        x = _norm("norm", x)
+        x = nn.glu(nn.Dense(2 * width, dtype=x.dtype, kernel_init=_kernel("embed", "mlp"), name="up")(x))  # [B, S, D]
         taps = self.param("depthwise", _kernel(None, "mlp"), (self.config.kernel, width))
-        x = nn.swish(nn.LayerNorm(name="middle_norm")(depthwise(x, taps)))
-        return nn.Dense(width, kernel_init=_kernel("mlp", "embed"), name="down")(x)
+        x = nn.swish(_norm("middle_norm", depthwise(x, taps)))
+        return nn.Dense(width, dtype=x.dtype, kernel_init=_kernel("mlp", "embed"), name="down")(x)
 
 
 class Block(nn.Module):
@@ -131,7 +141,7 @@ class Block(nn.Module):
         x = x + SelfAttention(self.config, name="attention")(x)
         x = x + Convolution(self.config, name="convolution")(x)
         x = x + 0.5 * FeedForward(self.config, name="second")(x)
-        return nn.LayerNorm(name="norm")(x)
+        return _norm("norm", x)
 
 
 class Conformer(nn.Module):

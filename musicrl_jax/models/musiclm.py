@@ -46,7 +46,10 @@ class MusicLMConfig:
 
 
 class Trunk(nn.Module):
-    """Everything below the heads: tokens of the past -> one vector for each token that comes next."""
+    """Everything below the heads: tokens of the past -> one vector for each token that comes next.
+
+    What is added up is so in float32, and from there on all is in the dtype of the matrices.
+    """
 
     config: MusicLMConfig
     remat: bool = False  # as in Transformer
@@ -71,11 +74,12 @@ class Trunk(nn.Module):
         """The temporal transformer's prefix: int32 [B, M] -> [B, M, D]."""
         c = self.config
         offsets = jnp.arange(c.mulan_levels, dtype=jnp.int32) * c.mulan_codes
-        return self.mulan_table[mulan + jnp.broadcast_to(offsets, mulan.shape)]
+        return self.mulan_table[mulan + jnp.broadcast_to(offsets, mulan.shape)].astype(self.bridge.dtype)
 
     def embed_frame(self, tokens: jax.Array) -> jax.Array:
         """A whole frame as one input of the temporal transformer: int32 [..., K] -> [..., D]."""
-        return self.frame_table[self.config.layout.flat_ids(tokens)].sum(axis=-2)
+        frame = self.frame_table[self.config.layout.flat_ids(tokens)].sum(axis=-2)
+        return frame.astype(self.bridge.dtype)
 
     def hidden(self, tokens: jax.Array, mulan: jax.Array, deterministic: bool = True) -> jax.Array:
         """What is known before each token: tokens int32 [B, F, K], mulan int32 [B, M] -> [B, F, K, d].
@@ -83,15 +87,14 @@ class Trunk(nn.Module):
         The vector at (f, k) depends on the MuLan tokens, on all frames before f and on the codes before k in frame f.
         """
         c = self.config
-        batch, frames, places = tokens.shape
-        begin = jnp.broadcast_to(self.begin, (batch, 1, c.temporal.embed))
+        batch = tokens.shape[0]
+        begin = jnp.broadcast_to(self.begin.astype(self.bridge.dtype), (batch, 1, c.temporal.embed))
         past = self.embed_frame(tokens[:, :-1])  # [B, F - 1, D]
         x = self.temporal(jnp.concatenate([self.embed_mulan(mulan), begin, past], axis=1), deterministic)
-        context = x[:, c.mulan_levels :] @ self.bridge  # [B, F, d]
+        context = at_least_float32(x[:, c.mulan_levels :] @ self.bridge)  # [B, F, d]
         codes = self.code_table[c.layout.flat_ids(tokens)][:, :, :-1]  # [B, F, K - 1, d]
-        x = context[:, :, None] + jnp.pad(codes, ((0, 0), (0, 0), (1, 0), (0, 0))) + self.place[None, None]
-        x = self.depth(x.reshape(batch * frames, places, c.depth.embed), deterministic)
-        return x.reshape(batch, frames, places, c.depth.embed)
+        codes = jnp.pad(codes, ((0, 0), (0, 0), (1, 0), (0, 0))) + self.place[None, None]
+        return self.depth.apart((context[:, :, None] + codes).astype(self.bridge.dtype), deterministic)
 
     def temporal_bias(self, frames: int) -> jax.Array:
         """The temporal attention's position bias for a clip of `frames`, computed once for the whole decoding."""
@@ -103,20 +106,20 @@ class Trunk(nn.Module):
 
     def start_clip(self, mulan: jax.Array, frames: int, bias: jax.Array) -> Cache:
         """The temporal cache of a clip of `frames`, with the MuLan prefix inside."""
-        cache = self.temporal.empty_cache(len(mulan), self.config.mulan_levels + frames)
+        cache = self.temporal.empty_cache(mulan.shape[0], self.config.mulan_levels + frames, self.bridge.dtype)
         return self.temporal.extend(self.embed_mulan(mulan), cache, 0, bias)[1]
 
     def next_frame(
         self, previous: jax.Array, cache: Cache, frame: jax.Array, bias: jax.Array
     ) -> tuple[jax.Array, Cache]:
         """The context [B, d] of `frame` (0, 1, ...), given the codes int32 [B, K] of the one before it, if any."""
-        x = jnp.where(frame > 0, self.embed_frame(previous), self.begin[None])
+        x = jnp.where(frame > 0, self.embed_frame(previous), self.begin.astype(self.bridge.dtype)[None])
         x, cache = self.temporal.extend(x[:, None], cache, self.config.mulan_levels + frame, bias)
         return x[:, 0] @ self.bridge, cache
 
     def empty_depth_cache(self, batch: int) -> Cache:
         """A cache for the codes of one frame."""
-        return self.depth.empty_cache(batch, self.config.layout.depth)
+        return self.depth.empty_cache(batch, self.config.layout.depth, self.bridge.dtype)
 
     def next_code(
         self, context: jax.Array, previous: jax.Array, cache: Cache, place: jax.Array, bias: jax.Array
@@ -125,8 +128,8 @@ class Trunk(nn.Module):
         c = self.config
         code = self.code_table[previous + jnp.asarray(c.layout.starts)[jnp.maximum(place - 1, 0)]]
         code = jnp.where(place > 0, code, 0.0)
-        x = context + code + self.place[place][None]
-        x, cache = self.depth.extend(x[:, None], cache, place, bias)
+        x = at_least_float32(context) + code + self.place[place][None]
+        x, cache = self.depth.extend(x.astype(self.bridge.dtype)[:, None], cache, place, bias)
         return x[:, 0], cache
 
 
@@ -158,14 +161,15 @@ class MusicLM(nn.Module):
         Codes that a place does not have get a score that makes their probability exactly 0.
         """
         hidden = sharding.by_row(self.trunk.hidden(tokens, mulan, deterministic))
-        acoustic = jnp.einsum("bfkd,kdv->bfkv", hidden[:, :, 1:], self.acoustic_head)
-        return jnp.concatenate([self._filled(hidden[:, :, :1] @ self.semantic_head), self._filled(acoustic)], axis=2)
+        semantic = self._logits("bfkd,dv->bfkv", hidden[:, :, :1], self.semantic_head)
+        acoustic = self._logits("bfkd,kdv->bfkv", hidden[:, :, 1:], self.acoustic_head)
+        return jnp.concatenate([semantic, acoustic], axis=2)
 
-    def _filled(self, logits: jax.Array) -> jax.Array:
-        """Up to the V codes of the larger codebook: [..., at most V] -> f32 [..., V]."""
+    def _logits(self, product: str, hidden: jax.Array, head: jax.Array) -> jax.Array:
+        """In float32 whatever its factors are, and up to the V codes of the larger codebook: f32 [..., V]."""
+        logits = jnp.einsum(product, at_least_float32(hidden), at_least_float32(head))
         missing = self.config.layout.vocabulary - logits.shape[-1]
-        widths = [(0, 0)] * (logits.ndim - 1) + [(0, missing)]
-        return jnp.pad(at_least_float32(logits), widths, constant_values=NEVER)
+        return jnp.pad(logits, [(0, 0)] * (logits.ndim - 1) + [(0, missing)], constant_values=NEVER)
 
     def temporal_bias(self, frames: int) -> jax.Array:
         """See Trunk."""
@@ -194,8 +198,8 @@ class MusicLM(nn.Module):
     ) -> tuple[jax.Array, Cache]:
         """Logits f32 [B, V] of the code at `place`, and the depth cache; arguments as in Trunk.next_code."""
         hidden, cache = self.trunk.next_code(context, previous, cache, place, bias)
-        acoustic = self._filled(hidden @ self.acoustic_head[jnp.maximum(place - 1, 0)])
-        return jnp.where(place > 0, acoustic, self._filled(hidden @ self.semantic_head)), cache
+        acoustic = self._logits("bd,dv->bv", hidden, self.acoustic_head[jnp.maximum(place - 1, 0)])
+        return jnp.where(place > 0, acoustic, self._logits("bd,dv->bv", hidden, self.semantic_head)), cache
 
 
 class Value(nn.Module):
@@ -203,9 +207,10 @@ class Value(nn.Module):
 
     config: MusicLMConfig
     remat: bool = False  # as in Transformer
+    lanes: int = 1  # the same
 
     def setup(self) -> None:
-        self.trunk = Trunk(self.config, self.remat)
+        self.trunk = Trunk(self.config, self.remat, self.lanes)
         self.head = self.param(
             "head", nn.with_logical_partitioning(nn.initializers.zeros, ("embed",)), (self.config.depth.embed,)
         )

@@ -57,7 +57,8 @@ class SoundStorm(nn.Module):
 
     @nn.compact
     def __call__(self, codes: jax.Array, masked: jax.Array, level: jax.Array | int) -> jax.Array:
-        """Logits f32 [B, T, C] of codec level `level`, coarse_levels <= level < Q.
+        """Logits f32 [B, T, C] of codec level `level`, coarse_levels <= level < Q; what is before them in the dtype
+        of the matrices.
 
         Every level has a head of its own; only the one that is asked for is computed.
 
@@ -74,14 +75,14 @@ class SoundStorm(nn.Module):
             (c.levels, c.codes + 1, width),  # the last is the mask; a mesh's axis would not divide that many rows
         )
         ids = jnp.where(masked, c.codes, codes)
-        x = sum(table[q][ids[:, :, q]] for q in range(c.levels))  # [B, T, D]
-        x = Conformer(c.conformer)(x)
         head = self.param(
             "head",
             nn.with_logical_partitioning(nn.initializers.normal(width**-0.5), (None, "embed", "vocab")),
             (c.levels - c.coarse_levels, width, c.codes),
         )
-        return jnp.matmul(x, head[level - c.coarse_levels]).astype(jnp.float32)
+        x = sum(table[q][ids[:, :, q]] for q in range(c.levels))  # [B, T, D]
+        x = Conformer(c.conformer)(x.astype(head.dtype))
+        return jnp.matmul(x.astype(jnp.float32), head[level - c.coarse_levels].astype(jnp.float32))
 
 
 class Hidden(NamedTuple):

@@ -19,6 +19,7 @@ from musicrl_jax.core import sharding
 
 Cache = list[tuple[jax.Array, jax.Array]]  # for each layer its keys and values, [B, G, P, g E] each; g is mostly 1
 LANES = {"tpu": 128}  # of a vector register, by platform: a shorter last axis of an array is filled up in memory
+QUERIES = 256  # that attend together where all positions are there: half of the scores of a long clip are never formed
 
 NEVER = -1e9  # a score that softmax turns into exactly 0 in float32
 
@@ -83,9 +84,17 @@ def at_least_float32(x: jax.Array) -> jax.Array:
 
 
 def rms_norm(x: jax.Array, scale: jax.Array) -> jax.Array:
-    """x / rms(x) * scale over the last axis, T5's layer norm."""
-    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + 1e-6)
-    return x * inverse * jnp.broadcast_to(scale, x.shape)
+    """x / rms(x) * scale over the last axis, T5's layer norm: computed in float32 at least, in x's dtype."""
+    wide = at_least_float32(x)
+    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + 1e-6)
+    return (wide * inverse * jnp.broadcast_to(at_least_float32(scale), x.shape)).astype(x.dtype)
+
+
+def attend(query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array) -> jax.Array:
+    """Attention, [B, H, S, E], [B, H, P, E] twice, [H, S, P] -> [B, S, H, E]."""
+    scores = jnp.einsum("bhse,bhpe->bhsp", query, key) + bias.astype(query.dtype)[None]
+    weights = jax.nn.softmax(at_least_float32(scores), axis=-1).astype(query.dtype)
+    return jnp.einsum("bhsp,bhpe->bshe", weights, value)
 
 
 def heads_together(config: TransformerConfig, lanes: int) -> int:
@@ -117,7 +126,8 @@ def attend_together(query: jax.Array, key: jax.Array, value: jax.Array, bias: ja
         own, (batch, groups, together, length, together, width)
     )
     wide = wide.reshape(batch, groups, together, length, together * width)
-    scores = jnp.einsum("bghsd,bgpd->bghsp", wide, key).reshape(batch, heads, length, -1) + bias[None]
+    scores = jnp.einsum("bghsd,bgpd->bghsp", wide, key).reshape(batch, heads, length, -1)
+    scores += bias.astype(query.dtype)[None]
     weights = jax.nn.softmax(at_least_float32(scores), axis=-1).astype(query.dtype)
     weights = weights.reshape(batch, groups, together, length, -1)
     mixed = jnp.einsum("bghsp,bgpd->bghsd", weights, value)
@@ -137,12 +147,15 @@ class Block(nn.Module):
     def __call__(
         self,
         x: jax.Array,
-        bias: jax.Array,
+        biases: tuple[jax.Array, ...],
         cache: tuple[jax.Array, jax.Array] | None,
         start: jax.Array | int,
         deterministic: bool,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        """x [B, S, D], bias [H, S, P] -> (y [B, S, D], the layer's keys and values)."""
+        """x [B, S, D] -> (y [B, S, D], the layer's keys and values).
+
+        Each of the biases, [H, s, p], is for the s queries after the one's before it, which see the first p positions.
+        """
         c = self.config
         width = c.embed // c.heads
         heads_kernel = partitioned(("embed", "heads", "kv"))
@@ -160,11 +173,19 @@ class Block(nn.Module):
                 for past, new in zip(cache, (key, value), strict=True)
             )
         if cache is not None and self.together > 1:
-            mixed = attend_together(query, key, value, bias)
+            mixed = attend_together(query, key, value, *biases)
         else:
-            scores = jnp.einsum("bhse,bhpe->bhsp", query, key) + bias[None]
-            weights = jax.nn.softmax(at_least_float32(scores), axis=-1).astype(x.dtype)
-            mixed = jnp.einsum("bhsp,bhpe->bshe", weights, value)
+            ends = np.cumsum([bias.shape[1] for bias in biases])
+            blocks = [
+                attend(
+                    query[:, :, end - bias.shape[1] : end],
+                    key[:, :, : bias.shape[2]],
+                    value[:, :, : bias.shape[2]],
+                    bias,
+                )
+                for end, bias in zip(ends, biases, strict=True)
+            ]
+            mixed = blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=1)
         out = self.param("out", partitioned(("heads", "kv", "embed"), 2), (c.heads, width, c.embed))
         h = jnp.einsum("bshe,hed->bsd", mixed, out)
         x = x + nn.Dropout(c.dropout)(h, deterministic=deterministic)
@@ -182,7 +203,7 @@ class Transformer(nn.Module):
 
     With `remat` all positions at once go through the blocks in a loop, whose gradient computes each anew instead of
     keeping what it found: a third more work, and the memory of one block in place of all. A cache keeps as many heads
-    side by side as fill the `lanes`.
+    side by side, and `apart` as many sequences, as fill the `lanes`. Products are in the dtype of their weights.
     """
 
     config: TransformerConfig
@@ -208,22 +229,41 @@ class Transformer(nn.Module):
         bucket = relative_bucket(distance, c.relative_buckets, c.relative_distance)
         return jnp.where((distance >= 0)[None], self.relative[:, bucket], NEVER)
 
-    def empty_cache(self, batch: int, length: int) -> Cache:
-        """A cache of zeros for `length` positions."""
+    def empty_cache(self, batch: int, length: int, dtype: Any) -> Cache:
+        """A cache of zeros for `length` positions; of the dtype of the weights."""
         c, together = self.config, heads_together(self.config, self.lanes)
-        zeros = jnp.zeros((batch, c.heads // together, length, together * c.embed // c.heads), self.final_norm.dtype)
+        shape = batch, c.heads // together, length, together * c.embed // c.heads
+        zeros = jnp.zeros(shape, dtype)
         return [(zeros, zeros) for _ in range(c.layers)]
 
     def __call__(self, x: jax.Array, deterministic: bool = True) -> jax.Array:
         """All positions at once: x [B, S, D] -> [B, S, D]."""
-        bias = self.bias(x.shape[1])
+        return self._all(x, self.bias(x.shape[1]), deterministic)
+
+    def apart(self, x: jax.Array, deterministic: bool = True) -> jax.Array:
+        """N sequences a row, none of which sees another: x [B, N, S, D] -> [B, N, S, D]."""
+        sequences, length = x.shape[1:3]
+        together = max(
+            n for n in range(1, sequences + 1) if sequences % n == 0 and (n == 1 or n * length <= self.lanes)
+        )
+        bias = self.bias(length)
+        if together > 1:
+            same = np.eye(together, dtype=bool)[None, :, None, :, None]
+            bias = jnp.where(same, bias[:, None, :, None, :], NEVER).reshape(len(bias), together * length, -1)
+        return self._all(x.reshape(-1, together * length, x.shape[-1]), bias, deterministic).reshape(x.shape)
+
+    def _all(self, x: jax.Array, bias: jax.Array, deterministic: bool) -> jax.Array:
+        """Every position of x [B, S, D] under a causal bias [H, S, S]."""
+        length = x.shape[1]
+        ends = [min(start + QUERIES, length) for start in range(0, length, QUERIES)]
+        biases = tuple(bias[:, start:end, :end] for start, end in zip([0, *ends], ends, strict=False))
         if self.remat and not self.is_initializing():
-            return rms_norm(self._one_at_a_time(x, bias, deterministic), self.final_norm)
+            return rms_norm(self._one_at_a_time(x, biases, deterministic), self.final_norm)
         for block in self.blocks:
-            x, _ = block(x, bias, None, 0, deterministic)
+            x, _ = block(x, biases, None, 0, deterministic)
         return rms_norm(x, self.final_norm)
 
-    def _one_at_a_time(self, x: jax.Array, bias: jax.Array, deterministic: bool) -> jax.Array:
+    def _one_at_a_time(self, x: jax.Array, biases: tuple[jax.Array, ...], deterministic: bool) -> jax.Array:
         """All blocks as one loop, which compiles in a fraction of the time; each is computed anew for its gradient."""
         c = self.config
         block = Block(c, parent=None)
@@ -235,7 +275,7 @@ class Transformer(nn.Module):
         def apply(x: jax.Array, layer: tuple[Any, jax.Array | None]) -> tuple[jax.Array, None]:
             weights, key = layer
             rngs = {} if key is None else {"dropout": key}
-            return block.apply({"params": weights}, x, bias, None, 0, deterministic, rngs=rngs)[0], None
+            return block.apply({"params": weights}, x, biases, None, 0, deterministic, rngs=rngs)[0], None
 
         return jax.lax.scan(apply, x, (weights, keys))[0]
 
@@ -254,6 +294,6 @@ class Transformer(nn.Module):
         bias = jax.lax.dynamic_slice_in_dim(bias, start, x.shape[1], axis=1)
         filled = []
         for block, layer in zip(self.blocks, cache, strict=True):
-            x, layer = block(x, bias, layer, start, True)
+            x, layer = block(x, (bias,), layer, start, True)
             filled.append(layer)
         return rms_norm(x, self.final_norm), filled

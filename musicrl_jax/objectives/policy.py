@@ -6,6 +6,7 @@ from typing import Any
 import jax
 
 from musicrl_jax.core import checkpoint
+from musicrl_jax.core.state import in_dtype
 from musicrl_jax.losses.lm import cross_entropy
 from musicrl_jax.models.musiclm import MusicLM, MusicLMConfig
 from musicrl_jax.objectives.objective import Batch, Metrics
@@ -18,10 +19,15 @@ class PolicyObjective(TokenObjective):
 
     Attributes:
       remat: saves memory for time, as in `models.transformer.Transformer`.
+      dtype: of the products with the weights in training, as in `core.state.in_dtype`; judged in float32.
     """
 
     model: MusicLMConfig
     remat: bool = dataclasses.field(default=False, metadata=checkpoint.NO_IDENTITY)
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        in_dtype({}, self.dtype)  # refuses another
 
     def init(self, key: jax.Array, batch: Batch) -> dict[str, Any]:
         """Variables of MusicLM; ValueError where the tokens are of another layout."""
@@ -34,7 +40,7 @@ class PolicyObjective(TokenObjective):
         """Nats per token, with dropout."""
         tokens = policy_tokens(batch, self.model)
         logits = MusicLM(self.model, self.remat).apply(
-            {"params": params}, tokens, batch["mulan"], deterministic=False, rngs={"dropout": key}
+            {"params": in_dtype(params, self.dtype)}, tokens, batch["mulan"], deterministic=False, rngs={"dropout": key}
         )
         loss, metrics = cross_entropy(logits, tokens)
         return loss, (state, {"loss": loss, **metrics})

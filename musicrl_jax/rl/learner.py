@@ -5,14 +5,14 @@ Legend: B clips, b clips of a part of the batch, S = F K tokens of a clip in the
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
 
-from musicrl_jax.core.state import moved
+from musicrl_jax.core.state import in_dtype, moved
 from musicrl_jax.losses.policy_gradient import (
     Advantage,
     PolicyGradient,
@@ -23,6 +23,7 @@ from musicrl_jax.losses.policy_gradient import (
     value_loss,
 )
 from musicrl_jax.models.musiclm import MusicLM, Value
+from musicrl_jax.models.transformer import at_least_float32
 from musicrl_jax.rl.rollout import Rollout
 from musicrl_jax.rl.sample import Sampling, log_probs, values
 
@@ -48,6 +49,14 @@ class RLState:
     value_opt: Any
 
 
+class AtHand(NamedTuple):
+    """The weights of policy, anchor and value as they compute: in the learner's dtype, and where that is quick."""
+
+    policy: Any
+    anchor: Any
+    value: Any
+
+
 @dataclasses.dataclass(frozen=True)
 class Learner:
     """A KL-anchored policy gradient as one pure step.
@@ -62,6 +71,8 @@ class Learner:
       kl_target: KL in nats a clip that the strength is adapted to, or None.
       microbatches: parts of a batch that are scored and differentiated one after the other, to save memory; the
         update is the same.
+      dtype: of products with the weights, as in `core.state.in_dtype`, and so of gradients while they are added over
+        devices; over microbatches they are in float32.
     """
 
     policy: MusicLM
@@ -74,6 +85,7 @@ class Learner:
     updates: int = 1
     kl_target: float | None = None
     microbatches: int = 1
+    dtype: str = "float32"
 
     @property
     def learns_values(self) -> bool:
@@ -106,28 +118,40 @@ class Learner:
         mean = jnp.where(finite, reward, 0.0).sum() / jnp.maximum(finite.sum(dtype=jnp.float32), 1.0)
         return state.replace(value={**state.value, "offset": mean})
 
+    def at_hand(self, state: RLState, anchor: Any) -> AtHand:
+        """What `update` computes with."""
+        return in_dtype(AtHand(state.policy, anchor, state.value), self.dtype)
+
     def update(
-        self, state: RLState, anchor: Any, rollout: Rollout, reward: jax.Array, layout: RLState | None = None
+        self,
+        state: RLState,
+        weights: AtHand,
+        rollout: Rollout,
+        reward: jax.Array,
+        layout: RLState | None = None,
+        gathered: RLState | None = None,
     ) -> tuple[RLState, dict[str, jax.Array]]:
         """All updates of a rollout: reward f32 [B] -> (the next state, metrics f32 [] each, of the last update).
 
-        With a `layout`, the state's shardings, gradients are summed over microbatches as the weights lie.
-        Where a reward or a gradient is not finite nothing moves, and the rollout is counted in `skipped`, once.
+        The first is by `weights`, those of the state at hand, and of its anchor. With a `layout`, the state's
+        shardings, gradients are summed over microbatches as the weights lie; with `gathered`, shardings too, later
+        updates bring their weights there. Where a reward or a gradient is not finite nothing moves, and the rollout is
+        counted in `skipped`, once.
         """
         parts = jax.tree.map(self._split, rollout)
         rewards = self._split(reward)
 
         # What the rollout is worth to the policy that drew it. The anchor is scored by the very operations that score
         # the policy: as long as their weights are equal so are the log-probs, and the KL is 0 to the bit.
-        log_anchor = self._map(lambda part: self._scored(anchor, part), parts)
+        log_anchor = self._map(lambda part: self._scored(weights.anchor, part), parts)
         drawn = self._joined(
             self._map(
-                lambda part, log_anchor: scores(self._scored(state.policy, part), log_anchor, _by_clip(part.tokens)),
+                lambda part, log_anchor: scores(self._scored(weights.policy, part), log_anchor, _by_clip(part.tokens)),
                 parts,
                 log_anchor,
             )
         )
-        judged = self._joined(self._map(lambda part: self._judged(state.value, part), parts))
+        judged = self._joined(self._map(lambda part: self._judged(weights.value, part), parts))
         worth, metrics = advantage(self.gradient, drawn, reward, judged, state.kl_strength)
         drift = drawn.log_probs - _by_clip(rollout.log_probs)
         metrics |= {"sampler_drift": jnp.abs(drift).max(), "sampler_drift_clip": jnp.abs(drift.sum(axis=1)).max()}
@@ -142,11 +166,13 @@ class Learner:
         def critic(value: Any, part: Rollout, reward: jax.Array) -> jax.Array:
             return value_loss(self._judged(value, part), reward)[0]
 
-        def once(state: RLState, _: None) -> tuple[RLState, dict[str, jax.Array]]:
+        def once(state: RLState, weights: AtHand) -> tuple[RLState, dict[str, jax.Array]]:
             """One update."""
             slopes = jax.grad(actor, has_aux=True)
             gradients, found = self._mean(
-                lambda *part: slopes(state.policy, *part), (parts, log_anchor, worth), layout and (layout.policy, None)
+                lambda *part: slopes(weights.policy, *part),
+                (parts, log_anchor, worth),
+                layout and (layout.policy, None),
             )
             found["policy_norm"] = norm = optax.tree.norm(gradients)
             policy, policy_opt = moved(self.policy_transform, gradients, state.policy_opt, state.policy)
@@ -154,7 +180,7 @@ class Learner:
             if self.learns_values:
                 slopes = jax.value_and_grad(critic)
                 found["value_loss"], gradients = self._mean(
-                    lambda *part: slopes(state.value, *part), (parts, rewards), layout and (None, layout.value)
+                    lambda *part: slopes(weights.value, *part), (parts, rewards), layout and (None, layout.value)
                 )
                 value, value_opt = moved(self.value_transform, gradients, state.value_opt, state.value)
                 taken = taken.replace(value=value, value_opt=value_opt)
@@ -164,9 +190,15 @@ class Learner:
             finite = jnp.isfinite(norm) & jnp.isfinite(reward).all()
             return jax.tree.map(lambda new, old: jnp.where(finite, new, old), taken, left_out), found
 
-        after, found = once(state, None)
+        def again(state: RLState, _: None) -> tuple[RLState, dict[str, jax.Array]]:
+            fetched = self.at_hand(state, ())
+            if gathered is not None:
+                fetched = jax.lax.with_sharding_constraint(fetched, AtHand(gathered.policy, (), gathered.value))
+            return once(state, fetched)
+
+        after, found = once(state, weights)
         if self.updates > 1:
-            after, found = jax.lax.scan(once, after, None, length=self.updates - 1)
+            after, found = jax.lax.scan(again, after, None, length=self.updates - 1)
             found = jax.tree.map(lambda x: x[-1], found)
         metrics |= found
         skips = after.skipped > state.skipped
@@ -200,18 +232,21 @@ class Learner:
         return jax.lax.map(lambda part: function(*part), parts)
 
     def _mean(self, function: Callable, parts: tuple[Any, ...], layout: tuple[Any, Any] | None) -> Any:
-        """The mean of function(part), a pair, over the parts; of their results one is kept at a time, and their sum."""
-        if self.microbatches == 1:
-            return function(*jax.tree.map(lambda x: x[0], parts))
-        first = jax.eval_shape(function, *jax.tree.map(lambda x: x[0], parts))
-        nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
+        """The mean of function(part), a pair, over the parts, in float32 at least; of their results one is kept at a
+        time, and their sum."""
 
         def laid_out(pair: Any) -> Any:
             where = layout or (None, None)
-            return tuple(
+            pair = tuple(
                 side if at is None else jax.lax.with_sharding_constraint(side, at)
                 for side, at in zip(pair, where, strict=True)
             )
+            return jax.tree.map(at_least_float32, pair)
+
+        if self.microbatches == 1:
+            return laid_out(function(*jax.tree.map(lambda x: x[0], parts)))
+        first = jax.eval_shape(lambda *part: laid_out(function(*part)), *jax.tree.map(lambda x: x[0], parts))
+        nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
 
         def add(total: Any, part: Any) -> tuple[Any, None]:
             return laid_out(jax.tree.map(jnp.add, total, laid_out(function(*part)))), None

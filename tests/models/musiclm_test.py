@@ -7,7 +7,9 @@ import pytest
 from flax.linen import meta
 
 from musicrl_jax.core.keys import row_keys
+from musicrl_jax.core.state import in_dtype
 from musicrl_jax.core.tokens import TokenLayout
+from musicrl_jax.models import transformer
 from musicrl_jax.models.musiclm import MusicLM, MusicLMConfig, Value
 from musicrl_jax.models.transformer import TransformerConfig, relative_bucket
 from musicrl_jax.rl import sample as sampling
@@ -70,6 +72,34 @@ def test_remat_changes_neither_the_weights_nor_the_gradient(model, drawn):
     )
     np.testing.assert_array_equal(one, other)
     assert np.abs(np.asarray(one - plain)[..., :5]).max() > 0.01  # dropout drops
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_frames_side_by_side_and_blocks_of_queries_change_neither_logits_nor_gradients(
+    model, drawn, remat, monkeypatch
+):
+    """As TPUs do it: four frames of five codes together in 24 lanes, 23 positions of a clip in blocks of 21 and 2."""
+    plain, params = model
+    mulan, tokens, _ = drawn
+    blocks = MusicLM(CONFIG, remat, lanes=24)
+    monkeypatch.setattr(transformer, "QUERIES", 21)
+
+    def logits(module, params, tokens):
+        return module.apply({"params": params}, tokens, mulan)
+
+    def slope(module):
+        loss = lambda p: jnp.square(logits(module, p, tokens)[..., :5]).mean()  # noqa: E731
+        return jax.jit(jax.value_and_grad(loss))(params)
+
+    products = str(jax.make_jaxpr(lambda: logits(blocks, params, tokens))())
+    assert f"{BATCH * FRAMES // 4},2,20,20" in products and f"{BATCH},2,2,23" in products
+    with jax.default_matmul_precision("highest"):
+        found = slope(blocks)
+        monkeypatch.setattr(transformer, "QUERIES", 256)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), found, slope(plain))
+        # What stands beside a frame is not seen at all: a code that changes in one leaves the others as they are.
+        changed = tokens.at[:, -1, 0].set((tokens[:, -1, 0] + 1) % 5)
+        np.testing.assert_array_equal(*(logits(blocks, params, t)[:, : FRAMES - 1] for t in (tokens, changed)))
 
 
 @pytest.mark.exactness(8)
@@ -191,11 +221,13 @@ def test_relative_buckets_are_t5s():
 
 @pytest.mark.exactness(9)
 def test_bfloat16_moves_log_probs_little(model, drawn):
-    """Activations and weights in bfloat16; the softmax is in float32 even so."""
+    """Activations and what is multiplied in bfloat16; norms and softmax are in float32 even so."""
     module, params = model
     mulan, tokens, _ = drawn
-    half = jax.tree.map(lambda w: w.astype(jnp.bfloat16), params)
+    half = in_dtype(params, "bfloat16")
     exact, rough = (sampling.log_probs(module, weights, tokens, mulan, PLAIN, None) for weights in (params, half))
+    hidden = module.apply({"params": half}, tokens, mulan, method=lambda module, *given: module.trunk.hidden(*given))
+    assert hidden.dtype == jnp.bfloat16
     assert rough.dtype == jnp.float32
     gap = sampling.token_log_probs(rough, tokens) - sampling.token_log_probs(exact, tokens)
     assert 0 < float(jnp.sqrt(jnp.mean(jnp.square(gap)))) < 0.03

@@ -12,6 +12,7 @@ from scipy.special import log_softmax
 from scipy.stats import chisquare
 
 from musicrl_jax.core.keys import row_keys
+from musicrl_jax.core.state import in_dtype
 from musicrl_jax.models.conformer import ConformerConfig
 from musicrl_jax.models.soundstorm import SoundStorm, SoundStormConfig, fill_fine, schedule, training_mask
 
@@ -47,6 +48,21 @@ def test_a_frame_is_the_sum_of_its_levels_and_every_level_has_a_head():
     levels = np.array([4, 2, 3, 3, 4, 2, 2, 4], np.int32)  # one a clip, as in training
     each = np.stack([x[clip] @ head[level - 2] for clip, level in enumerate(levels)])
     np.testing.assert_allclose(bare.apply(start, CODES, masked, levels), each, atol=1e-5)
+
+
+def test_bfloat16_moves_its_logits_little(variables):
+    masked = np.zeros(CODES.shape, bool)
+    masked[:, :, 3:] = True
+    half = in_dtype(variables, "bfloat16")
+    assert {w.dtype for w in jax.tree.leaves(half)} == {
+        jnp.dtype("bfloat16"),
+        jnp.dtype("float32"),
+    }  # matrices; biases and scales
+    exact, rough = apply(variables, CODES, masked, 3), apply(half, CODES, masked, 3)
+    assert rough.dtype == jnp.float32
+    assert 0 < np.sqrt(np.square(rough - exact).mean()) < 0.02 * np.asarray(exact).std()
+    with pytest.raises(ValueError, match="'float16' must be 'float32' or 'bfloat16'"):
+        in_dtype(variables, "float16")
 
 
 def test_hidden_codes_do_not_leak_and_seen_ones_are_heard(variables):

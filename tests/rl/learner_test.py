@@ -49,7 +49,12 @@ def steps(learner):
     def draw(policy, mulan, key):
         return played(policy, mulan, key, SAMPLING)
 
-    return jax.jit(draw), jax.jit(learner.update)
+    return jax.jit(draw), jax.jit(updated(learner))
+
+
+def updated(learner):
+    """(state, anchor, rollout, reward) -> what an update makes of them."""
+    return lambda state, anchor, *given: learner.update(state, learner.at_hand(state, anchor), *given)
 
 
 def played(policy, mulan, key, sampling):
@@ -94,7 +99,7 @@ def test_it_is_zero_however_the_clips_are_drawn(learner, start, sampling):
 
     def step(state, anchor):
         rollout = played(state.policy, mulan, jax.random.key(1), sampling)
-        return other.update(state, anchor, rollout, jnp.linspace(0, 1, BATCH))[1]
+        return updated(other)(state, anchor, rollout, jnp.linspace(0, 1, BATCH))[1]
 
     metrics = jax.jit(step)(state, anchor)
     assert float(metrics["kl"]) == 0.0
@@ -106,8 +111,24 @@ def test_scoring_at_another_temperature_than_sampling_is_caught(learner, start):
     """By the drift between sampler and learner, of which a run keeps a record."""
     (state, anchor), mulan = start, jnp.zeros((BATCH, 2), jnp.int32)
     rollout = played(state.policy, mulan, jax.random.key(1), Sampling(0.7))
-    metrics = jax.jit(learner.update)(state, anchor, rollout, jnp.linspace(0, 1, BATCH))[1]
+    metrics = jax.jit(updated(learner))(state, anchor, rollout, jnp.linspace(0, 1, BATCH))[1]
     assert float(metrics["sampler_drift"]) > 0.01
+
+
+@pytest.mark.exactness(6, 9)
+def test_in_bfloat16_the_gradient_is_nearly_the_same_and_its_sum_in_float32(start, rollout):
+    """The KL is 0 to the bit even so, and what the sampler's and the learner's log-probs differ by is on record."""
+    (state, anchor), reward = start, jnp.linspace(0, 1, BATCH)
+    found = []
+    for dtype in ("float32", "bfloat16"):
+        learner = a_learner(PolicyGradient(), dtype=dtype)
+        after, metrics = jax.jit(updated(learner))(state, anchor, rollout, reward)
+        assert {w.dtype for w in jax.tree.leaves((after.policy, after.value))} == {jnp.dtype("float32")}
+        assert float(metrics["kl"]) == 0.0
+        found.append(np.concatenate([np.ravel(m) for m in jax.tree.leaves(after.policy_opt[0].mu)]))
+    exact, rough = found
+    assert 0 < np.linalg.norm(rough - exact) < 0.1 * np.linalg.norm(exact)
+    assert 2e-5 < float(metrics["sampler_drift"]) < 0.1
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +140,7 @@ def in_parts(start, rollout):
         learner = a_learner(gradient, microbatches=parts)
         state = learner.started(meta.unbox(jax.jit(learner.create)(jax.random.key(0))), start[1])
         reward = jax.random.uniform(jax.random.key(4), (BATCH,))
-        state, metrics = jax.jit(learner.update)(state, start[1], rollout, reward)
+        state, metrics = jax.jit(updated(learner))(state, start[1], rollout, reward)
         return [opt[0].mu for opt in (state.policy_opt, state.value_opt)], metrics
 
     return found
@@ -157,7 +178,7 @@ def test_a_reward_that_is_not_finite_skips_the_update_and_is_counted(start, step
 def test_a_rollout_whose_updates_are_all_skipped_counts_once_and_moves_no_strength(start, rollout):
     learner = a_learner(PolicyGradient("value", "clipped"), updates=3, kl_target=2.0)
     state = learner.started(meta.unbox(jax.jit(learner.create)(jax.random.key(0))), start[1])
-    after, _ = jax.jit(learner.update)(state, start[1], rollout, jnp.ones(BATCH).at[3].set(jnp.nan))
+    after, _ = jax.jit(updated(learner))(state, start[1], rollout, jnp.ones(BATCH).at[3].set(jnp.nan))
     assert (int(after.skipped), float(after.kl_strength)) == (1, float(state.kl_strength))
 
 
@@ -184,7 +205,7 @@ def test_reward_rises_and_the_anchor_holds(learner, start, steps):
     anchor = start[1]
     kept = jax.tree.map(np.array, anchor)
     state = learner.started(meta.unbox(jax.jit(learner.create)(jax.random.key(0))), anchor)
-    rewards, kls, _ = zeros_played(steps[0], jax.jit(learner.update, donate_argnums=0), state, anchor, 15)
+    rewards, kls, _ = zeros_played(steps[0], jax.jit(updated(learner), donate_argnums=0), state, anchor, 15)
     assert rewards[0] < 0.4 and rewards[-1] > 2 * rewards[0]
     # A policy that always plays 0 costs -log p(0) a frame, 8 frames long: the KL is of that size, not below it.
     assert kls[0] == 0.0 and kls[-1] > 0.3 * FRAMES * np.log(2 * rewards[-1] / (2 * rewards[0]))
@@ -205,7 +226,7 @@ def test_every_choice_raises_the_reward(start, steps, gradient, updates):
     state, anchor = start
     state = learner.started(meta.unbox(jax.jit(learner.create)(jax.random.key(0))), anchor)
     assert (state.value == {}) == (gradient.baseline != "value")
-    rewards, kls, state = zeros_played(steps[0], jax.jit(learner.update), state, anchor, 12)
+    rewards, kls, state = zeros_played(steps[0], jax.jit(updated(learner)), state, anchor, 12)
     assert rewards[-1] > 1.6 * rewards[0] and (updates > 1 or kls[0] == 0.0) and int(state.step) == 12
 
 
