@@ -18,7 +18,7 @@ from musicrl_jax.models.musiclm import MusicLM, MusicLMConfig
 from musicrl_jax.models.soundstorm import SoundStorm, SoundStormConfig, fill_fine
 from musicrl_jax.models.soundstream import SoundStream, SoundStreamConfig
 from musicrl_jax.models.transformer import LANES
-from musicrl_jax.rl.sample import Sampling, sample
+from musicrl_jax.rl.sample import Given, Sampling, sample
 
 LAST = "last"  # a finetuned policy's folder for the last weights, where earlier ones were kept
 
@@ -70,7 +70,14 @@ class Studio:
         return frames
 
     def rollout(
-        self, policy: Any, frozen: dict[str, Any], text: jax.Array, keys: jax.Array, frames: int, sampling: Sampling
+        self,
+        policy: Any,
+        frozen: dict[str, Any],
+        text: jax.Array,
+        keys: jax.Array,
+        frames: int,
+        sampling: Sampling,
+        given: Given | None = None,
     ) -> Rollout:
         """Draws a clip for each prompt.
 
@@ -81,11 +88,12 @@ class Studio:
           keys: [B], one a row; a row's clip depends on its prompt and key alone.
           frames: F.
           sampling: the policy's distribution.
+          given: how the clips begin, if they are to go on from something.
         """
         embedding = self.mulan.apply(frozen["mulan"], text, method="embed_text")
         mulan = self.mulan.apply(frozen["mulan"], embedding, method="quantize")
         keys = jax.vmap(jax.random.split)(keys)  # [B, 2]: what the policy does must not show in the noise of the rest
-        drawn = sample(self.musiclm, policy, mulan, keys[:, 0], frames, sampling)
+        drawn = sample(self.musiclm, policy, mulan, keys[:, 0], frames, sampling, given)
         _, coarse = deinterleave(drawn.tokens)
         acoustic = fill_fine(self.soundstorm, frozen["soundstorm"], coarse, keys[:, 1])
         wav = self.soundstream.apply(frozen["soundstream"], acoustic, method="decode")

@@ -22,16 +22,16 @@ class Sampling:
     """How a policy's logits become the distribution that it draws from, which *is* the policy.
 
     Attributes:
-      temperature: above 0.
+      temperature: above 0; f32 [B, 1] gives each clip its own.
       top_k: only so many codes of each place, the likeliest, may be drawn, and those that are as likely as the last of
         them; None, the paper's choice: all.
     """
 
-    temperature: float = 0.99
+    temperature: float | jax.Array = 0.99
     top_k: int | None = None
 
     def __post_init__(self) -> None:
-        if not 0 < self.temperature < math.inf:
+        if isinstance(self.temperature, float | int) and not 0 < self.temperature < math.inf:
             raise ValueError(f"temperature={self.temperature} must be above 0 and finite")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k={self.top_k} must be 1 or more, or None for all codes")
@@ -56,7 +56,22 @@ class Drawn(NamedTuple):
     allowed: jax.Array | None  # bool [B, F, K, V], the codes that could have been drawn; None where all could
 
 
-def sample(model: MusicLM, params: Any, mulan: jax.Array, keys: jax.Array, frames: int, sampling: Sampling) -> Drawn:
+class Given(NamedTuple):
+    """How clips begin."""
+
+    tokens: jax.Array  # int32 [B, F, K]
+    frames: jax.Array  # int32 [B], so many of them are given, and the rest of `tokens` is not looked at
+
+
+def sample(
+    model: MusicLM,
+    params: Any,
+    mulan: jax.Array,
+    keys: jax.Array,
+    frames: int,
+    sampling: Sampling,
+    given: Given | None = None,
+) -> Drawn:
     """Draws clips from the policy.
 
     Each row has its own key, folded with the frame: what a row draws does not depend on the rest of the batch. The
@@ -69,10 +84,12 @@ def sample(model: MusicLM, params: Any, mulan: jax.Array, keys: jax.Array, frame
       keys: [B], a key for each row.
       frames: F, the length of the clips.
       sampling: the distribution.
+      given: frames that are not drawn, but stand before those that are; their log-probs in what is returned are of
+        the codes that would have been drawn.
     """
     layout = model.config.layout
     variables = {"params": params}
-    batch = len(mulan)
+    batch = mulan.shape[0]
 
     def apply(method: str, *arguments: Any) -> Any:
         return model.apply(variables, *arguments, method=method)
@@ -100,6 +117,9 @@ def sample(model: MusicLM, params: Any, mulan: jax.Array, keys: jax.Array, frame
         places = jnp.arange(layout.depth, dtype=jnp.int32)
         _, drawn = jax.lax.scan(draw_code, start, (places, jnp.moveaxis(noise, 1, 0)))
         drawn = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), drawn)  # [B, K] or [B, K, V]
+        if given is not None:
+            kept = (frame < given.frames)[:, None]
+            drawn = drawn._replace(tokens=jnp.where(kept, given.tokens[:, frame], drawn.tokens))
         return (drawn.tokens, cache), drawn
 
     start = (jnp.zeros((batch, layout.depth), jnp.int32), cache)
