@@ -255,12 +255,12 @@ def test_prompts_become_clips(folder, tmp_path):
 
 def test_a_prompt_gives_its_clip_whatever_else_is_asked(folder, tmp_path):
     prompts = ["a slow air", "быстрая джига на скрипке 🎻", "a jig " * 500]
-    paths = generate(prompts, f"{folder}/run/ru", str(tmp_path / "all"), clip_seconds=0.4)
-    alone = generate(prompts[1], f"{folder}/run/ru", str(tmp_path / "one.wav"), clip_seconds=0.4)
+    paths = generate(f"{folder}/run/ru", prompts, out=str(tmp_path / "all"), clip_seconds=0.4)
+    alone = generate(f"{folder}/run/ru", prompts[1], out=str(tmp_path / "one.wav"), clip_seconds=0.4)
     clips = [soundfile.read(path)[0] for path in paths]
     np.testing.assert_array_equal(clips[1], soundfile.read(alone[0])[0])
     assert [len(clip) for clip in clips] == [6400, 6400, 6400]
-    other = generate(prompts[1], f"{folder}/run/ru", str(tmp_path / "two.wav"), clip_seconds=0.4, seed=1)
+    other = generate(f"{folder}/run/ru", prompts[1], out=str(tmp_path / "two.wav"), clip_seconds=0.4, seed=1)
     assert np.abs(soundfile.read(other[0])[0] - clips[1]).max() > 0
 
 
@@ -288,8 +288,8 @@ def test_models_that_do_not_belong_together_are_refused(folder, tmp_path):
     louder = jax.tree.map(lambda w: w * 1.5, model.variables["params"])
     checkpoint.save_model(codec, model.config, {**model.variables, "params": louder})
     with pytest.raises(ValueError, match="was trained on tokens of codec"):
-        generate("a reel", f"{folder}/run/ru", str(tmp_path / "x.wav"), 0.4, codec=str(codec))
+        generate(f"{folder}/run/ru", "a reel", out=str(tmp_path / "x.wav"), clip_seconds=0.4, codec=str(codec))
     with pytest.raises(ValueError, match="holds a SoundStreamConfig, not a MusicLMConfig"):
-        generate("a reel", f"{folder}/run/codec", str(tmp_path / "x.wav"), 0.4)
+        generate(f"{folder}/run/codec", "a reel", out=str(tmp_path / "x.wav"), clip_seconds=0.4)
     with pytest.raises(FileNotFoundError, match="no MusicLMConfig checkpoint"):
-        generate("a reel", f"{folder}/run/nowhere", str(tmp_path / "x.wav"), 0.4)
+        generate(f"{folder}/run/nowhere", "a reel", out=str(tmp_path / "x.wav"), clip_seconds=0.4)

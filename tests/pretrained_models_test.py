@@ -136,7 +136,7 @@ def test_what_ships_is_what_its_index_says(shipped):
 def test_what_ships_plays_music_rather_than_noise(shipped, tmp_path, policy):
     """A spectrum with peaks: white noise has a flatness of -2.5 dB, real clips of the demo's data below -30."""
     prompts = ["a slow Bach chorale on a church organ", "a fast Irish reel on a harp in D major", "a string ensemble"]
-    paths = generate(prompts, str(shipped / policy), str(tmp_path), clip_seconds=5.0)
+    paths = generate(str(shipped / policy), prompts, out=str(tmp_path), clip_seconds=5.0)
     clips = [soundfile.read(path, dtype="float32") for path in paths]
     assert all((len(wav), rate) == (80_000, 16_000) for wav, rate in clips)
     assert min(np.sqrt(np.mean(wav**2)) for wav, _ in clips) > 3e-3

@@ -88,7 +88,7 @@ def log_mels(wav: jax.Array) -> jax.Array:
         raise ValueError(f"a clip of {samples} samples is too short for musicnn: give at least {HOP + 1}")
     count = samples // HOP + 1
     padded = jnp.pad(wav.astype(jnp.float32), ((0, 0), (HOP, HOP)), mode="reflect")
-    hops = padded[:, : (count + 1) * HOP].reshape(len(wav), count + 1, HOP)
+    hops = padded[:, : (count + 1) * HOP].reshape(wav.shape[0], count + 1, HOP)
     framed = jnp.concatenate([hops[:, :-1], hops[:, 1:]], axis=-1)  # [B, S, 512]
     hann = jnp.asarray(0.5 - 0.5 * np.cos(2 * np.pi * np.arange(WINDOW) / WINDOW), jnp.float32)
     spectrum = jnp.fft.rfft(framed * hann[None, None, :], axis=-1)
@@ -143,7 +143,7 @@ class Musicnn(nn.Module):
             layers.append(x if layer == 0 else layers[-1] + x)
         features = jnp.concatenate(layers, axis=-1)  # [B, S, W]
         pooled = jnp.stack([features.max(axis=1), features.mean(axis=1)], axis=-1)  # [B, W, 2]
-        return Affine(name="output_norm")(pooled.reshape(len(mels), -1))
+        return Affine(name="output_norm")(pooled.reshape(mels.shape[0], -1))
 
 
 def params(config: MusicnnConfig, tensors: Mapping[str, np.ndarray], where: str) -> dict[str, Any]:

@@ -1,0 +1,368 @@
+"""A checkpoint -> a bundle: all that is between a prompt and its waveform, without this repository's model code.
+
+What is in it is said in `serving/bundle.py`, which is in it too.
+
+Legend: B clips, L text pieces, F frames, K codes in a frame, M MuLan levels, E MuLan's width, N samples.
+"""
+
+import importlib.metadata
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors.numpy
+from jax import export as jax_export
+
+from musicrl_jax.core import checkpoint, manifest
+from musicrl_jax.core.keys import step_key
+from musicrl_jax.core.state import in_dtype
+from musicrl_jax.inputs import pieces
+from musicrl_jax.models.musiclm import MusicLM
+from musicrl_jax.models.transformer import LANES
+from musicrl_jax.rl import rollout as rollouts
+from musicrl_jax.rl.rewards import LoadedMixture, Mixture
+from musicrl_jax.rl.rollout import Loaded, Rollout, Studio
+from musicrl_jax.rl.sample import Given, Sampling
+from musicrl_jax.serving import bundle
+from musicrl_jax.serving.bundle import DRAW, FORMAT, GOLDEN, SCORE, VOCABULARY, WEIGHTS, Clips
+
+PROMPTS = "upbeat jazz with a walking bass", "a slow sad piano piece"
+SHARD_BYTES = 2 << 30  # of a file of weights, at most, but for one larger array
+READ_BY_BUNDLES = bundle.__file__, manifest.__file__, pieces.__file__
+WITHOUT_MODEL_CODE = "import sys, runpy; sys.modules['musicrl_jax'] = None; sys.argv = sys.argv[1:]; "
+
+
+def export(
+    checkpoint: str,
+    out: str,
+    clip_seconds: float,
+    rewards: Mixture | None = None,
+    temperature: float = 0.99,
+    top_k: int | None = None,
+    dtype: str = "float32",
+    platforms: Sequence[str] = ("cpu", "cuda", "tpu"),
+    prompts: Sequence[str] = PROMPTS,
+    licence: str = "",
+    fine: str | None = None,
+    codec: str | None = None,
+    mulan: str | None = None,
+) -> None:
+    """Writes a bundle, whole or not at all, and draws its golden clips again in a process without this package.
+
+    A function takes any number of clips; all have one length, of which a shorter clip is the beginning.
+
+    Args:
+      checkpoint: folder of a policy, base or finetuned.
+      out: the bundle's folder, which must not be there yet.
+      clip_seconds: length of the clips that it draws, a multiple of 40 ms.
+      rewards: scores the clips, so that the best of several can be taken.
+      temperature, top_k: of the policy; the first is what a bundle does if not told otherwise.
+      dtype: 'bfloat16' halves the weights of policy and SoundStorm and computes in it; codec, MuLan and rewards stay
+        in float32.
+      platforms: what the functions are written for, of cpu, cuda and tpu; this machine's among them.
+      prompts: of the golden clips.
+      licence: that the weights stand under, in words for the card.
+      fine, codec, mulan: folders of the other models; by default those beside the checkpoint, as in a run's folder.
+
+    Raises:
+      ValueError: where a setting is out of range, models do not belong together, or the bundle does not draw the
+        golden clips.
+      FileNotFoundError, FileExistsError: where a checkpoint is missing, or `out` is there.
+      OSError: where there is no room for it.
+    """
+    in_dtype({}, dtype)  # refuses another
+    here = bundle.PLATFORMS[jax.default_backend()]
+    if unknown := sorted(set(platforms) - set(bundle.PLATFORMS.values())):
+        raise ValueError(f"export.platforms: {unknown[0]!r} is none of cpu, cuda, tpu")
+    if here not in platforms:
+        raise ValueError(f"export.platforms={tuple(platforms)} lacks {here}, on which the bundle is verified here")
+    folder = Path(out)
+    if folder.exists():
+        raise FileExistsError(f"export.out={out!r} is there already: remove it, or give another folder")
+    beside = Path(checkpoint).parent
+    loaded = rollouts.load(
+        checkpoint, fine or str(beside / "fine"), codec or str(beside / "codec"), mulan or str(beside / "mulan")
+    )
+    frames = loaded.studio.frames(clip_seconds)
+    mixture = None if rewards is None else rewards.load()
+    if mixture is not None:
+        mixture.check_models(loaded)
+    sampling = Sampling(temperature, top_k)
+    text = pieces.encode(loaded.vocabulary, prompts, loaded.studio.mulan.config.text_length)
+
+    frozen = {**loaded.frozen, "soundstorm": in_dtype(loaded.frozen["soundstorm"], dtype)}
+    trees = {DRAW: (in_dtype(loaded.policy, dtype), frozen)}
+    if mixture is not None:
+        trees[SCORE] = mixture.variables
+    stored, arguments = _stored(trees)
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    manifest.check_space(partial, stored)
+    functions: dict[str, dict[str, Any]] = {name: {} for name in trees}
+    for platform in platforms:
+        for name, exported in _functions(loaded, mixture, trees, frames, top_k, platform):
+            file = partial / "functions" / platform / f"{name}.stablehlo"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(exported.serialize())
+            functions[name][platform] = {"calling_convention": exported.calling_convention_version}
+            print(f"{folder.name}: {name} for {platform}, {file.stat().st_size / 1e6:.1f} MB", flush=True)
+    (partial / WEIGHTS).mkdir()
+    for number, shard in enumerate(_shards(stored)):
+        safetensors.numpy.save_file(shard, partial / WEIGHTS / f"{number:05d}.safetensors")
+    (partial / VOCABULARY).write_bytes(loaded.vocabulary)
+    for file in READ_BY_BUNDLES:
+        shutil.copy(file, partial)
+
+    # The golden clips, by the model code itself.
+    draw = _draw(loaded.studio, frames, top_k)
+    rows = len(prompts)
+    seeds, none = jnp.arange(rows, dtype=jnp.uint32), jnp.zeros(rows, jnp.uint32)
+    nothing = Given(jnp.zeros((rows, frames, _places(loaded)), jnp.int32), jnp.zeros(rows, jnp.int32))
+    temperatures = jnp.full(rows, temperature, jnp.float32)
+    golden = jax.jit(draw)(*trees[DRAW], text, seeds, none, temperatures, nothing)
+    if not np.isfinite(golden.wav).all():
+        raise ValueError(f"{checkpoint} draws samples that are not finite: train its codec again")
+    kept = {"text": text, "seeds": seeds, "tokens": golden.tokens, "wav": golden.wav}
+    safetensors.numpy.save_file({name: np.asarray(x) for name, x in kept.items()}, partial / GOLDEN)
+
+    about = {
+        "format": FORMAT,
+        "version": importlib.metadata.version("musicrl-jax"),
+        "jax": jax.__version__,
+        "platforms": list(platforms),
+        "functions": functions,
+        "arguments": arguments,
+        "dtype": dtype,
+        "sample_rate_hz": loaded.studio.sample_rate_hz,
+        "clip_seconds": clip_seconds,
+        "frames": frames,
+        "places": _places(loaded),
+        "layout": _layout(loaded),
+        "text_length": loaded.studio.mulan.config.text_length,
+        "temperature": sampling.temperature,
+        "top_k": top_k,
+        "golden": {"prompts": list(prompts), "platform": here},
+        "models": loaded.hashes,
+        "lineage": rollouts.lineage(loaded),
+        "licence": licence,
+        "rewards": {} if mixture is None else mixture.describe(),
+        "finetuned": _finetuned(checkpoint),
+    }
+    (partial / "README.md").write_text(_card(about, Path(checkpoint)), encoding="utf-8")
+    if config := _gin_of(beside):
+        shutil.copy(config, partial / "config.gin")
+    files = manifest.described_files(partial)
+    manifest.write_on_disk(partial / manifest.MANIFEST, manifest.sealed({**about, "files": files}))
+    _verified(partial)
+    partial.rename(folder)
+    print(f"{folder}: {sum(size for size, _ in files.values()) / 1e6:.0f} MB, drawn again as it should", flush=True)
+
+
+def _draw(studio: Studio, frames: int, top_k: int | None) -> Any:
+    """(policy, frozen, text i32 [B, L], seeds u32 [B], candidates u32 [B], temperatures f32 [B], given) -> Clips."""
+
+    def draw(
+        policy: Any,
+        frozen: Any,
+        text: jax.Array,
+        seeds: jax.Array,
+        candidates: jax.Array,
+        temperatures: jax.Array,
+        given: Given,
+    ) -> Clips:
+        def key(seed: jax.Array, candidate: jax.Array) -> jax.Array:  # the candidate's, as `musicrl generate` has it
+            return jax.random.fold_in(step_key(seed, 0), candidate)
+
+        keys = jax.vmap(key)(seeds, candidates)
+        sampling = Sampling(temperatures[:, None], top_k)
+        played = studio.rollout(policy, frozen, text, keys, frames, sampling, given)
+        return Clips(played.tokens, played.mulan, played.embedding, played.wav)
+
+    return draw
+
+
+def _functions(
+    loaded: Loaded,
+    mixture: LoadedMixture | None,
+    trees: Mapping[str, Any],
+    frames: int,
+    top_k: int | None,
+    platform: str,
+) -> Iterator[tuple[str, jax_export.Exported]]:
+    """What a bundle has for a platform: functions of weights by name and of any number of rows."""
+    studio, config = loaded.studio, loaded.studio.musiclm.config
+    studio = Studio(MusicLM(config, lanes=LANES.get(platform, 1)), studio.soundstorm, studio.soundstream, studio.mulan)
+    (rows,) = jax_export.symbolic_shape("b")
+
+    def array(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((rows, *shape), dtype)
+
+    def weights(name: str) -> dict[str, jax.ShapeDtypeStruct]:
+        return {path: jax.ShapeDtypeStruct(x.shape, x.dtype) for path, x in _named(trees[name])}
+
+    def exported(function: Any, *arguments: Any) -> jax_export.Exported:
+        return jax_export.export(jax.jit(function), platforms=[platform])(*arguments)
+
+    draw = _draw(studio, frames, top_k)
+
+    def play(weights: Mapping[str, jax.Array], *given: jax.Array) -> tuple[jax.Array, ...]:
+        policy, frozen = _tree(trees[DRAW], weights)
+        *asked, tokens, known = given
+        return tuple(draw(policy, frozen, *asked, Given(tokens, known)))
+
+    tokens = array(frames, _places(loaded))
+    asked = (
+        array(studio.mulan.config.text_length),
+        array(dtype=jnp.uint32),
+        array(dtype=jnp.uint32),
+        array(dtype=jnp.float32),
+        tokens,
+        array(),
+    )
+    found = exported(play, weights(DRAW), *asked)
+    yield DRAW, found
+    if mixture is None:
+        return
+
+    def score(
+        weights: Mapping[str, jax.Array], tokens: jax.Array, mulan: jax.Array, embedding: jax.Array, wav: jax.Array
+    ) -> dict[str, jax.Array]:
+        clips = Rollout(None, embedding, mulan, tokens, None, None, None, wav)
+        terms = mixture.score(_tree(trees[SCORE], weights), clips)
+        return {**terms, "total": mixture.total(terms, {name: (0.0, 1.0) for name in terms})}
+
+    drawn = (jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype) for x in found.out_avals)
+    yield SCORE, exported(score, weights(SCORE), *drawn)
+
+
+def _places(loaded: Loaded) -> int:
+    return loaded.studio.musiclm.config.layout.depth
+
+
+def _layout(loaded: Loaded) -> dict[str, int]:
+    layout = loaded.studio.musiclm.config.layout
+    return {
+        "semantic_codes": layout.semantic_codes,
+        "acoustic_codes": layout.acoustic_codes,
+        "coarse_levels": layout.coarse_levels,
+        "codec_levels": loaded.studio.soundstream.config.levels,
+    }
+
+
+def _named(tree: Any) -> list[tuple[str, Any]]:
+    """The leaves by their path, such as '0/trunk/bridge'."""
+    return [
+        ("/".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path), leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    ]
+
+
+def _tree(like: Any, named: Mapping[str, Any]) -> Any:
+    """The inverse of `_named`."""
+    return jax.tree.unflatten(jax.tree.structure(like), [named[name] for name, _ in _named(like)])
+
+
+def _stored(trees: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], dict[str, dict[str, str]]]:
+    """(arrays by name, each once; of each function, its argument's names to those)."""
+    stored: dict[str, np.ndarray] = {}
+    known: dict[tuple[str, tuple[int, ...], bytes], str] = {}
+    arguments: dict[str, dict[str, str]] = {}
+    for function, tree in trees.items():
+        arguments[function] = {}
+        for name, leaf in _named(tree):
+            array = np.asarray(leaf)
+            key = (str(array.dtype), array.shape, array.tobytes())
+            kept = known.setdefault(key, f"{function}/{name}")
+            stored[kept] = array
+            arguments[function][name] = kept
+    return stored, arguments
+
+
+def _shards(stored: Mapping[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
+    """The arrays in files of at most SHARD_BYTES."""
+    shard: dict[str, np.ndarray] = {}
+    for name, array in stored.items():
+        if shard and sum(x.nbytes for x in shard.values()) + array.nbytes > SHARD_BYTES:
+            yield shard
+            shard = {}
+        shard[name] = array
+    yield shard
+
+
+def _finetuned(folder: str) -> dict[str, Any]:
+    """What a finetuned policy says of its anchor and its rewards; {} of a base."""
+    file = Path(folder) / checkpoint.MODEL / checkpoint.ANCHOR
+    return json.loads(file.read_bytes()) if file.exists() else {}
+
+
+def _gin_of(run: Path) -> Path | None:
+    """The config of the run that made the checkpoint, if it is there."""
+    return next((file for name in ("operative_config.gin", "config.gin") if (file := run / name).exists()), None)
+
+
+def _verified(folder: Path) -> None:
+    """Draws the golden clips in a fresh process that cannot import this package; ValueError where they differ."""
+    command = WITHOUT_MODEL_CODE + "runpy.run_path(sys.argv[0], run_name='__main__')"
+    script = str((folder / "bundle.py").absolute())
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(folder.absolute())}
+    done = subprocess.run(
+        [sys.executable, "-c", command, script, "--check"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise ValueError(f"{folder} does not draw what the checkpoint does: {done.stderr.strip()[-2000:]}")
+    print(f"{folder.name}: {done.stdout.strip()}", flush=True)
+
+
+def _card(about: Mapping[str, Any], source: Path) -> str:
+    """The bundle's README.md."""
+    rewards = "\n".join(
+        f"* {name}: {told['windows']}; range {told['range'][0]} to {told['range'][1]}, weight {told['weight']:g}; "
+        f"licence of its model: {told['licence']}"
+        for name, told in about["rewards"].items()
+    )
+    learned = about["finetuned"]
+    history = "a base policy, not finetuned"
+    if learned:
+        by = ", ".join(f"{name} (weight {told['weight']:g})" for name, told in learned["rewards"].items())
+        history = f"finetuned on {by}; anchored to {learned['anchor'][:12]}"
+    models = "\n".join(f"* {name}: `{found[:12]}`" for name, found in about["models"].items())
+    layout = about["layout"]
+    return f"""# {source.name}, a text-to-music model
+
+Exported by musicrl-jax {about["version"]} with jax {about["jax"]} for {", ".join(about["platforms"])}: a prompt ->
+a clip of {about["clip_seconds"]:g} s at {about["sample_rate_hz"]} Hz, weights in {about["dtype"]}. Policy: {history}.
+
+    python bundle.py "upbeat jazz with a walking bass" --out=clip.wav
+    python bundle.py --check
+
+These need jax, numpy, safetensors, sentencepiece, tokenizers and soundfile, and none of musicrl-jax. Over HTTP:
+`musicrl serve --bundle=THIS_FOLDER`.
+
+Licence of the weights: {about["licence"] or "not stated by whoever exported them"}.
+
+Models, by the hash of their content:
+
+{models}
+
+Rewards that it can rank candidates by:
+
+{rewards or "none"}
+
+A frame of 40 ms is {about["places"]} codes: one semantic code of {layout["semantic_codes"]}, and two codec frames of
+{layout["coarse_levels"]} coarse codes of {layout["acoustic_codes"]} each; of {layout["codec_levels"]}.
+`manifest.json` has all of this and the sha256 of every file; `config.gin`, if there, is what the run that trained the
+policy was asked for.
+"""

@@ -1,0 +1,1 @@
+"""A bundle and what plays it over HTTP."""

@@ -1,0 +1,227 @@
+"""A bundle: everything between a prompt and its waveform as compiled-to-be functions, weights and words, in one folder.
+
+`musicrl export` writes it. This file stands in every bundle, beside the two that it imports, and needs no other code:
+
+    python BUNDLE/bundle.py "upbeat jazz with a walking bass" --out=clip.wav     plays a prompt
+    python BUNDLE/bundle.py --check                                              draws the golden clips again
+
+with jax, numpy, safetensors, sentencepiece, tokenizers and soundfile. A manifest holds the sha256 of every file.
+
+Legend: B clips, L text pieces, F frames of a clip, K codes in a frame, N samples.
+"""
+
+import argparse
+import hashlib
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import safetensors
+import safetensors.numpy
+from jax import export
+
+try:
+    from musicrl_jax.core.manifest import MANIFEST, damage, unsealed
+    from musicrl_jax.inputs import pieces
+except ImportError:  # in a bundle, where they are neighbours
+    sys.dont_write_bytecode = True  # which would not belong to it
+    import pieces
+    from manifest import MANIFEST, damage, unsealed
+
+FORMAT = "musicrl-bundle 1"
+DRAW, SCORE = "draw", "score"
+VOCABULARY, GOLDEN, WEIGHTS = "vocabulary", "golden.safetensors", "weights"
+PLATFORMS = {"cpu": "cpu", "gpu": "cuda", "cuda": "cuda", "tpu": "tpu"}  # of a jax backend, a function's folder
+WAV_ERROR = 1e-4  # that the golden clips' samples may be off, of a full scale of 1
+
+
+class Clips(NamedTuple):
+    """What was drawn."""
+
+    tokens: Any  # int32 [B, F, K]
+    mulan: Any  # int32 [B, M], the prompt as the policy reads it
+    embedding: Any  # f32 [B, E], the prompt's embedding
+    wav: Any  # f32 [B, N]
+
+
+class Bundle:
+    """A bundle that was read and found whole, its weights on the device, its functions compiled when first called.
+
+    Attributes:
+      about: the manifest: sample_rate_hz, clip_seconds, frames, places, text_length, rewards, lineage and more; and
+        the manifest's own sha256.
+      platform: 'cpu', 'cuda' or 'tpu'.
+    """
+
+    def __init__(self, folder: str | Path, devices: Sequence[Any] | None = None):
+        """Reads `folder`; ValueError, by name of file, where one is not what was exported, or where this jax, or this
+        platform, cannot run it; FileNotFoundError where there is none."""
+        self.folder = Path(folder)
+        if not (self.folder / MANIFEST).exists():
+            raise FileNotFoundError(f"no bundle in {folder}: `musicrl export` writes one")
+        self.about = _described(self.folder)
+        self.platform = PLATFORMS[jax.default_backend()]
+        if self.platform not in self.about["platforms"]:
+            raise ValueError(
+                f"{folder} has functions for {', '.join(self.about['platforms'])}, and jax runs on {self.platform} "
+                f"here: export it again with platforms that name that, or set JAX_PLATFORMS"
+            )
+        self._text = (self.folder / VOCABULARY).read_bytes()
+        self.weights = self._weights()
+        self._functions = {
+            name: jax.jit(self._function(name).call) for name in (DRAW, SCORE) if name in self.about["functions"]
+        }
+
+    def encode(self, prompts: Sequence[str]) -> np.ndarray:
+        """Prompts as pieces, int32 [B, L]; ValueError where one says nothing."""
+        return pieces.encode(self._text, prompts, self.about["text_length"])
+
+    def draw(
+        self,
+        text: np.ndarray,
+        seeds: Sequence[int],
+        candidates: Sequence[int] | None = None,
+        temperatures: Sequence[float] | None = None,
+        given: np.ndarray | None = None,
+        given_frames: Sequence[int] | None = None,
+    ) -> Clips:
+        """Draws clips; a clip depends on its own row of the arguments alone.
+
+        Args:
+          text: int32 [B, L], from `encode`.
+          seeds: of each clip, from 0 to 2**32 - 1.
+          candidates: clips of one prompt and seed differ by this number; 0 is the one that `musicrl generate` makes.
+          temperatures: of the policy; `about["temperature"]` by default.
+          given: int32 [B, F, K], how clips begin, and
+          given_frames: so many frames of it.
+        """
+        rows = len(text)
+        tokens = (rows, self.about["frames"], self.about["places"])
+        return Clips(
+            *self._functions[DRAW](
+                self.weights[DRAW],
+                np.asarray(text, np.int32),
+                np.asarray(seeds, np.uint32),
+                np.zeros(rows, np.uint32) if candidates is None else np.asarray(candidates, np.uint32),
+                np.asarray([self.about["temperature"]] * rows if temperatures is None else temperatures, np.float32),
+                np.zeros(tokens, np.int32) if given is None else np.asarray(given, np.int32),
+                np.zeros(rows, np.int32) if given_frames is None else np.asarray(given_frames, np.int32),
+            )
+        )
+
+    def score(self, clips: Clips) -> dict[str, Any]:
+        """Each reward that was exported, f32 [B], and as 'total' their weighted sum; {} where none was."""
+        if SCORE not in self._functions:
+            return {}
+        return self._functions[SCORE](self.weights[SCORE], clips.tokens, clips.mulan, clips.embedding, clips.wav)
+
+    def _function(self, name: str) -> export.Exported:
+        file = f"functions/{self.platform}/{name}.stablehlo"
+        version = self.about["functions"][name][self.platform]["calling_convention"]
+        low = export.minimum_supported_calling_convention_version
+        high = export.maximum_supported_calling_convention_version
+        written = f"{file} was written by jax {self.about['jax']}"
+        if not low <= version <= high:
+            raise ValueError(
+                f"{written} with calling convention {version}, and jax {jax.__version__} reads {low} to {high}: "
+                f"{'upgrade jax' if version > high else 'install an older jax'}, or export the checkpoint again here"
+            )
+        try:
+            return export.deserialize(bytearray((self.folder / file).read_bytes()))
+        except Exception as error:  # the library raises nothing narrower
+            raise ValueError(
+                f"{written}, and jax {jax.__version__} cannot read it ({error}): install jax {self.about['jax']} or "
+                "newer, or export the checkpoint again here"
+            ) from error
+
+    def _weights(self) -> dict[str, dict[str, jax.Array]]:
+        """By function, by name; an array that several read is there once."""
+        there = {}
+        for file in sorted((self.folder / WEIGHTS).glob("*.safetensors")):
+            with safetensors.safe_open(file, framework="numpy") as tensors:
+                there |= {name: jax.device_put(tensors.get_tensor(name)) for name in tensors.keys()}  # noqa: SIM118
+        return {
+            function: {name: there[stored] for name, stored in names.items()}
+            for function, names in self.about["arguments"].items()
+        }
+
+    def check(self) -> dict[str, float]:
+        """Draws the golden clips again and compares: `tokens` that are equal and the largest error of a sample.
+
+        On the platform that they were drawn on all must be equal; elsewhere one rounding can change a code, and all
+        that follows it.
+        """
+        golden = safetensors.numpy.load_file(self.folder / GOLDEN)
+        text = self.encode(self.about["golden"]["prompts"])
+        if not np.array_equal(text, golden["text"]):
+            raise ValueError("the golden prompts have other pieces than when they were exported: mend the tokenizer")
+        clips = self.draw(text, golden["seeds"])
+        equal = np.asarray(clips.tokens) == golden["tokens"]
+        whole = equal.reshape(len(equal), -1).all(axis=1)
+        error = np.abs(np.asarray(clips.wav) - golden["wav"])[whole].max(initial=0.0)
+        return {"tokens": float(equal.mean()), "clips": float(whole.mean()), "wav_error": float(error)}
+
+
+def is_one(folder: str | Path) -> bool:
+    """Whether a folder is a bundle, whole or not."""
+    return (Path(folder) / "bundle.py").exists()
+
+
+def _described(folder: Path) -> dict[str, Any]:
+    """The manifest; ValueError where it, or a file that it names, is not what was written."""
+    try:
+        about = unsealed(folder / MANIFEST)
+    except ValueError as error:
+        raise ValueError(f"{folder} is damaged: {error}; copy or export it again") from error
+    if about.get("format") != FORMAT:
+        raise ValueError(f"{folder}/{MANIFEST} is of format {about.get('format')!r}, not {FORMAT!r}: export it again")
+    if wrong := damage(folder, about["files"], more=False):
+        raise ValueError(f"{folder} is damaged: {wrong}; copy or export it again")
+    return {**about, "sha256": hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command at the head of this file; the exit status."""
+    parser = argparse.ArgumentParser(description="Plays a bundle of musicrl-jax.")
+    parser.add_argument("prompt", nargs="?")
+    parser.add_argument("--out", default="clip.wav")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--check", action="store_true", help="draws the golden clips again")
+    asked = parser.parse_args(arguments)
+    if bool(asked.prompt) == asked.check:
+        parser.error("give a prompt, or --check")
+    try:
+        bundle = Bundle(Path(__file__).parent)
+        if asked.check:
+            return _checked(bundle)
+        import soundfile
+
+        wav = np.asarray(bundle.draw(bundle.encode([asked.prompt]), [asked.seed]).wav[0])
+        soundfile.write(asked.out, np.clip(wav, -1, 1), bundle.about["sample_rate_hz"])
+    except (ValueError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(asked.out)
+    return 0
+
+
+def _checked(bundle: Bundle) -> int:
+    found: Mapping[str, Any] = bundle.check()
+    here = f"{bundle.platform}, jax {jax.__version__}"
+    there = f"{bundle.about['golden']['platform']}, jax {bundle.about['jax']}"
+    print(json.dumps({**found, "here": here, "exported_on": there}))
+    if found["wav_error"] > WAV_ERROR:
+        print(f"samples are off by {found['wav_error']:.2g}, more than {WAV_ERROR:g}", file=sys.stderr)
+        return 1
+    if found["tokens"] < 1 and bundle.platform == bundle.about["golden"]["platform"]:
+        print(f"{1 - found['tokens']:.2%} of the golden tokens differ", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,166 @@
+"""A bundle draws what the model code draws, wherever it is read, or says why not."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+import soundfile
+
+from musicrl_jax import export, generate
+from musicrl_jax.core.manifest import MANIFEST, sealed, unsealed
+from musicrl_jax.rl import rollout
+from musicrl_jax.serving import bundle as bundles
+from musicrl_jax.serving.bundle import Bundle
+
+
+def test_it_was_drawn_again_without_the_model_code(exported):
+    _, told = exported
+    (checked,) = [json.loads(line.split(": ", 1)[1]) for line in told.splitlines() if "wav_error" in line]
+    assert checked["tokens"] == checked["clips"] == 1 and checked["wav_error"] < 1e-4
+    assert all(f"draw for {platform}" in told for platform in ("cpu", "cuda", "tpu"))
+
+
+def test_it_plays_as_a_program_of_its_own(exported, tmp_path):
+    """What it plays is what `musicrl generate` plays, and it leaves no file in the bundle."""
+    folder, _ = exported
+    before = sorted(path for path in folder.rglob("*"))
+    command = f"{export.WITHOUT_MODEL_CODE}runpy.run_path(sys.argv[0], run_name='__main__')"
+    program = [sys.executable, "-c", command, str(folder / "bundle.py"), "a slow piano", f"--out={tmp_path / 'a.wav'}"]
+    environment = {**os.environ, "PYTHONPATH": str(folder)}
+    subprocess.run([*program, "--seed=7"], env=environment, check=True, timeout=300)
+    assert sorted(path for path in folder.rglob("*")) == before
+    assert soundfile.info(tmp_path / "a.wav").frames == 3200
+
+
+def test_generate_makes_its_clip_from_either(exported, run, tmp_path):
+    (one,) = generate.generate(
+        str(run / "policy"), "a slow piano", out=str(tmp_path / "a.wav"), clip_seconds=0.4, seed=7
+    )
+    other, more = generate.generate(
+        str(exported[0]), ["a slow piano", "jazz"], out=str(tmp_path), clip_seconds=0.4, seed=7
+    )
+    np.testing.assert_allclose(soundfile.read(one)[0], soundfile.read(other)[0], atol=2 / 32768)
+    assert (soundfile.read(other)[0] != soundfile.read(more)[0]).any()
+    (short,) = generate.generate(str(exported[0]), "jazz", out=str(tmp_path / "b.wav"), clip_seconds=0.1, seed=7)
+    np.testing.assert_array_equal(soundfile.read(short)[0], soundfile.read(more)[0][:800])
+    for asked, why in (
+        ({"clip_seconds": 0.5}, "at most the bundle's 0.4"),
+        ({"top_k": 3}, "exported with None"),
+        ({"seed": -1}, r"from 0 to 2\*\*32 - 1"),
+        ({"codec": "elsewhere"}, "has its own fine, codec and mulan"),
+    ):
+        with pytest.raises(ValueError, match=why):
+            generate.generate(str(exported[0]), "jazz", **{"clip_seconds": 0.4, **asked})
+
+
+def test_a_clip_is_the_same_in_any_company(bundle):
+    """And one that goes on from given frames begins with them."""
+    text = bundle.encode(["jazz", "piano", "jazz", "a bass"])
+    seeds, temperatures = [3, 4, 3, 2**32 - 1], [1.0, 0.9, 1.0, 1.2]
+    one = bundle.draw(text, seeds, temperatures=temperatures)
+    order = [2, 3, 1, 0]
+    other = bundle.draw(text[order], [seeds[i] for i in order], temperatures=[temperatures[i] for i in order])
+    np.testing.assert_array_equal(one.tokens[np.array(order)], other.tokens)
+    np.testing.assert_array_equal(one.tokens[0], one.tokens[2])
+    np.testing.assert_array_equal(one.wav[0], one.wav[2])
+    candidates = bundle.draw(text, seeds, candidates=[0, 0, 1, 0], temperatures=temperatures)
+    np.testing.assert_array_equal(candidates.tokens[0], one.tokens[0])
+    assert (np.asarray(candidates.tokens[2]) != one.tokens[2]).any()
+
+    given = np.asarray(one.tokens)[[3, 3, 2, 3]]
+    more = bundle.draw(text, seeds, temperatures=temperatures, given=given, given_frames=[0, 4, 4, 10])
+    for row in (0, 2, 3):  # nothing, its own beginning, itself whole
+        np.testing.assert_array_equal(more.tokens[row], one.tokens[row])
+    np.testing.assert_array_equal(more.tokens[1, :4], given[1, :4])
+    assert (np.asarray(more.tokens[1, 4:]) != given[1, 4:]).any()
+
+
+def test_its_rewards_are_the_models(bundle, run, rewards):
+    clips = bundle.draw(bundle.encode(["jazz", "piano"]), [1, 2])
+    found = bundle.score(clips)
+    loaded = rewards.load()
+    played = rollout.Rollout(None, clips.embedding, clips.mulan, clips.tokens, None, None, None, clips.wav)
+    terms = jax.jit(loaded.score)(loaded.variables, played)
+    assert set(found) == {"text_adherence", "acoustic_quality", "total"}
+    for name, score in terms.items():
+        np.testing.assert_allclose(found[name], score, atol=1e-5)
+    np.testing.assert_allclose(found["total"], terms["text_adherence"] + 2 * terms["acoustic_quality"], atol=1e-5)
+
+
+def test_a_changed_byte_anywhere_is_refused_by_name(exported, tmp_path):
+    folder, _ = exported
+    rng = np.random.default_rng(0)
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        name = path.relative_to(folder)
+        copy = tmp_path / "copy"
+        shutil.copytree(folder, copy)
+        content = bytearray(path.read_bytes())
+        content[rng.integers(len(content))] ^= 1 << rng.integers(8)
+        (copy / name).write_bytes(content)
+        with pytest.raises(ValueError, match=f"damaged: {name}"):
+            Bundle(copy)
+        shutil.rmtree(copy)
+
+
+def changed(folder, copy, **about):
+    """A whole bundle that says other things of itself."""
+    shutil.copytree(folder, copy)
+    told = unsealed(copy / MANIFEST)
+    (copy / MANIFEST).write_text(sealed({**told, **about}))
+    return copy
+
+
+def test_what_this_jax_cannot_run_is_refused_with_what_to_do(exported, tmp_path, monkeypatch):
+    folder, _ = exported
+    with pytest.raises(FileNotFoundError, match="musicrl export"):
+        Bundle(tmp_path)
+    with pytest.raises(ValueError, match="format 'another', not 'musicrl-bundle 1'"):
+        Bundle(changed(folder, tmp_path / "format", format="another"))
+    with pytest.raises(ValueError, match="has functions for tpu, and jax runs on cpu here"):
+        Bundle(changed(folder, tmp_path / "platform", platforms=["tpu"]))
+    told = unsealed(folder / MANIFEST)["functions"]
+    told["draw"]["cpu"]["calling_convention"] = 99
+    with pytest.raises(ValueError, match=r"calling convention 99, and jax .* reads 9 to .*: upgrade jax"):
+        Bundle(changed(folder, tmp_path / "new", functions=told))
+    with monkeypatch.context() as patch:
+        patch.setattr(bundles.export, "deserialize", lambda _: (_ for _ in ()).throw(RuntimeError("version 7 > 6")))
+        with pytest.raises(ValueError, match=r"cannot read it \(version 7 > 6\): install jax .* or newer, or export"):
+            Bundle(folder)
+
+
+def test_bad_settings_are_refused_before_any_work(run, tmp_path):
+    def refused(error, match, **settings):
+        with pytest.raises(error, match=match):
+            export.export(str(run / "policy"), **{"out": str(tmp_path / "b"), "clip_seconds": 0.4, **settings})
+        assert not (tmp_path / "b").exists()
+
+    refused(ValueError, "dtype='half'", dtype="half")
+    refused(ValueError, "'rocm' is none of cpu, cuda, tpu", platforms=("cpu", "rocm"))
+    refused(ValueError, r"platforms=\('tpu',\) lacks cpu", platforms=("tpu",))
+    refused(ValueError, "clip_seconds=0.41 must be a multiple", clip_seconds=0.41)
+    refused(ValueError, "prompt '' is empty", prompts=("",))
+    with pytest.raises(FileExistsError, match="is there already"):
+        export.export(str(run / "policy"), str(tmp_path), 0.4)
+
+
+def test_one_that_draws_otherwise_is_not_written(run, tmp_path, monkeypatch):
+    """A mutation that must fail: the bundle's weights are not the checkpoint's."""
+    stored = export._stored
+    monkeypatch.setattr(export, "_stored", lambda trees: stored(jax.tree.map(lambda x: x * 2, trees)))
+    with pytest.raises(ValueError, match=r"does not draw what the checkpoint does: .* of the golden tokens differ"):
+        export.export(str(run / "policy"), str(tmp_path / "b"), 0.4, platforms=("cpu",))
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16"])
+def test_half_precision_halves_what_is_multiplied(run, exported, tmp_path, dtype):
+    export.export(str(run / "policy"), str(tmp_path / "b"), 0.4, platforms=("cpu",), dtype=dtype)
+    half = Bundle(tmp_path / "b")
+    assert half.weights["draw"]["0/trunk/bridge"].dtype == dtype
+    assert half.about["functions"].keys() == {"draw"} and half.score(None) == {}
+    assert "bfloat16" in (tmp_path / "b" / "README.md").read_text()

@@ -1,0 +1,111 @@
+"""A bundle of models that were never trained, over which a preference for some of their codes reigns."""
+
+import contextlib
+import io
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+import sentencepiece
+from flax.linen import meta
+
+from musicrl_jax import export
+from musicrl_jax.core import checkpoint
+from musicrl_jax.core.tokens import TokenLayout
+from musicrl_jax.models.bert import BertConfig
+from musicrl_jax.models.conformer import ConformerConfig
+from musicrl_jax.models.mulan import MuLan, MuLanConfig
+from musicrl_jax.models.musiclm import MusicLM, MusicLMConfig
+from musicrl_jax.models.resnet import ResNetConfig
+from musicrl_jax.models.rewards import Quality, QualityConfig
+from musicrl_jax.models.soundstorm import SoundStorm, SoundStormConfig
+from musicrl_jax.models.soundstream import SoundStream, SoundStreamConfig
+from musicrl_jax.models.transformer import TransformerConfig
+from musicrl_jax.objectives.mulan import VOCABULARY
+from musicrl_jax.rl.rewards import AcousticQuality, Mixture, TextAdherence
+from musicrl_jax.serving.bundle import Bundle
+
+RATE, SECONDS = 8000, 0.4  # ten frames
+LENGTH = 12
+CONFIGS = {
+    "codec": SoundStreamConfig(RATE, (8, 5, 4), channels=4, embed=8, levels=3, codes=8),
+    "mulan": MuLanConfig(
+        RATE,
+        0.4,
+        ResNetConfig(mels=16, widths=(4, 8), blocks=1),
+        BertConfig(layers=1, heads=2, embed=16, mlp=32, positions=LENGTH, pieces=400),
+        LENGTH,
+        embed=8,
+        levels=3,
+        codes=4,
+    ),
+    "policy": MusicLMConfig(
+        TransformerConfig(2, 24, 2, 32, 0.0), TransformerConfig(1, 16, 2, 24, 0.0), TokenLayout(16, 8, 1), 3, 4
+    ),
+    "fine": SoundStormConfig(ConformerConfig(1, 2, 8, 16), levels=3, coarse_levels=1, codes=8, first_passes=2),
+    "quality": QualityConfig(RATE, 0.3, ResNetConfig(mels=16, widths=(4, 8), blocks=1)),
+}
+
+
+def words() -> bytes:
+    """A vocabulary that spells in bytes what it does not know."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["upbeat jazz with a walking bass", "a slow sad piano piece"] * 20),
+        model_writer=model,
+        vocab_size=320,
+        hard_vocab_limit=False,
+        byte_fallback=True,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        num_threads=1,
+        minloglevel=2,
+    )
+    return model.getvalue()
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory):
+    """A run's folder with the five models."""
+    folder = tmp_path_factory.mktemp("run")
+    key, wav = jax.random.key(1), jnp.zeros((1, RATE))
+    tokens, mulan = jnp.zeros((1, 1, 3), jnp.int32), jnp.zeros((1, 3), jnp.int32)
+    codes = jnp.zeros((1, 4, 3), jnp.int32)
+    inputs = {
+        "codec": (SoundStream, (wav, key)),
+        "mulan": (MuLan, (wav, jnp.zeros((1, LENGTH), jnp.int32))),
+        "policy": (MusicLM, (tokens, mulan)),
+        "fine": (SoundStorm, (codes, codes > 0, 1)),
+        "quality": (Quality, (wav,)),
+    }
+    hashes = {"semantic": "of no model"}
+    for name, (module, given) in inputs.items():
+        variables = meta.unbox(jax.jit(module(CONFIGS[name]).init)(key, *given))
+        assets = {VOCABULARY: words()} if name == "mulan" else {}
+        if name in ("policy", "fine"):
+            assets = {checkpoint.LINEAGE: json.dumps(hashes).encode()}
+        hashes[name] = checkpoint.save_model(folder / name, CONFIGS[name], variables, assets)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def rewards(run):
+    terms = TextAdherence(str(run / "mulan"), "CC0"), AcousticQuality(str(run / "quality"), "CC0")
+    return Mixture(terms, {"text_adherence": 1.0, "acoustic_quality": 2.0})
+
+
+@pytest.fixture(scope="session")
+def exported(run, rewards, tmp_path_factory):
+    """(the bundle's folder, what `musicrl export` printed)."""
+    told, folder = io.StringIO(), tmp_path_factory.mktemp("exported") / "bundle"
+    with contextlib.redirect_stdout(told):
+        export.export(str(run / "policy"), str(folder), SECONDS, rewards, licence="CC0-1.0")
+    return folder, told.getvalue()
+
+
+@pytest.fixture(scope="session")
+def bundle(exported):
+    return Bundle(exported[0])
