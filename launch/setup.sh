@@ -21,7 +21,7 @@ if [ ! -e "$stamp" ]; then
   echo "Installing into .venv ..."
   "$python" -m venv --clear .venv
   .venv/bin/python -m pip install --quiet --upgrade pip
-  .venv/bin/python -m pip install --quiet ${pins[@]+"${pins[@]}"} --editable '.[data,listeners,report,test]'
+  .venv/bin/python -m pip install --quiet ${pins[@]+"${pins[@]}"} --editable '.[data,listeners,report,serve,test]'
   touch "$stamp"
 fi
 for extra in "$@"; do

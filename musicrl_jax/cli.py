@@ -21,7 +21,7 @@ import jax
 import gin
 from gin import config as gin_config
 from gin import config_parser
-from musicrl_jax import collect, encode, evaluate, generate, pack, plan, run, train, train_rl
+from musicrl_jax import collect, encode, evaluate, export, generate, pack, plan, run, serve, train, train_rl
 from musicrl_jax.arena import audience, listeners, monitor
 from musicrl_jax.core import hosts, state, tokens
 from musicrl_jax.inputs import build, clips, pretrained, prompts, vocabulary, votes
@@ -76,6 +76,8 @@ VERBS: dict[str, Callable] = {
     "train_rl": plan.recordable(train_rl.train_rl),
     "evaluate": first(evaluate.evaluate),
     "generate": first(generate.generate),
+    "export": first(export.export),
+    "serve": serve.serve,
     "pack": first(pack.pack),
     "unpack": first(pack.unpack),
 }
@@ -329,7 +331,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_required(flags.verb)
         if flags.dry_run:
             return 0
-        if flags.verb == "plan":  # of a run that may never be
+        if flags.verb in ("plan", "serve"):  # of a run that may never be, or is over
             verbs[flags.verb]()
             return 0
         if arguments is None:

@@ -14,6 +14,7 @@ MAY_IMPORT = {
     "inputs": {"core", "inputs"},
     "report": {"core", "report"},
     "arena": {"core", "inputs", "arena"},
+    "serving": {"core", "inputs", "serving"},
     "objectives": {"core", "models", "losses", "inputs", "objectives"},
     "rl": {"core", "models", "losses", "inputs", "rl"},
 }
@@ -24,11 +25,14 @@ HOMES = {
     "tensorflow_datasets": {"inputs"},
     "sentencepiece": {"inputs"},
     "tokenizers": {"inputs"},
-    "safetensors": {"inputs", "pack.py"},
+    "safetensors": {"inputs", "pack.py", "serving", "export.py"},
     "flax.linen": {"models", "core/sharding.py"},
     "orbax": {"core/checkpoint.py", "core/run_checkpoints.py"},
     "matplotlib": {"report"},
     "jinja2": {"report"},
+    "fastapi": {"serving"},
+    "prometheus_client": {"serving"},
+    "uvicorn": {"serve.py"},
     "librosa": {"arena"},
     "sklearn": {"arena"},
 }

@@ -1,0 +1,340 @@
+"""The HTTP service: a prompt -> a clip, by a bundle. OpenAPI at /openapi.json, a page to try it at /.
+
+Legend: N samples.
+"""
+
+import asyncio
+import dataclasses
+import hmac
+import io
+import json
+import secrets
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import prometheus_client
+import pydantic
+import soundfile
+from fastapi import Depends, FastAPI, HTTPException, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from prometheus_client import Counter, Gauge, Histogram
+
+from musicrl_jax.serving.batcher import Batcher, Closed, Drawn, Full, Wanted
+from musicrl_jax.serving.bundle import Bundle
+
+MEDIA = {"wav": "audio/wav", "flac": "audio/flac", "ogg": "audio/ogg"}
+MOST_LETTERS = 1000  # of a prompt
+MOST_BYTES = 16384  # of a request
+FADE_SECONDS = 0.04  # from one window of a long piece to the next
+LOOK_SECONDS = 0.2  # between two looks whether a client is still there
+NEXT_WINDOW = 1 << 16  # added to a candidate's number for each window, so that no two are drawn with the same keys
+PAGE = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
+GONE = 499  # a client that left before its clip was there; never sent
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What a request may ask for.
+
+    Attributes:
+      seconds: length of a piece.
+      candidates: clips to choose from.
+    """
+
+    seconds: float
+    candidates: int
+
+
+class Problem(pydantic.BaseModel):
+    """Why there is no clip."""
+
+    detail: str
+
+
+def create(bundle: Bundle, batcher: Callable[..., Batcher], limits: Limits, token: str = "") -> FastAPI:
+    """The application.
+
+    Args:
+      bundle: what draws.
+      batcher: is called with `told` once, at the start, and closed at the end.
+      limits: of a request.
+      token: what a client must send as a bearer token, if anything.
+    """
+    about = bundle.about
+    registry = prometheus_client.CollectorRegistry()
+    requests = Counter("musicrl_requests", "Answers, by status.", ["status"], registry=registry)
+    latency = Histogram(
+        "musicrl_request_seconds",
+        "From a request to its clip.",
+        buckets=(0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100),
+        registry=registry,
+    )
+    sizes = Histogram("musicrl_batch_clips", "Clips in a batch.", buckets=(1, 2, 4, 8, 16, 32, 64), registry=registry)
+    busy = Counter("musicrl_device_seconds", "Spent on drawing.", registry=registry)
+    music = Counter("musicrl_music_seconds", "Of music sent.", registry=registry)
+    waiting = Gauge("musicrl_waiting_clips", "Clips that wait for the device.", registry=registry)
+
+    def told(clips: int, seconds: float) -> None:
+        sizes.observe(clips)
+        busy.inc(seconds)
+
+    queue: Batcher | None = None
+
+    @asynccontextmanager
+    async def living(_: FastAPI) -> AsyncIterator[None]:
+        nonlocal queue
+        queue = batcher(told=told)
+        waiting.set_function(lambda: queue.waiting)
+        warming = asyncio.create_task(warm())
+        yield
+        warming.cancel()
+        await asyncio.to_thread(queue.close)
+
+    ready = False
+
+    async def warm() -> None:
+        """The first clip, which compiles."""
+        nonlocal ready
+        text = bundle.encode(about["golden"]["prompts"][:1])[0]
+        await asyncio.wrap_future(
+            queue.submit(Wanted(text, 0, 0, about["temperature"], scored=bool(about["rewards"])))[0]
+        )
+        ready = True
+
+    bearer = HTTPBearer(auto_error=False, description="The token that the service was started with.")
+
+    async def allowed(given: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]) -> None:
+        if given is None or not hmac.compare_digest(given.credentials.encode(), token.encode()):
+            raise HTTPException(401, "a bearer token is needed", {"WWW-Authenticate": "Bearer"})
+
+    app = FastAPI(
+        title="MusicRL",
+        version=about["version"],
+        description="A prompt -> a clip of music.",
+        lifespan=living,
+        docs_url=None,
+        redoc_url=None,
+    )
+
+    class Asked(pydantic.BaseModel):
+        """A clip that is wanted."""
+
+        model_config = pydantic.ConfigDict(extra="forbid")
+        prompt: Annotated[str, pydantic.Field(min_length=1, max_length=MOST_LETTERS, examples=["upbeat jazz"])]
+        seed: Annotated[
+            int | None,
+            pydantic.Field(ge=0, lt=2**32, description="The same seed gives the same clip; by default any."),
+        ] = None
+        seconds: Annotated[float, pydantic.Field(gt=0, le=limits.seconds, allow_inf_nan=False)] = min(
+            about["clip_seconds"], limits.seconds
+        )
+        temperature: Annotated[float, pydantic.Field(ge=0.1, le=2.0, allow_inf_nan=False)] = about["temperature"]
+        candidates: Annotated[
+            int,
+            pydantic.Field(ge=1, le=limits.candidates, description="Clips to choose the one of the best reward from."),
+        ] = 1
+        format: Literal["wav", "flac", "ogg"] = "wav"
+
+    def windows(asked: Asked) -> int:
+        """How many it takes: each after the first goes on from half a clip."""
+        frames, half = about["frames"], about["frames"] // 2
+        whole = round(asked.seconds / about["clip_seconds"] * frames + 0.4999)
+        return 1 + max(0, -(-(whole - frames) // (frames - half)))
+
+    async def drawn(asked: Asked, seed: int) -> tuple[np.ndarray, int, dict[str, float]]:
+        """(wav f32 [N], which candidate it is, its rewards' means over windows)."""
+        text = bundle.encode([asked.prompt])[0]
+        half = about["frames"] // 2
+        begun: list[list[Drawn]] = []
+        for window in range(windows(asked)):
+            rows = [
+                Wanted(
+                    text,
+                    seed,
+                    candidate + NEXT_WINDOW * window,
+                    asked.temperature,
+                    continued(begun[-1][candidate].tokens, half) if begun else None,
+                    half if begun else 0,
+                    asked.candidates > 1,
+                )
+                for candidate in range(asked.candidates)
+            ]
+            futures = [asyncio.wrap_future(future) for future in queue.submit(*rows)]
+            try:
+                begun.append(await asyncio.gather(*futures))
+            except asyncio.CancelledError:
+                for future in futures:
+                    future.cancel()
+                raise
+        means = [
+            {name: float(np.mean([each[i].scores[name] for each in begun])) for name in begun[0][i].scores}
+            for i in range(asked.candidates)
+        ]
+        best = max(range(asked.candidates), key=lambda i: means[i].get("total", 0.0))
+        wav = joined([each[best].wav for each in begun], half / about["frames"], about["sample_rate_hz"])
+        return wav[: round(asked.seconds * about["sample_rate_hz"])], best, means[best]
+
+    @app.middleware("http")
+    async def counted(request: Request, answer: Callable[[Request], Awaitable[Response]]) -> Response:
+        response = await answer(request)
+        if request.url.path == "/v1/clips":
+            requests.labels(response.status_code).inc()
+        response.headers["X-Content-Type-Options"] = "nosniff"
+        return response
+
+    @app.exception_handler(RequestValidationError)
+    async def refused(_: Request, error: RequestValidationError) -> JSONResponse:
+        """Says what is wrong without repeating what was sent, which may not be text."""
+        told = "; ".join(f"{'.'.join(map(str, e['loc'][1:])) or 'the body'}: {e['msg']}" for e in error.errors())
+        return JSONResponse({"detail": told.encode("utf-8", "replace").decode()}, 422)
+
+    problems: dict[int | str, dict[str, Any]] = {
+        status: {"model": Problem, "description": why}
+        for status, why in (
+            (400, "The body is not what HTTP says it is."),
+            (413, f"The body has more than {MOST_BYTES} bytes."),
+            (422, "A field is missing, unknown or out of its range, or the prompt says nothing."),
+            (429, "Too many clips wait; Retry-After says how long to wait."),
+            (503, "The service starts or stops."),
+        )
+    }
+    if token:
+        problems[401] = {"model": Problem, "description": "No, or another, bearer token."}
+    sound = {
+        "content": {media: {"schema": {"type": "string", "format": "binary"}} for media in MEDIA.values()},
+        "description": "The clip.",
+        "headers": {
+            "X-Seed": {"schema": {"type": "integer"}, "description": "Its seed."},
+            "X-Candidate": {"schema": {"type": "integer"}, "description": "Which of the candidates it is."},
+            "X-Rewards": {"schema": {"type": "string"}, "description": "Its rewards, as JSON."},
+        },
+    }
+
+    @app.post(
+        "/v1/clips",
+        response_class=Response,
+        responses={200: sound, **problems},
+        dependencies=[Depends(allowed)] if token else [],
+    )
+    async def clip(asked: Asked, request: Request) -> Response:
+        """Draws a clip."""
+        start = time.monotonic()
+        if not ready:
+            raise HTTPException(503, "the service starts: ask /readyz", {"Retry-After": "5"})
+        if asked.candidates > 1 and not about["rewards"]:
+            raise HTTPException(422, "candidates: the bundle has no rewards to choose by: ask for 1")
+        seed = secrets.randbelow(2**32) if asked.seed is None else asked.seed
+        work = asyncio.create_task(drawn(asked, seed))
+        try:
+            while not (await asyncio.wait({work}, timeout=LOOK_SECONDS))[0]:
+                if await request.is_disconnected():
+                    return Response(status_code=GONE)
+            wav, best, rewards = work.result()
+        except Full as full:
+            raise HTTPException(429, str(full), {"Retry-After": str(int(np.ceil(full.retry_after)))}) from full
+        except Closed as closed:
+            raise HTTPException(503, str(closed), {"Retry-After": "5"}) from closed
+        except ValueError as error:
+            raise HTTPException(422, str(error).encode("utf-8", "replace").decode()) from error
+        finally:
+            work.cancel()
+        content = await asyncio.to_thread(encoded, wav, about["sample_rate_hz"], asked.format)
+        latency.observe(time.monotonic() - start)
+        music.inc(len(wav) / about["sample_rate_hz"])
+        told = {"X-Seed": str(seed), "X-Candidate": str(best), "X-Rewards": json.dumps(rewards)}
+        return Response(content, media_type=MEDIA[asked.format], headers=told)
+
+    @app.get("/v1/model")
+    async def model() -> dict[str, Any]:
+        """What the bundle is, and what may be asked for."""
+        told = {name: about[name] for name in ("sample_rate_hz", "clip_seconds", "temperature", "licence", "models")}
+        return {**told, "rewards": sorted(about["rewards"]), "limits": dataclasses.asdict(limits), "token": bool(token)}
+
+    @app.get("/", response_class=HTMLResponse, include_in_schema=False)
+    async def page() -> HTMLResponse:
+        policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
+        return HTMLResponse(PAGE, headers={"Content-Security-Policy": f"{policy}; media-src blob:; base-uri 'none'"})
+
+    @app.get("/healthz")
+    async def health() -> dict[str, bool]:
+        """Whether the process answers."""
+        return {"alive": True}
+
+    @app.get("/readyz", responses={503: {"model": Problem, "description": "Not yet."}})
+    async def readiness() -> dict[str, bool]:
+        """Whether it can draw: the functions are compiled."""
+        if not ready:
+            raise HTTPException(503, "the functions are being compiled")
+        return {"ready": True}
+
+    @app.get("/metrics", response_class=Response, include_in_schema=False)
+    async def metrics() -> Response:
+        return Response(prometheus_client.generate_latest(registry), media_type=prometheus_client.CONTENT_TYPE_LATEST)
+
+    app.add_middleware(SmallBodies)
+    return app
+
+
+class SmallBodies:
+    """Answers 413 to a body of more than MOST_BYTES, whatever its headers say."""
+
+    def __init__(self, app: Any):
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """An ASGI call."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        body, more = b"", True
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return
+            body += message.get("body", b"")
+            more = message.get("more_body", False)
+            if len(body) > MOST_BYTES:
+                told = f"a request has at most {MOST_BYTES} bytes"
+                await JSONResponse({"detail": told}, 413)(scope, receive, send)
+                return
+        sent = False
+
+        async def once() -> Any:
+            nonlocal sent
+            if sent:
+                return await receive()
+            sent = True
+            return {"type": "http.request", "body": body, "more_body": False}
+
+        await self.app(scope, once, send)
+
+
+def continued(tokens: np.ndarray, half: int) -> np.ndarray:
+    """What a window begins with: the last `half` frames of the one before it, int32 [F, K] -> [F, K]."""
+    return np.concatenate([tokens[len(tokens) - half :], np.zeros_like(tokens[half:])])
+
+
+def joined(wavs: Sequence[np.ndarray], overlap: float, rate: int) -> np.ndarray:
+    """Windows that repeat so much of the one before, as one piece, f32 [N]; each fades into the next where the
+    repetition ends."""
+    whole = wavs[0]
+    for wav in wavs[1:]:
+        again = round(overlap * len(wav))
+        fade = min(round(FADE_SECONDS * rate), again)
+        rise = np.linspace(0.0, 1.0, fade, dtype=np.float32)
+        mixed = whole[len(whole) - fade :] * (1 - rise) + wav[again - fade : again] * rise
+        whole = np.concatenate([whole[: len(whole) - fade], mixed, wav[again:]])
+    return whole
+
+
+def encoded(wav: np.ndarray, rate: int, form: str) -> bytes:
+    """f32 [N] in [-1, 1] as the content of a file."""
+    file = io.BytesIO()
+    soundfile.write(file, wav, rate, format=form.upper(), subtype="VORBIS" if form == "ogg" else "PCM_16")
+    return file.getvalue()

@@ -1,0 +1,185 @@
+"""Clips that wait for the device, and the thread that draws them, a batch at a time.
+
+Legend: R rows of a batch, L text pieces, F frames of a clip, K codes in a frame, N samples.
+"""
+
+import dataclasses
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+
+import numpy as np
+
+from musicrl_jax.serving.bundle import Bundle
+
+Told = Callable[[int, float], None]  # of a batch: its clips, and the seconds that it took
+
+
+class Full(Exception):
+    """As many clips wait as may.
+
+    Attributes:
+      retry_after: seconds until there is room again, by the pace so far.
+    """
+
+    def __init__(self, retry_after: float):
+        super().__init__(f"too many clips wait; room is expected in {retry_after:.0f} s")
+        self.retry_after = retry_after
+
+
+class Closed(Exception):
+    """No more clips are taken: the service stops."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+    """A row of a batch.
+
+    Attributes:
+      text: int32 [L].
+      seed, candidate: as in `Bundle.draw`.
+      temperature: of the policy.
+      given: int32 [F, K], how the clip begins, or None.
+      given_frames: so many frames of it.
+      scored: whether its rewards are wanted.
+    """
+
+    text: np.ndarray
+    seed: int
+    candidate: int
+    temperature: float
+    given: np.ndarray | None = None
+    given_frames: int = 0
+    scored: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+    """What became of a row: tokens int32 [F, K], wav f32 [N] in [-1, 1], and its rewards, if they were wanted."""
+
+    tokens: np.ndarray
+    wav: np.ndarray
+    scores: dict[str, float]
+
+
+class Batcher:
+    """Takes single clips and draws them together.
+
+    Every batch has R rows, filled up where fewer wait: the compiled function is then one and the same, and a clip does
+    not depend on how many were drawn with it.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        rows: int,
+        window_seconds: float,
+        most_waiting: int,
+        told: Told = lambda rows, seconds: None,
+    ):
+        """Args:
+        bundle: what draws.
+        rows: R.
+        window_seconds: how long the first that waits waits for others.
+        most_waiting: clips, beyond those that are being drawn.
+        told: is called after each batch.
+        """
+        self._bundle, self._rows, self._window, self._most, self._told = (
+            bundle,
+            rows,
+            window_seconds,
+            most_waiting,
+            told,
+        )
+        self._waiting: deque[tuple[Wanted, Future[Drawn]]] = deque()
+        self._news = threading.Condition()
+        self._closed = False
+        self._seconds = 1.0  # that a batch takes, until one was drawn
+        self._thread = threading.Thread(target=self._run, name="batcher", daemon=True)
+        self._thread.start()
+
+    @property
+    def waiting(self) -> int:
+        """Clips that wait."""
+        return len(self._waiting)
+
+    def submit(self, *wanted: Wanted) -> list["Future[Drawn]"]:
+        """All of them or none; cancelling a future takes its clip out of the queue. Full or Closed where it cannot."""
+        with self._news:
+            if self._closed:
+                raise Closed("the service stops")
+            while self._waiting and self._waiting[0][1].cancelled():
+                self._waiting.popleft()
+            living = sum(not future.cancelled() for _, future in self._waiting)
+            if living + len(wanted) > self._most:
+                raise Full(max(1.0, self._seconds * (living + len(wanted)) / self._rows))
+            futures = [Future() for _ in wanted]
+            self._waiting.extend(zip(wanted, futures, strict=True))
+            self._news.notify_all()
+        return futures
+
+    def close(self) -> None:
+        """Takes no more, and returns when all that waited is drawn."""
+        with self._news:
+            self._closed = True
+            self._news.notify_all()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while batch := self._next():
+            start = time.monotonic()
+            try:
+                drawn = self._draw([wanted for wanted, _ in batch])
+            except Exception as error:  # whoever waits for it must hear of it
+                for _, future in batch:
+                    future.set_exception(error)
+                continue
+            self._seconds = time.monotonic() - start
+            self._told(len(batch), self._seconds)
+            for (_, future), found in zip(batch, drawn, strict=True):
+                future.set_result(found)
+
+    def _next(self) -> list[tuple[Wanted, "Future[Drawn]"]]:
+        """The next batch; [] once closed and empty."""
+        with self._news:
+            while True:
+                while not self._waiting and not self._closed:
+                    self._news.wait()
+                until = time.monotonic() + self._window
+                while len(self._waiting) < self._rows and not self._closed and (left := until - time.monotonic()) > 0:
+                    self._news.wait(left)
+                batch = []
+                while self._waiting and len(batch) < self._rows:
+                    wanted, future = self._waiting.popleft()
+                    if future.set_running_or_notify_cancel():
+                        batch.append((wanted, future))
+                if batch or (self._closed and not self._waiting):
+                    return batch
+
+    def _draw(self, batch: list[Wanted]) -> list[Drawn]:
+        about = self._bundle.about
+        filled = batch + [batch[0]] * (self._rows - len(batch))
+        nothing = np.zeros((about["frames"], about["places"]), np.int32)
+        clips = self._bundle.draw(
+            np.stack([row.text for row in filled]),
+            [row.seed for row in filled],
+            [row.candidate for row in filled],
+            [row.temperature for row in filled],
+            np.stack([nothing if row.given is None else row.given for row in filled]),
+            [row.given_frames for row in filled],
+        )
+        scores = self._bundle.score(clips) if any(row.scored for row in batch) else {}
+        scores = {name: np.asarray(score) for name, score in scores.items()}
+        tokens, wavs = np.asarray(clips.tokens), np.asarray(clips.wav)
+        if not np.isfinite(wavs).all():
+            raise FloatingPointError("the bundle drew samples that are not finite: export a checkpoint that does not")
+        return [
+            Drawn(
+                tokens[i],
+                np.clip(wavs[i], -1.0, 1.0),
+                {name: float(score[i]) for name, score in scores.items()} if row.scored else {},
+            )
+            for i, row in enumerate(batch)
+        ]

@@ -1,0 +1,303 @@
+"""The service, asked as its clients ask it: sound, limits, a full queue, company, those who leave, and nonsense."""
+
+import asyncio
+import collections
+import concurrent.futures
+import contextlib
+import io
+import json
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import httpx
+import numpy as np
+import pytest
+import schemathesis
+import soundfile
+from fastapi.testclient import TestClient
+from hypothesis import HealthCheck, given, settings
+from schemathesis.specs.openapi import checks
+
+from musicrl_jax.serving.app import MOST_BYTES, Limits, continued, create, joined
+from musicrl_jax.serving.batcher import Batcher, Closed, Full, Wanted
+
+RATE = 8000
+ASKED = {"prompt": "a slow piano", "seed": 7}
+
+
+def service(bundle, rows=4, most_waiting=16, token=""):
+    return create(bundle, lambda told: Batcher(bundle, rows, 0.02, most_waiting, told), Limits(1.6, 4), token)
+
+
+@pytest.fixture(scope="module")
+def client(bundle):
+    with TestClient(service(bundle)) as client:
+        until_ready(client)
+        yield client
+
+
+def until_ready(client):
+    for _ in range(600):
+        if client.get("/readyz").status_code == 200:
+            return
+        time.sleep(0.1)
+    raise AssertionError("never ready")
+
+
+def wav_of(answer):
+    assert answer.status_code == 200, answer.text
+    return soundfile.read(io.BytesIO(answer.content), dtype="float32")
+
+
+def test_a_clip_is_the_bundles(client, bundle):
+    answer = client.post("/v1/clips", json=ASKED)
+    wav, rate = wav_of(answer)
+    found = np.asarray(bundle.draw(bundle.encode([ASKED["prompt"]] * 4), [7] * 4).wav[0])
+    np.testing.assert_allclose(wav, np.clip(found, -1, 1), atol=2 / 32768)
+    assert rate == RATE and answer.headers["content-type"] == "audio/wav"
+    assert answer.headers["x-seed"] == "7" and json.loads(answer.headers["x-rewards"]) == {}
+
+
+@pytest.mark.parametrize(("form", "kind"), [("flac", "FLAC"), ("ogg", "OGG"), ("wav", "WAV")])
+def test_formats_and_lengths(client, form, kind):
+    answer = client.post("/v1/clips", json={**ASKED, "format": form, "seconds": 0.25})
+    assert soundfile.info(io.BytesIO(answer.content)).format == kind
+    assert len(wav_of(answer)[0]) == 2000
+    if form == "wav":
+        whole = wav_of(client.post("/v1/clips", json=ASKED))[0]
+        np.testing.assert_array_equal(wav_of(answer)[0], whole[:2000])  # a shorter one is its beginning
+
+
+@pytest.mark.parametrize("seconds", [0.4, 0.41, 0.6, 0.61, 1.0, 1.6])
+def test_a_longer_piece_has_its_length_and_begins_as_the_clip(client, seconds):
+    wav = wav_of(client.post("/v1/clips", json={**ASKED, "seconds": seconds}))[0]
+    whole = wav_of(client.post("/v1/clips", json=ASKED))[0]
+    assert len(wav) == round(seconds * RATE)
+    np.testing.assert_array_equal(wav[:2800], whole[:2800])  # up to the first fade
+    assert np.abs(wav[-200:]).max() > 0
+
+
+def test_windows_go_on_from_half_of_the_one_before_and_fade():
+    tokens = np.arange(10)[:, None]
+    np.testing.assert_array_equal(continued(tokens, 5)[:, 0], [5, 6, 7, 8, 9, 0, 0, 0, 0, 0])
+    time_ = np.arange(16000) / RATE
+    tone = np.sin(2 * np.pi * 40 * time_).astype(np.float32)  # windows of one tone are that tone
+    windows = [tone[start : start + 3200] for start in (0, 1600, 3200)]
+    np.testing.assert_allclose(joined(windows, 0.5, RATE), tone[:6400], atol=1e-6)
+
+
+def test_the_same_seed_is_the_same_clip_in_any_company(client):
+    alone = client.post("/v1/clips", json=ASKED).content
+    others = [{"prompt": "jazz", "seed": number, "temperature": 1.1} for number in range(7)]
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        found = list(
+            pool.map(lambda asked: client.post("/v1/clips", json=asked).content, [*others[:3], ASKED, *others[3:]])
+        )
+    assert found[3] == alone and len(set(found)) == 8
+    sizes = client.get("/metrics").text
+    together = float(
+        next(line for line in sizes.splitlines() if line.startswith('musicrl_batch_clips_bucket{le="1.0"')).split()[1]
+    )
+    assert together < float(
+        next(line for line in sizes.splitlines() if line.startswith("musicrl_batch_clips_count")).split()[1]
+    )
+
+
+def test_the_best_of_several_is_the_one_with_the_highest_reward(client, bundle):
+    answer = client.post("/v1/clips", json={**ASKED, "candidates": 4})
+    clips = bundle.draw(bundle.encode([ASKED["prompt"]] * 4), [7] * 4, candidates=range(4))
+    totals = np.asarray(bundle.score(clips)["total"])
+    best = int(totals.argmax())
+    assert int(answer.headers["x-candidate"]) == best
+    np.testing.assert_allclose(json.loads(answer.headers["x-rewards"])["total"], totals[best], atol=1e-5)
+    np.testing.assert_allclose(wav_of(answer)[0], np.clip(clips.wav[best], -1, 1), atol=2 / 32768)
+
+
+@pytest.mark.parametrize(
+    ("asked", "why"),
+    [
+        ({}, "prompt: Field required"),
+        ({"prompt": " "}, "is empty: say what the music should be like"),
+        ({"prompt": "x" * 1001}, "prompt: String should have at most 1000 characters"),
+        ({"prompt": "a", "seed": -1}, "seed: Input should be greater than or equal to 0"),
+        ({"prompt": "a", "seed": 2**32}, "seed: Input should be less than 4294967296"),
+        ({"prompt": "a", "seconds": 1.7}, "seconds: Input should be less than or equal to 1.6"),
+        ({"prompt": "a", "seconds": 0}, "seconds: Input should be greater than 0"),
+        ({"prompt": "a", "temperature": 9}, "temperature: Input should be less than or equal to 2"),
+        ({"prompt": "a", "candidates": 5}, "candidates: Input should be less than or equal to 4"),
+        ({"prompt": "a", "format": "/etc/passwd"}, "format: Input should be 'wav', 'flac' or 'ogg'"),
+        ({"prompt": "a", "bundle": "../other"}, "bundle: Extra inputs are not permitted"),
+    ],
+)
+def test_what_cannot_be_is_refused_by_name(client, asked, why):
+    answer = client.post("/v1/clips", json=asked)
+    assert answer.status_code == 422 and why in answer.json()["detail"]
+
+
+@pytest.mark.parametrize(
+    "body", [b'{"prompt": "\\ud800"}', b"\xff", b"{", b'{"prompt": NaN}', b"[]", b"", b'{"seconds": 1e999}']
+)
+def test_what_is_no_text_is_refused(client, body):
+    answer = client.post("/v1/clips", content=body, headers={"Content-Type": "application/json"})
+    assert answer.status_code in (400, 422) and answer.json()["detail"]
+
+
+def test_a_large_body_is_refused_with_or_without_a_length(client):
+    large = json.dumps({"prompt": "a" * MOST_BYTES}).encode()
+    assert client.post("/v1/clips", content=large).status_code == 413
+    assert client.post("/v1/clips", content=iter([large[:9000], large[9000:]])).status_code == 413
+
+
+def test_only_who_has_the_token_gets_clips(bundle):
+    with TestClient(service(bundle, token="open sesame")) as client:
+        until_ready(client)
+        for headers in ({}, {"Authorization": "Bearer open"}, {"Authorization": "Basic open sesame"}):
+            answer = client.post("/v1/clips", json=ASKED, headers=headers)
+            assert answer.status_code == 401 and answer.headers["www-authenticate"] == "Bearer"
+        assert client.post("/v1/clips", json=ASKED, headers={"Authorization": "Bearer open sesame"}).status_code == 200
+        assert client.get("/v1/model").json()["token"] and client.get("/").status_code == 200
+
+
+class Slow:
+    """A bundle that draws when it is let, and keeps count."""
+
+    def __init__(self, bundle):
+        self.about, self.encode, self.score = bundle.about, bundle.encode, bundle.score
+        self.go, self.drawn, self._bundle = threading.Event(), [], bundle
+
+    def draw(self, text, seeds, *rest):
+        assert self.go.wait(60)
+        self.drawn.append(list(seeds))
+        return self._bundle.draw(text, seeds, *rest)
+
+
+def test_a_full_queue_says_when_to_come_back_and_all_others_get_their_clip(bundle):
+    slow = Slow(bundle)
+    queue = Batcher(slow, 2, 0.0, 3)
+    text = bundle.encode(["jazz"])[0]
+    first = queue.submit(Wanted(text, 0, 0, 1.0))
+    time.sleep(0.2)  # it is being drawn
+    waiting = [queue.submit(Wanted(text, seed, 0, 1.0))[0] for seed in (1, 2, 3)]
+    with pytest.raises(Full) as full:
+        queue.submit(Wanted(text, 4, 0, 1.0))
+    assert full.value.retry_after >= 1 and queue.waiting == 3
+    assert waiting[0].cancel()  # who leaves makes room
+    last = queue.submit(Wanted(text, 4, 0, 1.0))
+    slow.go.set()
+    closing = threading.Thread(target=queue.close)
+    closing.start()
+    for future in (*first, *waiting[1:], *last):
+        assert future.result(60).wav.shape == (3200,)
+    closing.join(60)
+    assert slow.drawn == [[0, 0], [2, 3], [4, 4]]  # filled up with the first, and the one that left was never drawn
+    with pytest.raises(Closed):
+        queue.submit(Wanted(text, 5, 0, 1.0))
+
+
+def test_a_failure_reaches_who_waits_and_the_next_is_served(bundle):
+    slow = Slow(bundle)
+    slow.go.set()
+    queue = Batcher(slow, 1, 0.0, 3)
+    (bad,) = queue.submit(Wanted(np.zeros(3, np.int32), 0, 0, 1.0))
+    (good,) = queue.submit(Wanted(bundle.encode(["jazz"])[0], 0, 0, 1.0))
+    with pytest.raises(ValueError, match=r"expected \(b, 12\) and called with \(1, 3\)"):
+        bad.result(60)
+    assert good.result(60).wav.shape == (3200,)
+    queue.close()
+
+
+def test_the_service_answers_429_and_503_and_notices_who_left(bundle, monkeypatch):
+    slow = Slow(bundle)
+    app = service(slow, rows=1, most_waiting=2)
+
+    async def story():
+        transport = httpx.ASGITransport(app)
+        async with (
+            app.router.lifespan_context(app),
+            httpx.AsyncClient(transport=transport, base_url="http://it") as client,
+        ):
+            early = await client.post("/v1/clips", json=ASKED)
+            assert early.status_code == 503 and early.headers["retry-after"] == "5"
+            slow.go.set()
+            while (await client.get("/readyz")).status_code != 200:
+                await asyncio.sleep(0.05)
+            slow.go.clear()
+            asked = [asyncio.create_task(client.post("/v1/clips", json={**ASKED, "seed": seed})) for seed in range(3)]
+            await asyncio.sleep(0.5)
+            full = await client.post("/v1/clips", json=ASKED)
+            assert full.status_code == 429 and int(full.headers["retry-after"]) >= 1
+            asked[2].cancel()  # the request of a client that went away
+            await asyncio.sleep(0.5)
+            slow.go.set()
+            return [answer.status_code for answer in await asyncio.gather(*asked[:2])]
+
+    assert asyncio.run(story()) == [200, 200]
+    assert [seeds[0] for seeds in slow.drawn] == [0, 0, 1]  # the first to compile; seed 2 was never drawn
+
+
+def test_health_metrics_page_and_description(client):
+    assert client.get("/healthz").json() == {"alive": True}
+    text = client.get("/metrics").text
+    assert 'musicrl_requests_total{status="200"}' in text and "musicrl_waiting_clips 0.0" in text
+    page = client.get("/")
+    assert page.headers["content-security-policy"].startswith("default-src 'none'") and "v1/clips" in page.text
+    model = client.get("/v1/model").json()
+    assert model["limits"] == {"seconds": 1.6, "candidates": 4} and model["licence"] == "CC0-1.0"
+    assert client.get("/v1/../../etc/passwd").status_code == 404
+    answers = client.get("/openapi.json").json()["paths"]["/v1/clips"]["post"]["responses"]
+    assert set(answers) == {"200", "400", "413", "422", "429", "503"}
+
+
+@pytest.fixture(scope="module")
+def served(exported):
+    """The address of `musicrl serve`, a process of its own, and the process."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "musicrl_jax.cli", "serve", f"--bundle={exported[0]}", f"--port={port}"]
+    process = subprocess.Popen([*command, "--rows=2", "--most_candidates=2"], stdout=subprocess.DEVNULL)
+    address = f"http://127.0.0.1:{port}"
+    for _ in range(600):
+        with contextlib.suppress(httpx.TransportError):
+            if httpx.get(f"{address}/readyz").status_code == 200:
+                break
+        time.sleep(0.2)
+    yield address, process
+    process.kill()
+    process.wait()
+
+
+def test_fuzzed_requests_by_its_own_description(served):
+    """No 500, and no answer that the description does not name."""
+    address, _ = served
+    described, counts = schemathesis.openapi.from_url(f"{address}/openapi.json"), collections.Counter()
+    for operation in described.get_all_operations():
+
+        @given(case=operation.ok().as_strategy())
+        @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+        def ask(case):
+            answer = case.call(base_url=address, timeout=120)
+            counts[case.path, answer.status_code] += 1
+            case.validate_response(answer, excluded_checks=[checks.positive_data_acceptance])  # a text may say nothing
+
+        ask()
+    assert counts["/v1/clips", 200] > 5 and all(status < 500 for _, status in counts)
+
+
+def test_sigterm_lets_finish_what_was_asked_for(served):
+    """The last of this file: the service is gone then."""
+    address, process = served
+    with concurrent.futures.ThreadPoolExecutor(6) as pool:
+        asked = [
+            pool.submit(httpx.post, f"{address}/v1/clips", json={**ASKED, "seconds": 1.6}, timeout=60) for _ in range(6)
+        ]
+        time.sleep(0.3)
+        process.send_signal(signal.SIGTERM)
+        assert [answer.result().status_code for answer in asked] == [200] * 6
+    assert process.wait(60) == 0
+    with pytest.raises(httpx.TransportError):
+        httpx.get(f"{address}/healthz")
