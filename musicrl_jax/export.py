@@ -131,7 +131,7 @@ def export(
     golden = jax.jit(draw)(*trees[DRAW], text, seeds, none, temperatures, nothing)
     if not np.isfinite(golden.wav).all():
         raise ValueError(f"{checkpoint} draws samples that are not finite: train its codec again")
-    kept = {"text": text, "seeds": seeds, "tokens": golden.tokens, "wav": golden.wav}
+    kept = {"text": text, "seeds": seeds, "tokens": golden.tokens, "acoustic": golden.acoustic, "wav": golden.wav}
     safetensors.numpy.save_file({name: np.asarray(x) for name, x in kept.items()}, partial / GOLDEN)
 
     about = {
@@ -185,7 +185,7 @@ def _draw(studio: Studio, frames: int, top_k: int | None) -> Any:
         keys = jax.vmap(key)(seeds, candidates)
         sampling = Sampling(temperatures[:, None], top_k)
         played = studio.rollout(policy, frozen, text, keys, frames, sampling, given)
-        return Clips(played.tokens, played.mulan, played.embedding, played.wav)
+        return Clips(played.tokens, played.acoustic, played.mulan, played.embedding, played.wav)
 
     return draw
 
@@ -233,11 +233,10 @@ def _functions(
     if mixture is None:
         return
 
-    def score(
-        weights: Mapping[str, jax.Array], tokens: jax.Array, mulan: jax.Array, embedding: jax.Array, wav: jax.Array
-    ) -> dict[str, jax.Array]:
-        clips = Rollout(None, embedding, mulan, tokens, None, None, None, wav)
-        terms = mixture.score(_tree(trees[SCORE], weights), clips)
+    def score(weights: Mapping[str, jax.Array], *drawn: jax.Array) -> dict[str, jax.Array]:
+        clips = Clips(*drawn)
+        rollout = Rollout(None, clips.embedding, clips.mulan, clips.tokens, None, None, clips.acoustic, clips.wav)
+        terms = mixture.score(_tree(trees[SCORE], weights), rollout)
         return {**terms, "total": mixture.total(terms, {name: (0.0, 1.0) for name in terms})}
 
     drawn = (jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype) for x in found.out_avals)

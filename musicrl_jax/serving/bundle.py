@@ -7,7 +7,7 @@
 
 with jax, numpy, safetensors, sentencepiece, tokenizers and soundfile. A manifest holds the sha256 of every file.
 
-Legend: B clips, L text pieces, F frames of a clip, K codes in a frame, N samples.
+Legend: B clips, L text pieces, F frames of a clip, K codes in a frame, T codec frames, Q codec levels, N samples.
 """
 
 import argparse
@@ -43,6 +43,7 @@ class Clips(NamedTuple):
     """What was drawn."""
 
     tokens: Any  # int32 [B, F, K]
+    acoustic: Any  # int32 [B, T, Q], the codec's codes
     mulan: Any  # int32 [B, M], the prompt as the policy reads it
     embedding: Any  # f32 [B, E], the prompt's embedding
     wav: Any  # f32 [B, N]
@@ -117,7 +118,7 @@ class Bundle:
         """Each reward that was exported, f32 [B], and as 'total' their weighted sum; {} where none was."""
         if SCORE not in self._functions:
             return {}
-        return self._functions[SCORE](self.weights[SCORE], clips.tokens, clips.mulan, clips.embedding, clips.wav)
+        return self._functions[SCORE](self.weights[SCORE], *clips)
 
     def _function(self, name: str) -> export.Exported:
         file = f"functions/{self.platform}/{name}.stablehlo"
@@ -150,7 +151,8 @@ class Bundle:
         }
 
     def check(self) -> dict[str, float]:
-        """Draws the golden clips again and compares: `tokens` that are equal and the largest error of a sample.
+        """Draws the golden clips again and compares: the shares of `tokens` and of the codec's codes, `acoustic`, that
+        are equal, that of `clips` of which all are, and the largest error of a sample of those.
 
         On the platform that they were drawn on all must be equal; elsewhere one rounding can change a code, and all
         that follows it.
@@ -160,10 +162,11 @@ class Bundle:
         if not np.array_equal(text, golden["text"]):
             raise ValueError("the golden prompts have other pieces than when they were exported: mend the tokenizer")
         clips = self.draw(text, golden["seeds"])
-        equal = np.asarray(clips.tokens) == golden["tokens"]
-        whole = equal.reshape(len(equal), -1).all(axis=1)
+        tokens, acoustic = (np.asarray(getattr(clips, name)) == golden[name] for name in ("tokens", "acoustic"))
+        whole = tokens.all(axis=(1, 2)) & acoustic.all(axis=(1, 2))
         error = np.abs(np.asarray(clips.wav) - golden["wav"])[whole].max(initial=0.0)
-        return {"tokens": float(equal.mean()), "clips": float(whole.mean()), "wav_error": float(error)}
+        shares = {"tokens": tokens, "acoustic": acoustic, "clips": whole}
+        return {**{name: float(equal.mean()) for name, equal in shares.items()}, "wav_error": float(error)}
 
 
 def is_one(folder: str | Path) -> bool:
@@ -217,8 +220,9 @@ def _checked(bundle: Bundle) -> int:
     if found["wav_error"] > WAV_ERROR:
         print(f"samples are off by {found['wav_error']:.2g}, more than {WAV_ERROR:g}", file=sys.stderr)
         return 1
-    if found["tokens"] < 1 and bundle.platform == bundle.about["golden"]["platform"]:
-        print(f"{1 - found['tokens']:.2%} of the golden tokens differ", file=sys.stderr)
+    if found["clips"] < 1 and bundle.platform == bundle.about["golden"]["platform"]:
+        differ = f"{1 - found['tokens']:.2%} of the golden tokens and {1 - found['acoustic']:.2%} of the codec's codes"
+        print(f"{differ} differ", file=sys.stderr)
         return 1
     return 0
 

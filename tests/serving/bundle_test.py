@@ -21,7 +21,7 @@ from musicrl_jax.serving.bundle import Bundle
 def test_it_was_drawn_again_without_the_model_code(exported):
     _, told = exported
     (checked,) = [json.loads(line.split(": ", 1)[1]) for line in told.splitlines() if "wav_error" in line]
-    assert checked["tokens"] == checked["clips"] == 1 and checked["wav_error"] < 1e-4
+    assert checked["tokens"] == checked["acoustic"] == checked["clips"] == 1 and checked["wav_error"] < 1e-4
     assert all(f"draw for {platform}" in told for platform in ("cpu", "cuda", "tpu"))
 
 
@@ -45,7 +45,6 @@ def test_generate_makes_its_clip_from_either(exported, run, tmp_path):
         str(exported[0]), ["a slow piano", "jazz"], out=str(tmp_path), clip_seconds=0.4, seed=7
     )
     np.testing.assert_allclose(soundfile.read(one)[0], soundfile.read(other)[0], atol=2 / 32768)
-    assert (soundfile.read(other)[0] != soundfile.read(more)[0]).any()
     (short,) = generate.generate(str(exported[0]), "jazz", out=str(tmp_path / "b.wav"), clip_seconds=0.1, seed=7)
     np.testing.assert_array_equal(soundfile.read(short)[0], soundfile.read(more)[0][:800])
     for asked, why in (
@@ -152,7 +151,9 @@ def test_one_that_draws_otherwise_is_not_written(run, tmp_path, monkeypatch):
     """A mutation that must fail: the bundle's weights are not the checkpoint's."""
     stored = export._stored
     monkeypatch.setattr(export, "_stored", lambda trees: stored(jax.tree.map(lambda x: x * 2, trees)))
-    with pytest.raises(ValueError, match=r"does not draw what the checkpoint does: .* of the golden tokens differ"):
+    with pytest.raises(
+        ValueError, match=r"does not draw what the checkpoint does: .* of the golden tokens and .* codes differ"
+    ):
         export.export(str(run / "policy"), str(tmp_path / "b"), 0.4, platforms=("cpu",))
     assert not (tmp_path / "b").exists()
 
