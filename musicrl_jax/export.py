@@ -117,7 +117,7 @@ def export(
             print(f"{folder.name}: {name} for {platform}, {file.stat().st_size / 1e6:.1f} MB", flush=True)
     (partial / WEIGHTS).mkdir()
     for number, shard in enumerate(_shards(stored)):
-        safetensors.numpy.save_file(shard, partial / WEIGHTS / f"{number:05d}.safetensors")
+        (partial / WEIGHTS / f"{number:05d}.safetensors").write_bytes(safetensors.numpy.save(shard))
     (partial / VOCABULARY).write_bytes(loaded.vocabulary)
     for file in READ_BY_BUNDLES:
         shutil.copy(file, partial)
@@ -132,7 +132,7 @@ def export(
     if not np.isfinite(golden.wav).all():
         raise ValueError(f"{checkpoint} draws samples that are not finite: train its codec again")
     kept = {"text": text, "seeds": seeds, "tokens": golden.tokens, "acoustic": golden.acoustic, "wav": golden.wav}
-    safetensors.numpy.save_file({name: np.asarray(x) for name, x in kept.items()}, partial / GOLDEN)
+    (partial / GOLDEN).write_bytes(safetensors.numpy.save({name: np.asarray(x) for name, x in kept.items()}))
 
     about = {
         "format": FORMAT,
