@@ -213,7 +213,7 @@ class Autoregressive(nn.Module):
         fine = c.levels - c.coarse_levels
         x = sum(self.table[q][coarse[:, :, q]] for q in range(c.coarse_levels))  # [B, T, D]
         bias = self.body.bias(frames * (1 + fine))
-        y, cache = self.body.extend(x, self.body.empty_cache(batch, frames * (1 + fine)), 0, bias)
+        y, cache = self.body.extend(x, self.body.empty_cache(batch, frames * (1 + fine), jnp.float32), 0, bias)
 
         def step(state: tuple, number: jax.Array) -> tuple[tuple, jax.Array]:
             y, cache = state  # y [B, D], of the position before

@@ -233,7 +233,7 @@ def test_every_choice_raises_the_reward(start, steps, gradient, updates):
 def test_the_strength_follows_the_kls_target(learner, start, steps, rollout):
     """Nothing has moved, so the KL is 0, under any target: the strength falls by a fiftieth."""
     aimed = dataclasses.replace(learner, kl_target=2.0)
-    after, metrics = jax.jit(aimed.update)(*start, rollout, jnp.ones(BATCH))
+    after, metrics = jax.jit(updated(aimed))(*start, rollout, jnp.ones(BATCH))
     assert float(metrics["kl_strength"]) == pytest.approx(0.02)
     assert float(after.kl_strength) == pytest.approx(0.02 * 0.98)
     kept, _ = steps[1](*start, rollout, jnp.ones(BATCH))
