@@ -102,8 +102,12 @@ class Batcher:
 
     @property
     def waiting(self) -> int:
-        """Clips that wait."""
-        return len(self._waiting)
+        """Clips that wait, and are still wanted."""
+        with self._news:
+            return self._living()
+
+    def _living(self) -> int:
+        return sum(not future.cancelled() for _, future in self._waiting)
 
     def submit(self, *wanted: Wanted) -> list["Future[Drawn]"]:
         """All of them or none; cancelling a future takes its clip out of the queue. Full or Closed where it cannot."""
@@ -112,7 +116,7 @@ class Batcher:
                 raise Closed("the service stops")
             while self._waiting and self._waiting[0][1].cancelled():
                 self._waiting.popleft()
-            living = sum(not future.cancelled() for _, future in self._waiting)
+            living = self._living()
             if living + len(wanted) > self._most:
                 raise Full(max(1.0, self._seconds * (living + len(wanted)) / self._rows))
             futures = [Future() for _ in wanted]

@@ -162,6 +162,14 @@ def test_only_who_has_the_token_gets_clips(bundle):
         assert client.get("/v1/model").json()["token"] and client.get("/").status_code == 200
 
 
+def until(true):
+    for _ in range(600):
+        if true():
+            return
+        time.sleep(0.1)
+    raise AssertionError("never")
+
+
 class Slow:
     """A bundle that draws when it is let, and keeps count."""
 
@@ -180,12 +188,12 @@ def test_a_full_queue_says_when_to_come_back_and_all_others_get_their_clip(bundl
     queue = Batcher(slow, 2, 0.0, 3)
     text = bundle.encode(["jazz"])[0]
     first = queue.submit(Wanted(text, 0, 0, 1.0))
-    time.sleep(0.2)  # it is being drawn
+    until(lambda: queue.waiting == 0)  # it is being drawn
     waiting = [queue.submit(Wanted(text, seed, 0, 1.0))[0] for seed in (1, 2, 3)]
     with pytest.raises(Full) as full:
         queue.submit(Wanted(text, 4, 0, 1.0))
     assert full.value.retry_after >= 1 and queue.waiting == 3
-    assert waiting[0].cancel()  # who leaves makes room
+    assert waiting[0].cancel() and queue.waiting == 2  # who leaves makes room
     last = queue.submit(Wanted(text, 4, 0, 1.0))
     slow.go.set()
     closing = threading.Thread(target=queue.close)
@@ -214,6 +222,10 @@ def test_the_service_answers_429_and_503_and_notices_who_left(bundle, monkeypatc
     slow = Slow(bundle)
     app = service(slow, rows=1, most_waiting=2)
 
+    async def waiting(client, clips):
+        while f"musicrl_waiting_clips {clips}.0" not in (await client.get("/metrics")).text:
+            await asyncio.sleep(0.05)
+
     async def story():
         transport = httpx.ASGITransport(app)
         async with (
@@ -226,12 +238,14 @@ def test_the_service_answers_429_and_503_and_notices_who_left(bundle, monkeypatc
             while (await client.get("/readyz")).status_code != 200:
                 await asyncio.sleep(0.05)
             slow.go.clear()
-            asked = [asyncio.create_task(client.post("/v1/clips", json={**ASKED, "seed": seed})) for seed in range(3)]
-            await asyncio.sleep(0.5)
+            asked = []
+            for seed in range(3):  # one after the other, so that the last to come is the last to be drawn
+                asked.append(asyncio.create_task(client.post("/v1/clips", json={**ASKED, "seed": seed})))
+                await waiting(client, seed)
             full = await client.post("/v1/clips", json=ASKED)
             assert full.status_code == 429 and int(full.headers["retry-after"]) >= 1
             asked[2].cancel()  # the request of a client that went away
-            await asyncio.sleep(0.5)
+            await waiting(client, 1)
             slow.go.set()
             return [answer.status_code for answer in await asyncio.gather(*asked[:2])]
 
