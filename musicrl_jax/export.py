@@ -63,7 +63,7 @@ def export(
       checkpoint: folder of a policy, base or finetuned.
       out: the bundle's folder, which must not be there yet.
       clip_seconds: length of the clips that it draws, a multiple of 40 ms.
-      rewards: scores the clips, so that the best of several can be taken.
+      rewards: scores the clips, so that the best of several can be taken; terms as they are, not normalised.
       temperature, top_k: of the policy; the first is what a bundle does if not told otherwise.
       dtype: 'bfloat16' halves the weights of policy and SoundStorm and computes in it; codec, MuLan and rewards stay
         in float32.
@@ -95,6 +95,10 @@ def export(
     mixture = None if rewards is None else rewards.load()
     if mixture is not None:
         mixture.check_models(loaded)
+        if rewards.normalise:  # in units of clips of a base, which no one has drawn here
+            raise ValueError(
+                "export.rewards: Mixture.normalise=True is not exported: give weights for terms as they are"
+            )
     sampling = Sampling(temperature, top_k)
     text = pieces.encode(loaded.vocabulary, prompts, loaded.studio.mulan.config.text_length)
 
@@ -273,14 +277,13 @@ def _tree(like: Any, named: Mapping[str, Any]) -> Any:
 def _stored(trees: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], dict[str, dict[str, str]]]:
     """(arrays by name, each once; of each function, its argument's names to those)."""
     stored: dict[str, np.ndarray] = {}
-    known: dict[tuple[str, tuple[int, ...], bytes], str] = {}
+    known: dict[str, str] = {}
     arguments: dict[str, dict[str, str]] = {}
     for function, tree in trees.items():
         arguments[function] = {}
         for name, leaf in _named(tree):
             array = np.asarray(leaf)
-            key = (str(array.dtype), array.shape, array.tobytes())
-            kept = known.setdefault(key, f"{function}/{name}")
+            kept = known.setdefault(checkpoint.content_hash(array), f"{function}/{name}")
             stored[kept] = array
             arguments[function][name] = kept
     return stored, arguments

@@ -8,6 +8,7 @@ import dataclasses
 import hmac
 import io
 import json
+import math
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -144,12 +145,11 @@ def create(bundle: Bundle, batcher: Callable[..., Batcher], limits: Limits, toke
     def windows(asked: Asked) -> int:
         """How many it takes: each after the first goes on from half a clip."""
         frames, half = about["frames"], about["frames"] // 2
-        whole = round(asked.seconds / about["clip_seconds"] * frames + 0.4999)
+        whole = math.ceil(asked.seconds / about["clip_seconds"] * frames - 1e-6)
         return 1 + max(0, -(-(whole - frames) // (frames - half)))
 
-    async def drawn(asked: Asked, seed: int) -> tuple[np.ndarray, int, dict[str, float]]:
+    async def drawn(asked: Asked, text: np.ndarray, seed: int) -> tuple[np.ndarray, int, dict[str, float]]:
         """(wav f32 [N], which candidate it is, its rewards' means over windows)."""
-        text = bundle.encode([asked.prompt])[0]
         half = about["frames"] // 2
         begun: list[list[Drawn]] = []
         for window in range(windows(asked)):
@@ -229,8 +229,12 @@ def create(bundle: Bundle, batcher: Callable[..., Batcher], limits: Limits, toke
             raise HTTPException(503, "the service starts: ask /readyz", {"Retry-After": "5"})
         if asked.candidates > 1 and not about["rewards"]:
             raise HTTPException(422, "candidates: the bundle has no rewards to choose by: ask for 1")
+        try:
+            text = bundle.encode([asked.prompt])[0]
+        except ValueError as error:
+            raise HTTPException(422, str(error).encode("utf-8", "replace").decode()) from error
         seed = secrets.randbelow(2**32) if asked.seed is None else asked.seed
-        work = asyncio.create_task(drawn(asked, seed))
+        work = asyncio.create_task(drawn(asked, text, seed))
         try:
             while not (await asyncio.wait({work}, timeout=LOOK_SECONDS))[0]:
                 if await request.is_disconnected():
@@ -240,8 +244,6 @@ def create(bundle: Bundle, batcher: Callable[..., Batcher], limits: Limits, toke
             raise HTTPException(429, str(full), {"Retry-After": str(int(np.ceil(full.retry_after)))}) from full
         except Closed as closed:
             raise HTTPException(503, str(closed), {"Retry-After": "5"}) from closed
-        except ValueError as error:
-            raise HTTPException(422, str(error).encode("utf-8", "replace").decode()) from error
         finally:
             work.cancel()
         content = await asyncio.to_thread(encoded, wav, about["sample_rate_hz"], asked.format)

@@ -1,5 +1,6 @@
 """A bundle draws what the model code draws, wherever it is read, or says why not."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -132,7 +133,7 @@ def test_what_this_jax_cannot_run_is_refused_with_what_to_do(exported, tmp_path,
             Bundle(folder)
 
 
-def test_bad_settings_are_refused_before_any_work(run, tmp_path):
+def test_bad_settings_are_refused_before_any_work(run, rewards, tmp_path):
     def refused(error, match, **settings):
         with pytest.raises(error, match=match):
             export.export(str(run / "policy"), **{"out": str(tmp_path / "b"), "clip_seconds": 0.4, **settings})
@@ -143,6 +144,8 @@ def test_bad_settings_are_refused_before_any_work(run, tmp_path):
     refused(ValueError, r"platforms=\('tpu',\) lacks cpu", platforms=("tpu",))
     refused(ValueError, "clip_seconds=0.41 must be a multiple", clip_seconds=0.41)
     refused(ValueError, "prompt '' is empty", prompts=("",))
+    normalised = dataclasses.replace(rewards, normalise=True)
+    refused(ValueError, "normalise=True is not exported", rewards=normalised)
     with pytest.raises(FileExistsError, match="is there already"):
         export.export(str(run / "policy"), str(tmp_path), 0.4)
 
