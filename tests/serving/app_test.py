@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import schemathesis
 import soundfile
+import uvicorn
 from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, given, settings
 from schemathesis.specs.openapi import checks
@@ -253,8 +254,30 @@ def test_the_service_answers_429_and_503_and_notices_who_left(bundle, monkeypatc
     assert [seeds[0] for seeds in slow.drawn] == [0, 0, 1]  # the first to compile; seed 2 was never drawn
 
 
+def test_a_connection_that_closes_takes_its_clips_out_of_the_queue(bundle):
+    """Over a real socket, and both while a clip waits and while it is drawn."""
+    slow = Slow(bundle)
+    slow.go.set()
+    server = uvicorn.Server(uvicorn.Config(service(slow, rows=1), port=0, log_level="warning"))
+    running = threading.Thread(target=server.run, daemon=True)
+    running.start()
+    until(lambda: server.started)
+    address = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    until(lambda: httpx.get(f"{address}/readyz").status_code == 200)
+    slow.go.clear()
+    for seed in (1, 2):
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{address}/v1/clips", json={**ASKED, "seed": seed}, timeout=httpx.Timeout(60, read=1))
+    until(lambda: 'musicrl_requests_total{status="499"} 2.0' in httpx.get(f"{address}/metrics").text)
+    assert "musicrl_waiting_clips 0.0" in httpx.get(f"{address}/metrics").text
+    slow.go.set()
+    server.should_exit = True
+    running.join(60)
+    assert [seeds[0] for seeds in slow.drawn] == [0, 1]  # the first to compile; seed 2 was never drawn
+
+
 def test_health_metrics_page_and_description(client):
-    assert client.get("/healthz").json() == {"alive": True}
+    assert client.get("/healthz").json() == {"alive": True} and client.post("/v1/clips", json=ASKED).status_code == 200
     text = client.get("/metrics").text
     assert 'musicrl_requests_total{status="200"}' in text and "musicrl_waiting_clips 0.0" in text
     page = client.get("/")
