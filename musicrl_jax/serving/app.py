@@ -80,6 +80,7 @@ def create(bundle: Bundle, batcher: Callable[..., Batcher], limits: Limits, toke
     busy = Counter("musicrl_device_seconds", "Spent on drawing.", registry=registry)
     music = Counter("musicrl_music_seconds", "Of music sent.", registry=registry)
     waiting = Gauge("musicrl_waiting_clips", "Clips that wait for the device.", registry=registry)
+    taken = Gauge("musicrl_requests_in_progress", "Requests whose clips are wanted.", registry=registry)
 
     def told(clips: int, seconds: float) -> None:
         sizes.observe(clips)
@@ -232,9 +233,10 @@ def create(bundle: Bundle, batcher: Callable[..., Batcher], limits: Limits, toke
         seed = secrets.randbelow(2**32) if asked.seed is None else asked.seed
         work = asyncio.create_task(drawn(asked, text, seed))
         try:
-            while not (await asyncio.wait({work}, timeout=LOOK_SECONDS))[0]:
-                if await request.is_disconnected():
-                    return Response(status_code=GONE)
+            with taken.track_inprogress():
+                while not (await asyncio.wait({work}, timeout=LOOK_SECONDS))[0]:
+                    if await request.is_disconnected():
+                        return Response(status_code=GONE)
             wav, best, rewards = work.result()
         except Full as full:
             raise HTTPException(429, str(full), {"Retry-After": str(int(np.ceil(full.retry_after)))}) from full

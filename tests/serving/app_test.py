@@ -6,6 +6,7 @@ import concurrent.futures
 import contextlib
 import io
 import json
+import re
 import signal
 import socket
 import subprocess
@@ -164,7 +165,7 @@ def test_only_who_has_the_token_gets_clips(bundle):
 
 
 def until(true):
-    for _ in range(600):
+    for _ in range(1200):
         if true():
             return
         time.sleep(0.1)
@@ -298,11 +299,12 @@ def served(exported):
     command = [sys.executable, "-m", "musicrl_jax.cli", "serve", f"--bundle={exported[0]}", f"--port={port}"]
     process = subprocess.Popen([*command, "--rows=2", "--most_candidates=2"], stdout=subprocess.DEVNULL)
     address = f"http://127.0.0.1:{port}"
-    for _ in range(600):
+
+    def ready():
         with contextlib.suppress(httpx.TransportError):
-            if httpx.get(f"{address}/readyz").status_code == 200:
-                break
-        time.sleep(0.2)
+            return httpx.get(f"{address}/readyz").status_code == 200
+
+    until(ready)
     yield address, process
     process.kill()
     process.wait()
@@ -325,14 +327,19 @@ def test_fuzzed_requests_by_its_own_description(served):
     assert counts["/v1/clips", 200] > 5 and all(status < 500 for _, status in counts)
 
 
+def taken(client):
+    """Requests for clips so far, answered or not."""
+    told = client.get("/metrics").text
+    return sum(map(float, re.findall(r"^musicrl_requests(?:_total{.*}|_in_progress) (.*)$", told, re.MULTILINE)))
+
+
 def test_sigterm_lets_finish_what_was_asked_for(served):
     """The last of this file: the service is gone then."""
     address, process = served
-    with concurrent.futures.ThreadPoolExecutor(6) as pool:
-        asked = [
-            pool.submit(httpx.post, f"{address}/v1/clips", json={**ASKED, "seconds": 1.6}, timeout=60) for _ in range(6)
-        ]
-        time.sleep(0.3)
+    with concurrent.futures.ThreadPoolExecutor(6) as pool, httpx.Client(base_url=address, timeout=120) as client:
+        before = taken(client)
+        asked = [pool.submit(client.post, "/v1/clips", json={**ASKED, "seconds": 1.6}) for _ in range(6)]
+        until(lambda: taken(client) == before + 6)
         process.send_signal(signal.SIGTERM)
         assert [answer.result().status_code for answer in asked] == [200] * 6
     assert process.wait(60) == 0
