@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -48,7 +49,9 @@ def main() -> None:
     for each in asked.topologies:
         slices, topology = each.split("x", 1) if each.split("x", 1)[0].isdigit() else ("1", each)
         chips = int(slices) * math.prod(map(int, topology.split(":")[1].split("x")))
+        start = time.monotonic()
         rows = planned(topology, int(slices), chips, asked)
+        print(f"{each}: planned in {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
         for name, row in rows.items():
             space = "" if name == "of which decode" else f"{row['needed'] / 2**30:.1f} of {row['memory'] / 2**30:.1f}"
             if not row["fits"]:
