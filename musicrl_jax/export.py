@@ -20,8 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 from jax import export as jax_export
+from jax.sharding import Mesh
 
-from musicrl_jax.core import checkpoint, manifest
+from musicrl_jax.core import checkpoint, manifest, sharding
 from musicrl_jax.core.keys import step_key
 from musicrl_jax.core.state import in_dtype
 from musicrl_jax.inputs import pieces
@@ -54,6 +55,7 @@ def export(
     fine: str | None = None,
     codec: str | None = None,
     mulan: str | None = None,
+    chips: int = 1,
 ) -> None:
     """Writes a bundle, whole or not at all, and draws its golden clips again in a process without this package.
 
@@ -71,6 +73,8 @@ def export(
       prompts: of the golden clips.
       licence: that the weights stand under, in words for the card.
       fine, codec, mulan: folders of the other models; by default those beside the checkpoint, as in a run's folder.
+      chips: that draw each clip together; each holds its part of the policy's heads, inner layers and vocabularies,
+        and the other models whole. A bundle for several runs on that many; it is verified here, on as many devices.
 
     Raises:
       ValueError: where a setting is out of range, models do not belong together, or the bundle does not draw the
@@ -84,6 +88,11 @@ def export(
         raise ValueError(f"export.platforms: {unknown[0]!r} is none of cpu, cuda, tpu")
     if here not in platforms:
         raise ValueError(f"export.platforms={tuple(platforms)} lacks {here}, on which the bundle is verified here")
+    if not 1 <= chips <= jax.device_count():
+        raise ValueError(
+            f"export.chips={chips}: jax has {jax.device_count()} devices here, and a bundle is verified on as many as "
+            f"it is for; on a CPU XLA_FLAGS=--xla_force_host_platform_device_count={max(chips, 1)} shows so many"
+        )
     folder = Path(out)
     if folder.exists():
         raise FileExistsError(f"export.out={out!r} is there already: remove it, or give another folder")
@@ -106,6 +115,7 @@ def export(
     trees = {DRAW: (in_dtype(loaded.policy, dtype), frozen)}
     if mixture is not None:
         trees[SCORE] = mixture.variables
+    layouts = _laid_out(loaded, trees, chips)
     stored, arguments = _stored(trees)
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -113,7 +123,7 @@ def export(
     manifest.check_space(partial, stored)
     functions: dict[str, dict[str, Any]] = {name: {} for name in trees}
     for platform in platforms:
-        for name, exported in _functions(loaded, mixture, trees, frames, top_k, platform):
+        for name, exported in _functions(loaded, mixture, trees, layouts, frames, top_k, platform):
             file = partial / "functions" / platform / f"{name}.stablehlo"
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_bytes(exported.serialize())
@@ -132,7 +142,9 @@ def export(
     seeds, none = jnp.arange(rows, dtype=jnp.uint32), jnp.zeros(rows, jnp.uint32)
     nothing = Given(jnp.zeros((rows, frames, _places(loaded)), jnp.int32), jnp.zeros(rows, jnp.int32))
     temperatures = jnp.full(rows, temperature, jnp.float32)
-    golden = jax.jit(draw)(*trees[DRAW], text, seeds, none, temperatures, nothing)
+    whole = layouts[SCORE]
+    again = jax.jit(draw, in_shardings=(*layouts[DRAW], *[whole] * 5), out_shardings=whole)
+    golden = again(*trees[DRAW], text, seeds, none, temperatures, nothing)
     if not np.isfinite(golden.wav).all():
         raise ValueError(f"{checkpoint} draws samples that are not finite: train its codec again")
     kept = {"text": text, "seeds": seeds, "tokens": golden.tokens, "acoustic": golden.acoustic, "wav": golden.wav}
@@ -145,6 +157,7 @@ def export(
         "platforms": list(platforms),
         "functions": functions,
         "arguments": arguments,
+        "chips": chips,
         "dtype": dtype,
         "sample_rate_hz": loaded.studio.sample_rate_hz,
         "clip_seconds": clip_seconds,
@@ -198,6 +211,7 @@ def _functions(
     loaded: Loaded,
     mixture: LoadedMixture | None,
     trees: Mapping[str, Any],
+    layouts: Mapping[str, Any],
     frames: int,
     top_k: int | None,
     platform: str,
@@ -213,8 +227,11 @@ def _functions(
     def weights(name: str) -> dict[str, jax.ShapeDtypeStruct]:
         return {path: jax.ShapeDtypeStruct(x.shape, x.dtype) for path, x in _named(trees[name])}
 
-    def exported(function: Any, *arguments: Any) -> jax_export.Exported:
-        return jax_export.export(jax.jit(function), platforms=[platform])(*arguments)
+    def exported(name: str, function: Any, *arguments: Any) -> jax_export.Exported:
+        layout = dict(zip(weights(name), jax.tree.leaves(jax.tree.broadcast(layouts[name], trees[name])), strict=True))
+        whole = layouts[SCORE]
+        compiled = jax.jit(function, in_shardings=(layout, *[whole] * len(arguments)), out_shardings=whole)
+        return jax_export.export(compiled, platforms=[platform])(weights(name), *arguments)
 
     draw = _draw(studio, frames, top_k)
 
@@ -232,7 +249,7 @@ def _functions(
         tokens,
         array(),
     )
-    found = exported(play, weights(DRAW), *asked)
+    found = exported(DRAW, play, *asked)
     yield DRAW, found
     if mixture is None:
         return
@@ -244,7 +261,25 @@ def _functions(
         return {**terms, "total": mixture.total(terms, {name: (0.0, 1.0) for name in terms})}
 
     drawn = (jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype) for x in found.out_avals)
-    yield SCORE, exported(score, weights(SCORE), *drawn)
+    yield SCORE, exported(SCORE, score, *drawn)
+
+
+def _laid_out(loaded: Loaded, trees: Mapping[str, Any], chips: int) -> dict[str, Any]:
+    """How each function's weights lie on so many chips: the policy by the names of its axes, all else whole."""
+    mesh = Mesh(np.array(jax.devices()[:chips]), ("tensor",))
+    whole = sharding.replicated(mesh)
+    config, policy = loaded.studio.musiclm.config, trees[DRAW][0]
+    nothing = jnp.zeros((1, 1, config.layout.depth), jnp.int32), jnp.zeros((1, config.mulan_levels), jnp.int32)
+    create, key = MusicLM(config).init, jax.random.key(0)
+    split = sharding.laid_out(mesh, create, key, *nothing, rules=sharding.DRAWING_RULES)[1]["params"]
+    for (name, array), (_, layout) in zip(_named(policy), _named(split), strict=True):
+        for axis, name_of_mesh in enumerate(layout.spec):
+            if name_of_mesh and array.shape[axis] % chips:
+                raise ValueError(
+                    f"export.chips={chips} cannot share the policy's {name} of shape {array.shape}: choose chips that "
+                    f"divide {array.shape[axis]}"
+                )
+    return {DRAW: (split, jax.tree.map(lambda _: whole, trees[DRAW][1])), SCORE: whole}
 
 
 def _places(loaded: Loaded) -> int:
@@ -340,6 +375,8 @@ def _card(about: Mapping[str, Any], source: Path) -> str:
     if learned:
         by = ", ".join(f"{name} (weight {told['weight']:g})" for name, told in learned["rewards"].items())
         history = f"finetuned on {by}; anchored to {learned['anchor'][:12]}"
+    chips = about["chips"]
+    sharing = "" if chips == 1 else f"\nThe policy is split among {chips} chips, and needs as many.\n"
     models = "\n".join(f"* {name}: `{found[:12]}`" for name, found in about["models"].items())
     layout = about["layout"]
     return f"""# {source.name}, a text-to-music model
@@ -349,7 +386,7 @@ a clip of {about["clip_seconds"]:g} s at {about["sample_rate_hz"]} Hz, weights i
 
     python bundle.py "upbeat jazz with a walking bass" --out=clip.wav
     python bundle.py --check
-
+{sharing}
 These need jax, numpy, safetensors, sentencepiece, tokenizers and soundfile, and none of musicrl-jax. Over HTTP:
 `musicrl serve --bundle=THIS_FOLDER`.
 

@@ -23,6 +23,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 from jax import export
+from jax.sharding import Mesh
 
 try:
     from musicrl_jax.core.manifest import MANIFEST, damage, unsealed
@@ -59,23 +60,34 @@ class Bundle:
     """
 
     def __init__(self, folder: str | Path, devices: Sequence[Any] | None = None):
-        """Reads `folder`; ValueError, by name of file, where one is not what was exported, or where this jax, or this
-        platform, cannot run it; FileNotFoundError where there is none."""
+        """Reads `folder`, for `devices` or all; ValueError, by name of file, where one is not what was exported, or
+        where this jax, or these devices, cannot run it; FileNotFoundError where there is none."""
         self.folder = Path(folder)
         if not (self.folder / MANIFEST).exists():
             raise FileNotFoundError(f"no bundle in {folder}: `musicrl export` writes one")
         self.about = _described(self.folder)
-        self.platform = PLATFORMS[jax.default_backend()]
+        devices = devices or jax.devices()
+        self.platform = PLATFORMS[devices[0].platform]
         if self.platform not in self.about["platforms"]:
             raise ValueError(
                 f"{folder} has functions for {', '.join(self.about['platforms'])}, and jax runs on {self.platform} "
                 f"here: export it again with platforms that name that, or set JAX_PLATFORMS"
             )
+        chips = self.about["chips"]
+        if len(devices) < chips:
+            raise ValueError(
+                f"{folder} was exported for {chips} chips that draw together, and jax has {len(devices)} here: export "
+                "it again with fewer, or run it where there are as many"
+            )
         self._text = (self.folder / VOCABULARY).read_bytes()
-        self.weights = self._weights()
-        self._functions = {
-            name: jax.jit(self._function(name).call) for name in (DRAW, SCORE) if name in self.about["functions"]
+        exported = {name: self._function(name) for name in (DRAW, SCORE) if name in self.about["functions"]}
+        mesh = Mesh(np.array(devices[:chips]), ("tensor",))
+        layouts = {
+            name: jax.tree.unflatten(found.in_tree, found.in_shardings_jax(mesh))[0][0]
+            for name, found in exported.items()
         }
+        self.weights = self._weights(layouts)
+        self._functions = {name: jax.jit(found.call) for name, found in exported.items()}
 
     def encode(self, prompts: Sequence[str]) -> np.ndarray:
         """Prompts as pieces, int32 [B, L]; ValueError where one says nothing."""
@@ -139,15 +151,18 @@ class Bundle:
                 "newer, or export the checkpoint again here"
             ) from error
 
-    def _weights(self) -> dict[str, dict[str, jax.Array]]:
-        """By function, by name; an array that several read is there once."""
+    def _weights(self, layouts: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, jax.Array]]:
+        """By function, by name, as they are to lie; an array that several read alike is there once."""
+        arguments = self.about["arguments"]
+        wanted = {stored: layouts[f][name] for f, names in arguments.items() for name, stored in names.items()}
         there = {}
         for file in sorted((self.folder / WEIGHTS).glob("*.safetensors")):
             with safetensors.safe_open(file, framework="numpy") as tensors:
-                there |= {name: jax.device_put(tensors.get_tensor(name)) for name in tensors.keys()}  # noqa: SIM118
+                for name in tensors.keys():  # noqa: SIM118
+                    there[name] = jax.device_put(tensors.get_tensor(name), wanted[name])
         return {
-            function: {name: there[stored] for name, stored in names.items()}
-            for function, names in self.about["arguments"].items()
+            function: {name: jax.device_put(there[stored], layouts[function][name]) for name, stored in names.items()}
+            for function, names in arguments.items()
         }
 
     def check(self) -> dict[str, float]:

@@ -144,6 +144,8 @@ def test_bad_settings_are_refused_before_any_work(run, rewards, tmp_path):
     refused(ValueError, r"platforms=\('tpu',\) lacks cpu", platforms=("tpu",))
     refused(ValueError, "clip_seconds=0.41 must be a multiple", clip_seconds=0.41)
     refused(ValueError, "prompt '' is empty", prompts=("",))
+    refused(ValueError, "chips=9: jax has 8 devices here", chips=9)
+    refused(ValueError, r"chips=5 cannot share the policy's acoustic_head of shape .* choose chips that divide 8", chips=5)
     normalised = dataclasses.replace(rewards, normalise=True)
     refused(ValueError, "normalise=True is not exported", rewards=normalised)
     with pytest.raises(FileExistsError, match="is there already"):
@@ -161,10 +163,28 @@ def test_one_that_draws_otherwise_is_not_written(run, tmp_path, monkeypatch):
     assert not (tmp_path / "b").exists()
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16"])
-def test_half_precision_halves_what_is_multiplied(run, exported, tmp_path, dtype):
-    export.export(str(run / "policy"), str(tmp_path / "b"), 0.4, platforms=("cpu",), dtype=dtype)
+def test_half_precision_halves_what_is_multiplied(run, tmp_path):
+    export.export(str(run / "policy"), str(tmp_path / "b"), 0.4, platforms=("cpu",), dtype="bfloat16")
     half = Bundle(tmp_path / "b")
-    assert half.weights["draw"]["0/trunk/bridge"].dtype == dtype
+    assert half.weights["draw"]["0/trunk/bridge"].dtype == "bfloat16"
     assert half.about["functions"].keys() == {"draw"} and half.score(None) == {}
     assert "bfloat16" in (tmp_path / "b" / "README.md").read_text()
+
+
+def test_chips_share_the_policy_and_draw_the_same(run, rewards, bundle, tmp_path):
+    folder = tmp_path / "b"
+    export.export(str(run / "policy"), str(folder), 0.4, rewards, platforms=("cpu", "tpu"), chips=2)
+    shared = Bundle(folder, jax.devices()[2:4])
+    text = bundle.encode(["a slow piano"])
+    found, alone = shared.draw(text, [7]), bundle.draw(text, [7])
+    np.testing.assert_array_equal(found.tokens, alone.tokens)
+    np.testing.assert_allclose(found.wav, alone.wav, atol=1e-4)
+    np.testing.assert_allclose(shared.score(found)["total"], bundle.score(alone)["total"], rtol=1e-4)
+    pieces = {name: array.addressable_shards for name, array in shared.weights["draw"].items()}
+    assert all({piece.device for piece in each} == set(jax.devices()[2:4]) for each in pieces.values())
+    split = [name for name, (one, *_) in pieces.items() if one.data.shape != shared.weights["draw"][name].shape]
+    shares = "query", "key", "value", "out", "gate", "up", "down", "relative", "table", "head"
+    assert set(split) == {name for name in pieces if name.startswith("0/") and name.endswith(shares)}
+    assert "split among 2 chips" in (folder / "README.md").read_text()
+    with pytest.raises(ValueError, match="exported for 2 chips that draw together, and jax has 1 here"):
+        Bundle(folder, jax.devices()[:1])
