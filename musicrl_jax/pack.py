@@ -1,8 +1,9 @@
 """The models of a run as small files that can be shipped, and back.
 
-A packed model is one safetensors file: its arrays by their path ("params/trunk/begin"), in half precision, and in the
-header the config that rebuilds the module and the files that belong to it. Rounded weights are other weights: a packed
-model has a hash of its own, and where it was trained on, from or with another model of the pack it names that one's.
+A packed model is one safetensors file: its arrays by their path ("params/trunk/begin"; the names are in the card of
+`data/pretrained/demo`), in half precision or as they are, and in the header the config that rebuilds the module and the
+files that belong to it. Rounded weights are other weights: a packed model has a hash of its own, and where it was
+trained on, from or with another model of the pack it names that one's.
 
 Towers that were fetched stay out; whoever unpacks fetches them too.
 """
@@ -10,7 +11,7 @@ Towers that were fetched stay out; whoever unpacks fetches them too.
 import base64
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,12 @@ TOWERS = "params/towers/"
 
 
 def pack(
-    models: Mapping[str, str], out: str, audio_weights: str = "", text_weights: str = "", vocabulary: str = ""
+    models: Mapping[str, str],
+    out: str,
+    audio_weights: str = "",
+    text_weights: str = "",
+    vocabulary: str = "",
+    dtype: str = "float16",
 ) -> None:
     """Writes `out`/NAME.safetensors for each model and `out`/models.json, which says what is in them.
 
@@ -58,10 +64,14 @@ def pack(
       models: the folder of each model by the name that it is packed under.
       out: the folder of the pack.
       audio_weights, text_weights, vocabulary: what MuLan's towers were fetched as, and is left out; '' packs them too.
+      dtype: 'float16', or 'float32': as they are, and so with the hash that they have.
 
     Raises:
-      ValueError: where a folder holds no model of a known kind, or MuLan's towers are not those that are left out.
+      ValueError: where there is no such dtype, a folder holds no model of a known kind, or MuLan's towers are not those
+        that are left out.
     """
+    if dtype not in ("float16", "float32"):
+        raise ValueError(f"pack.dtype={dtype!r} is none of float16, float32")
     whole = {name: _load(folder) for name, folder in models.items()}
     kept, hashes = {}, {}
     for name, model in whole.items():
@@ -70,7 +80,8 @@ def pack(
             left_out = _towers(model.config, audio_weights, text_weights)
             if other := [path for path, array in left_out.items() if not np.array_equal(exact.get(path), array)]:
                 raise ValueError(f"{models[name]}: {other[0]} is not that of the pretrained towers: pack without them")
-        kept[name] = {path: _rounded(array) for path, array in exact.items() if path not in left_out}
+        rounded = _rounded if dtype == "float16" else np.asarray
+        kept[name] = {path: rounded(array) for path, array in exact.items() if path not in left_out}
         hashes[name] = checkpoint.content_hash(_restored({**kept[name], **left_out}))
     Path(out).mkdir(parents=True, exist_ok=True)
     words = Path(vocabulary).read_bytes() if vocabulary else None
@@ -84,6 +95,7 @@ def pack(
             "format": FORMAT,
             "hash": hashes[name],
             "config": checkpoint.config_to_json(model.config),
+            "shapes": _shapes(kept[name]),
             "assets": {file: base64.b64encode(content).decode() for file, content in sorted(assets.items())},
         }
         path = Path(out) / f"{name}.safetensors"
@@ -101,49 +113,69 @@ def pack(
     write_json(Path(out) / INDEX, described)
 
 
-def unpack(source: str, out: str, audio_weights: str = "", text_weights: str = "", vocabulary: str = "") -> None:
+def unpack(
+    source: str,
+    out: str,
+    audio_weights: str = "",
+    text_weights: str = "",
+    vocabulary: str = "",
+    changed: Sequence[str] = (),
+) -> None:
     """Writes the models of a pack as `out`/NAME/model, as if they had been trained there; leaves done ones alone.
 
     Args:
       source: the folder of the pack.
       out: the run's folder.
       audio_weights, text_weights, vocabulary: what was left out of MuLan, fetched again.
+      changed: names of models whose weights someone else wrote into the file, its header kept: they are taken, if they
+        are finite and of the names and shapes that were packed, as a model of their own.
 
     Raises:
       ValueError: where a file is not the one that models.json describes, MuLan lacks its towers, or another model is
         there already.
       FileNotFoundError: where a file is missing.
     """
-    for name, told in _index(source).items():
-        folder = Path(out) / name
+    index = _index(source)
+    if unknown := set(changed) - index.keys():
+        raise ValueError(f"unpack.changed: {min(unknown)!r} is none of {', '.join(index)}")
+    for name, told in index.items():
+        folder, other = Path(out) / name, name in changed
+        model = load(source, name, audio_weights, text_weights, vocabulary, other) if other else None
+        wanted = model.hash if other else told["hash"]
         if checkpoint.has_model(folder):
-            if (found := checkpoint.model_hash(folder)) != told["hash"]:
-                raise ValueError(f"{folder} holds model {found[:12]}, not {told['hash'][:12]}: unpack elsewhere")
+            if (found := checkpoint.model_hash(folder)) != wanted:
+                raise ValueError(f"{folder} holds model {found[:12]}, not {wanted[:12]}: unpack elsewhere")
             print(f"{folder}: unpacked already")
             continue
-        model = load(source, name, audio_weights, text_weights, vocabulary)
+        model = model or load(source, name, audio_weights, text_weights, vocabulary)
         checkpoint.save_model(folder, model.config, model.variables, model.assets)
         print(f"{folder}: unpacked")
 
 
 def load(
-    source: str, name: str, audio_weights: str = "", text_weights: str = "", vocabulary: str = ""
+    source: str,
+    name: str,
+    audio_weights: str = "",
+    text_weights: str = "",
+    vocabulary: str = "",
+    changed: bool = False,
 ) -> checkpoint.Model:
     """One model of a pack; arguments and errors are those of `unpack`."""
     told = _index(source)[name]
-    config, arrays, assets = _read(Path(source) / f"{name}.safetensors", told)
+    config, arrays, assets = _read(Path(source) / f"{name}.safetensors", told, changed)
     if isinstance(config, MuLanConfig) and not any(path.startswith(TOWERS) for path in arrays):
         if not (audio_weights and text_weights and vocabulary):
             raise ValueError(f"{source}: {name} needs its pretrained towers and their vocabulary: `musicrl fetch`")
         arrays |= _towers(config, audio_weights, text_weights)
         assets = {VOCABULARY: Path(vocabulary).read_bytes(), **assets}
     variables = _restored(arrays)
-    if (found := checkpoint.content_hash(variables)) != told["hash"]:
+    found = checkpoint.content_hash(variables)
+    if found != told["hash"] and not changed:
         raise ValueError(
             f"{source}: {name} comes to {found[:12]}, not {told['hash'][:12]}: its towers are not those that it was "
             "packed without"
         )
-    return checkpoint.Model(config, variables, told["hash"], assets)
+    return checkpoint.Model(config, variables, found, assets)
 
 
 def _index(source: str) -> dict[str, dict[str, Any]]:
@@ -168,20 +200,44 @@ def _towers(config: MuLanConfig, audio_weights: str, text_weights: str) -> dict[
     return _flat({"params": {"towers": PretrainedTowers(config, audio_weights, text_weights).params()}})
 
 
-def _read(path: Path, told: Mapping[str, Any]) -> tuple[Any, dict[str, np.ndarray], dict[str, bytes]]:
+def _read(path: Path, told: Mapping[str, Any], changed: bool) -> tuple[Any, dict[str, np.ndarray], dict[str, bytes]]:
     """(config, arrays, assets) of a packed model."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: restore the pack")
-    if (found := hashlib.sha256(path.read_bytes()).hexdigest()) != told["sha256"]:
-        raise ValueError(f"{path} has the sha256 {found[:12]}, not {told['sha256'][:12]}: it is damaged, restore it")
+    if not changed and (found := hashlib.sha256(path.read_bytes()).hexdigest()) != told["sha256"]:
+        raise ValueError(
+            f"{path} has the sha256 {found[:12]}, not {told['sha256'][:12]}: if it is damaged, restore it; if someone "
+            "wrote other weights into it, name it in unpack.changed"
+        )
     with safetensors.safe_open(path, framework="numpy") as file:
-        header = json.loads(file.metadata().get(HEADER, "{}"))
+        header = json.loads((file.metadata() or {}).get(HEADER, "{}"))
     arrays = safetensors.numpy.load_file(path)
     if header.get("format") != FORMAT:
         raise ValueError(f"{path} is of format {header.get('format')!r}, not {FORMAT!r}: pack it with this version")
+    if changed:
+        _check_changed(path, arrays, header.get("shapes"))
     config = checkpoint.config_from_json(KINDS[told["kind"]], header["config"], str(path))
     assets = {name: base64.b64decode(content) for name, content in header["assets"].items()}
     return config, arrays, assets
+
+
+def _shapes(arrays: Mapping[str, np.ndarray]) -> dict[str, str]:
+    """What each array is, such as 'float [4, 2]' for either precision."""
+    kinds = {"float16": "float", "float32": "float"}
+    return {path: f"{kinds.get(str(x.dtype), x.dtype)} {list(x.shape)}" for path, x in sorted(arrays.items())}
+
+
+def _check_changed(path: Path, arrays: Mapping[str, np.ndarray], packed: Mapping[str, str] | None) -> None:
+    """ValueError, by name of the array, where weights that someone else wrote are not of the model that was packed."""
+    if packed is None:
+        raise ValueError(f"{path} does not say what shapes it was packed with: pack its model again, and change that")
+    there = _shapes(arrays)
+    for name in sorted(there.keys() | packed.keys()):
+        was, now = packed.get(name, "nothing"), there.get(name, "nothing")
+        if was != now:
+            raise ValueError(f"{path}: {name} was packed as {was} and is {now}: write it as it was")
+        if not np.isfinite(arrays[name]).all():
+            raise ValueError(f"{path}: {name} has weights that are not finite")
 
 
 def _rounded(array: np.ndarray) -> np.ndarray:

@@ -1,11 +1,14 @@
 """Packing and unpacking: what comes back, what names it, and what is refused."""
 
+import collections
 import hashlib
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from musicrl_jax import pack
 from musicrl_jax.core import checkpoint
@@ -69,6 +72,87 @@ def test_what_comes_back_is_what_was_packed_in_half_precision(run):
     np.testing.assert_array_equal(codec.variables["codebooks"]["sums"], np.full(3, 1e5))
 
 
+def test_in_single_precision_a_model_stays_the_same(run):
+    names = {name: str(run / name) for name in ("codec", "policy")}
+    pack.pack(names, str(run / "pack"), dtype="float32")
+    arrays = safetensors.numpy.load_file(run / "pack/policy.safetensors")  # as those read it who want the weights alone
+    model = checkpoint.load_model(run / "policy", MusicLMConfig)
+    np.testing.assert_array_equal(arrays["params/kernel"], model.variables["params"]["kernel"])
+    pack.unpack(str(run / "pack"), str(run / "back"))
+    for name in names:
+        assert checkpoint.model_hash(run / "back" / name) == checkpoint.model_hash(run / name)
+    with pytest.raises(ValueError, match="dtype='bfloat16' is none of float16, float32"):
+        pack.pack(names, str(run / "pack"), dtype="bfloat16")
+
+
+def test_weights_that_someone_else_wrote_are_taken_if_they_fit(run):
+    """As those do who average models: the header kept, other numbers."""
+    file = run / "pack/policy.safetensors"
+    pack.pack({"policy": str(run / "policy"), "codec": str(run / "codec")}, str(run / "pack"), dtype="float32")
+    arrays = safetensors.numpy.load_file(file)
+    with safetensors.safe_open(file, framework="numpy") as packed:
+        header = packed.metadata()
+
+    def read(arrays, changed=("policy",), header=header):
+        safetensors.numpy.save_file(arrays, file, metadata=header)
+        pack.unpack(str(run / "pack"), str(run / "back"), changed=changed)
+
+    doubled = {**arrays, "params/kernel": 2 * arrays["params/kernel"]}
+    with pytest.raises(ValueError, match=r"if someone wrote other weights into it, name it in unpack\.changed"):
+        read(doubled, ())
+    for wrong, why in (
+        (
+            {"params/kernel": np.zeros((5, 3), np.float32)},
+            r"params/kernel was packed as float \[3, 5\] and is float \[5",
+        ),
+        (
+            {"params/kernel": doubled["params/kernel"].astype(np.float64)},
+            r"and is float64 \[3, 5\]: write it as it was",
+        ),
+        ({"params/kernels": arrays["params/kernel"]}, r"params/kernels was packed as nothing and is float"),
+        ({"params/kernel": np.full((3, 5), np.inf, np.float32)}, "params/kernel has weights that are not finite"),
+    ):
+        with pytest.raises(ValueError, match=why):
+            read({**doubled, **wrong})
+    old = {pack.HEADER: json.dumps({k: v for k, v in json.loads(header[pack.HEADER]).items() if k != "shapes"})}
+    with pytest.raises(ValueError, match="does not say what shapes it was packed with: pack its model again"):
+        read(doubled, header=old)
+    with pytest.raises(ValueError, match="'policies' is none of"):
+        read(doubled, ("policies",))
+    with pytest.raises(ValueError, match="is of format None"):
+        read(doubled, header={})
+    for _ in range(2):  # the second time it is there already
+        read(doubled)
+        model = checkpoint.load_model(run / "back/policy", MusicLMConfig)
+        np.testing.assert_array_equal(model.variables["params"]["kernel"], doubled["params/kernel"])
+        assert model.hash != checkpoint.model_hash(run / "policy")
+        assert model.assets["tokens.json"] == checkpoint.load_model(run / "policy", MusicLMConfig).assets["tokens.json"]
+    with pytest.raises(ValueError, match="unpack elsewhere"):
+        read(arrays)
+
+
+def test_the_card_names_every_array_of_what_ships():
+    """`{a,b}` in the card's list is either, N a number, and what follows two spaces a remark."""
+    described = collections.defaultdict(list)
+    for line in (SHIPPED / "README.md").read_text().split("```")[1].splitlines()[1:]:
+        if not line.startswith(" "):
+            models = line.split(", ")
+            continue
+        name = re.escape(line.strip().partition("  ")[0]).replace("N", r"\d+")
+        name = re.sub(r"\\{(.*?)\\}", lambda either: f"(?:{either[1].replace(',', '|')})", name)
+        for model in models:
+            described[model].append(name)
+    files = sorted(SHIPPED.glob("*.safetensors"))
+    assert [file.stem for file in files] == sorted(described)
+    for file in files:
+        with safetensors.safe_open(file, framework="numpy") as arrays:
+            names = list(arrays.keys())
+        for name in names:
+            assert sum(bool(re.fullmatch(each, name)) for each in described[file.stem]) == 1, (file.stem, name)
+        for each in described[file.stem]:
+            assert any(re.fullmatch(each, name) for name in names), (file.stem, each)
+
+
 def test_the_lineage_names_the_packed_models(run):
     packed(run)
     unpacked(run)
@@ -122,7 +206,9 @@ def test_a_changed_byte_is_named(run, place):
     content = bytearray(path.read_bytes())
     content[place] ^= 1
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"policy\.safetensors has the sha256 \w+, not \w+: it is damaged"):
+    with pytest.raises(
+        ValueError, match=r"policy\.safetensors has the sha256 \w+, not \w+: if it is damaged, restore it"
+    ):
         unpacked(run)
 
 

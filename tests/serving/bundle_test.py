@@ -145,7 +145,9 @@ def test_bad_settings_are_refused_before_any_work(run, rewards, tmp_path):
     refused(ValueError, "clip_seconds=0.41 must be a multiple", clip_seconds=0.41)
     refused(ValueError, "prompt '' is empty", prompts=("",))
     refused(ValueError, "chips=9: jax has 8 devices here", chips=9)
-    refused(ValueError, r"chips=5 cannot share the policy's acoustic_head of shape .* choose chips that divide 8", chips=5)
+    refused(
+        ValueError, r"chips=5 cannot share the policy's acoustic_head of shape .* choose chips that divide 8", chips=5
+    )
     normalised = dataclasses.replace(rewards, normalise=True)
     refused(ValueError, "normalise=True is not exported", rewards=normalised)
     with pytest.raises(FileExistsError, match="is there already"):
