@@ -364,24 +364,30 @@ def test_health_metrics_page_and_description(client):
     assert set(answers) == {"200", "400", "413", "422", "429", "503"}
 
 
+def started(folder, port):
+    """`musicrl serve`, a process of its own, once it is ready."""
+    command = [sys.executable, "-m", "musicrl_jax.cli", "serve", f"--bundle={folder}", f"--port={port}"]
+    process = subprocess.Popen([*command, "--rows=2", "--most_candidates=2"], stdout=subprocess.DEVNULL)
+
+    def ready():
+        assert process.poll() is None
+        with contextlib.suppress(httpx.TransportError):
+            return httpx.get(f"http://127.0.0.1:{port}/readyz").status_code == 200
+
+    until(ready)
+    return process
+
+
 @pytest.fixture(scope="module")
 def served(exported):
-    """The address of `musicrl serve`, a process of its own, and the process."""
+    """(address, [process]) of a service; who replaces the process puts it there."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "musicrl_jax.cli", "serve", f"--bundle={exported[0]}", f"--port={port}"]
-    process = subprocess.Popen([*command, "--rows=2", "--most_candidates=2"], stdout=subprocess.DEVNULL)
-    address = f"http://127.0.0.1:{port}"
-
-    def ready():
-        with contextlib.suppress(httpx.TransportError):
-            return httpx.get(f"{address}/readyz").status_code == 200
-
-    until(ready)
-    yield address, process
-    process.kill()
-    process.wait()
+    process = [started(exported[0], port)]
+    yield f"http://127.0.0.1:{port}", process
+    process[0].kill()
+    process[0].wait()
 
 
 def test_fuzzed_requests_by_its_own_description(served):
@@ -407,9 +413,24 @@ def taken(client):
     return sum(map(float, re.findall(r"^musicrl_requests(?:_total{.*}|_in_progress) (.*)$", told, re.MULTILINE)))
 
 
+def test_a_killed_service_loses_what_it_was_drawing_and_starts_again_as_it_was(served, exported):
+    address, process = served
+    with concurrent.futures.ThreadPoolExecutor(4) as pool, httpx.Client(base_url=address, timeout=120) as client:
+        before, clip = taken(client), client.post("/v1/clips", json=ASKED)
+        asked = [pool.submit(client.post, "/v1/clips", json={**ASKED, "seconds": 1.6}) for _ in range(4)]
+        until(lambda: taken(client) == before + 5)
+        process[0].kill()
+        lost = [answer.exception() for answer in asked]  # none hangs
+        assert all(error is None or isinstance(error, httpx.TransportError) for error in lost) and any(lost)
+    process[0].wait()
+    process[0] = started(exported[0], int(address.rpartition(":")[2]))
+    again = httpx.post(f"{address}/v1/clips", json=ASKED, timeout=120)
+    assert again.content == clip.content and again.headers["x-seed"] == clip.headers["x-seed"]
+
+
 def test_sigterm_lets_finish_what_was_asked_for(served):
     """The last of this file: the service is gone then."""
-    address, process = served
+    address, (process,) = served
     with concurrent.futures.ThreadPoolExecutor(6) as pool, httpx.Client(base_url=address, timeout=120) as client:
         before = taken(client)
         asked = [pool.submit(client.post, "/v1/clips", json={**ASKED, "seconds": 1.6}) for _ in range(6)]
