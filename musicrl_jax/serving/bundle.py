@@ -144,7 +144,9 @@ class Bundle:
                 f"{'upgrade jax' if version > high else 'install an older jax'}, or export the checkpoint again here"
             )
         try:
-            return export.deserialize(bytearray((self.folder / file).read_bytes()))
+            found = export.deserialize(bytearray((self.folder / file).read_bytes()))
+            found.mlir_module()  # which is not read until then; a newer jax writes what an older one cannot read
+            return found
         except Exception as error:  # the library raises nothing narrower
             raise ValueError(
                 f"{written}, and jax {jax.__version__} cannot read it ({error}): install jax {self.about['jax']} or "

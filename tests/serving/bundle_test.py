@@ -127,10 +127,17 @@ def test_what_this_jax_cannot_run_is_refused_with_what_to_do(exported, tmp_path,
     told["draw"]["cpu"]["calling_convention"] = 99
     with pytest.raises(ValueError, match=r"calling convention 99, and jax .* reads 9 to .*: upgrade jax"):
         Bundle(changed(folder, tmp_path / "new", functions=told))
-    with monkeypatch.context() as patch:
-        patch.setattr(bundles.export, "deserialize", lambda _: (_ for _ in ()).throw(RuntimeError("version 7 > 6")))
-        with pytest.raises(ValueError, match=r"cannot read it \(version 7 > 6\): install jax .* or newer, or export"):
-            Bundle(folder)
+
+    def newer(*_):
+        raise RuntimeError("version 7 > 6")
+
+    for where, name in ((bundles.export, "deserialize"), (bundles.export.Exported, "mlir_module")):
+        with monkeypatch.context() as patch:
+            patch.setattr(where, name, newer)
+            with pytest.raises(
+                ValueError, match=r"cannot read it \(version 7 > 6\): install jax .* or newer, or export"
+            ):
+                Bundle(folder)
 
 
 def test_bad_settings_are_refused_before_any_work(run, rewards, tmp_path):
