@@ -324,6 +324,7 @@ def test_who_types_on_the_page_and_waits_hears_the_clip(bundle, browser, tmp_pat
     with on_loopback(service(slow)) as address:
         browser.get(address)
         until(lambda: found(browser, "#seconds").get_property("value") == "0.4")
+        assert not found(browser, "#token").is_displayed()  # the service asks for none
         for seconds in ("0.25", "0.6"):
             fill(browser, prompt=ASKED["prompt"], seconds=seconds, seed="7", candidates="2")
             found(browser, "#play").click()
@@ -346,7 +347,10 @@ def test_who_types_on_the_page_and_waits_hears_the_clip(bundle, browser, tmp_pat
         until(lambda: found(browser, "#status").text == "cancelled")
         until(lambda: "musicrl_requests_in_progress 0.0" in httpx.get(f"{address}/metrics").text)
         slow.go.set()
-        assert len(browser.find_elements(By.CSS_SELECTOR, "audio")) == 2
+        for place, paused in ((1, [True, False]), (0, [False, True])):  # one at a time
+            clips = browser.find_elements(By.CSS_SELECTOR, "audio")
+            browser.execute_script("arguments[0].loop = true; arguments[0].play()", clips[place])
+            until(lambda c=clips, p=paused: [clip.get_property("paused") for clip in c] == p)
     wrong = [line["message"] for line in browser.get_log("browser") if line["level"] == "SEVERE"]
     assert all(any(known in line for known in ("v1/clips", "favicon")) for line in wrong), wrong
 
