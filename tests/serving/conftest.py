@@ -3,11 +3,11 @@
 import contextlib
 import io
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
-import sentencepiece
 from flax.linen import meta
 
 from musicrl_jax import export
@@ -48,27 +48,8 @@ CONFIGS = {
 }
 
 
-def words() -> bytes:
-    """A vocabulary that spells in bytes what it does not know."""
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["upbeat jazz with a walking bass", "a slow sad piano piece"] * 20),
-        model_writer=model,
-        vocab_size=320,
-        hard_vocab_limit=False,
-        byte_fallback=True,
-        pad_id=0,
-        eos_id=1,
-        unk_id=2,
-        bos_id=-1,
-        num_threads=1,
-        minloglevel=2,
-    )
-    return model.getvalue()
-
-
 @pytest.fixture(scope="session")
-def run(tmp_path_factory):
+def run(tmp_path_factory, vocabulary):
     """A run's folder with the five models."""
     folder = tmp_path_factory.mktemp("run")
     key, wav = jax.random.key(1), jnp.zeros((1, RATE))
@@ -84,7 +65,7 @@ def run(tmp_path_factory):
     hashes = {"semantic": "of no model"}
     for name, (module, given) in inputs.items():
         variables = meta.unbox(jax.jit(module(CONFIGS[name]).init)(key, *given))
-        assets = {VOCABULARY: words()} if name == "mulan" else {}
+        assets = {VOCABULARY: Path(vocabulary).read_bytes()} if name == "mulan" else {}
         if name in ("policy", "fine"):
             assets = {checkpoint.LINEAGE: json.dumps(hashes).encode()}
         hashes[name] = checkpoint.save_model(folder / name, CONFIGS[name], variables, assets)
