@@ -106,6 +106,7 @@ def pack(
             "weights": int(sum(array.size for array in kept[name].values())),
             "bytes": path.stat().st_size,
             "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+            "header": hashlib.sha256(told[HEADER].encode()).hexdigest(),
             "hash": hashes[name],
             "packed_from": model.hash,
         }
@@ -182,7 +183,8 @@ def _index(source: str) -> dict[str, dict[str, Any]]:
     path = Path(source) / INDEX
     if not path.is_file():
         raise FileNotFoundError(f"source={source!r} has no {INDEX}: name a folder that `musicrl pack` wrote")
-    return json.loads(path.read_text())
+    index = json.loads(path.read_text())
+    return {checkpoint.check_name(name, str(path)): told for name, told in index.items()}
 
 
 def _load(folder: str) -> checkpoint.Model:
@@ -210,12 +212,17 @@ def _read(path: Path, told: Mapping[str, Any], changed: bool) -> tuple[Any, dict
             "wrote other weights into it, name it in unpack.changed"
         )
     with safetensors.safe_open(path, framework="numpy") as file:
-        header = json.loads((file.metadata() or {}).get(HEADER, "{}"))
+        written = (file.metadata() or {}).get(HEADER, "{}")
+    header = json.loads(written)
     arrays = safetensors.numpy.load_file(path)
     if header.get("format") != FORMAT:
         raise ValueError(f"{path} is of format {header.get('format')!r}, not {FORMAT!r}: pack it with this version")
     if changed:
-        _check_changed(path, arrays, header.get("shapes"))
+        if "header" not in told:
+            raise ValueError(f"{path} was packed by an older version: pack its model again, and change that")
+        if hashlib.sha256(written.encode()).hexdigest() != told["header"]:
+            raise ValueError(f"{path} has another header than it was packed with: write its metadata as they were")
+        _check_changed(path, arrays, header["shapes"])
     config = checkpoint.config_from_json(KINDS[told["kind"]], header["config"], str(path))
     assets = {name: base64.b64decode(content) for name, content in header["assets"].items()}
     return config, arrays, assets
@@ -227,10 +234,8 @@ def _shapes(arrays: Mapping[str, np.ndarray]) -> dict[str, str]:
     return {path: f"{kinds.get(str(x.dtype), x.dtype)} {list(x.shape)}" for path, x in sorted(arrays.items())}
 
 
-def _check_changed(path: Path, arrays: Mapping[str, np.ndarray], packed: Mapping[str, str] | None) -> None:
+def _check_changed(path: Path, arrays: Mapping[str, np.ndarray], packed: Mapping[str, str]) -> None:
     """ValueError, by name of the array, where weights that someone else wrote are not of the model that was packed."""
-    if packed is None:
-        raise ValueError(f"{path} does not say what shapes it was packed with: pack its model again, and change that")
     there = _shapes(arrays)
     for name in sorted(there.keys() | packed.keys()):
         was, now = packed.get(name, "nothing"), there.get(name, "nothing")

@@ -114,13 +114,11 @@ def test_weights_that_someone_else_wrote_are_taken_if_they_fit(run):
     ):
         with pytest.raises(ValueError, match=why):
             read({**doubled, **wrong})
-    old = {pack.HEADER: json.dumps({k: v for k, v in json.loads(header[pack.HEADER]).items() if k != "shapes"})}
-    with pytest.raises(ValueError, match="does not say what shapes it was packed with: pack its model again"):
-        read(doubled, header=old)
+    other = {pack.HEADER: header[pack.HEADER].replace("tokens.json", "../../tokens.json")}
+    with pytest.raises(ValueError, match="another header than it was packed with: write its metadata as they were"):
+        read(doubled, header=other)
     with pytest.raises(ValueError, match="'policies' is none of"):
         read(doubled, ("policies",))
-    with pytest.raises(ValueError, match="is of format None"):
-        read(doubled, header={})
     for _ in range(2):  # the second time it is there already
         read(doubled)
         model = checkpoint.load_model(run / "back/policy", MusicLMConfig)
@@ -129,6 +127,24 @@ def test_weights_that_someone_else_wrote_are_taken_if_they_fit(run):
         assert model.assets["tokens.json"] == checkpoint.load_model(run / "policy", MusicLMConfig).assets["tokens.json"]
     with pytest.raises(ValueError, match="unpack elsewhere"):
         read(arrays)
+    index = json.loads((run / "pack/models.json").read_text())
+    del index["policy"]["header"]
+    (run / "pack/models.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="packed by an older version: pack its model again"):
+        read(doubled)
+
+
+@pytest.mark.parametrize("name", ["../escaped", "/tmp/escaped", "", ".."])
+def test_a_pack_of_someone_else_writes_nowhere_else(run, name):
+    """The names of models, and of what belongs to one, come from files that anyone may have written."""
+    packed(run)
+    index = json.loads((run / "pack/models.json").read_text())
+    (run / "pack/models.json").write_text(json.dumps({name: index["policy"]}))
+    with pytest.raises(ValueError, match=r"which would lead out of the folder"):
+        unpacked(run)
+    with pytest.raises(ValueError, match=r"which would lead out of the folder"):
+        checkpoint.save_model(run / "other", MusicLMConfig(), {"params": weights()}, {name: b"content"})
+    assert not checkpoint.has_model(run / "other") and not (run / "escaped").exists()
 
 
 def test_the_card_names_every_array_of_what_ships():

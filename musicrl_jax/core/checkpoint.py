@@ -144,6 +144,15 @@ def model_hash(directory: str | Path) -> str:
     return _model_manifest(Path(directory) / MODEL)["hash"]
 
 
+def check_name(name: str, where: str) -> str:
+    """`name`; ValueError where it is not that of a file or a folder in `where`, but leads elsewhere."""
+    if name in ("", ".", "..") or Path(name).name != name:
+        raise ValueError(
+            f"{where} names {name!r}, which would lead out of the folder: do not trust where it comes from"
+        )
+    return name
+
+
 def save_model(directory: str | Path, config: Any, variables: Any, assets: dict[str, bytes] | None = None) -> str:
     """Writes `directory`/model, whole or not at all, and returns its hash.
 
@@ -163,7 +172,7 @@ def save_model(directory: str | Path, config: Any, variables: Any, assets: dict[
         with ocp.StandardCheckpointer(multiprocessing_options=_alone()) as checkpointer:
             checkpointer.save(partial / "variables", variables)
         for name, content in (assets or {}).items():
-            (partial / name).write_bytes(content)
+            (partial / check_name(name, "an asset")).write_bytes(content)
         manifest = {"config": config_to_json(config), "hash": model_hash, "assets": sorted(assets or {})}
         write_on_disk(partial / MANIFEST, sealed({**manifest, "files": described_files(partial)}))
         if directory.exists():  # gone in one move: half a folder with a manifest would pass for a whole one
@@ -197,5 +206,5 @@ def load_model(directory: str | Path, config_class: type) -> Model:
         raise ValueError(
             f"{directory} is damaged: its arrays hash to {found[:12]}, not {manifest['hash'][:12]}; restore a copy"
         )
-    assets = {name: (directory / name).read_bytes() for name in manifest["assets"]}
+    assets = {name: (directory / check_name(name, str(directory))).read_bytes() for name in manifest["assets"]}
     return Model(config, variables, manifest["hash"], assets)

@@ -73,9 +73,9 @@ def _sha256(path: Path, flush: bool = False) -> str:
 
 
 def _file_names(folder: Path) -> list[str]:
-    """The files in a folder and the folders in it, but for its manifest."""
-    paths = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
-    return sorted(path for path in paths if path != MANIFEST)
+    """The files in a folder and the folders in it, but for its manifest and what Python leaves beside its modules."""
+    found = (path.relative_to(folder) for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    return sorted(path.as_posix() for path in found if "__pycache__" not in path.parts and str(path) != MANIFEST)
 
 
 def described_files(folder: Path) -> dict[str, list[Any]]:

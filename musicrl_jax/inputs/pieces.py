@@ -7,6 +7,7 @@ cover is [UNK], and a text stands between [CLS] and [SEP], also where it is cut.
 Legend: B texts, L text pieces.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -59,8 +60,7 @@ def encode(model: bytes, prompts: Sequence[str], length: int) -> np.ndarray:
 
     ValueError where a prompt is not Unicode, has nothing to say, or has nothing that the vocabulary knows.
     """
-    read = reader(model, length)
-    silent, unknown = _without_words(model)
+    read, silent, unknown = _prepared(model, length)
     rows = []
     for prompt in prompts:
         try:
@@ -79,6 +79,11 @@ def encode(model: bytes, prompts: Sequence[str], length: int) -> np.ndarray:
 
 def _short(prompt: str) -> str:
     return repr(prompt if len(prompt) <= 80 else prompt[:80] + "...")
+
+
+@functools.lru_cache(maxsize=4)  # a service encodes a prompt at a time, and a tokenizer.json takes a tenth of a second
+def _prepared(model: bytes, length: int) -> tuple[Reader, set[int], set[int]]:
+    return reader(model, length), *_without_words(model)
 
 
 def _without_words(model: bytes) -> tuple[set[int], set[int]]:
