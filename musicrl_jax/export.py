@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 from jax import export as jax_export
+from jax.extend.backend import clear_backends
 from jax.sharding import Mesh
 
 from musicrl_jax.core import checkpoint, manifest, sharding
@@ -109,7 +110,7 @@ def export(
                 "export.rewards: Mixture.normalise=True is not exported: give weights for terms as they are"
             )
     sampling = Sampling(temperature, top_k)
-    text = pieces.encode(loaded.vocabulary, prompts, loaded.studio.mulan.config.text_length)
+    pieces.encode(loaded.vocabulary, prompts, loaded.studio.mulan.config.text_length)  # refuses what says nothing
 
     frozen = {**loaded.frozen, "soundstorm": in_dtype(loaded.frozen["soundstorm"], dtype)}
     trees = {DRAW: (in_dtype(loaded.policy, dtype), frozen)}
@@ -136,19 +137,10 @@ def export(
     for file in READ_BY_BUNDLES:
         shutil.copy(file, partial)
 
-    # The golden clips, by the model code itself.
-    draw = _draw(loaded.studio, frames, top_k)
-    rows = len(prompts)
-    seeds, none = jnp.arange(rows, dtype=jnp.uint32), jnp.zeros(rows, jnp.uint32)
-    nothing = Given(jnp.zeros((rows, frames, _places(loaded)), jnp.int32), jnp.zeros(rows, jnp.int32))
-    temperatures = jnp.full(rows, temperature, jnp.float32)
-    whole = layouts[SCORE]
-    again = jax.jit(draw, in_shardings=(*layouts[DRAW], *[whole] * 5), out_shardings=whole)
-    golden = again(*trees[DRAW], text, seeds, none, temperatures, nothing)
-    if not np.isfinite(golden.wav).all():
-        raise ValueError(f"{checkpoint} draws samples that are not finite: train its codec again")
-    kept = {"text": text, "seeds": seeds, "tokens": golden.tokens, "acoustic": golden.acoustic, "wav": golden.wav}
-    (partial / GOLDEN).write_bytes(safetensors.numpy.save({name: np.asarray(x) for name, x in kept.items()}))
+    golden = _golden(loaded, mixture, trees, layouts, prompts, frames, sampling)
+    if not all(np.isfinite(array).all() for array in golden.values()):
+        raise ValueError(f"{checkpoint} draws clips that are not finite, or their rewards are not: train it again")
+    (partial / GOLDEN).write_bytes(safetensors.numpy.save(golden))
 
     about = {
         "format": FORMAT,
@@ -179,7 +171,7 @@ def export(
         shutil.copy(config, partial / "config.gin")
     files = manifest.described_files(partial)
     manifest.write_on_disk(partial / manifest.MANIFEST, manifest.sealed({**about, "files": files}))
-    _verified(partial)
+    _verified(partial, here)
     partial.rename(folder)
     print(f"{folder}: {sum(size for size, _ in files.values()) / 1e6:.0f} MB, drawn again as it should", flush=True)
 
@@ -205,6 +197,42 @@ def _draw(studio: Studio, frames: int, top_k: int | None) -> Any:
         return Clips(played.tokens, played.acoustic, played.mulan, played.embedding, played.wav)
 
     return draw
+
+
+def _score(mixture: LoadedMixture) -> Any:
+    """(the rewards' weights, Clips) -> each term and 'total', f32 [B]."""
+
+    def score(scorers: Any, clips: Clips) -> dict[str, jax.Array]:
+        rollout = Rollout(None, clips.embedding, clips.mulan, clips.tokens, None, None, clips.acoustic, clips.wav)
+        terms = mixture.score(scorers, rollout)
+        return {**terms, "total": mixture.total(terms, {name: (0.0, 1.0) for name in terms})}
+
+    return score
+
+
+def _golden(
+    loaded: Loaded,
+    mixture: LoadedMixture | None,
+    trees: Mapping[str, Any],
+    layouts: Mapping[str, Any],
+    prompts: Sequence[str],
+    frames: int,
+    sampling: Sampling,
+) -> dict[str, np.ndarray]:
+    """The golden clips by the model code: one a prompt, and of the first once more, on from half a clip of zeros."""
+    text = pieces.encode(loaded.vocabulary, [*prompts, prompts[0]], loaded.studio.mulan.config.text_length)
+    rows, whole = len(text), layouts[SCORE]
+    seeds = jnp.arange(rows, dtype=jnp.uint32)
+    known = jnp.zeros(rows, jnp.int32).at[-1].set(frames // 2)
+    given = Given(jnp.zeros((rows, frames, _places(loaded)), jnp.int32), known)
+    asked = text, seeds, jnp.zeros_like(seeds), jnp.full(rows, sampling.temperature, jnp.float32), given
+    draw = _draw(loaded.studio, frames, sampling.top_k)
+    clips = jax.jit(draw, in_shardings=(*layouts[DRAW], *[whole] * 5), out_shardings=whole)(*trees[DRAW], *asked)
+    kept = {"text": text, "seeds": seeds, "given_frames": known}
+    kept |= {name: getattr(clips, name) for name in ("tokens", "acoustic", "wav")}
+    if mixture is not None:
+        kept |= jax.jit(_score(mixture))(trees[SCORE], clips)
+    return {name: np.asarray(array) for name, array in kept.items()}
 
 
 def _functions(
@@ -255,10 +283,7 @@ def _functions(
         return
 
     def score(weights: Mapping[str, jax.Array], *drawn: jax.Array) -> dict[str, jax.Array]:
-        clips = Clips(*drawn)
-        rollout = Rollout(None, clips.embedding, clips.mulan, clips.tokens, None, None, clips.acoustic, clips.wav)
-        terms = mixture.score(_tree(trees[SCORE], weights), rollout)
-        return {**terms, "total": mixture.total(terms, {name: (0.0, 1.0) for name in terms})}
+        return _score(mixture)(_tree(trees[SCORE], weights), Clips(*drawn))
 
     drawn = (jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype) for x in found.out_avals)
     yield SCORE, exported(SCORE, score, *drawn)
@@ -346,11 +371,18 @@ def _gin_of(run: Path) -> Path | None:
     return next((file for name in ("operative_config.gin", "config.gin") if (file := run / name).exists()), None)
 
 
-def _verified(folder: Path) -> None:
+def _verified(folder: Path, platform: str) -> None:
     """Draws the golden clips in a fresh process that cannot import this package; ValueError where they differ."""
+    if platform != "cpu":  # an accelerator belongs to one process: what this one has there is gone from here on
+        clear_backends()
     command = WITHOUT_MODEL_CODE + "runpy.run_path(sys.argv[0], run_name='__main__')"
     script = str((folder / "bundle.py").absolute())
-    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(folder.absolute())}
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": platform,
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "PYTHONPATH": str(folder.absolute()),
+    }
     done = subprocess.run(
         [sys.executable, "-c", command, script, "--check"],
         env=environment,
@@ -360,6 +392,9 @@ def _verified(folder: Path) -> None:
     )
     if done.returncode:
         raise ValueError(f"{folder} does not draw what the checkpoint does: {done.stderr.strip()[-2000:]}")
+    found = json.loads(done.stdout)
+    if found["clips"] < 1 or not found["here"].startswith(f"{platform}, "):
+        raise ValueError(f"{folder} was not verified on {platform}: {done.stdout.strip()}")
     print(f"{folder.name}: {done.stdout.strip()}", flush=True)
 
 

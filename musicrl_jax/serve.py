@@ -1,6 +1,7 @@
 """A bundle over HTTP."""
 
 import signal
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -40,7 +41,8 @@ def serve(
       grace_seconds: that requests have to finish once it is told to stop.
 
     Raises:
-      ValueError: where a setting is out of range, or the bundle is damaged or not for this machine.
+      ValueError: where a setting is out of range, the bundle is damaged or not for this machine, or its first clip
+        cannot be drawn.
       FileNotFoundError: where there is no bundle or no token.
     """
     if min(rows, most_waiting, most_candidates) < 1 or window_ms < 0 or most_seconds < 0:
@@ -61,15 +63,23 @@ def serve(
     if host not in LOCAL and not token:
         print(f"anyone who reaches {host} can have clips: give a token_file to ask for a token", flush=True)
     print(f"http://{host}:{port}/ once the functions are compiled; the first clip takes as long as that", flush=True)
+    failures: list[Exception] = []
+
+    def give_up(error: Exception) -> None:
+        failures.append(error)
+        server.should_exit = True
+
+    app = create(read, queue, limits, token, give_up)
+    settings = {"log_level": "warning", "timeout_graceful_shutdown": grace_seconds, "server_header": False}
+    server = uvicorn.Server(uvicorn.Config(app, host, port, **settings))
     before = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # uvicorn hears it first, and then raises it once more
     try:
-        uvicorn.run(
-            create(read, queue, limits, token),
-            host=host,
-            port=port,
-            log_level="warning",
-            timeout_graceful_shutdown=grace_seconds,
-            server_header=False,
-        )
+        with suppress(KeyboardInterrupt):
+            server.run()
     finally:
         signal.signal(signal.SIGTERM, before)
+    if failures:
+        raise ValueError(
+            f"the first clip of {bundle} could not be drawn: {failures[0]}; where memory is short, give fewer rows "
+            f"than {rows}, or run it elsewhere"
+        ) from failures[0]

@@ -58,7 +58,13 @@ class Problem(pydantic.BaseModel):
     detail: str
 
 
-def create(bundle: Bundle, batcher: Callable[..., Batcher], limits: Limits, token: str = "") -> FastAPI:
+def create(
+    bundle: Bundle,
+    batcher: Callable[..., Batcher],
+    limits: Limits,
+    token: str = "",
+    give_up: Callable[[Exception], None] = lambda error: None,
+) -> FastAPI:
     """The application.
 
     Args:
@@ -66,8 +72,10 @@ def create(bundle: Bundle, batcher: Callable[..., Batcher], limits: Limits, toke
       batcher: is called with `told` once, at the start, and closed at the end.
       limits: of a request.
       token: what a client must send as a bearer token, if anything.
+      give_up: is called where the first clip, which compiles, cannot be drawn; no later one could.
     """
     about = bundle.about
+    frame_seconds = about["clip_seconds"] / about["frames"]
     registry = prometheus_client.CollectorRegistry()
     requests = Counter("musicrl_requests", "Answers, by status.", ["status"], registry=registry)
     latency = Histogram(
@@ -98,16 +106,20 @@ def create(bundle: Bundle, batcher: Callable[..., Batcher], limits: Limits, toke
         warming.cancel()
         await asyncio.to_thread(queue.close)
 
-    ready = False
+    ready, not_yet = False, "the service starts: its functions are being compiled"
 
     async def warm() -> None:
         """The first clip, which compiles."""
-        nonlocal ready
-        text = bundle.encode(about["golden"]["prompts"][:1])[0]
-        await asyncio.wrap_future(
-            queue.submit(Wanted(text, 0, 0, about["temperature"], scored=bool(about["rewards"])))[0]
-        )
-        ready = True
+        nonlocal ready, not_yet
+        try:
+            text = bundle.encode(about["golden"]["prompts"][:1])[0]
+            first = Wanted(text, 0, 0, about["temperature"], scored=bool(about["rewards"]))
+            await asyncio.wrap_future(queue.submit(first)[0])
+        except Exception as error:  # whatever it is, whoever runs the service must hear of it
+            not_yet = f"the first clip could not be drawn: {error}"
+            give_up(error)
+        else:
+            ready = True
 
     bearer = HTTPBearer(auto_error=False, description="The token that the service was started with.")
 
@@ -133,7 +145,7 @@ def create(bundle: Bundle, batcher: Callable[..., Batcher], limits: Limits, toke
             int | None,
             pydantic.Field(ge=0, lt=2**32, description="The same seed gives the same clip; by default any."),
         ] = None
-        seconds: Annotated[float, pydantic.Field(gt=0, le=limits.seconds, allow_inf_nan=False)] = min(
+        seconds: Annotated[float, pydantic.Field(ge=frame_seconds, le=limits.seconds, allow_inf_nan=False)] = min(
             about["clip_seconds"], limits.seconds
         )
         temperature: Annotated[float, pydantic.Field(ge=0.1, le=2.0, allow_inf_nan=False)] = about["temperature"]
@@ -166,13 +178,12 @@ def create(bundle: Bundle, batcher: Callable[..., Batcher], limits: Limits, toke
                 )
                 for candidate in range(asked.candidates)
             ]
-            futures = [asyncio.wrap_future(future) for future in queue.submit(*rows)]
+            futures = [asyncio.wrap_future(future) for future in queue.submit(*rows, begun=bool(begun))]
             try:
                 begun.append(await asyncio.gather(*futures))
-            except asyncio.CancelledError:
+            finally:  # where one failed, or the client left: no one waits for the others
                 for future in futures:
                     future.cancel()
-                raise
         means = [
             {name: float(np.mean([each[i].scores[name] for each in begun])) for name in begun[0][i].scores}
             for i in range(asked.candidates)
@@ -198,6 +209,7 @@ def create(bundle: Bundle, batcher: Callable[..., Batcher], limits: Limits, toke
             (413, f"The body has more than {MOST_BYTES} bytes."),
             (422, "A field is missing, unknown or out of its range, or the prompt says nothing."),
             (429, "Too many clips wait; Retry-After says how long to wait."),
+            (500, "The clip has numbers that are not finite."),
             (503, "The service starts or stops."),
         )
     }
@@ -223,7 +235,7 @@ def create(bundle: Bundle, batcher: Callable[..., Batcher], limits: Limits, toke
         """Draws a clip."""
         start = time.monotonic()
         if not ready:
-            raise HTTPException(503, "the service starts: ask /readyz", {"Retry-After": "5"})
+            raise HTTPException(503, not_yet, {"Retry-After": "5"})
         if asked.candidates > 1 and not about["rewards"]:
             raise HTTPException(422, "candidates: the bundle has no rewards to choose by: ask for 1")
         try:
@@ -242,6 +254,8 @@ def create(bundle: Bundle, batcher: Callable[..., Batcher], limits: Limits, toke
             raise HTTPException(429, str(full), {"Retry-After": str(int(np.ceil(full.retry_after)))}) from full
         except Closed as closed:
             raise HTTPException(503, str(closed), {"Retry-After": "5"}) from closed
+        except FloatingPointError as error:
+            raise HTTPException(500, str(error)) from error
         finally:
             work.cancel()
         content = await asyncio.to_thread(encoded, wav, about["sample_rate_hz"], asked.format)
@@ -254,6 +268,7 @@ def create(bundle: Bundle, batcher: Callable[..., Batcher], limits: Limits, toke
     async def model() -> dict[str, Any]:
         """What the bundle is, and what may be asked for."""
         told = {name: about[name] for name in ("sample_rate_hz", "clip_seconds", "temperature", "licence", "models")}
+        told["frame_seconds"] = frame_seconds
         return {**told, "rewards": sorted(about["rewards"]), "limits": dataclasses.asdict(limits), "token": bool(token)}
 
     @app.get("/", response_class=HTMLResponse, include_in_schema=False)
@@ -270,7 +285,7 @@ def create(bundle: Bundle, batcher: Callable[..., Batcher], limits: Limits, toke
     async def readiness() -> dict[str, bool]:
         """Whether it can draw: the functions are compiled."""
         if not ready:
-            raise HTTPException(503, "the functions are being compiled")
+            raise HTTPException(503, not_yet)
         return {"ready": True}
 
     @app.get("/metrics", response_class=Response, include_in_schema=False)
@@ -345,6 +360,8 @@ def joined(wavs: Sequence[np.ndarray], overlap: float, rate: int) -> np.ndarray:
 
 def encoded(wav: np.ndarray, rate: int, form: str) -> bytes:
     """f32 [N] in [-1, 1] as the content of a file."""
-    file = io.BytesIO()
-    soundfile.write(file, wav, rate, format=form.upper(), subtype="VORBIS" if form == "ogg" else "PCM_16")
+    file, kind = io.BytesIO(), "VORBIS" if form == "ogg" else "PCM_16"
+    with soundfile.SoundFile(file, "w", rate, 1, format=form.upper(), subtype=kind) as written:
+        for start in range(0, len(wav), rate):  # Vorbis puts what it is given on the stack: a minute overflows it
+            written.write(wav[start : start + rate])
     return file.getvalue()

@@ -84,7 +84,7 @@ class Batcher:
         rows: R.
         window_seconds: how long the first that waits waits for others.
         most_waiting: clips, beyond those that are being drawn.
-        told: is called after each batch.
+        told: is called after each batch but the first, which compiles.
         """
         self._bundle, self._rows, self._window, self._most, self._told = (
             bundle,
@@ -95,7 +95,7 @@ class Batcher:
         )
         self._waiting: deque[tuple[Wanted, Future[Drawn]]] = deque()
         self._news = threading.Condition()
-        self._closed = False
+        self._closed = self._compiled = False
         self._seconds = 1.0  # that a batch takes, until one was drawn
         self._thread = threading.Thread(target=self._run, name="batcher", daemon=True)
         self._thread.start()
@@ -104,23 +104,26 @@ class Batcher:
     def waiting(self) -> int:
         """Clips that wait, and are still wanted."""
         with self._news:
-            return self._living()
+            return sum(not future.cancelled() for _, future in self._waiting)
 
-    def _living(self) -> int:
-        return sum(not future.cancelled() for _, future in self._waiting)
+    def submit(self, *wanted: Wanted, begun: bool = False) -> list["Future[Drawn]"]:
+        """All of them or none; cancelling a future takes its clip out of the queue. Full or Closed where it cannot.
 
-    def submit(self, *wanted: Wanted) -> list["Future[Drawn]"]:
-        """All of them or none; cancelling a future takes its clip out of the queue. Full or Closed where it cannot."""
+        What goes on from clips that were drawn already (`begun`) is never refused, and is drawn next.
+        """
         with self._news:
             if self._closed:
                 raise Closed("the service stops")
-            while self._waiting and self._waiting[0][1].cancelled():
-                self._waiting.popleft()
-            living = self._living()
-            if living + len(wanted) > self._most:
-                raise Full(max(1.0, self._seconds * (living + len(wanted)) / self._rows))
+            self._waiting = deque(each for each in self._waiting if not each[1].cancelled())
+            over = len(self._waiting) + len(wanted) - self._most
+            if over > 0 and not begun:
+                raise Full(max(1.0, self._seconds * -(-over // self._rows)))
             futures = [Future() for _ in wanted]
-            self._waiting.extend(zip(wanted, futures, strict=True))
+            new = list(zip(wanted, futures, strict=True))
+            if begun:
+                self._waiting.extendleft(reversed(new))
+            else:
+                self._waiting.extend(new)
             self._news.notify_all()
         return futures
 
@@ -140,10 +143,16 @@ class Batcher:
                 for _, future in batch:
                     future.set_exception(error)
                 continue
-            self._seconds = time.monotonic() - start
-            self._told(len(batch), self._seconds)
+            seconds = time.monotonic() - start
+            if self._compiled:  # the first batch says nothing of the pace
+                self._seconds = seconds
+                self._told(len(batch), seconds)
+            self._compiled = True
             for (_, future), found in zip(batch, drawn, strict=True):
-                future.set_result(found)
+                if isinstance(found, Exception):
+                    future.set_exception(found)
+                else:
+                    future.set_result(found)
 
     def _next(self) -> list[tuple[Wanted, "Future[Drawn]"]]:
         """The next batch; [] once closed and empty."""
@@ -162,7 +171,8 @@ class Batcher:
                 if batch or (self._closed and not self._waiting):
                     return batch
 
-    def _draw(self, batch: list[Wanted]) -> list[Drawn]:
+    def _draw(self, batch: list[Wanted]) -> list[Drawn | FloatingPointError]:
+        """Each row's clip, or what is wrong with that row alone."""
         about = self._bundle.about
         filled = batch + [batch[0]] * (self._rows - len(batch))
         nothing = np.zeros((about["frames"], about["places"]), np.int32)
@@ -177,13 +187,14 @@ class Batcher:
         scores = self._bundle.score(clips) if any(row.scored for row in batch) else {}
         scores = {name: np.asarray(score) for name, score in scores.items()}
         tokens, wavs = np.asarray(clips.tokens), np.asarray(clips.wav)
-        if not np.isfinite(wavs).all():
-            raise FloatingPointError("the bundle drew samples that are not finite: export a checkpoint that does not")
-        return [
-            Drawn(
-                tokens[i],
-                np.clip(wavs[i], -1.0, 1.0),
-                {name: float(score[i]) for name, score in scores.items()} if row.scored else {},
-            )
-            for i, row in enumerate(batch)
-        ]
+
+        def row(i: int) -> Drawn | FloatingPointError:
+            found = {name: float(score[i]) for name, score in scores.items()} if batch[i].scored else {}
+            if not (np.isfinite(wavs[i]).all() and np.isfinite(list(found.values())).all()):
+                return FloatingPointError(
+                    "the clip, or a reward of it, has numbers that are not finite: try another seed; a checkpoint that "
+                    "does so often is to be trained again"
+                )
+            return Drawn(tokens[i], np.clip(wavs[i], -1.0, 1.0), found)
+
+        return [row(i) for i in range(len(batch))]

@@ -25,11 +25,10 @@ import safetensors.numpy
 from jax import export
 from jax.sharding import Mesh
 
-try:
+if __package__:
     from musicrl_jax.core.manifest import MANIFEST, damage, unsealed
     from musicrl_jax.inputs import pieces
-except ImportError:  # in a bundle, where they are neighbours
-    sys.dont_write_bytecode = True  # which would not belong to it
+else:  # in a bundle, where they are neighbours
     import pieces
     from manifest import MANIFEST, damage, unsealed
 
@@ -38,6 +37,7 @@ DRAW, SCORE = "draw", "score"
 VOCABULARY, GOLDEN, WEIGHTS = "vocabulary", "golden.safetensors", "weights"
 PLATFORMS = {"cpu": "cpu", "gpu": "cuda", "cuda": "cuda", "tpu": "tpu"}  # of a jax backend, a function's folder
 WAV_ERROR = 1e-4  # that the golden clips' samples may be off, of a full scale of 1
+SCORE_ERROR = 1e-3  # that their rewards may be off, of themselves or of 1
 
 
 class Clips(NamedTuple):
@@ -169,21 +169,28 @@ class Bundle:
 
     def check(self) -> dict[str, float]:
         """Draws the golden clips again and compares: the shares of `tokens` and of the codec's codes, `acoustic`, that
-        are equal, that of `clips` of which all are, and the largest error of a sample of those.
+        are equal, that of `clips` of which all are, and the largest error of a sample of those, and of a reward.
 
         On the platform that they were drawn on all must be equal; elsewhere one rounding can change a code, and all
-        that follows it.
+        that follows it. The last of them goes on from half a clip of zeros.
         """
         golden = safetensors.numpy.load_file(self.folder / GOLDEN)
-        text = self.encode(self.about["golden"]["prompts"])
+        prompts = self.about["golden"]["prompts"]
+        text = self.encode([*prompts, prompts[0]])
         if not np.array_equal(text, golden["text"]):
             raise ValueError("the golden prompts have other pieces than when they were exported: mend the tokenizer")
-        clips = self.draw(text, golden["seeds"])
+        clips = self.draw(text, golden["seeds"], given_frames=golden["given_frames"])
         tokens, acoustic = (np.asarray(getattr(clips, name)) == golden[name] for name in ("tokens", "acoustic"))
         whole = tokens.all(axis=(1, 2)) & acoustic.all(axis=(1, 2))
-        error = np.abs(np.asarray(clips.wav) - golden["wav"])[whole].max(initial=0.0)
+        wav_error = np.abs(np.asarray(clips.wav) - golden["wav"])[whole].max(initial=0.0)
+        scores = {name: (np.asarray(score)[whole], golden[name][whole]) for name, score in self.score(clips).items()}
+        off = [np.abs(found - wanted) / np.maximum(1.0, np.abs(wanted)) for found, wanted in scores.values()]
         shares = {"tokens": tokens, "acoustic": acoustic, "clips": whole}
-        return {**{name: float(equal.mean()) for name, equal in shares.items()}, "wav_error": float(error)}
+        return {
+            **{name: float(equal.mean()) for name, equal in shares.items()},
+            "wav_error": float(wav_error),
+            "score_error": float(np.max(off, initial=0.0)),
+        }
 
 
 def is_one(folder: str | Path) -> bool:
@@ -234,9 +241,10 @@ def _checked(bundle: Bundle) -> int:
     here = f"{bundle.platform}, jax {jax.__version__}"
     there = f"{bundle.about['golden']['platform']}, jax {bundle.about['jax']}"
     print(json.dumps({**found, "here": here, "exported_on": there}))
-    if found["wav_error"] > WAV_ERROR:
-        print(f"samples are off by {found['wav_error']:.2g}, more than {WAV_ERROR:g}", file=sys.stderr)
-        return 1
+    for name, most in (("wav_error", WAV_ERROR), ("score_error", SCORE_ERROR)):
+        if not found[name] <= most:  # nor where it is not a number
+            print(f"{name} is {found[name]:.2g}, more than {most:g}", file=sys.stderr)
+            return 1
     if found["clips"] < 1 and bundle.platform == bundle.about["golden"]["platform"]:
         differ = f"{1 - found['tokens']:.2%} of the golden tokens and {1 - found['acoustic']:.2%} of the codec's codes"
         print(f"{differ} differ", file=sys.stderr)

@@ -10,6 +10,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 import soundfile
 
 from musicrl_jax import export, generate
@@ -22,7 +23,8 @@ from musicrl_jax.serving.bundle import Bundle
 def test_it_was_drawn_again_without_the_model_code(exported):
     _, told = exported
     (checked,) = [json.loads(line.split(": ", 1)[1]) for line in told.splitlines() if "wav_error" in line]
-    assert checked["tokens"] == checked["acoustic"] == checked["clips"] == 1 and checked["wav_error"] < 1e-4
+    assert checked["tokens"] == checked["acoustic"] == checked["clips"] == 1 and checked["here"].startswith("cpu, jax")
+    assert checked["wav_error"] < 1e-4 and checked["score_error"] < 1e-3
     assert all(f"draw for {platform}" in told for platform in ("cpu", "cuda", "tpu"))
 
 
@@ -159,6 +161,26 @@ def test_bad_settings_are_refused_before_any_work(run, rewards, tmp_path):
     refused(ValueError, "normalise=True is not exported", rewards=normalised)
     with pytest.raises(FileExistsError, match="is there already"):
         export.export(str(run / "policy"), str(tmp_path), 0.4)
+
+
+def test_a_check_notices_what_is_not_as_it_was(exported, tmp_path, monkeypatch, capsys):
+    """Rewards, how a clip goes on, and what is not a number."""
+    folder, _ = exported
+    golden = safetensors.numpy.load_file(folder / bundles.GOLDEN)
+    assert list(golden["given_frames"]) == [0, 0, 5] and not golden["tokens"][-1, :5].any()
+    read = Bundle(folder)
+    assert bundles._checked(read) == 0
+
+    def changed(**arrays):
+        monkeypatch.setattr(bundles.safetensors.numpy, "load_file", lambda _: {**golden, **arrays})
+        capsys.readouterr()
+        assert bundles._checked(read) == 1
+        return capsys.readouterr().err
+
+    assert "score_error is 1" in changed(total=golden["total"] + np.float32([0, 0, 1.5]))
+    assert "wav_error is 0.5, more than" in changed(wav=golden["wav"] - np.float32(0.5))
+    assert "wav_error is nan, more than" in changed(wav=golden["wav"] * np.float32(np.nan))
+    assert "of the golden tokens" in changed(given_frames=np.int32([0, 0, 2]))
 
 
 def test_one_that_draws_otherwise_is_not_written(run, tmp_path, monkeypatch):
