@@ -5,11 +5,10 @@
 1. Clips a second, p50 and p99 of `musicrl serve` with --rows=1 and with --rows=8, in turns, with as many clients as
    keep each busy; the ratio is what batching brings.
 2. The latter again with four times as many requests a second as it answered: what they were answered with, how long
-   the slowest took, and how the process's memory grew from the first tenth of the time to the last.
+   the slowest took, and how the process's memory grew.
 """
 
 import argparse
-import csv
 import os
 import socket
 import statistics
@@ -22,20 +21,24 @@ from pathlib import Path
 from urllib.error import URLError
 from urllib.request import urlopen
 
+import numpy as np
+
 CLIENT = """
-import random
+import random, time
 from locust import FastHttpUser, constant_throughput, task
+
+answers = open({answers!r}, "a", buffering=1)
 
 class Client(FastHttpUser):
     wait_time = constant_throughput({pace})
-    network_timeout = connection_timeout = 300.0
+    network_timeout = connection_timeout = 600.0
 
     @task
     def clip(self):
         asked = {{"prompt": random.choice(["upbeat jazz", "a slow piano", "a reel on a harp"])}}
-        with self.client.post("/v1/clips", json=asked, catch_response=True) as answer:
-            answer.request_meta["name"] = str(answer.status_code)
-            answer.success()
+        start = time.time()
+        answer = self.client.post("/v1/clips", json=asked)
+        answers.write(f"{{start}},{{time.time()}},{{answer.status_code}}\\n")
 """
 
 
@@ -69,30 +72,34 @@ def memory(process: subprocess.Popen) -> float:
     return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
-def load(address: str, clients: int, pace: float, seconds: float, process: subprocess.Popen) -> dict[str, dict]:
-    """Answers by status: how many, p50, p99 and the slowest in seconds; under 'memory' what was resident, MB."""
+def load(
+    address: str, clients: int, pace: float, seconds: float, process: subprocess.Popen
+) -> tuple[np.ndarray, list[float]]:
+    """(a row an answer: when it was asked for, when it came, in seconds from the first one asked, its status, 0 where
+    none came; MB that were resident, twice a second)."""
     with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "client.py").write_text(CLIENT.format(pace=pace))
+        client = CLIENT.format(pace=pace, answers=f"{folder}/answers.csv")
+        Path(folder, "client.py").write_text(client)
         command = [sys.executable, "-m", "locust", "-f", f"{folder}/client.py", "--headless", f"--host={address}"]
-        command += [f"-u{clients}", f"-r{clients}", f"-t{seconds:.0f}s", f"--csv={folder}/found", "--stop-timeout=300"]
-        run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        seen = []
-        while run.poll() is None:
-            seen.append(memory(process))
-            time.sleep(0.5)
-        rows = list(csv.DictReader(Path(folder, "found_stats.csv").read_text().splitlines()))
-    found = {
-        row["Name"]: {
-            "count": int(row["Request Count"]),
-            "p50": float(row["50%"]) / 1e3,
-            "p99": float(row["99%"]) / 1e3,
-            "slowest": float(row["Max Response Time"]) / 1e3,
-        }
-        for row in rows
-        if row["Name"] != "Aggregated"
-    }
-    tenth = max(1, len(seen) // 10)
-    return {**found, "memory": {"first": statistics.mean(seen[:tenth]), "last": statistics.mean(seen[-tenth:])}}
+        spawn = max(1.0, pace * clients) if pace < 1 else clients  # a second
+        command += [f"-u{clients}", f"-r{spawn}", f"-t{seconds:.0f}s", "--stop-timeout=600"]
+        with open(f"{folder}/log", "w") as log:
+            run = subprocess.Popen(command, stdout=log, stderr=log)
+            resident = []
+            while run.poll() is None:
+                resident.append(memory(process))
+                time.sleep(0.5)
+        if not Path(folder, "answers.csv").exists():
+            raise SystemExit(f"locust asked for nothing: {Path(folder, 'log').read_text()[-2000:]}")
+        found = np.loadtxt(f"{folder}/answers.csv", delimiter=",", ndmin=2)
+    found[:, :2] -= found[:, 0].min()
+    return found, resident
+
+
+def told(rows: np.ndarray) -> str:
+    """p50, p99 and the slowest of some answers, as cells of a table."""
+    seconds = rows[:, 1] - rows[:, 0]
+    return " | ".join(f"{x:.2f}" for x in (*np.percentile(seconds, (50, 99)), seconds.max()))
 
 
 def main() -> None:
@@ -107,26 +114,25 @@ def main() -> None:
     for _ in range(asked.turns):
         for rows in found:
             with service(asked.bundle, f"--rows={rows}") as (address, process):
-                told = load(address, 2 * rows, 1000.0, asked.seconds, process)
-                found[rows].append(told["200"])
-    print("| --rows | clips a second | p50 s | p99 s |\n|---|---|---|---|")
+                answers, _ = load(address, 2 * rows, 1000.0, asked.seconds, process)
+                found[rows].append(answers[answers[:, 1] <= asked.seconds])  # what came while all clients asked
+    print("| --rows | clips a second | p50 s | p99 s | slowest s |\n|---|---|---|---|---|")
     pace = {}
     for rows, turns in found.items():
-        pace[rows] = statistics.median(turn["count"] for turn in turns) / asked.seconds
-        p50, p99 = (statistics.median(turn[name] for turn in turns) for name in ("p50", "p99"))
-        print(f"| {rows} | {pace[rows]:.2f} | {p50:.2f} | {p99:.2f} |", flush=True)
+        pace[rows] = statistics.median((turn[:, 2] == 200).sum() for turn in turns) / asked.seconds
+        print(f"| {rows} | {pace[rows]:.2f} | {told(np.concatenate(turns))} |", flush=True)
     print(f"\nbatches over one at a time: {pace[asked.rows] / pace[1]:.2f}\n", flush=True)
     offered = 4 * pace[asked.rows]
     clients = 400
     with service(asked.bundle, f"--rows={asked.rows}") as (address, process):
-        told = load(address, clients, offered / clients, asked.requests / offered, process)
-    resident = told.pop("memory")
-    print(
-        f"{offered:.1f} requests a second\n\n| answer | requests | p50 s | p99 s | slowest s |\n|---|---|---|---|---|"
-    )
-    for status, row in told.items():
-        print(f"| {status} | {row['count']} | {row['p50']:.2f} | {row['p99']:.2f} | {row['slowest']:.2f} |")
-    print(f"\nmemory: {resident['first']:.0f} MB at first, {resident['last']:.0f} MB at last")
+        answers, resident = load(address, clients, offered / clients, asked.requests / offered, process)
+    print(f"{offered:.1f} requests a second, {len(answers)} in all\n")
+    print("| answer | requests | p50 s | p99 s | slowest s |\n|---|---|---|---|---|")
+    for status in np.unique(answers[:, 2]):
+        rows = answers[answers[:, 2] == status]
+        print(f"| {status:.0f} | {len(rows)} | {told(rows)} |")
+    parts = [f"{statistics.mean(part):.0f}" for part in np.array_split(resident, 4)]
+    print(f"\nresident memory, MB, over each quarter of the time: {', '.join(parts)}")
 
 
 if __name__ == "__main__":
