@@ -49,11 +49,7 @@ def client(bundle):
 
 
 def until_ready(client):
-    for _ in range(600):
-        if client.get("/readyz").status_code == 200:
-            return
-        time.sleep(0.1)
-    raise AssertionError("never ready")
+    until(lambda: client.get("/readyz").status_code == 200)
 
 
 def wav_of(answer):
@@ -171,7 +167,7 @@ def test_only_who_has_the_token_gets_clips(bundle):
 
 
 def until(true):
-    for _ in range(1200):
+    for _ in range(3000):  # five minutes: a machine may be slow
         if true():
             return
         time.sleep(0.1)
@@ -191,7 +187,7 @@ def on_loopback(app):
         yield address
     finally:
         server.should_exit = True
-        running.join(60)
+        running.join(300)
 
 
 class Slow:
@@ -202,7 +198,7 @@ class Slow:
         self.go, self.drawn, self._bundle = threading.Event(), [], bundle
 
     def draw(self, text, seeds, *rest):
-        assert self.go.wait(60)
+        assert self.go.wait(300)
         self.drawn.append(list(seeds))
         return self._bundle.draw(text, seeds, *rest)
 
@@ -230,8 +226,8 @@ def test_a_full_queue_says_when_to_come_back_and_all_others_get_their_clip(bundl
     closing = threading.Thread(target=queue.close)
     closing.start()
     for future in (*first, *waiting[1:], *last, *more):
-        assert future.result(60).wav.shape == (3200,)
-    closing.join(60)
+        assert future.result(300).wav.shape == (3200,)
+    closing.join(300)
     assert slow.drawn == [[0, 0], [5, 2], [3, 4]]  # filled up with the first, and the one that left was never drawn
     with pytest.raises(Closed):
         queue.submit(Wanted(text, 5, 0, 1.0))
@@ -262,8 +258,8 @@ def test_what_is_not_finite_is_its_own_clips_failure(bundle, what):
     text = bundle.encode(["jazz"])[0]
     good, bad = queue.submit(*[Wanted(text, seed, 0, 1.0, scored=True) for seed in (2, 3)])
     with pytest.raises(FloatingPointError, match="try another seed"):
-        bad.result(60)
-    assert np.isfinite(good.result(60).wav).all() and np.isfinite(good.result(60).scores["total"])
+        bad.result(300)
+    assert np.isfinite(good.result(300).wav).all() and np.isfinite(good.result(300).scores["total"])
     queue.close()
     with TestClient(service(broken)) as client:
         until_ready(client)
@@ -304,8 +300,8 @@ def test_a_failure_reaches_who_waits_and_the_next_is_served(bundle):
     (bad,) = queue.submit(Wanted(np.zeros(3, np.int32), 0, 0, 1.0))
     (good,) = queue.submit(Wanted(bundle.encode(["jazz"])[0], 0, 0, 1.0))
     with pytest.raises(ValueError, match=r"expected \(b, 12\) and called with \(1, 3\)"):
-        bad.result(60)
-    assert good.result(60).wav.shape == (3200,)
+        bad.result(300)
+    assert good.result(300).wav.shape == (3200,)
     queue.close()
 
 
@@ -478,7 +474,7 @@ def test_fuzzed_requests_by_its_own_description(served):
         @given(case=operation.ok().as_strategy())
         @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), database=None)
         def ask(case):
-            answer = case.call(base_url=address, timeout=120)
+            answer = case.call(base_url=address, timeout=300)
             counts[case.path, answer.status_code] += 1
             case.validate_response(answer, excluded_checks=[checks.positive_data_acceptance])  # a text may say nothing
 
@@ -494,7 +490,7 @@ def taken(client):
 
 def test_a_killed_service_loses_what_it_was_drawing_and_starts_again_as_it_was(served, exported):
     address, process = served
-    with concurrent.futures.ThreadPoolExecutor(4) as pool, httpx.Client(base_url=address, timeout=120) as client:
+    with concurrent.futures.ThreadPoolExecutor(4) as pool, httpx.Client(base_url=address, timeout=300) as client:
         before, clip = taken(client), client.post("/v1/clips", json=ASKED)
         asked = [pool.submit(client.post, "/v1/clips", json={**ASKED, "seconds": 60}) for _ in range(4)]
         until(lambda: taken(client) == before + 5)
@@ -502,20 +498,20 @@ def test_a_killed_service_loses_what_it_was_drawing_and_starts_again_as_it_was(s
         assert all(isinstance(answer.exception(), httpx.TransportError) for answer in asked)  # none hangs
     process[0].wait()
     process[0] = started(exported[0], int(address.rpartition(":")[2]))
-    again = httpx.post(f"{address}/v1/clips", json=ASKED, timeout=120)
+    again = httpx.post(f"{address}/v1/clips", json=ASKED, timeout=300)
     assert again.content == clip.content and again.headers["x-seed"] == clip.headers["x-seed"]
 
 
 def test_sigterm_lets_finish_what_was_asked_for(served):
     """The last of this file: the service is gone then."""
     address, (process,) = served
-    with concurrent.futures.ThreadPoolExecutor(6) as pool, httpx.Client(base_url=address, timeout=120) as client:
+    with concurrent.futures.ThreadPoolExecutor(6) as pool, httpx.Client(base_url=address, timeout=300) as client:
         before = taken(client)
         asked = [pool.submit(client.post, "/v1/clips", json={**ASKED, "seconds": 8}) for _ in range(6)]
         until(lambda: taken(client) == before + 6)
         assert "musicrl_requests_in_progress 0.0" not in client.get("/metrics").text
         process.send_signal(signal.SIGTERM)
         assert [answer.result().status_code for answer in asked] == [200] * 6
-    assert process.wait(60) == 0
+    assert process.wait(300) == 0
     with pytest.raises(httpx.TransportError):
         httpx.get(f"{address}/healthz")
