@@ -92,7 +92,7 @@ class Trunk(nn.Module):
         past = self.embed_frame(tokens[:, :-1])  # [B, F - 1, D]
         x = self.temporal(jnp.concatenate([self.embed_mulan(mulan), begin, past], axis=1), deterministic)
         context = at_least_float32(x[:, c.mulan_levels :] @ self.bridge)  # [B, F, d]
-        codes = self.code_table[c.layout.flat_ids(tokens)][:, :, :-1]  # [B, F, K - 1, d]
+        codes = self.code_table[c.layout.flat_ids(tokens)[:, :, :-1]]  # [B, F, K - 1, d]
         codes = jnp.pad(codes, ((0, 0), (0, 0), (1, 0), (0, 0))) + self.place[None, None]
         return self.depth.apart((context[:, :, None] + codes).astype(self.bridge.dtype), deterministic)
 

@@ -192,6 +192,7 @@ def test_a_transformer_is_six_for_each_weight_and_token_and_its_attention():
     weights = sum(math.prod(w.shape) for w in jax.tree.leaves(params["params"]) if w.ndim > 1)
     weights -= config.heads * config.relative_buckets
     attention = config.layers * 2 * 2 * batch * length**2 * config.embed
+    bias = 2 * config.heads * config.relative_buckets * length**2  # picked once for all layers, and its gradient
     found = flops(jax.jit(loss).trace(params, x).jaxpr)
-    assert found.matmul == 6 * weights * batch * length + 3 * attention
+    assert found.matmul == 6 * weights * batch * length + 3 * attention + 2 * bias
     assert found.unknown == ()

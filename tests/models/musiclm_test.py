@@ -219,6 +219,25 @@ def test_relative_buckets_are_t5s():
     np.testing.assert_array_equal(relative_bucket(distance, 32, 128), [0, 0, 1, 15, 16, 21, 21, 26, 31, 31, 31])
 
 
+def test_the_bias_is_what_a_lookup_finds_to_the_bit(model):
+    """And its gradient is the sum over the places that looked an entry up."""
+    module, params = model
+    relative, length, heads = params["trunk"]["temporal"]["relative"], 21, CONFIG.temporal.heads
+
+    def bias(relative):
+        trunk = {**params["trunk"], "temporal": {**params["trunk"]["temporal"], "relative": relative}}
+        return module.apply({"params": {**params, "trunk": trunk}}, length - 3, method="temporal_bias")
+
+    distance = np.arange(length)[:, None] - np.arange(length)[None]
+    bucket, past = relative_bucket(distance, 8, 16), distance >= 0
+    expected = np.where(past[None], np.asarray(relative)[:, bucket], np.float32(transformer.NEVER))
+    np.testing.assert_array_equal(bias(relative), expected)
+    weight = np.random.default_rng(0).normal(size=(heads, length, length)).astype(np.float32)
+    gradient = jax.grad(lambda relative: jnp.sum(bias(relative) * weight))(relative)
+    summed = np.stack([(weight * (past & (bucket == b))).sum(axis=(1, 2), dtype=np.float64) for b in range(8)], axis=1)
+    np.testing.assert_allclose(gradient, summed, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.exactness(9)
 def test_bfloat16_moves_log_probs_little(model, drawn):
     """Activations and what is multiplied in bfloat16; norms and softmax are in float32 even so."""
