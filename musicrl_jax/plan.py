@@ -30,7 +30,7 @@ from musicrl_jax.core import checkpoint, sharding
 from musicrl_jax.core.chips import CHIPS, Chip
 from musicrl_jax.core.estimate import bytes_a_chip, estimate, of_loops, refused
 from musicrl_jax.core.files import write_json
-from musicrl_jax.core.flops import flops
+from musicrl_jax.core.flops import Flops, flops
 from musicrl_jax.core.tokens import CODEC_FRAMES_PER_FRAME, FRAMES_PER_SECOND
 from musicrl_jax.inputs.clips import Clips, Ratings
 from musicrl_jax.inputs.tokens import Tokens
@@ -394,8 +394,9 @@ def _stage(
     with absent, jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         programs = list(described(planned, name, mesh))
         traces = [program.function.trace(*program.arguments) for program in programs]
+    works = [flops(traced.jaxpr) for traced in traces]
 
-    def compiled(program: Program, traced: Any) -> list[dict[str, Any]]:
+    def compiled(program: Program, traced: Any, work: Flops) -> list[dict[str, Any]]:
         start, beside = time.monotonic(), bytes_a_chip(program.beside)
         parts = {}
         try:
@@ -403,7 +404,7 @@ def _stage(
         except jax.errors.JaxRuntimeError as error:
             parts[program.name] = refused(error, chip, beside)
         else:
-            parts[program.name] = estimate(found, flops(traced.jaxpr), mesh.size, chip, beside)
+            parts[program.name] = estimate(found, work, mesh.size, chip, beside)
             if program.rounds:
                 parts[DECODE] = of_loops(found, program.rounds, chip)
         about = {"stage": name, "clips": program.clips, "compile_seconds": time.monotonic() - start}
@@ -412,7 +413,11 @@ def _stage(
     print(HEAD, flush=True)
     rows = []
     with ThreadPoolExecutor(2) as pool:
-        for found in pool.map(compiled, programs, traces):
+        # What computes most takes longest: it starts first, so that nothing is left to compile alone at the end.
+        by_work = sorted(range(len(programs)), key=lambda place: -works[place].matmul)
+        futures = {place: pool.submit(compiled, programs[place], traces[place], works[place]) for place in by_work}
+        for place in range(len(programs)):
+            found = futures[place].result()
             rows += found
             print("\n".join(map(_line, found)), flush=True)
     if all(row["fits"] for row in rows):
