@@ -16,7 +16,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -31,6 +31,7 @@ from musicrl_jax.core.chips import CHIPS, Chip
 from musicrl_jax.core.estimate import bytes_a_chip, estimate, of_loops, refused
 from musicrl_jax.core.files import write_json
 from musicrl_jax.core.flops import Flops, flops
+from musicrl_jax.core.progress import Progress
 from musicrl_jax.core.tokens import CODEC_FRAMES_PER_FRAME, FRAMES_PER_SECOND
 from musicrl_jax.inputs.clips import Clips, Ratings
 from musicrl_jax.inputs.tokens import Tokens
@@ -48,6 +49,7 @@ from musicrl_jax.rl import rollout as rollouts
 from musicrl_jax.rl.steps import build
 
 GIB = 1 << 30
+AT_ONCE = 3  # functions: the two that take minutes, and the short ones beside them
 PLANNED = "planned"  # the content hash of every model that is not there yet
 # libtpu looks for a TPU, for its neighbours and for a place to log to, and takes one process at a time, unless told.
 WITHOUT_TPU = {
@@ -386,7 +388,7 @@ def _topology(topology: str, slices: int) -> tuple[Callable[[int, int], Mesh], C
 def _stage(
     calls: Mapping[str, Call], name: str, clip_seconds: float, mesh_of: Callable[[int, int], Mesh], chip: Chip
 ) -> list[dict[str, Any]]:
-    """The functions of a stage, compiled two at a time and printed: figures of each, by name."""
+    """The functions of a stage, compiled side by side and printed: figures of each, by name."""
     mesh = mesh_of(calls[name].arguments["fsdp"], calls[name].arguments["tensor"])
     planned = Planned(calls, clip_seconds, mesh)
     described = _supervised if calls[name].verb == "train" else _reinforced
@@ -410,16 +412,14 @@ def _stage(
         about = {"stage": name, "clips": program.clips, "compile_seconds": time.monotonic() - start}
         return [{**about, "name": part, **figures.told()} for part, figures in parts.items()]
 
-    print(HEAD, flush=True)
-    rows = []
-    with ThreadPoolExecutor(2) as pool:
-        # What computes most takes longest: it starts first, so that nothing is left to compile alone at the end.
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        # What computes most takes longest: it starts first, so that little is left to compile alone at the end.
         by_work = sorted(range(len(programs)), key=lambda place: -works[place].matmul)
         futures = {place: pool.submit(compiled, programs[place], traces[place], works[place]) for place in by_work}
-        for place in range(len(programs)):
-            found = futures[place].result()
-            rows += found
-            print("\n".join(map(_line, found)), flush=True)
+        for future in Progress(as_completed(futures.values()), name, len(programs)):
+            future.result()  # raises what went wrong
+    rows = [row for place in range(len(programs)) for row in futures[place].result()]
+    print("\n".join([HEAD, *map(_line, rows)]), flush=True)
     if all(row["fits"] for row in rows):
         seconds, clips = sum(row["seconds"] for row in rows if row["name"] != DECODE), programs[0].clips
         print(

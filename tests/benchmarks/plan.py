@@ -2,8 +2,8 @@
 
     JAX_PLATFORMS=cpu python tests/benchmarks/plan.py --rows_a_chip 8 v5e:4x4 v5e:8x8 v5e:16x16 2xv5e:16x16
 
-Weak scaling: the batch grows with the chips. Every function is compiled by `musicrl plan`, some four minutes a topology
-on two CPU cores; nothing is measured. Efficiency is clips a chip and second over those of the first topology.
+Weak scaling: the batch grows with the chips. Every function is compiled by `musicrl plan`, minutes a topology on two
+CPU cores; nothing is measured. Efficiency is clips a chip and second over those of the first topology.
 """
 
 import argparse
