@@ -19,7 +19,7 @@ class Progress:
         self._terminal = sys.stderr.isatty()
         self._bar = tqdm(total=total, initial=initial, desc=f"{label:>9}", disable=not self._terminal, leave=True)
         self._start = self._last = time.monotonic()
-        self._note = ""
+        self._note, self._told = "", -1
 
     def note(self, text: str) -> None:
         """Figures to show beside the count, such as the loss."""
@@ -27,7 +27,7 @@ class Progress:
         self._bar.set_postfix_str(text, refresh=False)
 
     def _line(self) -> None:
-        elapsed = time.monotonic() - self._start
+        elapsed, self._told = time.monotonic() - self._start, self._done
         print(f"{self._label:>9}  {self._done}/{self._total}  {elapsed:.0f} s  {self._note}", flush=True)
 
     def __iter__(self) -> Iterator[T]:
@@ -39,7 +39,7 @@ class Progress:
                 if not self._terminal and time.monotonic() - self._last > LOG_SECONDS:
                     self._last = time.monotonic()
                     self._line()
-            if not self._terminal:
+            if not self._terminal and self._told != self._done:
                 self._line()
         finally:
             self._bar.close()
