@@ -31,7 +31,6 @@ from musicrl_jax.core.chips import CHIPS, Chip
 from musicrl_jax.core.estimate import bytes_a_chip, estimate, of_loops, refused
 from musicrl_jax.core.files import write_json
 from musicrl_jax.core.flops import Flops, flops
-from musicrl_jax.core.progress import Progress
 from musicrl_jax.core.tokens import CODEC_FRAMES_PER_FRAME, FRAMES_PER_SECOND
 from musicrl_jax.inputs.clips import Clips, Ratings
 from musicrl_jax.inputs.tokens import Tokens
@@ -412,14 +411,14 @@ def _stage(
         about = {"stage": name, "clips": program.clips, "compile_seconds": time.monotonic() - start}
         return [{**about, "name": part, **figures.told()} for part, figures in parts.items()]
 
+    print(HEAD, flush=True)
     with ThreadPoolExecutor(AT_ONCE) as pool:
         # What computes most takes longest: it starts first, so that little is left to compile alone at the end.
         by_work = sorted(range(len(programs)), key=lambda place: -works[place].matmul)
         futures = {place: pool.submit(compiled, programs[place], traces[place], works[place]) for place in by_work}
-        for future in Progress(as_completed(futures.values()), name, len(programs)):
-            future.result()  # raises what went wrong
+        for future in as_completed(futures.values()):  # what does not fit is known in seconds
+            print("\n".join(map(_line, future.result())), flush=True)
     rows = [row for place in range(len(programs)) for row in futures[place].result()]
-    print("\n".join([HEAD, *map(_line, rows)]), flush=True)
     if all(row["fits"] for row in rows):
         seconds, clips = sum(row["seconds"] for row in rows if row["name"] != DECODE), programs[0].clips
         print(
