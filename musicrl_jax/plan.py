@@ -28,7 +28,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from musicrl_jax.core import checkpoint, sharding
 from musicrl_jax.core.chips import CHIPS, Chip
-from musicrl_jax.core.estimate import bytes_a_chip, estimate, of_loops, refused
+from musicrl_jax.core.estimate import bytes_a_chip, estimate, refused
 from musicrl_jax.core.files import write_json
 from musicrl_jax.core.flops import Flops, flops
 from musicrl_jax.core.tokens import CODEC_FRAMES_PER_FRAME, FRAMES_PER_SECOND
@@ -227,10 +227,7 @@ def _model(config: Any, mesh: Mesh) -> checkpoint.Model:
 
 
 class Program(NamedTuple):
-    """A jitted function of a stage, what it is to be compiled for, and what is alive beside its arguments.
-
-    `rounds`: how often the loops go round that draw a policy's clip, if this one does.
-    """
+    """A jitted function of a stage, what it is to be compiled for, and what is alive beside its arguments."""
 
     stage: str
     name: str
@@ -238,7 +235,6 @@ class Program(NamedTuple):
     arguments: tuple[Any, ...]
     clips: int
     beside: Any = ()
-    rounds: tuple[int, ...] = ()
 
 
 def _struct(shapes: Any, shardings: Any) -> Any:
@@ -282,24 +278,30 @@ def _reinforced(planned: Planned, stage: str, mesh: Mesh) -> Iterator[Program]:
     keys = _struct(jax.eval_shape(steps.keys, zero, zero, zero), by_row)
     whole = partial(_struct, shardings=sharding.replicated(mesh))
     policy, others = jax.eval_shape(steps.gather, state.policy, frozen)
-    gathered = _struct(policy, steps.learning.policy), whole(others)
-    rollout = _struct(jax.eval_shape(steps.rollout, *gathered, text, keys), by_row)
+    policy, others = _struct(policy, steps.learning.policy), whole(others)
+    embedding, mulan = _struct(jax.eval_shape(steps.read, others["mulan"], text), by_row)
+    drawn = _struct(jax.eval_shape(steps.draw, policy, mulan, keys), by_row)
+    acoustic = _struct(jax.eval_shape(steps.fill, others["soundstorm"], drawn.tokens, keys), by_row)
+    wav = _struct(jax.eval_shape(steps.sound, others["soundstream"], acoustic), by_row)
+    rollout = rollouts.Rollout(text, embedding, mulan, *drawn, acoustic, wav)
     units = {term.name: (0.0, 1.0) for term in call["rewards"].terms}
     reward = jax.ShapeDtypeStruct((batch_size,), jnp.float32, sharding=by_row)
     moments = state.policy_opt, state.value_opt
-    frames = loaded.studio.frames(call["clip_seconds"])
-    rounds = frames, frames * loaded.studio.musiclm.config.layout.depth
     anchor = state.policy
     learning = _struct(jax.eval_shape(steps.gather_learner, state, anchor), steps.learning)
+    resting = state, anchor, frozen, scorers
     for name, function, arguments, beside in (
         ("gather", steps.gather, (state.policy, frozen), (anchor, state.value, moments, scorers)),
-        ("rollout", steps.rollout, (*gathered, text, keys), (state, anchor, frozen, scorers)),
+        ("read", steps.read, (others["mulan"], text), (resting, policy, others)),
+        ("draw", steps.draw, (policy, mulan, keys), (resting, others)),
+        ("fill", steps.fill, (others["soundstorm"], drawn.tokens, keys), (resting, policy, others, drawn)),
+        ("sound", steps.sound, (others["soundstream"], acoustic), (resting, policy, others, drawn)),
         ("gather scorers", steps.gather_scorers, (scorers,), (state, anchor, frozen, rollout)),
         ("reward", steps.reward, (whole(scorers), rollout, units), (state, anchor, frozen, scorers)),
         ("gather learner", steps.gather_learner, (state, anchor), (frozen, scorers, rollout)),
         ("update", steps.update, (state, learning, rollout, reward), (anchor, frozen, scorers)),
     ):
-        yield Program(stage, name, function, arguments, batch_size, beside, rounds if name == "rollout" else ())
+        yield Program(stage, name, function, arguments, batch_size, beside)
 
 
 def plan(
@@ -397,19 +399,14 @@ def _stage(
         traces = [program.function.trace(*program.arguments) for program in programs]
     works = [flops(traced.jaxpr) for traced in traces]
 
-    def compiled(program: Program, traced: Any, work: Flops) -> list[dict[str, Any]]:
+    def compiled(program: Program, traced: Any, work: Flops) -> dict[str, Any]:
         start, beside = time.monotonic(), bytes_a_chip(program.beside)
-        parts = {}
         try:
-            found = traced.lower().compile()
+            found = estimate(traced.lower().compile(), work, mesh.size, chip, beside)
         except jax.errors.JaxRuntimeError as error:
-            parts[program.name] = refused(error, chip, beside)
-        else:
-            parts[program.name] = estimate(found, work, mesh.size, chip, beside)
-            if program.rounds:
-                parts[DECODE] = of_loops(found, program.rounds, chip)
-        about = {"stage": name, "clips": program.clips, "compile_seconds": time.monotonic() - start}
-        return [{**about, "name": part, **figures.told()} for part, figures in parts.items()]
+            found = refused(error, chip, beside)
+        about = {"stage": name, "name": program.name, "clips": program.clips}
+        return {**about, "compile_seconds": time.monotonic() - start, **found.told()}
 
     print(HEAD, flush=True)
     with ThreadPoolExecutor(AT_ONCE) as pool:
@@ -417,10 +414,10 @@ def _stage(
         by_work = sorted(range(len(programs)), key=lambda place: -works[place].matmul)
         futures = {place: pool.submit(compiled, programs[place], traces[place], works[place]) for place in by_work}
         for future in as_completed(futures.values()):  # what does not fit is known in seconds
-            print("\n".join(map(_line, future.result())), flush=True)
-    rows = [row for place in range(len(programs)) for row in futures[place].result()]
+            print(_line(future.result()), flush=True)
+    rows = [futures[place].result() for place in range(len(programs))]
     if all(row["fits"] for row in rows):
-        seconds, clips = sum(row["seconds"] for row in rows if row["name"] != DECODE), programs[0].clips
+        seconds, clips = sum(row["seconds"] for row in rows), programs[0].clips
         print(
             f"{name}: {seconds:.2f} s a step of {clips} clips, {clips / seconds:.2f} clips a second, "
             f"{3600 * clips / seconds / mesh.size:.0f} a chip-hour, where nothing overlaps\n",
@@ -429,7 +426,6 @@ def _stage(
     return rows
 
 
-DECODE = "of which decode"
 HEAD = (
     f"{'':>20} {'GiB a chip':>14} {'TFLOP':>8} {'GB moved':>9} {'MB sent':>9} | {'matrix':>8} {'memory':>8} "
     f"{'network':>8} {'compiler':>8}  seconds, and what limits"
@@ -438,15 +434,12 @@ HEAD = (
 
 def _line(row: dict[str, Any]) -> str:
     """A row of the table."""
-    part = row["name"] == DECODE
-    name = DECODE if part else f"{row['stage']}/{row['name']}"
-    space = "" if part else f"{row['needed'] / GIB:.2f} of {row['memory'] / GIB:.2f}"
+    space = f"{row['needed'] / GIB:.2f} of {row['memory'] / GIB:.2f}"
+    start = f"{row['stage'] + '/' + row['name']:>20} {space:>14}"
     if not row["fits"]:
-        return f"{name:>20} {space:>14} does not fit"
-    flop = "" if part else f"{row['matmul'] / 1e12:.2f}"
+        return f"{start} does not fit"
     sent = (sum(row["wire"].values()) + row["between_slices"]) / 1e6
     seconds = " ".join(f"{row[f'{limit}_seconds']:8.3f}" for limit in ("matrix", "memory", "network", "compiler"))
+    amounts = f"{row['matmul'] / 1e12:8.2f} {row['moved'] / 1e9:9.1f} {sent:9.1f}"
     unknown = f", but for {len(row['unknown_loops'])} loops of unknown length" if row["unknown_loops"] else ""
-    return (
-        f"{name:>20} {space:>14} {flop:>8} {row['moved'] / 1e9:9.1f} {sent:9.1f} | {seconds}  {row['limit']}{unknown}"
-    )
+    return f"{start} {amounts} | {seconds}  {row['limit']}{unknown}"

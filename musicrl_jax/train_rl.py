@@ -1,10 +1,10 @@
-"""Prompts -> a finetuned policy. Three jitted functions, one after the other, in a loop that only keeps books:
+"""Prompts -> a finetuned policy. Jitted functions, one after the other, in a loop that only keeps books:
 
     rollout   prompts -> MuLan tokens -> the policy's tokens -> fine levels -> waveform       on the device
     reward    waveform -> one number a term                                                   on the device
     update    log-probs of policy and anchor, values -> gradients -> new policy and value     on the device, donated
 
-They stand in rl/steps.py, what an update is in rl/learner.py.
+They stand in rl/steps.py, of the rollout one for each arrow; what an update is stands in rl/learner.py.
 
 Legend: B clips, L text pieces, N samples, n prompts of the judge.
 """

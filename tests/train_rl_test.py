@@ -25,13 +25,14 @@ from musicrl_jax.core.tokens import TokenLayout
 from musicrl_jax.losses.policy_gradient import PolicyGradient
 from musicrl_jax.models.musiclm import MusicLM, MusicLMConfig
 from musicrl_jax.models.transformer import TransformerConfig
-from musicrl_jax.rl.rollout import Loaded, Rollout
+from musicrl_jax.rl.rollout import Loaded
 from musicrl_jax.rl.sample import sample
 
 SMALL = MusicLMConfig(
     TransformerConfig(1, 16, 2, 32, dropout=0.0), TransformerConfig(1, 16, 2, 16), TokenLayout(6, 6, 1), 2, 4
 )
 BATCH, FRAMES = 32, 8
+FROZEN = {"soundstorm": {}, "soundstream": {}, "mulan": {}}
 
 
 class Studio:
@@ -43,10 +44,17 @@ class Studio:
     def frames(self, clip_seconds):
         return FRAMES
 
-    def rollout(self, policy, frozen, text, keys, frames, sampling):
-        drawn = sample(self.musiclm, policy, text, keys, frames, sampling)
-        empty = jnp.zeros((len(text), 1), jnp.float32)
-        return Rollout(text, empty, text, *drawn, jax.random.key_data(keys), empty)
+    def read(self, variables, text):
+        return jnp.zeros((len(text), 1), jnp.float32), text
+
+    def draw(self, policy, mulan, keys, frames, sampling):
+        return sample(self.musiclm, policy, mulan, keys, frames, sampling)
+
+    def fill(self, variables, tokens, keys):
+        return jax.random.key_data(keys)
+
+    def sound(self, variables, acoustic):
+        return jnp.zeros((len(acoustic), 1), jnp.float32)
 
 
 @dataclasses.dataclass
@@ -136,7 +144,7 @@ def loop(folder, mesh=None, weight=1.0, vocabulary=b"words", normalise=False, wr
         **settings,
     }
     with pytest.MonkeyPatch.context() as patch:
-        loaded = Loaded(Studio(), base(), {}, b"words", {"policy": checkpoint.content_hash(base())}, b"{}")
+        loaded = Loaded(Studio(), base(), FROZEN, b"words", {"policy": checkpoint.content_hash(base())}, b"{}")
         patch.setattr(train_rl.rollouts, "load", lambda *folders: loaded)
         patch.setattr(
             monitor.pieces, "encode", lambda vocabulary, asked, length: np.ones((len(asked), length), np.int32)

@@ -5,7 +5,6 @@ Everything is the compiler's word, or arithmetic on what it compiled. Nothing is
 
 import dataclasses
 import re
-from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -95,7 +94,6 @@ def _itemsize(dtype: Any) -> int:
 def estimate(compiled: Any, operations: Flops, chips: int, chip: Chip, beside: int) -> Estimate:
     """Of a `jax.stages.Compiled`, whose operations over all chips are known."""
     memory = compiled.memory_analysis()
-    program = hlo.read(compiled.as_text())
     return Estimate(
         arguments=memory.argument_size_in_bytes,
         outputs=memory.output_size_in_bytes - memory.alias_size_in_bytes,
@@ -106,13 +104,8 @@ def estimate(compiled: Any, operations: Flops, chips: int, chip: Chip, beside: i
         matmul=operations.matmul / chips,
         other=operations.other / chips,
         matrix_seconds=operations.matmul / chips / chip.flops,
-        **_run(program, chip, None),
+        **_run(hlo.read(compiled.as_text()), chip),
     )
-
-
-def of_loops(compiled: Any, rounds: Collection[int], chip: Chip) -> Estimate:
-    """That part of a program that runs so many times: of its loops that go round so often, without its memory."""
-    return Estimate(0, 0, 0, 0, 0, chip.memory, **_run(hlo.read(compiled.as_text()), chip, rounds))
 
 
 def refused(error: Exception, chip: Chip, beside: int) -> Estimate:
@@ -123,15 +116,15 @@ def refused(error: Exception, chip: Chip, beside: int) -> Estimate:
     return Estimate(0, 0, int(float(match[1]) * UNITS[match[2]]), 0, beside, chip.memory)
 
 
-def _run(program: hlo.Program, chip: Chip, rounds: Collection[int] | None) -> dict[str, Any]:
+def _run(program: hlo.Program, chip: Chip) -> dict[str, Any]:
     """What running takes, but for operations."""
-    sent = hlo.collectives(program, rounds)
+    sent = hlo.collectives(program)
     wire: dict[str, int] = {}
     for part in sent:
         if not part.crosses:
             wire[part.kind] = wire.get(part.kind, 0) + part.bytes
     across = sum(part.bytes for part in sent if part.crosses)
-    moved = hlo.memory_bytes(program, rounds)
+    moved = hlo.memory_bytes(program)
     return {
         "moved": moved,
         "wire": wire,
@@ -139,5 +132,5 @@ def _run(program: hlo.Program, chip: Chip, rounds: Collection[int] | None) -> di
         "unknown_loops": program.unknown_loops,
         "memory_seconds": moved / chip.memory_bandwidth,
         "network_seconds": sum(wire.values()) / chip.link_bandwidth + across / chip.slices_bandwidth,
-        "compiler_seconds": hlo.scheduled_cycles(program, rounds) / chip.clock,
+        "compiler_seconds": hlo.scheduled_cycles(program) / chip.clock,
     }

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 
 # `%name = type opcode(operands), attributes`. A type has no space but in a tuple's; no `) word(` is inside one.
 _INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([a-z][\w\-]*)\((.*)")
@@ -129,8 +129,8 @@ def read(text: str) -> Program:
     return Program(computations, entry, devices, executions, unknown)
 
 
-def collectives(program: Program, rounds: Collection[int] | None = None) -> list[Collective]:
-    """What goes over the network, the most bytes first; of parts that run so many times alone, if given.
+def collectives(program: Program) -> list[Collective]:
+    """What goes over the network, the most bytes first.
 
     A ring moves, for a group of n, (n - 1) / n of an all-gather's output, of a reduce-scatter's or all-to-all's input
     and twice that of an all-reduce's past every chip; a permutation sends its input. An all-reduce that the compiler
@@ -141,7 +141,7 @@ def collectives(program: Program, rounds: Collection[int] | None = None) -> list
     """
     totals = collections.Counter()
     counts = collections.Counter()
-    for computation, times in _executed(program, rounds):
+    for computation, times in _executed(program):
         for instruction in computation.instructions.values():
             for kind, group, crosses, sent in _sent(program, computation, instruction):
                 totals[kind, group, crosses] += sent * times
@@ -150,19 +150,19 @@ def collectives(program: Program, rounds: Collection[int] | None = None) -> list
     return sorted(table, key=lambda c: -c.bytes)
 
 
-def scheduled_cycles(program: Program, rounds: Collection[int] | None = None) -> int:
-    """Cycles of the cores by the compiler's own estimates, one instruction after the other; `rounds` as above.
+def scheduled_cycles(program: Program) -> int:
+    """Cycles of the cores by the compiler's own estimates, one instruction after the other.
 
     Fusions (with convolutions, so matmuls, inside), copies, slices, reductions, broadcasts and other single
     instructions carry an estimate, which includes the wait for operands in HBM. None have: collectives, asynchronous
     copies, sorts, reduce-windows, concatenations, custom calls (TopK, Pallas kernels) and scalars, which all count 0
     here, and neither does time when a core waits for one of them.
     """
-    return sum(_own_cycles(computation) * times for computation, times in _executed(program, rounds))
+    return sum(_own_cycles(computation) * times for computation, times in _executed(program))
 
 
-def memory_bytes(program: Program, rounds: Collection[int] | None = None) -> int:
-    """Bytes read from and written to HBM; `rounds` as above.
+def memory_bytes(program: Program) -> int:
+    """Bytes read from and written to HBM.
 
     Operands and results of every instruction, in their tiled layout, that have no other memory space: S(1) is VMEM. Of
     a slice, dynamic slice or gather what is taken counts, of an update in place what is written, also inside a fusion,
@@ -172,7 +172,7 @@ def memory_bytes(program: Program, rounds: Collection[int] | None = None) -> int
     """
     return sum(
         _moved(program, computation, instruction) * times
-        for computation, times in _executed(program, rounds)
+        for computation, times in _executed(program)
         for instruction in computation.instructions.values()
     )
 
@@ -211,10 +211,9 @@ def _branches(instruction: Instruction) -> list[str]:
     return [name.strip().lstrip("%") for part in found for name in part.split(",")]
 
 
-def _executed(program: Program, rounds: Collection[int] | None) -> Iterator[tuple[Computation, int]]:
+def _executed(program: Program) -> Iterator[tuple[Computation, int]]:
     for name, times in program.executions.items():
-        if rounds is None or times in rounds:
-            yield program.computations[name], times
+        yield program.computations[name], times
 
 
 def _own_cycles(computation: Computation) -> int:

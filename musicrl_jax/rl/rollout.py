@@ -18,7 +18,7 @@ from musicrl_jax.models.musiclm import MusicLM, MusicLMConfig
 from musicrl_jax.models.soundstorm import SoundStorm, SoundStormConfig, fill_fine
 from musicrl_jax.models.soundstream import SoundStream, SoundStreamConfig
 from musicrl_jax.models.transformer import LANES
-from musicrl_jax.rl.sample import Given, Sampling, sample
+from musicrl_jax.rl.sample import Drawn, Given, Sampling, sample
 
 LAST = "last"  # a finetuned policy's folder for the last weights, where earlier ones were kept
 
@@ -79,7 +79,7 @@ class Studio:
         sampling: Sampling,
         given: Given | None = None,
     ) -> Rollout:
-        """Draws a clip for each prompt.
+        """Draws a clip for each prompt: `read`, `draw`, `fill` and `sound`, one after the other.
 
         Args:
           policy: MusicLM's weights.
@@ -90,14 +90,41 @@ class Studio:
           sampling: the policy's distribution.
           given: how the clips begin, if they are to go on from something.
         """
-        embedding = self.mulan.apply(frozen["mulan"], text, method="embed_text")
-        mulan = self.mulan.apply(frozen["mulan"], embedding, method="quantize")
-        keys = jax.vmap(jax.random.split)(keys)  # [B, 2]: what the policy does must not show in the noise of the rest
-        drawn = sample(self.musiclm, policy, mulan, keys[:, 0], frames, sampling, given)
-        _, coarse = deinterleave(drawn.tokens)
-        acoustic = fill_fine(self.soundstorm, frozen["soundstorm"], coarse, keys[:, 1])
-        wav = self.soundstream.apply(frozen["soundstream"], acoustic, method="decode")
+        embedding, mulan = self.read(frozen["mulan"], text)
+        drawn = self.draw(policy, mulan, keys, frames, sampling, given)
+        acoustic = self.fill(frozen["soundstorm"], drawn.tokens, keys)
+        wav = self.sound(frozen["soundstream"], acoustic)
         return Rollout(text, embedding, mulan, *drawn, acoustic, wav)
+
+    def read(self, variables: Any, text: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """MuLan's variables, text int32 [B, L] -> (its embedding f32 [B, E], the same as tokens int32 [B, M])."""
+        embedding = self.mulan.apply(variables, text, method="embed_text")
+        return embedding, self.mulan.apply(variables, embedding, method="quantize")
+
+    def draw(
+        self,
+        policy: Any,
+        mulan: jax.Array,
+        keys: jax.Array,
+        frames: int,
+        sampling: Sampling,
+        given: Given | None = None,
+    ) -> Drawn:
+        """The policy's tokens, from MuLan's; the rest as in `rollout`."""
+        return sample(self.musiclm, policy, mulan, _keys(keys)[:, 0], frames, sampling, given)
+
+    def fill(self, variables: Any, tokens: jax.Array, keys: jax.Array) -> jax.Array:
+        """SoundStorm's variables, the policy's tokens [B, F, K], keys as in `rollout` -> all codec levels [B, T, Q]."""
+        return fill_fine(self.soundstorm, variables, deinterleave(tokens)[1], _keys(keys)[:, 1])
+
+    def sound(self, variables: Any, acoustic: jax.Array) -> jax.Array:
+        """SoundStream's variables, all codec levels [B, T, Q] -> waveforms f32 [B, N]."""
+        return self.soundstream.apply(variables, acoustic, method="decode")
+
+
+def _keys(keys: jax.Array) -> jax.Array:
+    """A row's key [B] -> the policy's and that of the rest [B, 2]: what the one does must not show in the other."""
+    return jax.vmap(jax.random.split)(keys)
 
 
 @dataclasses.dataclass(frozen=True)

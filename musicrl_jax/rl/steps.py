@@ -1,7 +1,7 @@
 """The jitted functions of a step of RL, and how all that they touch lies on a mesh: what `train_rl` runs and
 `musicrl plan` compiles.
 
-Legend: B clips, L text pieces, F frames.
+Legend: B clips, L text pieces.
 """
 
 from functools import partial
@@ -19,11 +19,11 @@ from musicrl_jax.models.musiclm import MusicLM, Value
 from musicrl_jax.rl.learner import AtHand, Learner, RLState
 from musicrl_jax.rl.rewards import LoadedMixture, Units
 from musicrl_jax.rl.rollout import Loaded, Rollout
-from musicrl_jax.rl.sample import Sampling
+from musicrl_jax.rl.sample import Drawn, Sampling
 
-# XLA's effort O1, by platform: of the work of compiling two networks of convolutions for a TPU it leaves a quarter, and
-# of a step of seconds it takes 0.02 s more. Loops of thousands of steps are several times slower by it.
-REWARD_OPTIONS = {"tpu": {"optimization_level": 19}}
+# XLA's effort O1, by platform, for what reads prompts and rewards clips: of the work of compiling that for a TPU it
+# leaves a quarter, and of a step of seconds it takes 0.02 s more. Loops of thousands of steps are slower several times.
+LITTLE_EFFORT = {"tpu": {"optimization_level": 19}}
 
 
 class Steps(NamedTuple):
@@ -32,9 +32,10 @@ class Steps(NamedTuple):
     `keys`: (seed, step, stream) -> a key for each of B rows. `gather`: (policy, frozen) -> the same, SoundStorm in its
     dtype, the policy whole but for the tensor axis and the rest whole; a loop of thousands of small steps would else
     fetch them in every one, and a program that computes takes minutes longer to compile if it also fetches a thousand
-    arrays. `rollout`: both, text [B, L] and keys -> Rollout. `gather_scorers`: scorers -> the same, whole. `reward`:
-    these, the rollout and units -> (f32 [B], its terms). `gather_learner`: (state, anchor) -> AtHand. `update`: (state,
-    these, rollout, reward) -> (state, metrics); the old state is gone.
+    arrays. `read`, `draw`, `fill`, `sound`: those of `rl.rollout.Studio`, a network each; one program of all four needs
+    5 GiB more while it draws, is compiled with one effort, and is no faster. `gather_scorers`: scorers -> the same,
+    whole. `reward`: these, the rollout and units -> (f32 [B], its terms). `gather_learner`: (state, anchor) -> AtHand.
+    `update`: (state, these, rollout, reward) -> (state, metrics); the old state is gone.
     """
 
     shapes: Any  # of the learner's RLState
@@ -42,11 +43,22 @@ class Steps(NamedTuple):
     learning: Any  # of AtHand; the policy's is that of drawing too
     keys: Any
     gather: Any
-    rollout: Any
+    read: Any
+    draw: Any
+    fill: Any
+    sound: Any
     gather_scorers: Any
     reward: Any
     gather_learner: Any
     update: Any
+
+    def rollout(self, policy: Any, frozen: dict[str, Any], text: jax.Array, keys: jax.Array) -> Rollout:
+        """What `gather` gave, text int32 [B, L] and keys [B] -> a clip for each prompt, as `Studio.rollout` has it."""
+        embedding, mulan = self.read(frozen["mulan"], text)
+        drawn = self.draw(policy, mulan, keys)
+        acoustic = self.fill(frozen["soundstorm"], drawn.tokens, keys)
+        wav = self.sound(frozen["soundstream"], acoustic)
+        return Rollout(text, embedding, mulan, *drawn, acoustic, wav)
 
 
 def build(
@@ -94,6 +106,7 @@ def build(
     gathered = sharding.laid_out(mesh, learner.create, key, rules=sharding.DRAWING_RULES)[1]
     learning = AtHand(gathered.policy, gathered.policy, gathered.value)
     whole, by_row = sharding.replicated(mesh), sharding.batch_sharding(mesh)
+    little_effort = LITTLE_EFFORT.get(mesh.devices.flat[0].platform)
 
     def keys(seed: jax.Array, step: jax.Array, stream: jax.Array) -> jax.Array:
         return row_keys(step_key(seed, step, stream), batch_size)
@@ -104,8 +117,8 @@ def build(
     def gather_learner(state: RLState, anchor: Any) -> AtHand:
         return jax.tree.map(jnp.copy, learner.at_hand(state, anchor))  # the state itself is given away
 
-    def rollout(policy: Any, frozen: Any, text: jax.Array, keys: jax.Array) -> Rollout:
-        return studio.rollout(policy, frozen, text, keys, frames, learner.sampling)
+    def draw(policy: Any, mulan: jax.Array, keys: jax.Array) -> Drawn:
+        return studio.draw(policy, mulan, keys, frames, learner.sampling)
 
     def reward(scorers: Any, rollout: Rollout, units: Units) -> tuple[jax.Array, dict[str, jax.Array]]:
         terms = mixture.score(scorers, rollout)
@@ -117,11 +130,12 @@ def build(
         learning,
         keys=jax.jit(keys, out_shardings=by_row),
         gather=jax.jit(gather, out_shardings=(learning.policy, whole)),
-        rollout=jax.jit(rollout, out_shardings=by_row),
+        read=jax.jit(studio.read, out_shardings=by_row, compiler_options=little_effort),
+        draw=jax.jit(draw, out_shardings=by_row),
+        fill=jax.jit(studio.fill, out_shardings=by_row),
+        sound=jax.jit(studio.sound, out_shardings=by_row),
         gather_scorers=jax.jit(lambda scorers: scorers, out_shardings=whole),
-        reward=jax.jit(
-            reward, out_shardings=by_row, compiler_options=REWARD_OPTIONS.get(mesh.devices.flat[0].platform)
-        ),
+        reward=jax.jit(reward, out_shardings=by_row, compiler_options=little_effort),
         gather_learner=jax.jit(gather_learner, out_shardings=learning),
         update=jax.jit(
             partial(learner.update, layout=shardings, gathered=gathered),

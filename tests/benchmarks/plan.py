@@ -53,14 +53,14 @@ def main() -> None:
         rows = planned(topology, int(slices), chips, asked)
         print(f"{each}: planned in {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
         for name, row in rows.items():
-            space = "" if name == "of which decode" else f"{row['needed'] / 2**30:.1f} of {row['memory'] / 2**30:.1f}"
+            space = f"{row['needed'] / 2**30:.1f} of {row['memory'] / 2**30:.1f}"
             if not row["fits"]:
                 print(f"| {each} | {chips}, {row['clips']} | {name} | {space} | does not fit | |", flush=True)
                 continue
             parts = " / ".join(f"{row[f'{part}_seconds']:.2f}" for part in ("matrix", "memory", "network", "compiler"))
             print(f"| {each} | {chips}, {row['clips']} | {name} | {space} | {parts} | {row['limit']} |", flush=True)
         if all(row["fits"] for row in rows.values()):
-            seconds = sum(row["seconds"] for name, row in rows.items() if name != "of which decode")
+            seconds = sum(row["seconds"] for row in rows.values())
             speed = row["clips"] / seconds / chips
             first = first or speed
             told = f"{seconds:.2f} s, {speed * chips:.1f} clips a second, {3600 * speed:.0f} a chip-hour"
