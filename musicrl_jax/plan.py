@@ -57,6 +57,9 @@ WITHOUT_TPU = {
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_LOG_DIR": "disabled",
 }
+# Without the scheduling of instructions inside an operation, up to a third of the work of compiling: the cycles that it
+# expects of one stand before. Only the program itself comes out larger, by 0.2 GiB at most.
+UNPACKED = {"xla_jf_vliw_scheduler": "false"}
 Stages = Sequence[Mapping[str, Callable[[], Any]]]
 
 
@@ -402,7 +405,7 @@ def _stage(
     def compiled(program: Program, traced: Any, work: Flops) -> dict[str, Any]:
         start, beside = time.monotonic(), bytes_a_chip(program.beside)
         try:
-            found = estimate(traced.lower().compile(), work, mesh.size, chip, beside)
+            found = estimate(traced.lower().compile(compiler_options=UNPACKED), work, mesh.size, chip, beside)
         except jax.errors.JaxRuntimeError as error:
             found = refused(error, chip, beside)
         about = {"stage": name, "name": program.name, "clips": program.clips}
