@@ -293,12 +293,13 @@ def _reinforced(planned: Planned, stage: str, mesh: Mesh) -> Iterator[Program]:
     anchor = state.policy
     learning = _struct(jax.eval_shape(steps.gather_learner, state, anchor), steps.learning)
     resting = state, anchor, frozen, scorers
+    idle = {name: [tree for other, tree in others.items() if other != name] for name in others}
     for name, function, arguments, beside in (
         ("gather", steps.gather, (state.policy, frozen), (anchor, state.value, moments, scorers)),
-        ("read", steps.read, (others["mulan"], text), (resting, policy, others)),
+        ("read", steps.read, (others["mulan"], text), (resting, policy, idle["mulan"])),
         ("draw", steps.draw, (policy, mulan, keys), (resting, others)),
-        ("fill", steps.fill, (others["soundstorm"], drawn.tokens, keys), (resting, policy, others, drawn)),
-        ("sound", steps.sound, (others["soundstream"], acoustic), (resting, policy, others, drawn)),
+        ("fill", steps.fill, (others["soundstorm"], drawn.tokens, keys), (resting, policy, idle["soundstorm"], drawn)),
+        ("sound", steps.sound, (others["soundstream"], acoustic), (resting, policy, idle["soundstream"], drawn)),
         ("gather scorers", steps.gather_scorers, (scorers,), (state, anchor, frozen, rollout)),
         ("reward", steps.reward, (whole(scorers), rollout, units), (state, anchor, frozen, scorers)),
         ("gather learner", steps.gather_learner, (state, anchor), (frozen, scorers, rollout)),
