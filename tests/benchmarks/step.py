@@ -3,21 +3,25 @@
     python tests/benchmarks/step.py                  one GPU or TPU
     python tests/benchmarks/step.py --size=tiny      a CPU, to see that it runs
 
-The jitted functions are those of `train_rl`; weights are random, for speed does not depend on them. The rollout and the
-update are timed in turns, in float32 and in bfloat16; the limits are the bfloat16 matrix products and the copying that
-this machine shows between those turns. Drift is what a token's log-probability as sampled and as the update scores it
-differ by, in nats, and a clip's sum.
+The jitted functions are those of `train_rl`; weights are random, for speed does not depend on them. All are compiled
+at once, then timed in turns, in float32 and in bfloat16; the limits are the bfloat16 matrix products and the copying
+that this machine shows between those turns. Of drawing, the copying's limit is that of reading the policy's weights
+once for each token (the temporal part's once a frame). Drift is what a token's log-probability as sampled and as the
+update scores it differ by, in nats, and a clip's sum.
 """
 
 import argparse
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.linen import meta
+from jax.sharding import Mesh
 
 from musicrl_jax.core import sharding
 from musicrl_jax.core.flops import flops
@@ -30,8 +34,9 @@ from musicrl_jax.models.musiclm import MusicLM, MusicLMConfig
 from musicrl_jax.models.soundstorm import SoundStorm, SoundStormConfig
 from musicrl_jax.models.soundstream import SoundStream, SoundStreamConfig
 from musicrl_jax.models.transformer import LANES, TransformerConfig
+from musicrl_jax.rl.learner import Learner
 from musicrl_jax.rl.rollout import Loaded, Studio
-from musicrl_jax.rl.steps import build
+from musicrl_jax.rl.steps import Steps, build
 
 TINY = Studio(
     MusicLM(MusicLMConfig(TransformerConfig(2, 64, 2, 128), TransformerConfig(1, 32, 2, 64), TokenLayout(64, 64, 4))),
@@ -49,13 +54,13 @@ def seconds(function: Callable[[], Any]) -> float:
 
 
 def limits(side: int) -> tuple[float, float]:
-    """(FLOP/s of bfloat16 products, bytes/s read and written by a copy), the best of five each."""
-    a = jax.random.normal(jax.random.key(0), (side, side), jnp.bfloat16)
-    product, copied = jax.jit(lambda a: a @ a), jax.jit(lambda a: -a)
-    jax.block_until_ready((product(a), copied(a)))
+    """(FLOP/s of bfloat16 products, bytes/s read and written by a copy), the best of five each, of 8 calls in a row."""
+    a, b = (jax.random.normal(jax.random.key(0), shape, jnp.bfloat16) for shape in ((side, side), (8 * side, side)))
+    product, copied = jax.jit(lambda a: a @ a), jax.jit(lambda b: -b)
+    jax.block_until_ready((product(a), copied(b)))
     return (
-        2 * side**3 / min(seconds(lambda: product(a)) for _ in range(5)),
-        4 * side**2 / min(seconds(lambda: copied(a)) for _ in range(5)),
+        8 * 2 * side**3 / min(seconds(lambda: [product(a) for _ in range(8)]) for _ in range(5)),
+        8 * 4 * b.size / min(seconds(lambda: [copied(b) for _ in range(8)]) for _ in range(5)),
     )
 
 
@@ -64,6 +69,64 @@ def random_weights(init: Callable[[jax.Array], Any]) -> Any:
     shapes = meta.unbox(jax.eval_shape(init, jax.random.key(0)))
     rng = np.random.default_rng(0)
     return jax.tree.map(lambda x: jnp.asarray(0.02 * rng.standard_normal(x.shape, np.float32), x.dtype), shapes)
+
+
+class Run:
+    """A step in one dtype: its functions, compiled all at once and timed one by one, and what they act on."""
+
+    def __init__(self, learner: Learner, steps: Steps, mesh: Mesh, frozen: dict[str, Any], text: jax.Array) -> None:
+        self.frozen, self.text = frozen, text
+        state, _ = sharding.born_sharded(mesh, learner.create, jax.random.key(0))
+        self.anchor = jax.tree.map(jnp.copy, state.policy)
+        self.state = learner.started(state, self.anchor)
+        self.keys = steps.keys(*(np.int32(n) for n in (0, 0, 3)))
+        self.reward = jnp.linspace(0.0, 1.0, len(text))
+        policy, others = jax.eval_shape(steps.gather, state.policy, frozen)
+        rollout = jax.eval_shape(steps.rollout, policy, others, text, self.keys)
+        arguments = {
+            "gather": (state.policy, frozen),
+            "read": (others["mulan"], text),
+            "draw": (policy, rollout.mulan, self.keys),
+            "fill": (others["soundstorm"], rollout.tokens, self.keys),
+            "sound": (others["soundstream"], rollout.acoustic),
+            "gather_learner": (self.state, self.anchor),
+            "update": (self.state, jax.eval_shape(steps.gather_learner, state, self.anchor), rollout, self.reward),
+        }
+        traces = {name: getattr(steps, name).trace(*given) for name, given in arguments.items()}
+        self.work = {name: flops(traced.jaxpr).matmul for name, traced in traces.items()}
+        self.took: dict[str, list[float]] = {name: [] for name in traces}
+        self.compiled: dict[str, float] = {}
+        with ThreadPoolExecutor() as pool:
+            programs = dict(zip(traces, pool.map(self._compile, traces.items()), strict=True))
+        self.steps = steps._replace(**{name: partial(self._timed, name, program) for name, program in programs.items()})
+
+    def _compile(self, named: tuple[str, Any]) -> Any:
+        name, traced = named
+        start = time.perf_counter()
+        program = traced.lower().compile()
+        self.compiled[name] = time.perf_counter() - start
+        print(f"  {name} compiled in {self.compiled[name]:.0f} s", flush=True)
+        return program
+
+    def _timed(self, name: str, program: Callable[..., Any], *given: Any) -> Any:
+        start = time.perf_counter()
+        found = jax.block_until_ready(program(*given))
+        self.took[name].append(time.perf_counter() - start)
+        return found
+
+    def step(self) -> dict[str, Any]:
+        """All of them in their order; what the update measured."""
+        steps = self.steps
+        rollout = steps.rollout(*steps.gather(self.state.policy, self.frozen), self.text, self.keys)
+        learning = steps.gather_learner(self.state, self.anchor)
+        self.state, metrics = steps.update(self.state, learning, rollout, self.reward)
+        return metrics
+
+    def weights_read(self, config: MusicLMConfig, frames: int) -> int:
+        """Bytes of the policy's weights that `draw` reads if each is read once for every frame, or code, it serves."""
+        trunk = self.state.policy["trunk"]
+        temporal, depth = (sum(leaf.nbytes for leaf in jax.tree.leaves(trunk[part])) for part in ("temporal", "depth"))
+        return frames * (temporal + config.layout.depth * depth)
 
 
 def main() -> None:
@@ -119,55 +182,36 @@ def main() -> None:
                 remat=asked.size == "base",
                 dtype=dtype,
             )
-            state, _ = sharding.born_sharded(mesh, learner.create, jax.random.key(0))
-            anchor = jax.tree.map(jnp.copy, state.policy)
-            state = learner.started(state, anchor)
-            keys = steps.keys(*(np.int32(n) for n in (0, 0, 3)))
-            start = time.perf_counter()
-            rollout = steps.rollout(*steps.gather(state.policy, frozen), text, keys)
-            jax.block_until_ready(rollout)
-            compiled = time.perf_counter() - start
-            reward = jnp.linspace(0.0, 1.0, asked.clips)
-            traced = steps.update.trace(state, learner.at_hand(state, anchor), rollout, reward)
-            start = time.perf_counter()
-            state, metrics = steps.update(state, steps.gather_learner(state, anchor), rollout, reward)
-            print(
-                f"{dtype}: drift {float(metrics['sampler_drift']):.4f} at most, a clip's sum "
-                f"{float(metrics['sampler_drift_clip']):.3f}; compiled in {compiled:.0f} and "
-                f"{time.perf_counter() - start:.0f} s",
-                flush=True,
-            )
-            work = flops(traced.jaxpr).matmul
-            runs[dtype] = dict(steps=steps, state=state, anchor=anchor, keys=keys, rollout=rollout, work=work)
-            runs[dtype] |= {"reward": reward, "rollouts": [], "updates": []}
+            print(f"{dtype}:", flush=True)
+            run = runs[dtype] = Run(learner, steps, mesh, frozen, text)
+            drift = [float(run.step()[f"sampler_drift{which}"]) for which in ("", "_clip")]
+            print(f"  drift {drift[0]:.4f} at most, a clip's sum {drift[1]:.3f}", flush=True)
+            for times in run.took.values():
+                times.clear()
         found = []
         for _ in range(asked.turns):
             for run in runs.values():
-                steps = run["steps"]
-                run["rollouts"].append(
-                    seconds(
-                        lambda run=run, steps=steps: steps.rollout(
-                            *steps.gather(run["state"].policy, frozen), text, run["keys"]
-                        )
-                    )
-                )
-
-                def update(run: dict[str, Any] = run, steps: Any = steps) -> Any:
-                    at_hand = steps.gather_learner(run["state"], run["anchor"])
-                    run["state"], metrics = steps.update(run["state"], at_hand, run["rollout"], run["reward"])
-                    return metrics
-
-                run["updates"].append(seconds(update))
+                jax.block_until_ready(run.step())
             found.append(limits(side))
     products, copying = (max(column) for column in zip(*found, strict=True))
     print(f"this machine: {products / 1e12:.0f} TFLOP/s of bfloat16 products, {copying / 1e9:.0f} GB/s by a copy\n")
-    print("| function | dtype | median s | of | real time | matrix units' s | ratio |\n|---|---|---|---|---|---|---|")
+    print(
+        f"| function | dtype | median s of {asked.turns} | matrix s | memory s | ratio to the higher | compiled in s |"
+    )
+    print("|---|---|---|---|---|---|---|")
+    frames = studio.frames(asked.seconds)
     for dtype, run in runs.items():
-        took = float(np.median(run["rollouts"]))
-        print(f"| rollout | {dtype} | {took:.2f} | {asked.turns} | {asked.clips * asked.seconds / took:.1f} x | | |")
-    for dtype, run in runs.items():
-        took, least = float(np.median(run["updates"])), run["work"] / products
-        print(f"| update | {dtype} | {took:.3f} | {asked.turns} | | {least:.3f} | {took / least:.1f} |")
+        medians = {name: float(np.median(times)) for name, times in run.took.items()}
+        for name, took in medians.items():
+            matrix = run.work[name] / products
+            memory = run.weights_read(studio.musiclm.config, frames) / copying if name == "draw" else 0.0
+            limit = max(matrix, memory)
+            print(
+                f"| {name} | {dtype} | {took:.4f} | {matrix:.4f} | {f'{memory:.4f}' if memory else ''} | "
+                f"{f'{took / limit:.1f}' if limit else ''} | {run.compiled[name]:.0f} |"
+            )
+        whole = sum(medians.values())
+        print(f"| all | {dtype} | {whole:.4f}: {asked.clips / whole:.2f} clips a second | | | | |")
 
 
 if __name__ == "__main__":
