@@ -281,7 +281,7 @@ def _reinforced(planned: Planned, stage: str, mesh: Mesh) -> Iterator[Program]:
     keys = _struct(jax.eval_shape(steps.keys, zero, zero, zero), by_row)
     whole = partial(_struct, shardings=sharding.replicated(mesh))
     policy, others = jax.eval_shape(steps.gather, state.policy, frozen)
-    policy, others = _struct(policy, steps.learning.policy), whole(others)
+    policy, others = _struct(policy, steps.drawing), whole(others)
     embedding, mulan = _struct(jax.eval_shape(steps.read, others["mulan"], text), by_row)
     drawn = _struct(jax.eval_shape(steps.draw, policy, mulan, keys), by_row)
     acoustic = _struct(jax.eval_shape(steps.fill, others["soundstorm"], drawn.tokens, keys), by_row)

@@ -32,6 +32,7 @@ from musicrl_jax.core.state import MOST_SKIPPED, Optimiser, in_dtype
 from musicrl_jax.inputs.prompts import Prompts
 from musicrl_jax.losses.policy_gradient import PolicyGradient
 from musicrl_jax.models.musiclm import MusicLMConfig
+from musicrl_jax.models.transformer import stacked, unstacked
 from musicrl_jax.report.curves import read_metrics
 from musicrl_jax.rl import rollout as rollouts
 from musicrl_jax.rl.rewards import Mixture, Units
@@ -189,7 +190,7 @@ def train_rl(
         dtype=dtype,
     )
     state, shardings = sharding.born_sharded(mesh, learner.create, jax.random.key(seed))
-    anchor = sharding.put(loaded.policy, shardings.policy)
+    anchor = sharding.put(stacked(loaded.policy), shardings.policy)
     state = jax.jit(learner.started, out_shardings=shardings)(state, anchor)
     frozen, scorers = (sharding.put(tree, sharding.spread(mesh, tree)) for tree in (loaded.frozen, mixture.variables))
     start = checkpoints.latest_step()
@@ -239,7 +240,8 @@ def train_rl(
             seen = {}
             if judge is not None and step and step % monitor.every(steps) == 0:
                 seen = dict(zip(JUDGED, judge.look(partial(heard, state.policy)), strict=True))
-                checkpoint.save_model(directory / LOOKS / f"{step}", config, {"params": state.policy})
+                heard_now = {"params": unstacked(sharding.fetch(state.policy))}
+                checkpoint.save_model(directory / LOOKS / f"{step}", config, heard_now)
             asked = np.repeat(next(batches)["text"], per_prompt, axis=0)  # clips of a prompt stand together
             rollout = played(state.policy, asked, step)
             reward, terms = scored(rollout, units)
@@ -269,7 +271,7 @@ def train_rl(
         watched["kl"] = {0: 0.0, **{step: kl for step, kl, *_ in judge.seen}}[kept]
     told = {"anchor": loaded.hashes["policy"], "rewards": mixture.describe(), "units": units, "watched": watched}
     assets = {checkpoint.LINEAGE: loaded.lineage, checkpoint.ANCHOR: json.dumps(told).encode()}
-    final = {"params": state.policy}
+    final = {"params": unstacked(sharding.fetch(state.policy))}
     if kept is not None:
         checkpoint.save_model(directory / rollouts.LAST, config, final, assets)
         looked = directory / LOOKS / f"{kept}"

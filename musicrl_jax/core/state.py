@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 LOOKED_UP = "table", "place", "relative"  # the ends of names of weights that are indexed and not multiplied
+LAYERS = "layers"  # the name over weights that hold those of all layers, one behind the other along a first axis
 MOST_SKIPPED = 10  # updates in a row without a finite gradient, before a run gives up
 
 
@@ -44,8 +45,8 @@ def create_state(variables: Any, optimiser: optax.GradientTransformation) -> Tra
 def in_dtype(weights: Any, dtype: str) -> Any:
     """The weights as a forward pass takes them: what is multiplied in `dtype`, 'float32' or 'bfloat16'.
 
-    What has fewer than two axes (scales, biases) and what is LOOKED_UP stays as it is: gradients of a row that is
-    looked up often add up in float32. Gradients through it come back in the weights' own dtype.
+    What has fewer than two axes in a layer (scales, biases) and what is LOOKED_UP stays as it is: gradients of a row
+    that is looked up often add up in float32. Gradients through it come back in the weights' own dtype.
 
     ValueError where it is another.
     """
@@ -55,8 +56,8 @@ def in_dtype(weights: Any, dtype: str) -> Any:
         return weights
 
     def cast(path: Any, array: Any) -> Any:
-        names = [str(getattr(key, "key", "")) for key in path]
-        return array if array.ndim < 2 or any(name.endswith(LOOKED_UP) for name in names) else array.astype(dtype)
+        stays = _axes(path, array) < 2 or any(name.endswith(LOOKED_UP) for name in _names(path))
+        return array if stays else array.astype(dtype)
 
     return jax.tree_util.tree_map_with_path(cast, weights)
 
@@ -108,4 +109,14 @@ class Optimiser:
 
 
 def _matrices(params: Any) -> Any:
-    return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: _axes(path, leaf) > 1, params)
+
+
+def _names(path: tuple[Any, ...]) -> list[str]:
+    """Of the dictionaries' keys on a path."""
+    return [str(getattr(key, "key", "")) for key in path]
+
+
+def _axes(path: tuple[Any, ...], array: Any) -> int:
+    """How many the array has, or those of one layer where it holds many."""
+    return array.ndim - (LAYERS in _names(path))

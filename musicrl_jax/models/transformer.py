@@ -8,18 +8,24 @@ heads.
 """
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.linen import meta
 
 from musicrl_jax.core import sharding
+from musicrl_jax.core.state import LAYERS
 
 Cache = list[tuple[jax.Array, jax.Array]]  # for each layer its keys and values, [B, G, P, g E] each; g is mostly 1
 LANES = {"tpu": 128}  # of a vector register, by platform: a shorter last axis of an array is filled up in memory
 QUERIES = 256  # that attend together where all positions are there: half of the scores of a long clip are never formed
+
+BLOCK = "block_"  # before a layer's number in its name
+UNNAMED = {nn.PARTITION_NAME: None}  # of an axis that no rule of the mesh splits
 
 NEVER = -1e9  # a score that softmax turns into exactly 0 in float32
 
@@ -198,12 +204,55 @@ class Block(nn.Module):
         return x + nn.Dropout(c.dropout)(h, deterministic=deterministic), (key, value)
 
 
+def _boxed(x: Any) -> bool:
+    return isinstance(x, nn.LogicallyPartitioned)
+
+
+def stacked(weights: Any) -> Any:
+    """A tree of weights with the layers of each transformer in it stacked: one array [layers, ...] in place of each.
+
+    Transformers take such weights where all positions are there at once. What is done to all weights, as an optimiser
+    does, is so done to a tenth as many arrays, and compiled in half of the time. Boxes keep their names, and the layers
+    have none.
+    """
+    if not isinstance(weights, dict):
+        return weights
+    depth = sum(name.startswith(BLOCK) for name in weights)
+    found = {name: stacked(below) for name, below in weights.items() if not name.startswith(BLOCK)}
+    if not depth:
+        return found
+
+    def stack(*each: Any) -> Any:
+        if _boxed(each[0]):
+            return each[0].replace_boxed(stack(*(box.unbox() for box in each))).add_axis(0, UNNAMED)
+        return (np if isinstance(each[0], np.ndarray) else jnp).stack(each)
+
+    return {**found, LAYERS: jax.tree.map(stack, *(weights[f"{BLOCK}{n}"] for n in range(depth)), is_leaf=_boxed)}
+
+
+def unstacked(weights: Any) -> Any:
+    """The inverse of `stacked`: the layers apart, as `extend` takes them and checkpoints hold them."""
+    if not isinstance(weights, dict):
+        return weights
+    found = {name: unstacked(below) for name, below in weights.items() if name != LAYERS}
+    if LAYERS not in weights:
+        return found
+
+    def layer(number: int, x: Any) -> Any:
+        return x.replace_boxed(layer(number, x.unbox())).remove_axis(0, UNNAMED) if _boxed(x) else x[number]
+
+    depth = len(meta.unbox(jax.tree.leaves(weights[LAYERS], is_leaf=_boxed)[0]))
+    parts = {f"{BLOCK}{n}": jax.tree.map(partial(layer, n), weights[LAYERS], is_leaf=_boxed) for n in range(depth)}
+    return {**found, **parts}
+
+
 class Transformer(nn.Module):
     """Blocks under one shared relative position bias, then a norm.
 
     With `remat` all positions at once go through the blocks in a loop, whose gradient computes each anew instead of
-    keeping what it found: a third more work, and the memory of one block in place of all. A cache keeps as many heads
-    side by side, and `apart` as many sequences, as fill the `lanes`. Products are in the dtype of their weights.
+    keeping what it found: a third more work, and the memory of one block in place of all. Weights that are `stacked`
+    go through the loop with it or without. A cache keeps as many heads side by side, and `apart` as many sequences, as
+    fill the `lanes`. Products are in the dtype of their weights.
     """
 
     config: TransformerConfig
@@ -216,7 +265,7 @@ class Transformer(nn.Module):
         self.relative = self.param(
             "relative", nn.with_logical_partitioning(small, ("heads", None)), (c.heads, c.relative_buckets)
         )
-        self.blocks = [Block(c, heads_together(c, self.lanes), name=f"block_{i}") for i in range(c.layers)]
+        self.blocks = [Block(c, heads_together(c, self.lanes), name=f"{BLOCK}{i}") for i in range(c.layers)]
         self.final_norm = self.param(
             "final_norm", nn.with_logical_partitioning(nn.initializers.ones, ("embed",)), (c.embed,)
         )
@@ -261,27 +310,32 @@ class Transformer(nn.Module):
         length = x.shape[1]
         ends = [min(start + QUERIES, length) for start in range(0, length, QUERIES)]
         biases = tuple(bias[:, start:end, :end] for start, end in zip([0, *ends], ends, strict=False))
-        if self.remat and not self.is_initializing():
-            return rms_norm(self._one_at_a_time(x, biases, deterministic), self.final_norm)
+        together = self.has_variable("params", LAYERS)
+        if together or (self.remat and not self.is_initializing()):
+            return rms_norm(self._one_at_a_time(x, biases, deterministic, together), self.final_norm)
         for block in self.blocks:
             x, _ = block(x, biases, None, 0, deterministic)
         return rms_norm(x, self.final_norm)
 
-    def _one_at_a_time(self, x: jax.Array, biases: tuple[jax.Array, ...], deterministic: bool) -> jax.Array:
-        """All blocks as one loop, which compiles in a fraction of the time; each is computed anew for its gradient."""
+    def _one_at_a_time(
+        self, x: jax.Array, biases: tuple[jax.Array, ...], deterministic: bool, together: bool
+    ) -> jax.Array:
+        """All blocks as one loop, which compiles in a fraction of the time."""
         c = self.config
         block = Block(c, parent=None)
-        weights = jax.tree.map(lambda *each: jnp.stack(each), *(block.variables["params"] for block in self.blocks))
+        if together:
+            weights = self.get_variable("params", LAYERS)
+        else:
+            weights = jax.tree.map(lambda *each: jnp.stack(each), *(block.variables["params"] for block in self.blocks))
         dropping = not deterministic and c.dropout > 0
         keys = jax.random.split(self.make_rng("dropout"), c.layers) if dropping else None
 
-        @jax.checkpoint
         def apply(x: jax.Array, layer: tuple[Any, jax.Array | None]) -> tuple[jax.Array, None]:
             weights, key = layer
             rngs = {} if key is None else {"dropout": key}
             return block.apply({"params": weights}, x, biases, None, 0, deterministic, rngs=rngs)[0], None
 
-        return jax.lax.scan(apply, x, (weights, keys))[0]
+        return jax.lax.scan(jax.checkpoint(apply) if self.remat else apply, x, (weights, keys))[0]
 
     def extend(self, x: jax.Array, cache: Cache, start: jax.Array | int, bias: jax.Array) -> tuple[jax.Array, Cache]:
         """The positions start .. start + S - 1, given the cache of those before.

@@ -23,7 +23,7 @@ from musicrl_jax.losses.policy_gradient import (
     value_loss,
 )
 from musicrl_jax.models.musiclm import MusicLM, Value
-from musicrl_jax.models.transformer import at_least_float32
+from musicrl_jax.models.transformer import at_least_float32, stacked
 from musicrl_jax.rl.rollout import Rollout
 from musicrl_jax.rl.sample import Sampling, log_probs, values
 
@@ -93,18 +93,18 @@ class Learner:
         return self.gradient.baseline == "value"
 
     def create(self, key: jax.Array) -> RLState:
-        """A state of the right shapes; `started` puts the base's weights into it."""
+        """A state of the right shapes, its weights and moments `stacked`; `started` puts the base's weights into it."""
         config = self.policy.config
         tokens = jnp.zeros((1, 1, config.layout.depth), jnp.int32)
         mulan = jnp.zeros((1, config.mulan_levels), jnp.int32)
-        policy = self.policy.init(key, tokens, mulan)["params"]
-        value = self.value.init(key, tokens, mulan)["params"] if self.learns_values else {}
+        policy = stacked(self.policy.init(key, tokens, mulan)["params"])
+        value = stacked(self.value.init(key, tokens, mulan)["params"]) if self.learns_values else {}
         moments = self.policy_transform.init(policy), self.value_transform.init(value)
         zero = jnp.zeros((), jnp.int32)
         return RLState(zero, zero, jnp.float32(self.kl_strength), policy, value, *moments)
 
     def started(self, state: RLState, base: Any) -> RLState:
-        """Policy and the value's trunk with the base's weights (MusicRL 3.3)."""
+        """Policy and the value's trunk with the base's weights, `stacked` (MusicRL 3.3)."""
         state = state.replace(policy=jax.tree.map(jnp.copy, base))
         if not self.learns_values:
             return state

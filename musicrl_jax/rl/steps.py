@@ -16,6 +16,7 @@ from musicrl_jax.core.keys import row_keys, step_key
 from musicrl_jax.core.state import Optimiser, in_dtype
 from musicrl_jax.losses.policy_gradient import PolicyGradient
 from musicrl_jax.models.musiclm import MusicLM, Value
+from musicrl_jax.models.transformer import unstacked
 from musicrl_jax.rl.learner import AtHand, Learner, RLState
 from musicrl_jax.rl.rewards import LoadedMixture, Units
 from musicrl_jax.rl.rollout import Loaded, Rollout
@@ -30,17 +31,18 @@ class Steps(NamedTuple):
     """What happens to a batch, in its order, and where the state is while it does.
 
     `keys`: (seed, step, stream) -> a key for each of B rows. `gather`: (policy, frozen) -> the same, SoundStorm in its
-    dtype, the policy whole but for the tensor axis and the rest whole; a loop of thousands of small steps would else
-    fetch them in every one, and a program that computes takes minutes longer to compile if it also fetches a thousand
-    arrays. `read`, `draw`, `fill`, `sound`: those of `rl.rollout.Studio`, a network each; one program of all four needs
-    5 GiB more while it draws, is compiled with one effort, and is no faster. `gather_scorers`: scorers -> the same,
-    whole. `reward`: these, the rollout and units -> (f32 [B], its terms). `gather_learner`: (state, anchor) -> AtHand.
-    `update`: (state, these, rollout, reward) -> (state, metrics); the old state is gone.
+    dtype, the policy's layers apart and whole but for the tensor axis, the rest whole; a loop of thousands of small
+    steps would else fetch them in every one, and a program that computes takes minutes longer to compile if it also
+    fetches a thousand arrays. `read`, `draw`, `fill`, `sound`: those of `rl.rollout.Studio`, a network each; one of
+    all four needs 5 GiB more while it draws, is compiled with one effort, and is no faster. `gather_scorers`:
+    scorers -> the same, whole. `reward`: these, the rollout and units -> (f32 [B], its terms). `gather_learner`:
+    (state, anchor) -> AtHand. `update`: (state, these, rollout, reward) -> (state, metrics); the old state is gone.
     """
 
     shapes: Any  # of the learner's RLState
     shardings: Any  # of the same
-    learning: Any  # of AtHand; the policy's is that of drawing too
+    drawing: Any  # of the policy as it draws
+    learning: Any  # of AtHand
     keys: Any
     gather: Any
     read: Any
@@ -103,7 +105,10 @@ def build(
     )
     key = jax.eval_shape(lambda: jax.random.key(0))
     shapes, shardings = sharding.laid_out(mesh, learner.create, key)
-    gathered = sharding.laid_out(mesh, learner.create, key, rules=sharding.DRAWING_RULES)[1]
+    gathered, drawing = (
+        sharding.laid_out(mesh, create, key, rules=sharding.DRAWING_RULES)[1]
+        for create in (learner.create, lambda key: unstacked(learner.create(key).policy))
+    )
     learning = AtHand(gathered.policy, gathered.policy, gathered.value)
     whole, by_row = sharding.replicated(mesh), sharding.batch_sharding(mesh)
     little_effort = LITTLE_EFFORT.get(mesh.devices.flat[0].platform)
@@ -112,7 +117,9 @@ def build(
         return row_keys(step_key(seed, step, stream), batch_size)
 
     def gather(policy: Any, frozen: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        return policy, {name: in_dtype(tree, dtype) if name == "soundstorm" else tree for name, tree in frozen.items()}
+        return unstacked(policy), {
+            name: in_dtype(tree, dtype) if name == "soundstorm" else tree for name, tree in frozen.items()
+        }
 
     def gather_learner(state: RLState, anchor: Any) -> AtHand:
         return jax.tree.map(jnp.copy, learner.at_hand(state, anchor))  # the state itself is given away
@@ -127,9 +134,10 @@ def build(
     return learner, Steps(
         shapes,
         shardings,
+        drawing,
         learning,
         keys=jax.jit(keys, out_shardings=by_row),
-        gather=jax.jit(gather, out_shardings=(learning.policy, whole)),
+        gather=jax.jit(gather, out_shardings=(drawing, whole)),
         read=jax.jit(studio.read, out_shardings=by_row, compiler_options=little_effort),
         draw=jax.jit(draw, out_shardings=by_row),
         fill=jax.jit(studio.fill, out_shardings=by_row),

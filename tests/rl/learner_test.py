@@ -14,7 +14,7 @@ from musicrl_jax.core.keys import row_keys
 from musicrl_jax.core.tokens import TokenLayout
 from musicrl_jax.losses.policy_gradient import PolicyGradient
 from musicrl_jax.models.musiclm import MusicLM, MusicLMConfig, Value
-from musicrl_jax.models.transformer import TransformerConfig
+from musicrl_jax.models.transformer import TransformerConfig, unstacked
 from musicrl_jax.rl.learner import Learner
 from musicrl_jax.rl.rollout import Rollout
 from musicrl_jax.rl.sample import Sampling, sample
@@ -58,7 +58,7 @@ def updated(learner):
 
 
 def played(policy, mulan, key, sampling):
-    drawn = sample(MusicLM(CONFIG), policy, mulan, row_keys(key, BATCH), FRAMES, sampling)
+    drawn = sample(MusicLM(CONFIG), unstacked(policy), mulan, row_keys(key, BATCH), FRAMES, sampling)
     empty = jnp.zeros((BATCH, 1), jnp.float32)
     return Rollout(jnp.zeros((BATCH, 1), jnp.int32), empty, mulan, *drawn, drawn.tokens, empty)
 

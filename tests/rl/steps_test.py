@@ -20,7 +20,7 @@ from musicrl_jax.models.musiclm import MusicLM, MusicLMConfig
 from musicrl_jax.models.resnet import ResNetConfig
 from musicrl_jax.models.soundstorm import SoundStorm, SoundStormConfig
 from musicrl_jax.models.soundstream import SoundStream, SoundStreamConfig
-from musicrl_jax.models.transformer import TransformerConfig
+from musicrl_jax.models.transformer import TransformerConfig, stacked
 from musicrl_jax.rl.rollout import Studio
 from musicrl_jax.rl.sample import Sampling
 from musicrl_jax.rl.steps import build
@@ -94,7 +94,10 @@ def test_function_by_function_on_a_mesh_the_clips_are_those_of_one_program(given
     )
     assert learner.sampling == sampling
     by_row = sharding.batch_sharding(mesh)
-    placed = jax.device_put(policy, steps.shardings.policy), sharding.put(frozen, sharding.spread(mesh, frozen))
+    placed = (
+        jax.device_put(stacked(policy), steps.shardings.policy),
+        sharding.put(frozen, sharding.spread(mesh, frozen)),
+    )
     rows = jax.device_put((text, keys), by_row)
     with jax.set_mesh(mesh):
         parts = steps.rollout(*steps.gather(*placed), *rows)
