@@ -31,8 +31,8 @@ from musicrl_jax.core.run_checkpoints import RunCheckpoints
 from musicrl_jax.core.state import MOST_SKIPPED, Optimiser, in_dtype
 from musicrl_jax.inputs.prompts import Prompts
 from musicrl_jax.losses.policy_gradient import PolicyGradient
+from musicrl_jax.models.layers import stacked, unstacked
 from musicrl_jax.models.musiclm import MusicLMConfig
-from musicrl_jax.models.transformer import stacked, unstacked
 from musicrl_jax.report.curves import read_metrics
 from musicrl_jax.rl import rollout as rollouts
 from musicrl_jax.rl.rewards import Mixture, Units

@@ -19,6 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from musicrl_jax.core.state import LAYERS
+from musicrl_jax.models.layers import BLOCK, in_a_loop
+
 PADDING = 0
 TYPES = 2
 NORM_EPSILON = 1e-12
@@ -82,7 +85,10 @@ class Block(nn.Module):
 
 
 class Bert(nn.Module):
-    """Pieces [B, L] int32, filled up with 0 -> [B, D] float32: the mean over a text's pieces, 0 where it has none."""
+    """Pieces [B, L] int32, filled up with 0 -> [B, D] float32: the mean over a text's pieces, 0 where it has none.
+
+    Its weights may be `layers.stacked`.
+    """
 
     config: BertConfig
 
@@ -99,8 +105,14 @@ class Bert(nn.Module):
         types = self.param("types", named(nn.initializers.zeros, (None, "embed")), (TYPES, c.embed))
         x = pieces[text] + (positions[: text.shape[1]] + types[:1])[None]  # [B, L, D]
         x = nn.LayerNorm(NORM_EPSILON, name="norm")(x)
-        for layer in range(c.layers):
-            x = Block(c, name=f"block_{layer}")(x, real)
+        if self.has_variable("params", LAYERS):
+            block = Block(c, parent=None)
+            x = in_a_loop(
+                lambda x, layer: block.apply({"params": layer}, x, real), x, self.get_variable("params", LAYERS)
+            )
+        else:
+            for layer in range(c.layers):
+                x = Block(c, name=f"{BLOCK}{layer}")(x, real)
         weight = real.astype(x.dtype) / jnp.maximum(jnp.sum(real, axis=1, keepdims=True), 1).astype(x.dtype)
         return jnp.sum(x * weight[:, :, None], axis=1)
 
@@ -173,5 +185,5 @@ def params(config: BertConfig, tensors: Mapping[str, np.ndarray], where: str) ->
             name: dense(f"{place}.{path}", *widths.get(name, (config.embed, config.embed)))
             for name, path in DENSE.items()
         }
-        tree[f"block_{layer}"] = block | {name: norm(f"{place}.{path}") for name, path in NORMS.items()}
+        tree[f"{BLOCK}{layer}"] = block | {name: norm(f"{place}.{path}") for name, path in NORMS.items()}
     return tree

@@ -16,6 +16,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from musicrl_jax.core import sharding
+from musicrl_jax.core.state import LAYERS
+from musicrl_jax.models.layers import BLOCK, in_a_loop
 from musicrl_jax.models.transformer import at_least_float32
 
 ROTARY_BASE = 10_000.0
@@ -91,7 +93,8 @@ class FeedForward(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         x = _norm("norm", x)
         x = nn.Dense(self.config.mlp, dtype=x.dtype, kernel_init=_kernel("embed", "mlp"), name="up")(x)  # [B, S, mlp]
-        return nn.Dense(self.config.embed, dtype=x.dtype, kernel_init=_kernel("mlp", "embed"), name="down")(nn.swish(x))
+        x = jax.lax.optimization_barrier(nn.swish(x))  # XLA would join both products in a loop: longer on a TPU
+        return nn.Dense(self.config.embed, dtype=x.dtype, kernel_init=_kernel("mlp", "embed"), name="down")(x)
 
 
 class SelfAttention(nn.Module):
@@ -145,7 +148,7 @@ class Block(nn.Module):
 
 
 class Conformer(nn.Module):
-    """A stack of blocks; every position sees the whole clip."""
+    """A stack of blocks; every position sees the whole clip. Its weights may be `layers.stacked`."""
 
     config: ConformerConfig
 
@@ -154,6 +157,10 @@ class Conformer(nn.Module):
         """[B, S, D] -> [B, S, D], the output of block number `layers` (1 is the first; None is the last)."""
         if layers is not None and not 1 <= layers <= self.config.layers:
             raise ValueError(f"layers = {layers} is not between 1 and the conformer's {self.config.layers}")
+        if self.has_variable("params", LAYERS):
+            weights = jax.tree.map(lambda w: w[:layers], self.get_variable("params", LAYERS))
+            block = Block(self.config, parent=None)
+            return in_a_loop(lambda x, layer: block.apply({"params": layer}, sharding.by_row(x)), x, weights)
         for index in range(self.config.layers if layers is None else layers):
-            x = Block(self.config, name=f"block_{index}")(sharding.by_row(x))
+            x = Block(self.config, name=f"{BLOCK}{index}")(sharding.by_row(x))
         return x

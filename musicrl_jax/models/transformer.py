@@ -8,25 +8,20 @@ heads.
 """
 
 import dataclasses
-from functools import partial
-from operator import itemgetter
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.linen import meta
 
 from musicrl_jax.core import sharding
 from musicrl_jax.core.state import LAYERS
+from musicrl_jax.models.layers import BLOCK, in_a_loop
 
 Cache = list[tuple[jax.Array, jax.Array]]  # for each layer its keys and values, [B, G, P, g E] each; g is mostly 1
 LANES = {"tpu": 128}  # of a vector register, by platform: a shorter last axis of an array is filled up in memory
 QUERIES = 256  # that attend together where all positions are there: half of the scores of a long clip are never formed
-
-BLOCK = "block_"  # before a layer's number in its name
-UNNAMED = {nn.PARTITION_NAME: None}  # of an axis that no rule of the mesh splits
 
 NEVER = -1e9  # a score that softmax turns into exactly 0 in float32
 
@@ -205,53 +200,12 @@ class Block(nn.Module):
         return x + nn.Dropout(c.dropout)(h, deterministic=deterministic), (key, value)
 
 
-def _boxed(x: Any) -> bool:
-    return isinstance(x, nn.LogicallyPartitioned)
-
-
-def stacked(weights: Any) -> Any:
-    """A tree of weights with the layers of each transformer in it stacked: one array [layers, ...] in place of each.
-
-    Transformers take such weights where all positions are there at once. What is done to all weights, as an optimiser
-    does, is so done to a tenth as many arrays, and compiled in half of the time. Boxes keep their names, and the layers
-    have none.
-    """
-    if not isinstance(weights, dict):
-        return weights
-    depth = sum(name.startswith(BLOCK) for name in weights)
-    found = {name: stacked(below) for name, below in weights.items() if not name.startswith(BLOCK)}
-    if not depth:
-        return found
-
-    def stack(*each: Any) -> Any:
-        if _boxed(each[0]):
-            return each[0].replace_boxed(stack(*(box.unbox() for box in each))).add_axis(0, UNNAMED)
-        return (np if isinstance(each[0], np.ndarray) else jnp).stack(each)
-
-    return {**found, LAYERS: jax.tree.map(stack, *(weights[f"{BLOCK}{n}"] for n in range(depth)), is_leaf=_boxed)}
-
-
-def unstacked(weights: Any) -> Any:
-    """The inverse of `stacked`: the layers apart, as `extend` takes them and checkpoints hold them."""
-    if not isinstance(weights, dict):
-        return weights
-    found = {name: unstacked(below) for name, below in weights.items() if name != LAYERS}
-    if LAYERS not in weights:
-        return found
-
-    def layer(number: int, x: Any) -> Any:
-        return x.replace_boxed(layer(number, x.unbox())).remove_axis(0, UNNAMED) if _boxed(x) else x[number]
-
-    depth = len(meta.unbox(jax.tree.leaves(weights[LAYERS], is_leaf=_boxed)[0]))
-    parts = {f"{BLOCK}{n}": jax.tree.map(partial(layer, n), weights[LAYERS], is_leaf=_boxed) for n in range(depth)}
-    return {**found, **parts}
-
-
 class Transformer(nn.Module):
     """Blocks under one shared relative position bias, then a norm.
 
-    With `remat` all positions at once go through the blocks in a loop, whose gradient computes each anew instead of
-    keeping what it found: a third more work, and the memory of one block in place of all. Weights may be `stacked`.
+    With `remat` the gradient of all positions at once computes each block anew instead of keeping what it found: a
+    third more work, and the memory of one block in place of all. Then, and where its weights are `stacked`, they go
+    through the blocks in a loop.
     A cache keeps as many heads side by side, and `apart` as many sequences, as fill the `lanes`. Products are in the
     dtype of their weights.
     """
@@ -312,14 +266,13 @@ class Transformer(nn.Module):
         ends = [min(start + QUERIES, length) for start in range(0, length, QUERIES)]
         biases = tuple(bias[:, start:end, :end] for start, end in zip([0, *ends], ends, strict=False))
         if self.has_variable("params", LAYERS) or (self.remat and not self.is_initializing()):
-            return rms_norm(self._one_at_a_time(x, biases, deterministic), self.final_norm)
+            return rms_norm(self._in_a_loop(x, biases, deterministic), self.final_norm)
         for block in self.blocks:
             x, _ = block(x, biases, None, 0, deterministic)
         return rms_norm(x, self.final_norm)
 
-    def _one_at_a_time(self, x: jax.Array, biases: tuple[jax.Array, ...], deterministic: bool) -> jax.Array:
-        """All blocks: with remat as one loop, which compiles in a fraction of the time and computes each anew for its
-        gradient; without, in a row, for on CPUs an update takes a third longer where its products are inside a loop."""
+    def _in_a_loop(self, x: jax.Array, biases: tuple[jax.Array, ...], deterministic: bool) -> jax.Array:
+        """All blocks, as one that compiles in a fraction of the time."""
         c = self.config
         block = Block(c, parent=None)
         if self.has_variable("params", LAYERS):
@@ -329,16 +282,12 @@ class Transformer(nn.Module):
         dropping = not deterministic and c.dropout > 0
         keys = jax.random.split(self.make_rng("dropout"), c.layers) if dropping else None
 
-        def apply(x: jax.Array, layer: tuple[Any, jax.Array | None]) -> tuple[jax.Array, None]:
+        def apply(x: jax.Array, layer: tuple[Any, jax.Array | None]) -> jax.Array:
             weights, key = layer
             rngs = {} if key is None else {"dropout": key}
-            return block.apply({"params": weights}, x, biases, None, 0, deterministic, rngs=rngs)[0], None
+            return block.apply({"params": weights}, x, biases, None, 0, deterministic, rngs=rngs)[0]
 
-        if self.remat:
-            return jax.lax.scan(jax.checkpoint(apply), x, (weights, keys))[0]
-        for n in range(c.layers):
-            x, _ = apply(x, jax.tree.map(itemgetter(n), (weights, keys)))
-        return x
+        return in_a_loop(jax.checkpoint(apply) if self.remat else apply, x, (weights, keys))
 
     def extend(self, x: jax.Array, cache: Cache, start: jax.Array | int, bias: jax.Array) -> tuple[jax.Array, Cache]:
         """The positions start .. start + S - 1, given the cache of those before.

@@ -15,28 +15,32 @@ from musicrl_jax.core import sharding
 from musicrl_jax.core.keys import row_keys, step_key
 from musicrl_jax.core.state import Optimiser, in_dtype
 from musicrl_jax.losses.policy_gradient import PolicyGradient
+from musicrl_jax.models.layers import stacked, unstacked
 from musicrl_jax.models.musiclm import MusicLM, Value
-from musicrl_jax.models.transformer import unstacked
 from musicrl_jax.rl.learner import AtHand, Learner, RLState
 from musicrl_jax.rl.rewards import LoadedMixture, Units
 from musicrl_jax.rl.rollout import Loaded, Rollout
 from musicrl_jax.rl.sample import Drawn, Sampling
 
-# XLA's effort O1, by platform, for what reads prompts and rewards clips: of the work of compiling that for a TPU it
-# leaves a quarter, and of a step of seconds it takes 0.02 s more. Loops of thousands of steps are slower several times.
+# XLA's effort O1, by platform, for what reads prompts, decodes and rewards clips: of the work of compiling that for a
+# TPU it leaves a quarter or less, and takes 0.05 to 0.09 s of a step of seconds. In loops of thousands of steps, as
+# drawing has, it takes several times as long.
 LITTLE_EFFORT = {"tpu": {"optimization_level": 19}}
+# Platforms on which frozen networks go through their layers in a loop, which is compiled as one layer is.
+LOOPED = ("tpu",)
 
 
 class Steps(NamedTuple):
     """What happens to a batch, in its order, and where the state is while it does.
 
     `keys`: (seed, step, stream) -> a key for each of B rows. `gather`: (policy, frozen) -> the same, SoundStorm in its
-    dtype, the policy's layers apart and whole but for the tensor axis, the rest whole; a loop of thousands of small
-    steps would else fetch them in every one, and a program that computes takes minutes longer to compile if it also
-    fetches a thousand arrays. `read`, `draw`, `fill`, `sound`: those of `rl.rollout.Studio`, a network each; one of
-    all four needs 5 GiB more while it draws, is compiled with one effort, and is no faster. `gather_scorers`:
-    scorers -> the same, whole. `reward`: these, the rollout and units -> (f32 [B], its terms). `gather_learner`:
-    (state, anchor) -> AtHand. `update`: (state, these, rollout, reward) -> (state, metrics); the old state is gone.
+    dtype, the policy's layers apart and whole but for the tensor axis, the rest whole, and `stacked` on LOOPED
+    platforms; a loop of thousands of small steps would else fetch them in every one, and a program that computes takes
+    minutes longer to compile if it also fetches a thousand arrays. `read`, `draw`, `fill`, `sound`: those of
+    `rl.rollout.Studio`, a network each; one of all four needs 5 GiB more while it draws, is compiled with one effort,
+    and is no faster. `gather_scorers`: scorers -> the same, whole. `reward`: these, the rollout and units -> (f32 [B],
+    its terms). `gather_learner`: (state, anchor) -> AtHand. `update`: (state, these, rollout, reward) -> (state,
+    metrics); the old state is gone.
     """
 
     shapes: Any  # of the learner's RLState
@@ -111,15 +115,15 @@ def build(
     )
     learning = AtHand(gathered.policy, gathered.policy, gathered.value)
     whole, by_row = sharding.replicated(mesh), sharding.batch_sharding(mesh)
-    little_effort = LITTLE_EFFORT.get(mesh.devices.flat[0].platform)
+    platform = mesh.devices.flat[0].platform
+    little_effort, looped = LITTLE_EFFORT.get(platform), platform in LOOPED
 
     def keys(seed: jax.Array, step: jax.Array, stream: jax.Array) -> jax.Array:
         return row_keys(step_key(seed, step, stream), batch_size)
 
     def gather(policy: Any, frozen: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        return unstacked(policy), {
-            name: in_dtype(tree, dtype) if name == "soundstorm" else tree for name, tree in frozen.items()
-        }
+        frozen = {name: in_dtype(tree, dtype) if name == "soundstorm" else tree for name, tree in frozen.items()}
+        return unstacked(policy), stacked(frozen) if looped else frozen
 
     def gather_learner(state: RLState, anchor: Any) -> AtHand:
         return jax.tree.map(jnp.copy, learner.at_hand(state, anchor))  # the state itself is given away
@@ -141,7 +145,7 @@ def build(
         read=jax.jit(studio.read, out_shardings=by_row, compiler_options=little_effort),
         draw=jax.jit(draw, out_shardings=by_row),
         fill=jax.jit(studio.fill, out_shardings=by_row),
-        sound=jax.jit(studio.sound, out_shardings=by_row),
+        sound=jax.jit(studio.sound, out_shardings=by_row, compiler_options=little_effort),
         gather_scorers=jax.jit(lambda scorers: scorers, out_shardings=whole),
         reward=jax.jit(reward, out_shardings=by_row, compiler_options=little_effort),
         gather_learner=jax.jit(gather_learner, out_shardings=learning),

@@ -9,6 +9,7 @@ import pytest
 from flax import linen as nn
 
 from musicrl_jax.models import bert
+from musicrl_jax.models.layers import stacked
 
 CONFIG = bert.BertConfig(layers=2, heads=3, embed=24, mlp=40, positions=16, pieces=50)
 TEXT = np.array([[5, 7, 9, 11, 0, 0], [1, 2, 3, 49, 5, 6], [9, 7, 5, 0, 0, 0], [0, 0, 0, 0, 0, 0]], np.int32)
@@ -24,6 +25,15 @@ def fresh():
 @jax.jit
 def apply(params, text):
     return bert.Bert(CONFIG).apply({"params": params}, text)
+
+
+def test_stacked_layers_are_one_loop_with_the_same_result(fresh):
+    """As TPUs go through them: a block stands once in the program."""
+    together = stacked(fresh)
+    assert together["layers"]["up"]["kernel"].shape == (2, 24, 40)
+    np.testing.assert_allclose(apply(together, TEXT), apply(fresh, TEXT), atol=1e-6)
+    programs = [str(jax.make_jaxpr(lambda p: apply(p, TEXT))(tree)) for tree in (fresh, together)]
+    assert [program.count(" erf") for program in programs] == [2, 1]  # of gelu
 
 
 def as_file(params, prefix=""):

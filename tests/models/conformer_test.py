@@ -9,6 +9,7 @@ import scipy.special
 from flax import linen as nn
 
 from musicrl_jax.models import conformer
+from musicrl_jax.models.layers import stacked, unstacked
 
 CONFIG = conformer.ConformerConfig(layers=2, heads=2, embed=8, mlp=24, kernel=5)
 
@@ -83,6 +84,26 @@ def test_equals_numpy(model):
         first = _block(wide["block_0"], np.float64(x[row]))
         np.testing.assert_allclose(one[row], first, atol=2e-5)
         np.testing.assert_allclose(got[row], _block(wide["block_1"], first), atol=5e-5)
+
+
+def test_stacked_layers_are_one_loop_with_the_same_result_and_gradient(model):
+    """As TPUs go through them: a block stands once in the program."""
+    apply, params, x = model
+    together = stacked(params)
+    assert list(together) == ["layers"] and together["layers"]["first"]["up"]["kernel"].shape == (2, 8, 24)
+    for layers in (None, 1):
+
+        def mean_square(params, layers=layers):
+            return jnp.square(apply({"params": params}, x, layers=layers)).mean()
+
+        value, slope = jax.value_and_grad(mean_square)(params)
+        found, slopes = jax.value_and_grad(mean_square)(together)
+        np.testing.assert_allclose(found, value, rtol=1e-6)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), unstacked(slopes), slope)
+    module = conformer.Conformer(CONFIG)
+    programs = [str(jax.make_jaxpr(lambda p: module.apply({"params": p}, x))(tree)) for tree in (params, together)]
+    # Between the two products of each of a block's two feed-forwards stands one.
+    assert [program.count("optimization_barrier") for program in programs] == [4, 2]
 
 
 def test_a_clip_does_not_see_the_batch(model):

@@ -9,7 +9,7 @@ from flax.linen import meta
 from musicrl_jax.core.keys import row_keys
 from musicrl_jax.core.state import Optimiser, in_dtype, moved
 from musicrl_jax.core.tokens import TokenLayout
-from musicrl_jax.models import transformer
+from musicrl_jax.models import layers, transformer
 from musicrl_jax.models.musiclm import MusicLM, MusicLMConfig, Value
 from musicrl_jax.models.transformer import TransformerConfig, relative_bucket
 from musicrl_jax.rl import sample as sampling
@@ -76,11 +76,11 @@ def test_remat_changes_neither_the_weights_nor_the_gradient(model, drawn):
 
 @pytest.mark.parametrize("remat", [False, True])
 def test_stacked_layers_are_the_same_weights_with_the_same_gradient(model, drawn, remat):
-    """With remat they are one loop: a block stands once in the program; without it, once for each layer."""
+    """They are one loop: a block stands once in the program."""
     plain, params = model
     mulan, tokens, _ = drawn
-    together = transformer.stacked(params)
-    jax.tree.map(np.testing.assert_array_equal, transformer.unstacked(together), params)
+    together = layers.stacked(params)
+    jax.tree.map(np.testing.assert_array_equal, layers.unstacked(together), params)
     assert {leaf.shape[0] for leaf in jax.tree.leaves(together["trunk"]["temporal"]["layers"])} == {2}
     assert len(jax.tree.leaves(together)) < len(jax.tree.leaves(params))
 
@@ -92,9 +92,9 @@ def test_stacked_layers_are_the_same_weights_with_the_same_gradient(model, drawn
         loss, gradient = slope(plain, params)
         found_loss, found = slope(MusicLM(CONFIG, remat), together)
     np.testing.assert_allclose(found_loss, loss, atol=1e-6)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), transformer.unstacked(found), gradient)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), layers.unstacked(found), gradient)
     program = str(jax.make_jaxpr(lambda p: MusicLM(CONFIG, remat).apply({"params": p}, tokens, mulan))(together))
-    assert program.count("tanh") == (2 if remat else 4)  # of gelu; temporal and depth have two layers each
+    assert program.count("tanh") == 2  # of gelu; temporal and depth have two layers each
 
 
 def test_stacked_layers_lie_on_a_mesh_as_each_of_them_does(model, drawn):
@@ -102,25 +102,25 @@ def test_stacked_layers_lie_on_a_mesh_as_each_of_them_does(model, drawn):
     mulan, tokens, _ = drawn
     boxed = jax.eval_shape(MusicLM(CONFIG).init, jax.random.key(0), tokens, mulan)["params"]
     names = jax.tree.map(lambda box: box.names, boxed, is_leaf=lambda x: isinstance(x, meta.AxisMetadata))
-    together = jax.eval_shape(transformer.stacked, boxed)
+    together = jax.eval_shape(layers.stacked, boxed)
     assert together["trunk"]["depth"]["layers"]["gate"].names == (None, *names["trunk"]["depth"]["block_1"]["gate"])
     assert together["trunk"]["depth"]["relative"].names == names["trunk"]["depth"]["relative"]
-    back = jax.eval_shape(transformer.unstacked, together)
+    back = jax.eval_shape(layers.unstacked, together)
     assert jax.tree.map(lambda box: box.names, back, is_leaf=lambda x: isinstance(x, meta.AxisMetadata)) == names
 
 
 def test_stacked_layers_are_cast_and_decayed_as_each_of_them_is(model):
     """What tells a scale from a matrix is the axes of one layer."""
     params = model[1]
-    together = transformer.stacked(params)
-    dtypes = jax.tree.map(lambda x: x.dtype, transformer.unstacked(in_dtype(together, "bfloat16")))
+    together = layers.stacked(params)
+    dtypes = jax.tree.map(lambda x: x.dtype, layers.unstacked(in_dtype(together, "bfloat16")))
     assert dtypes == jax.tree.map(lambda x: x.dtype, in_dtype(params, "bfloat16"))
     assert len(set(jax.tree.leaves(dtypes))) == 2
     transform = Optimiser(0.1, warmup_steps=0, weight_decay=0.5).build(2)
     nothing = jax.tree.map(jnp.zeros_like, params)
     apart = moved(transform, nothing, transform.init(params), params)[0]
-    found = moved(transform, transformer.stacked(nothing), transform.init(together), together)[0]
-    jax.tree.map(np.testing.assert_array_equal, transformer.unstacked(found), apart)
+    found = moved(transform, layers.stacked(nothing), transform.init(together), together)[0]
+    jax.tree.map(np.testing.assert_array_equal, layers.unstacked(found), apart)
     still = jax.tree.map(lambda a, b: bool((a == b).all()), apart, params)["trunk"]["depth"]["block_0"]
     assert still["mlp_norm"] and not still["gate"]
 

@@ -13,8 +13,9 @@ from flax.linen import meta
 from musicrl_jax.core.keys import row_keys
 from musicrl_jax.core.tokens import TokenLayout
 from musicrl_jax.losses.policy_gradient import PolicyGradient
+from musicrl_jax.models.layers import unstacked
 from musicrl_jax.models.musiclm import MusicLM, MusicLMConfig, Value
-from musicrl_jax.models.transformer import TransformerConfig, unstacked
+from musicrl_jax.models.transformer import TransformerConfig
 from musicrl_jax.rl.learner import Learner
 from musicrl_jax.rl.rollout import Rollout
 from musicrl_jax.rl.sample import Sampling, sample

@@ -15,12 +15,14 @@ from musicrl_jax.core.tokens import TokenLayout
 from musicrl_jax.losses.policy_gradient import PolicyGradient
 from musicrl_jax.models.bert import BertConfig
 from musicrl_jax.models.conformer import ConformerConfig
+from musicrl_jax.models.layers import stacked
 from musicrl_jax.models.mulan import MuLan, MuLanConfig
 from musicrl_jax.models.musiclm import MusicLM, MusicLMConfig
 from musicrl_jax.models.resnet import ResNetConfig
 from musicrl_jax.models.soundstorm import SoundStorm, SoundStormConfig
 from musicrl_jax.models.soundstream import SoundStream, SoundStreamConfig
-from musicrl_jax.models.transformer import TransformerConfig, stacked
+from musicrl_jax.models.transformer import TransformerConfig
+from musicrl_jax.rl import steps as step_functions
 from musicrl_jax.rl.rollout import Studio
 from musicrl_jax.rl.sample import Sampling
 from musicrl_jax.rl.steps import build
@@ -68,7 +70,10 @@ def given():
     return policy, frozen, text, row_keys(step_key(0, 0, 3), BATCH)
 
 
-def test_function_by_function_on_a_mesh_the_clips_are_those_of_one_program(given):
+@pytest.mark.parametrize("looped", [(), ("cpu",)], ids=["layers_in_a_row", "layers_in_a_loop"])
+def test_function_by_function_on_a_mesh_the_clips_are_those_of_one_program(given, looped, monkeypatch):
+    """With frozen networks' layers in a loop too, as on TPUs."""
+    monkeypatch.setattr(step_functions, "LOOPED", looped)
     policy, frozen, text, keys = given
     sampling = Sampling(0.9)
     whole = jax.jit(lambda *given: STUDIO.rollout(*given, FRAMES, sampling))(*given)
@@ -100,7 +105,9 @@ def test_function_by_function_on_a_mesh_the_clips_are_those_of_one_program(given
     )
     rows = jax.device_put((text, keys), by_row)
     with jax.set_mesh(mesh):
-        parts = steps.rollout(*steps.gather(*placed), *rows)
+        policy, frozen = steps.gather(*placed)
+        assert ("layers" in frozen["soundstorm"]["params"]["Conformer_0"]) == bool(looped)
+        parts = steps.rollout(policy, frozen, *rows)
     assert jax.tree.all(jax.tree.map(lambda x: x.sharding.is_equivalent_to(by_row, x.ndim), parts))
     for name in ("text", "mulan", "tokens", "acoustic"):
         np.testing.assert_array_equal(getattr(parts, name), getattr(whole, name), name)
