@@ -106,10 +106,8 @@ class Bert(nn.Module):
         x = pieces[text] + (positions[: text.shape[1]] + types[:1])[None]  # [B, L, D]
         x = nn.LayerNorm(NORM_EPSILON, name="norm")(x)
         if self.has_variable("params", LAYERS):
-            block = Block(c, parent=None)
-            x = in_a_loop(
-                lambda x, layer: block.apply({"params": layer}, x, real), x, self.get_variable("params", LAYERS)
-            )
+            block, weights = Block(c, parent=None), self.get_variable("params", LAYERS)
+            x = in_a_loop(lambda x, layer: block.apply({"params": layer}, x, real), x, weights, c.layers)
         else:
             for layer in range(c.layers):
                 x = Block(c, name=f"{BLOCK}{layer}")(x, real)

@@ -1,6 +1,7 @@
 """The equal layers of a network: apart, each with weights of its own, or stacked and gone through in a loop.
 
-A loop is compiled as one layer is. On a TPU it is as fast, within 3 %; on CPUs products take a third longer inside one.
+A loop is compiled as one layer is. Where all positions are there at once it takes a TPU as long, by the compiler's
+schedule and within 5 %; on CPUs products take a third longer inside one.
 """
 
 from collections.abc import Callable
@@ -61,6 +62,9 @@ def unstacked(weights: Any) -> Any:
     return {**found, **parts}
 
 
-def in_a_loop(block: Callable[[jax.Array, Any], jax.Array], x: jax.Array, layers: Any) -> jax.Array:
-    """x through all layers, whose arrays are [layers, ...]: block(x, a layer's arrays) -> the next x."""
-    return jax.lax.scan(lambda x, layer: (block(x, layer), None), x, layers)[0]
+def in_a_loop(block: Callable[[jax.Array, Any], jax.Array], x: jax.Array, layers: Any, depth: int) -> jax.Array:
+    """x through all layers, whose arrays are [depth, ...]: block(x, a layer's arrays) -> the next x.
+
+    ValueError where there are more or fewer.
+    """
+    return jax.lax.scan(lambda x, layer: (block(x, layer), None), x, layers, length=depth)[0]

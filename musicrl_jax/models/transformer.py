@@ -287,7 +287,7 @@ class Transformer(nn.Module):
             rngs = {} if key is None else {"dropout": key}
             return block.apply({"params": weights}, x, biases, None, 0, deterministic, rngs=rngs)[0]
 
-        return in_a_loop(jax.checkpoint(apply) if self.remat else apply, x, (weights, keys))
+        return in_a_loop(jax.checkpoint(apply) if self.remat else apply, x, (weights, keys), c.layers)
 
     def extend(self, x: jax.Array, cache: Cache, start: jax.Array | int, bias: jax.Array) -> tuple[jax.Array, Cache]:
         """The positions start .. start + S - 1, given the cache of those before.

@@ -89,6 +89,22 @@ def test_kl_is_zero_to_the_bit_before_the_first_step(start, steps, rollout):
     assert float(metrics["sampler_drift"]) < 2e-5
 
 
+def test_layers_in_a_loop_learn_what_layers_in_a_row_do(learner, start, rollout):
+    """With remat, as at the paper's size, a block stands once in a pass; without, once for each layer."""
+    looped = dataclasses.replace(learner, policy=MusicLM(CONFIG, remat=True), value=Value(CONFIG, remat=True))
+    given = *start, rollout, jnp.linspace(0, 1, BATCH)
+    with jax.default_matmul_precision("highest"):
+        row, _ = jax.jit(updated(learner))(*given)
+        loop, metrics = jax.jit(updated(looped))(*given)
+    assert float(metrics["kl"]) == 0.0
+    for name in ("policy_opt", "value_opt"):
+        found, expected = (getattr(state, name)[0].mu for state in (loop, row))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), found, expected)
+        assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(expected)) > 1e-4
+    programs = [str(jax.make_jaxpr(each._scored)(start[0].policy, rollout)) for each in (learner, looped)]
+    assert [program.count("tanh") for program in programs] == [3, 2]  # of gelu: two temporal layers, one of depth
+
+
 @pytest.mark.exactness(6, 7)
 @pytest.mark.parametrize(
     "sampling", [Sampling(0.7), Sampling(0.9), Sampling(1.3), Sampling(0.9, top_k=3)], ids=lambda s: f"{s}"

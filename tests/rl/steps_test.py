@@ -10,7 +10,7 @@ from flax.core import meta
 
 from musicrl_jax.core import sharding
 from musicrl_jax.core.keys import row_keys, step_key
-from musicrl_jax.core.state import Optimiser
+from musicrl_jax.core.state import LAYERS, Optimiser
 from musicrl_jax.core.tokens import TokenLayout
 from musicrl_jax.losses.policy_gradient import PolicyGradient
 from musicrl_jax.models.bert import BertConfig
@@ -32,13 +32,13 @@ STUDIO = Studio(
     MusicLM(
         MusicLMConfig(TransformerConfig(1, 16, 2, 32), TransformerConfig(1, 16, 2, 16), TokenLayout(6, 6, 2), 2, 4)
     ),
-    SoundStorm(SoundStormConfig(ConformerConfig(1, 2, 16, 16), levels=4, coarse_levels=2, codes=6)),
+    SoundStorm(SoundStormConfig(ConformerConfig(2, 2, 16, 16), levels=4, coarse_levels=2, codes=6)),
     SoundStream(SoundStreamConfig(strides=(5, 6, 16), channels=2, embed=8, levels=4, codes=6)),
     MuLan(
         MuLanConfig(
             window_seconds=0.1,
             audio=ResNetConfig(8, (4,), 1),
-            text=BertConfig(1, 2, 8, 16, LENGTH, 10),
+            text=BertConfig(2, 2, 8, 16, LENGTH, 10),
             text_length=LENGTH,
             embed=8,
             levels=2,
@@ -106,7 +106,8 @@ def test_function_by_function_on_a_mesh_the_clips_are_those_of_one_program(given
     rows = jax.device_put((text, keys), by_row)
     with jax.set_mesh(mesh):
         policy, frozen = steps.gather(*placed)
-        assert ("layers" in frozen["soundstorm"]["params"]["Conformer_0"]) == bool(looped)
+        networks = frozen["soundstorm"]["params"]["Conformer_0"], frozen["mulan"]["params"]["towers"]["text"]
+        assert [LAYERS in network for network in networks] == [bool(looped)] * 2
         parts = steps.rollout(policy, frozen, *rows)
     assert jax.tree.all(jax.tree.map(lambda x: x.sharding.is_equivalent_to(by_row, x.ndim), parts))
     for name in ("text", "mulan", "tokens", "acoustic"):
