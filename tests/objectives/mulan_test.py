@@ -85,15 +85,24 @@ def test_leaves_chance_behind(trained):
 def test_quantizer_is_fitted_to_audio_embeddings(trained):
     task, done, _, _ = trained
     use = jax.jit(mulan.MuLan(CONFIG).apply, static_argnames="method")
-    embedding = use(done, tones(), method="embed_audio")
-    codes = use(done, embedding, method="quantize")
+    embedding = np.asarray(use(done, tones(), method="embed_audio"))
+    codes = np.asarray(use(done, embedding, method="quantize"))
     assert codes.shape == (8, 2)
-    np.testing.assert_array_equal(codes[::2, 0], codes[1::2, 0])  # one code for each caption
+    codebooks = np.asarray(done["rvq"]["codebooks"])
+    np.testing.assert_allclose(codebooks, rvq.fit(jax.random.key(0), embedding, 2, 4), atol=1e-5)
+    # Which clips share a code is up to where k-means started: with four codes it may part a caption's two clips.
     assert len(np.unique(codes[:, 0])) == 4
-    rest = embedding - rvq.dequantize(done["rvq"]["codebooks"], codes)
-    assert np.mean(np.sum(np.square(rest), -1)) < 0.05
+    for code in range(4):
+        np.testing.assert_allclose(codebooks[0, code], embedding[codes[:, 0] == code].mean(axis=0), atol=1e-5)
+    left = [
+        np.square(embedding - np.asarray(rvq.dequantize(codebooks[:levels], codes[:, :levels]))).sum(axis=-1).mean()
+        for levels in (1, 2)
+    ]
+    assert left[1] < left[0] < 0.5 * np.square(embedding - embedding.mean(axis=0)).sum(axis=-1).mean()
     text = use(done, jnp.asarray(task.data.text), method="embed_text")
-    np.testing.assert_array_equal(use(done, text, method="quantize")[:, 0], codes[:, 0])
+    said = use(done, text, method="quantize")[:, 0].reshape(4, 2)
+    heard = codes[:, 0].reshape(4, 2)
+    assert all(set(np.asarray(a).tolist()) <= set(b.tolist()) for a, b in zip(said, heard, strict=True))
 
 
 def test_more_codes_than_clips_is_named(trained):
