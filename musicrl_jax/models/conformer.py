@@ -157,11 +157,11 @@ class Conformer(nn.Module):
         """[B, S, D] -> [B, S, D], the output of block number `layers` (1 is the first; None is the last)."""
         if layers is not None and not 1 <= layers <= self.config.layers:
             raise ValueError(f"layers = {layers} is not between 1 and the conformer's {self.config.layers}")
-        layers = self.config.layers if layers is None else layers
+        depth = self.config.layers if layers is None else layers
         if self.has_variable("params", LAYERS):
             weights = jax.tree.map(lambda w: w[:layers], self.get_variable("params", LAYERS))
             block = Block(self.config, parent=None)
-            return in_a_loop(lambda x, layer: block.apply({"params": layer}, sharding.by_row(x)), x, weights, layers)
-        for index in range(layers):
+            return in_a_loop(lambda x, layer: block.apply({"params": layer}, sharding.by_row(x)), x, weights, depth)
+        for index in range(depth):
             x = Block(self.config, name=f"{BLOCK}{index}")(sharding.by_row(x))
         return x

@@ -1,5 +1,7 @@
 """The conformer against a NumPy implementation of it, written from the paper, with the same weights."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -102,6 +104,8 @@ def test_stacked_layers_are_one_loop_with_the_same_result_and_gradient(model):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), unstacked(slopes), slope)
     module = conformer.Conformer(CONFIG)
     programs = [str(jax.make_jaxpr(lambda p: module.apply({"params": p}, x))(tree)) for tree in (params, together)]
+    with pytest.raises(ValueError, match="length"):
+        conformer.Conformer(dataclasses.replace(CONFIG, layers=1)).apply({"params": together}, x)
     # Between the two products of each of a block's two feed-forwards stands one.
     assert [program.count("optimization_barrier") for program in programs] == [4, 2]
 
