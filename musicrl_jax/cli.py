@@ -127,6 +127,7 @@ CONFIGS: tuple[Callable, ...] = (
     reward_terms.AcousticQuality,
     reward_terms.UserPreference,
     reward_terms.Mixture,
+    serve.ServiceLimits,
 )
 
 

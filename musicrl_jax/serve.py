@@ -1,14 +1,14 @@
 """A bundle over HTTP."""
 
 import signal
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 
-from musicrl_jax.serving.batcher import Batcher
-from musicrl_jax.serving.bundle import Bundle
+from musicrl_jax.serving import settings
+from musicrl_jax.serving.settings import ServiceLimits
 
-LOCAL = "127.0.0.1", "::1", "localhost"
+DEFAULT_LIMITS = ServiceLimits()
 
 
 def serve(
@@ -16,68 +16,98 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 8000,
     rows: int = 8,
-    window_ms: float = 5.0,
     most_waiting: int = 64,
     most_seconds: float = 0.0,
     most_candidates: int = 8,
     token_file: str = "",
-    grace_seconds: int = 60,
+    public_status: bool = False,
+    allowed_hosts: str = "",
+    allowed_origins: str = "",
+    limits: ServiceLimits = DEFAULT_LIMITS,
 ) -> None:
     """Serves a bundle until it is told to stop; SIGTERM lets finish what was asked for.
 
     Nothing is kept: a service that was killed starts again as it was, but for the requests that it was answering.
+    Settings are checked, and the address is taken, before the bundle is loaded.
 
     Args:
       bundle: folder of a bundle.
       host: the address that it listens at; by default this machine alone can reach it.
-      port: of TCP.
-      rows: clips of a batch. Every batch is filled up to it, so that a seed's clip is the same in any company.
-      window_ms: how long a clip waits for others to be drawn with.
-      most_waiting: clips that may wait; beyond, a request is answered 429.
+      port: of TCP, 0 to 65535; 0 takes any that is free.
+      rows: clips of a batch, 1 or more. Every batch is filled up to it, so that a seed's clip is the same in any
+        company.
+      most_waiting: clips that may wait, 1 or more; beyond, a request is answered 429.
       most_seconds: length of a piece that may be asked for; 0 is four times the bundle's clips. What is longer than
         one of these goes on from half of it (MusicLM 5.5: a stride of 15 s).
-      most_candidates: clips that a request may have drawn to choose from.
-      token_file: a file with a token that requests must carry (`Authorization: Bearer ...`), if anything.
-      grace_seconds: that requests have to finish once it is told to stop.
+      most_candidates: clips that a request may have drawn to choose from, 1 or more.
+      token_file: a file with a token that requests must carry (`Authorization: Bearer ...`), if anything. Letters
+        outside ASCII are sent as UTF-8 or Latin-1.
+      public_status: whether `/metrics` and `/v1/model` answer without the token.
+      allowed_hosts: names that a request's Host header may hold beside localhost and `host`, with commas between
+        them; * is every name. Names that are not listed are refused, so that no web page reaches the service by a name
+        that it binds anew. IP addresses are served where the service listens beyond loopback.
+      allowed_origins: origins of web pages that may call the service from a browser (CORS), as https://music.example,
+        with commas between them; * is every page. None by default.
+      limits: of connections and times.
 
     Raises:
-      ValueError: where a setting is out of range, the bundle is damaged or not for this machine, or its first clip
-        cannot be drawn.
+      ValueError: where a setting is out of range, the address is in use, the bundle is damaged or not for this
+        machine, or its first clip cannot be drawn.
       FileNotFoundError: where there is no bundle or no token.
     """
-    if min(rows, most_waiting, most_candidates) < 1 or window_ms < 0 or most_seconds < 0:
+    # Settings, before anything is loaded.
+    for name, number in (("rows", rows), ("most_waiting", most_waiting), ("most_candidates", most_candidates)):
+        settings.check_number(f"serve.{name}", number, 1, whole=True)
+    settings.check_number("serve.most_seconds", most_seconds, 0)
+    settings.check_number("serve.port", port, 0, 65535, whole=True)
+    if not isinstance(public_status, bool):
+        raise ValueError(f"serve.public_status={public_status!r} must be True or False")
+    if limits.connections <= most_waiting + rows:
         raise ValueError(
-            f"serve: rows={rows}, most_waiting={most_waiting} and most_candidates={most_candidates} must be 1 or more, "
-            f"window_ms={window_ms} and most_seconds={most_seconds} 0 or more"
+            f"ServiceLimits.connections={limits.connections} must be more than most_waiting={most_waiting} and "
+            f"rows={rows} together: each clip may be a connection's"
         )
-    import uvicorn  # an extra, as what it runs: training hosts go without
+    settings.check_files(limits.connections)
+    token = settings.read_token(token_file) if token_file else ""
+    hosts, origins = settings.read_hosts(allowed_hosts), settings.read_origins(allowed_origins)
+    if not Path(bundle).is_dir():
+        raise FileNotFoundError(f"no bundle in {bundle}: `musicrl export` writes one")
 
-    from musicrl_jax.serving.app import Limits, create
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(each) for each in settings.listen(host, port)]
+        local = settings.only_loopback(sockets)
+        access = settings.Access(token, hosts | {host.lower()}, local, origins, public_status)
 
-    token = Path(token_file).read_text(encoding="utf-8").strip() if token_file else ""
-    if token_file and not token:
-        raise ValueError(f"serve.token_file={token_file!r} is empty: write a token into it")
-    read = Bundle(bundle)
-    limits = Limits(most_seconds or 4 * read.about["clip_seconds"], min(most_candidates, most_waiting))
-    queue = partial(Batcher, read, rows, window_ms / 1000, most_waiting)
-    if host not in LOCAL and not token:
-        print(f"anyone who reaches {host} can have clips: give a token_file to ask for a token", flush=True)
-    print(f"http://{host}:{port}/ once the functions are compiled; the first clip takes as long as that", flush=True)
-    failures: list[Exception] = []
+        # Extras, and jax: training hosts go without the first, and a refused setting without either.
+        from musicrl_jax.serving import app, batcher, edge
+        from musicrl_jax.serving.bundle import Bundle
 
-    def give_up(error: Exception) -> None:
-        failures.append(error)
-        server.should_exit = True
+        loaded = Bundle(bundle)
+        seconds = most_seconds or 4 * loaded.about["clip_seconds"]
+        if not local and not token:
+            print(f"anyone who reaches {host} can have clips: give a token_file to ask for a token", flush=True)
+        address = settings.url(host, sockets[0].getsockname()[1])
+        print(f"{address} once the functions are compiled; the first clip takes as long as that", flush=True)
+        failures: list[Exception] = []
 
-    app = create(read, queue, limits, token, give_up)
-    settings = {"log_level": "warning", "timeout_graceful_shutdown": grace_seconds, "server_header": False}
-    server = uvicorn.Server(uvicorn.Config(app, host, port, **settings))
-    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # uvicorn hears it first, and then raises it once more
-    try:
-        with suppress(KeyboardInterrupt):
-            server.run()
-    finally:
-        signal.signal(signal.SIGTERM, before)
+        def give_up(error: Exception) -> None:
+            failures.append(error)
+            server.should_exit = True
+
+        application = app.create(
+            loaded,
+            partial(batcher.Batcher, loaded, rows, limits.window_ms / 1000, most_waiting),
+            app.Limits(seconds, min(most_candidates, most_waiting)),
+            access,
+            give_up,
+        )
+        server = edge.server(application, limits)
+        before = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # uvicorn hears it first, and then raises it once more
+        try:
+            with suppress(KeyboardInterrupt):
+                server.run(sockets)
+        finally:
+            signal.signal(signal.SIGTERM, before)
     if failures:
         raise ValueError(
             f"the first clip of {bundle} could not be drawn: {failures[0]}; where memory is short, give fewer rows "

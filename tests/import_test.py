@@ -32,7 +32,7 @@ HOMES = {
     "jinja2": {"report"},
     "fastapi": {"serving"},
     "prometheus_client": {"serving"},
-    "uvicorn": {"serve.py"},
+    "uvicorn": {"serving"},
     "librosa": {"arena"},
     "sklearn": {"arena"},
 }

@@ -5,7 +5,6 @@ Legend: N samples.
 
 import asyncio
 import dataclasses
-import hmac
 import io
 import json
 import math
@@ -13,7 +12,6 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -22,20 +20,22 @@ import pydantic
 import soundfile
 from fastapi import Depends, FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import JSONResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from prometheus_client import Counter, Gauge, Histogram
 
 from musicrl_jax.serving.batcher import Batcher, Closed, Drawn, Full, Wanted
 from musicrl_jax.serving.bundle import Bundle
+from musicrl_jax.serving.edge import MOST_BYTES, Edge
+from musicrl_jax.serving.pages import add_pages
+from musicrl_jax.serving.settings import Access
 
 MEDIA = {"wav": "audio/wav", "flac": "audio/flac", "ogg": "audio/ogg"}
 MOST_LETTERS = 1000  # of a prompt
-MOST_BYTES = 16384  # of a request
 FADE_SECONDS = 0.04  # from one window of a long piece to the next
 LOOK_SECONDS = 0.2  # between two looks whether a client is still there
 NEXT_WINDOW = 1 << 16  # added to a candidate's number for each window, so that no two are drawn with the same keys
-PAGE = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
 GONE = 499  # a client that left before its clip was there; never sent
 
 
@@ -62,7 +62,7 @@ def create(
     bundle: Bundle,
     batcher: Callable[..., Batcher],
     limits: Limits,
-    token: str = "",
+    access: Access,
     give_up: Callable[[Exception], None] = lambda error: None,
 ) -> FastAPI:
     """The application.
@@ -71,7 +71,7 @@ def create(
       bundle: what draws.
       batcher: is called with `told` once, at the start, and closed at the end.
       limits: of a request.
-      token: what a client must send as a bearer token, if anything.
+      access: who may ask.
       give_up: is called where the first clip, which compiles, cannot be drawn; no later one could.
     """
     about = bundle.about
@@ -124,7 +124,8 @@ def create(
     bearer = HTTPBearer(auto_error=False, description="The token that the service was started with.")
 
     async def allowed(given: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]) -> None:
-        if given is None or not hmac.compare_digest(given.credentials.encode(), token.encode()):
+        # Starlette reads headers as Latin-1.
+        if given is None or not access.admits(given.credentials.encode("latin-1")):
             raise HTTPException(401, "a bearer token is needed", {"WWW-Authenticate": "Bearer"})
 
     app = FastAPI(
@@ -134,6 +135,11 @@ def create(
         lifespan=living,
         docs_url=None,
         redoc_url=None,
+        responses={
+            400: {"model": Problem, "description": "The request is not HTTP, or is for a host that is not served."},
+            408: {"model": Problem, "description": "The request did not arrive in time."},
+            413: {"model": Problem, "description": f"The body has more than {MOST_BYTES} bytes."},
+        },
     )
 
     class Asked(pydantic.BaseModel):
@@ -205,16 +211,18 @@ def create(
     problems: dict[int | str, dict[str, Any]] = {
         status: {"model": Problem, "description": why}
         for status, why in (
-            (400, "The body is not what HTTP says it is."),
-            (413, f"The body has more than {MOST_BYTES} bytes."),
             (422, "A field is missing, unknown or out of its range, or the prompt says nothing."),
             (429, "Too many clips wait; Retry-After says how long to wait."),
             (500, "The clip has numbers that are not finite."),
             (503, "The service starts or stops."),
         )
     }
-    if token:
-        problems[401] = {"model": Problem, "description": "No, or another, bearer token."}
+    # What a token guards: clips always, the rest unless it is public.
+    guard = [Depends(allowed)] if access.token else []
+    unauthorized: dict[int | str, dict[str, Any]] = {}
+    if access.token:
+        unauthorized[401] = {"model": Problem, "description": "No, or another, bearer token."}
+    status_guard, status_problems = ([], {}) if access.public_status else (guard, unauthorized)
     sound = {
         "content": {media: {"schema": {"type": "string", "format": "binary"}} for media in MEDIA.values()},
         "description": "The clip.",
@@ -228,8 +236,8 @@ def create(
     @app.post(
         "/v1/clips",
         response_class=Response,
-        responses={200: sound, **problems},
-        dependencies=[Depends(allowed)] if token else [],
+        responses={200: sound, **problems, **unauthorized},
+        dependencies=guard,
     )
     async def clip(asked: Asked, request: Request) -> Response:
         """Draws a clip."""
@@ -264,17 +272,13 @@ def create(
         told = {"X-Seed": str(seed), "X-Candidate": str(best), "X-Rewards": json.dumps(rewards)}
         return Response(content, media_type=MEDIA[asked.format], headers=told)
 
-    @app.get("/v1/model")
+    @app.get("/v1/model", responses=status_problems, dependencies=status_guard)
     async def model() -> dict[str, Any]:
         """What the bundle is, and what may be asked for."""
         told = {name: about[name] for name in ("sample_rate_hz", "clip_seconds", "temperature", "licence", "models")}
         told["frame_seconds"] = frame_seconds
-        return {**told, "rewards": sorted(about["rewards"]), "limits": dataclasses.asdict(limits), "token": bool(token)}
-
-    @app.get("/", response_class=HTMLResponse, include_in_schema=False)
-    async def page() -> HTMLResponse:
-        policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
-        return HTMLResponse(PAGE, headers={"Content-Security-Policy": f"{policy}; media-src blob:; base-uri 'none'"})
+        told["limits"], told["token"] = dataclasses.asdict(limits), bool(access.token)
+        return {**told, "rewards": sorted(about["rewards"])}
 
     @app.get("/healthz")
     async def health() -> dict[str, bool]:
@@ -288,56 +292,21 @@ def create(
             raise HTTPException(503, not_yet)
         return {"ready": True}
 
-    @app.get("/metrics", response_class=Response, include_in_schema=False)
+    @app.get("/metrics", response_class=Response, include_in_schema=False, dependencies=status_guard)
     async def metrics() -> Response:
         return Response(prometheus_client.generate_latest(registry), media_type=prometheus_client.CONTENT_TYPE_LATEST)
 
-    app.add_middleware(Edge, answered=answered)
+    add_pages(app)
+    app.add_middleware(Edge, access=access, answered=answered)
+    if access.origins:  # the last is the outermost: refusals by Edge can be read by these pages too
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=access.origins,
+            allow_methods=("GET", "HEAD", "POST"),
+            allow_headers=("Authorization", "Content-Type"),
+            expose_headers=("Retry-After", "X-Candidate", "X-Rewards", "X-Seed"),
+        )
     return app
-
-
-class Edge:
-    """Answers 413 to a body of more than MOST_BYTES, whatever its headers say, and tells `answered` path and status.
-
-    It hands on `receive` itself: behind Starlette's own middleware no one hears that a client left.
-    """
-
-    def __init__(self, app: Any, answered: Callable[[str, int], None]):
-        self.app, self.answered = app, answered
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """An ASGI call."""
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-
-        async def told(message: Any) -> None:
-            if message["type"] == "http.response.start":
-                self.answered(scope["path"], message["status"])
-                message["headers"] = [*message.get("headers", []), (b"x-content-type-options", b"nosniff")]
-            await send(message)
-
-        body, more = b"", True
-        while more:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return
-            body += message.get("body", b"")
-            more = message.get("more_body", False)
-            if len(body) > MOST_BYTES:
-                detail = f"a request has at most {MOST_BYTES} bytes"
-                await JSONResponse({"detail": detail}, 413)(scope, receive, told)
-                return
-        sent = False
-
-        async def once() -> Any:
-            nonlocal sent
-            if sent:
-                return await receive()
-            sent = True
-            return {"type": "http.request", "body": body, "more_body": False}
-
-        await self.app(scope, once, told)
 
 
 def continued(tokens: np.ndarray, half: int) -> np.ndarray:

@@ -15,13 +15,13 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 
 import httpx
 import numpy as np
 import pytest
 import schemathesis
 import soundfile
-import uvicorn
 from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, given, settings
 from schemathesis.specs.openapi import checks
@@ -30,20 +30,25 @@ from selenium.webdriver.chrome.service import Service as ChromeService
 from selenium.webdriver.common.by import By
 
 from musicrl_jax import serve as serving
-from musicrl_jax.serving.app import MOST_BYTES, Limits, continued, create, encoded, joined
+from musicrl_jax.serving import bundle as bundles
+from musicrl_jax.serving.app import Limits, continued, create, encoded, joined
 from musicrl_jax.serving.batcher import Batcher, Closed, Full, Wanted
+from musicrl_jax.serving.edge import MOST_BYTES
+from musicrl_jax.serving.settings import Access
 
 RATE = 8000
+LOCAL = "http://localhost"
 ASKED = {"prompt": "a slow piano", "seed": 7}
 
 
 def service(bundle, rows=4, most_waiting=16, token=""):
-    return create(bundle, lambda told: Batcher(bundle, rows, 0.02, most_waiting, told), Limits(1.6, 4), token)
+    queue = partial(Batcher, bundle, rows, 0.02, most_waiting)
+    return create(bundle, queue, Limits(1.6, 4), Access(token=token))
 
 
 @pytest.fixture(scope="module")
 def client(bundle):
-    with TestClient(service(bundle)) as client:
+    with TestClient(service(bundle), LOCAL) as client:
         until_ready(client)
         yield client
 
@@ -156,14 +161,96 @@ def test_a_large_body_is_refused_with_or_without_a_length(client):
     assert client.post("/v1/clips", content=iter([large[:9000], large[9000:]])).status_code == 413
 
 
-def test_only_who_has_the_token_gets_clips(bundle):
-    with TestClient(service(bundle, token="open sesame")) as client:
+def get_all(client, headers, *paths):
+    return [client.get(path, headers=headers).status_code for path in paths]
+
+
+@pytest.mark.parametrize("public_status", [False, True])
+def test_the_token_guards_clips_and_status_but_not_health(fake_app, public_status):
+    status = 200 if public_status else 401
+    with TestClient(fake_app(token="open sesame", public_status=public_status), LOCAL) as client:
         until_ready(client)
         for headers in ({}, {"Authorization": "Bearer open"}, {"Authorization": "Basic open sesame"}):
             answer = client.post("/v1/clips", json=ASKED, headers=headers)
             assert answer.status_code == 401 and answer.headers["www-authenticate"] == "Bearer"
-        assert client.post("/v1/clips", json=ASKED, headers={"Authorization": "Bearer open sesame"}).status_code == 200
-        assert client.get("/v1/model").json()["token"] and client.get("/").status_code == 200
+            assert get_all(client, headers, "/metrics", "/v1/model") == [status] * 2
+            assert get_all(client, headers, "/", "/healthz", "/readyz", "/docs", "/openapi.json") == [200] * 5
+        headers = {"Authorization": "Bearer open sesame"}
+        assert client.post("/v1/clips", json=ASKED, headers=headers).status_code == 200
+        assert client.get("/v1/model", headers=headers).json()["token"] is True
+        assert get_all(client, headers, "/metrics", "/v1/model") == [200] * 2
+        described = client.get("/openapi.json").json()["paths"]
+        assert ("401" in described["/v1/model"]["get"]["responses"]) != public_status
+        assert "401" in described["/v1/clips"]["post"]["responses"]
+
+
+@pytest.mark.parametrize("token", ["schlüssel", "ключ"])
+def test_a_token_of_any_alphabet_is_accepted_as_bytes(fake_app, token):
+    spellings = [token.encode()] + ([token.encode("latin-1")] if token == "schlüssel" else [])
+    with TestClient(fake_app(token=token), LOCAL) as client:
+        for spelling in spellings:
+            assert get_all(client, {"Authorization": b"Bearer " + spelling}, "/v1/model") == [200]
+        for other in (token[:-1].encode(), token.encode("utf-16"), b"schlussel"):
+            assert get_all(client, {"Authorization": b"Bearer " + other}, "/v1/model") == [401]
+
+
+def test_cors_is_off_until_an_origin_is_allowed(fake_app):
+    origin = "https://music.example"
+    ask = {"Origin": origin, "Access-Control-Request-Method": "POST"}
+    ask["Access-Control-Request-Headers"] = "authorization,content-type"
+    with TestClient(fake_app(), LOCAL) as client:
+        until_ready(client)
+        assert client.options("/v1/clips", headers=ask).status_code == 405
+        assert "access-control-allow-origin" not in client.get("/v1/model", headers=ask).headers
+        # A page may send these without asking first: they must draw nothing.
+        for kind in ({}, {"Content-Type": "text/plain"}, {"Content-Type": "application/x-www-form-urlencoded"}):
+            answer = client.post("/v1/clips", content=json.dumps(ASKED), headers={"Origin": origin, **kind})
+            assert answer.status_code == 422
+    with TestClient(fake_app(origins=(origin,), token="x"), LOCAL) as client:
+        until_ready(client)
+        answer = client.options("/v1/clips", headers=ask)
+        assert answer.status_code == 200 and answer.headers["access-control-allow-origin"] == origin
+        assert client.options("/v1/clips", headers={**ask, "Origin": "https://other.example"}).status_code == 400
+        sound = client.post("/v1/clips", json=ASKED, headers={"Origin": origin, "Authorization": "Bearer x"})
+        assert sound.status_code == 200 and "X-Seed" in sound.headers["access-control-expose-headers"]
+        large = client.post("/v1/clips", content=b"a" * (MOST_BYTES + 1), headers={"Origin": origin})
+        for answer in (sound, large, client.get("/v1/model", headers={"Origin": origin})):
+            assert answer.headers["access-control-allow-origin"] == origin
+        other = client.get("/healthz", headers={"Origin": "https://other.example"})
+        assert "access-control-allow-origin" not in other.headers
+
+
+@pytest.mark.parametrize("path", ["/", "/healthz", "/readyz", "/metrics", "/v1/model", "/docs", "/openapi.json"])
+def test_head_answers_as_get_without_a_body(fake_app, path):
+    with TestClient(fake_app(), LOCAL) as client:
+        until_ready(client)
+        whole, head = client.get(path), client.head(path)
+        assert head.status_code == whole.status_code == 200 and head.content == b""
+        if path != "/metrics":  # whose length changes
+            assert head.headers == whole.headers
+
+
+def test_other_methods_are_named_and_slashes_redirected(fake_app):
+    with TestClient(fake_app(), LOCAL, follow_redirects=False) as client:
+        for path, methods in (("/", {"GET", "HEAD"}), ("/healthz", {"GET", "HEAD"}), ("/v1/clips", {"POST"})):
+            answer = client.options(path)
+            assert answer.status_code == 405 and set(answer.headers["allow"].split(", ")) == methods
+        assert client.head("/v1/clips").status_code == 405
+        answer = client.get("/healthz/")
+        assert answer.status_code == 307 and answer.headers["location"] == f"{LOCAL}/healthz"
+
+
+def test_the_description_is_shown_from_local_files(fake_app):
+    with TestClient(fake_app(), LOCAL) as client:
+        page = client.get("/docs")
+        assert not re.findall(r"(?:https?:)?//[\w.]+", page.text)
+        files = re.findall(r'(?:src|href)="([^"]+)"', page.text)
+        assert len(files) == 3
+        for file in files:
+            assert client.get(f"/{file}").status_code == 200
+        assert "unsafe" not in page.headers["content-security-policy"]
+        assert "unsafe" not in client.get("/").headers["content-security-policy"]
+        assert client.get("/docs/files/../../../etc/passwd").status_code == 404
 
 
 def until(true):
@@ -174,20 +261,11 @@ def until(true):
     raise AssertionError("never")
 
 
-@contextlib.contextmanager
-def on_loopback(app):
-    """The address of an application that listens, in a thread, once it is ready."""
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
-    running = threading.Thread(target=server.run, daemon=True)
-    running.start()
-    until(lambda: server.started)
-    address = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    until(lambda: httpx.get(f"{address}/readyz").status_code == 200)
-    try:
-        yield address
-    finally:
-        server.should_exit = True
-        running.join(300)
+def ready_at(address):
+    """The URL of a service, once it is ready."""
+    url = f"http://{address[0]}:{address[1]}"
+    until(lambda: httpx.get(f"{url}/readyz").status_code == 200)
+    return url
 
 
 class Slow:
@@ -261,7 +339,7 @@ def test_what_is_not_finite_is_its_own_clips_failure(bundle, what):
         bad.result(300)
     assert np.isfinite(good.result(300).wav).all() and np.isfinite(good.result(300).scores["total"])
     queue.close()
-    with TestClient(service(broken)) as client:
+    with TestClient(service(broken), LOCAL) as client:
         until_ready(client)
         asked = {**ASKED, "candidates": 2}
         assert client.post("/v1/clips", json={**asked, "seed": 2}).status_code == 200
@@ -272,14 +350,14 @@ def test_what_is_not_finite_is_its_own_clips_failure(bundle, what):
 def test_a_service_whose_first_clip_cannot_be_drawn_gives_up(bundle, exported, monkeypatch):
     broken, heard = Broken(bundle, "all"), []
     broken.go.set()
-    app = create(broken, lambda told: Batcher(broken, 2, 0.0, 8, told), Limits(1.6, 4), "", heard.append)
-    with TestClient(app) as client:
+    app = create(broken, lambda told: Batcher(broken, 2, 0.0, 8, told), Limits(1.6, 4), Access(), heard.append)
+    with TestClient(app, LOCAL) as client:
         until(lambda: heard)
         for answer in (client.get("/readyz"), client.post("/v1/clips", json=ASKED)):
             assert answer.status_code == 503 and "the first clip could not be drawn" in answer.json()["detail"]
-    monkeypatch.setattr(serving, "Bundle", lambda folder: broken)
+    monkeypatch.setattr(bundles, "Bundle", lambda folder: broken)
     with pytest.raises(ValueError, match=r"the first clip of .* could not be drawn: .* fewer rows than 2"):
-        serving.serve(str(exported[0]), port=free_port(), rows=2)
+        serving.serve(str(exported[0]), port=0, rows=2)
 
 
 @pytest.mark.parametrize("form", ["wav", "flac", "ogg"])
@@ -317,7 +395,7 @@ def test_the_service_answers_429_and_503_and_notices_who_left(bundle, monkeypatc
         transport = httpx.ASGITransport(app)
         async with (
             app.router.lifespan_context(app),
-            httpx.AsyncClient(transport=transport, base_url="http://it") as client,
+            httpx.AsyncClient(transport=transport, base_url=LOCAL) as client,
         ):
             early = await client.post("/v1/clips", json=ASKED)
             assert early.status_code == 503 and early.headers["retry-after"] == "5"
@@ -340,11 +418,12 @@ def test_the_service_answers_429_and_503_and_notices_who_left(bundle, monkeypatc
     assert [seeds[0] for seeds in slow.drawn] == [0, 0, 1]  # the first to compile; seed 2 was never drawn
 
 
-def test_a_connection_that_closes_takes_its_clips_out_of_the_queue(bundle):
+def test_a_connection_that_closes_takes_its_clips_out_of_the_queue(bundle, on_loopback):
     """Over a real socket, and both while a clip waits and while it is drawn."""
     slow = Slow(bundle)
     slow.go.set()
-    with on_loopback(service(slow, rows=1)) as address:
+    with on_loopback(service(slow, rows=1)) as listening:
+        address = ready_at(listening)
         slow.go.clear()
         for seed in (1, 2):
             with pytest.raises(httpx.ReadTimeout):
@@ -383,11 +462,12 @@ def fill(browser, **fields):
 
 
 @pytest.mark.skipif(not shutil.which("chromedriver"), reason="needs chromium and chromedriver: Debian's packages")
-def test_who_types_on_the_page_and_waits_hears_the_clip(bundle, browser, tmp_path):
+def test_who_types_on_the_page_and_waits_hears_the_clip(bundle, browser, tmp_path, on_loopback):
     """To its end: a clip, a piece of two windows; and saves one, is refused one in words, and cancels one."""
     slow = Slow(bundle)
     slow.go.set()
-    with on_loopback(service(slow)) as address:
+    with on_loopback(service(slow)) as listening:
+        address = ready_at(listening)
         browser.get(address)
         until(lambda: found(browser, "#seconds").get_property("value") == "0.4")
         assert not found(browser, "#token").is_displayed()  # the service asks for none
@@ -421,6 +501,27 @@ def test_who_types_on_the_page_and_waits_hears_the_clip(bundle, browser, tmp_pat
     assert all(any(known in line for known in ("v1/clips", "favicon")) for line in wrong), wrong
 
 
+@pytest.mark.skipif(not shutil.which("chromedriver"), reason="needs chromium and chromedriver: Debian's packages")
+def test_a_browser_shows_the_description_and_asks_for_the_token(fake_app, browser, on_loopback):
+    with on_loopback(fake_app(token="schlüssel ключ")) as listening:
+        address = ready_at(listening)
+        browser.get(f"{address}/docs")
+        until(lambda: "/v1/clips" in found(browser, "#swagger-ui").text)
+        found(browser, "#operations-default-clip_v1_clips_post button").click()
+        until(lambda: '"prompt": "upbeat jazz"' in found(browser, "#swagger-ui").text)
+        browser.get(f"{address}/")
+        until(lambda: found(browser, "#token").is_displayed())
+        assert found(browser, "#status").text == "the service asks for a token"
+        for token, status in (("ключ\t", "the token is another one"), ("schlüssel ключ\t", "")):
+            fill(browser, token=token)
+            until(lambda s=status: found(browser, "#status").text == s)
+        assert found(browser, "#seconds").get_property("value") == "1"
+        found(browser, "#play").click()
+        until(lambda: found(browser, "#clips").text.startswith("upbeat jazz"))
+    wrong = [line["message"] for line in browser.get_log("browser") if line["level"] == "SEVERE"]
+    assert all(any(known in line for known in ("v1/model", "favicon.ico")) for line in wrong), wrong
+
+
 def test_health_metrics_page_and_description(client):
     assert client.get("/healthz").json() == {"alive": True} and client.post("/v1/clips", json=ASKED).status_code == 200
     text = client.get("/metrics").text
@@ -431,7 +532,7 @@ def test_health_metrics_page_and_description(client):
     assert model["limits"] == {"seconds": 1.6, "candidates": 4} and model["licence"] == "CC0-1.0"
     assert client.get("/v1/../../etc/passwd").status_code == 404
     answers = client.get("/openapi.json").json()["paths"]["/v1/clips"]["post"]["responses"]
-    assert set(answers) == {"200", "400", "413", "422", "429", "500", "503"}
+    assert set(answers) == {"200", "400", "408", "413", "422", "429", "500", "503"}
 
 
 def free_port():
@@ -503,14 +604,18 @@ def test_a_killed_service_loses_what_it_was_drawing_and_starts_again_as_it_was(s
 
 
 def test_sigterm_lets_finish_what_was_asked_for(served):
-    """The last of this file: the service is gone then."""
+    """And waits for no request that is half sent. The last of this file: the service is gone then."""
     address, (process,) = served
+    half = socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2])), timeout=300)
+    half.sendall(b"POST /v1/clips HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{")
     with concurrent.futures.ThreadPoolExecutor(6) as pool, httpx.Client(base_url=address, timeout=300) as client:
         before = taken(client)
         asked = [pool.submit(client.post, "/v1/clips", json={**ASKED, "seconds": 8}) for _ in range(6)]
         until(lambda: taken(client) == before + 6)
         assert "musicrl_requests_in_progress 0.0" not in client.get("/metrics").text
         process.send_signal(signal.SIGTERM)
+        with half:
+            assert half.recv(100).startswith(b"HTTP/1.1 503 ")
         assert [answer.result().status_code for answer in asked] == [200] * 6
     assert process.wait(300) == 0
     with pytest.raises(httpx.TransportError):

@@ -3,10 +3,14 @@
 import contextlib
 import io
 import json
+import threading
+import time
+from concurrent.futures import Future
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax.linen import meta
 
@@ -24,7 +28,11 @@ from musicrl_jax.models.soundstream import SoundStream, SoundStreamConfig
 from musicrl_jax.models.transformer import TransformerConfig
 from musicrl_jax.objectives.mulan import VOCABULARY
 from musicrl_jax.rl.rewards import AcousticQuality, Mixture, TextAdherence
+from musicrl_jax.serving import edge
+from musicrl_jax.serving.app import Limits, create
+from musicrl_jax.serving.batcher import Drawn
 from musicrl_jax.serving.bundle import Bundle
+from musicrl_jax.serving.settings import Access, ServiceLimits, listen
 
 RATE, SECONDS = 8000, 0.4  # ten frames
 LENGTH = 12
@@ -90,3 +98,61 @@ def exported(run, rewards, tmp_path_factory):
 @pytest.fixture(scope="session")
 def bundle(exported):
     return Bundle(exported[0])
+
+
+class FakeBundle:
+    """A bundle that draws nothing, of clips of one second."""
+
+    def __init__(self):
+        names = {"version": "0", "licence": "CC0-1.0", "models": {}, "rewards": {}, "golden": {"prompts": ["jazz"]}}
+        self.about = {**names, "clip_seconds": 1.0, "frames": 25, "sample_rate_hz": RATE, "temperature": 1.0}
+
+    def encode(self, prompts):
+        return np.zeros((len(prompts), LENGTH), np.int32)
+
+
+class FakeQueue:
+    """A queue that answers at once, with silence."""
+
+    waiting = 0
+
+    def __init__(self, told):
+        self.closed = False
+
+    def submit(self, *wanted, begun=False):
+        futures = [Future() for _ in wanted]
+        for future in futures:
+            future.set_result(Drawn(np.zeros((25, 1), np.int32), np.zeros(RATE, np.float32), {}))
+        return futures
+
+    def close(self):
+        self.closed = True
+
+
+@pytest.fixture
+def fake_app():
+    """The application over a bundle that draws nothing: `fake_app(token=..., ...)`, as `Access`."""
+    return lambda **access: create(FakeBundle(), FakeQueue, Limits(4.0, 2), Access(**access))
+
+
+@pytest.fixture
+def on_loopback():
+    """`with on_loopback(app, limits) as (host, port):` runs a server of any ASGI application in a thread."""
+
+    @contextlib.contextmanager
+    def running(app, limits=None):
+        (opened,) = listen("127.0.0.1", 0)
+        address = opened.getsockname()
+        server = edge.server(app, limits or ServiceLimits())
+        thread = threading.Thread(target=server.run, args=([opened],), daemon=True)
+        thread.start()
+        while not server.started:
+            time.sleep(0.01)
+        try:
+            yield address
+        finally:
+            server.should_exit = True
+            thread.join(300)
+            assert not thread.is_alive()
+
+    return running
