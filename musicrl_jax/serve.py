@@ -27,67 +27,61 @@ def serve(
 ) -> None:
     """Serves a bundle until it is told to stop; SIGTERM lets finish what was asked for.
 
-    Nothing is kept: a service that was killed starts again as it was, but for the requests that it was answering.
-    Settings are checked, and the address is taken, before the bundle is loaded.
+    Nothing is kept: a service that was killed starts again as it was, but for the requests that it
+    was answering. Settings are checked, and the address is taken, before the bundle is loaded.
 
     Args:
       bundle: folder of a bundle.
       host: the address that it listens at; by default this machine alone can reach it.
       port: of TCP, 0 to 65535; 0 takes any that is free.
-      rows: clips of a batch, 1 or more. Every batch is filled up to it, so that a seed's clip is the same in any
-        company.
+      rows: clips of a batch, 1 or more. Every batch is filled up to it, so that a seed's clip is
+        the same in any company.
       most_waiting: clips that may wait, 1 or more; beyond, a request is answered 429.
-      most_seconds: length of a piece that may be asked for; 0 is four times the bundle's clips. What is longer than
-        one of these goes on from half of it (MusicLM 5.5: a stride of 15 s).
+      most_seconds: longest piece in seconds; 0 is four times the bundle's clips. What is longer
+        than one of these goes on from half of it (MusicLM 5.5: a stride of 15 s).
       most_candidates: clips that a request may have drawn to choose from, 1 or more.
-      token_file: a file with a token that requests must carry (`Authorization: Bearer ...`), if anything. Letters
-        outside ASCII are sent as UTF-8 or Latin-1.
+      token_file: a file with a token that requests must carry (`Authorization: Bearer ...`), if
+        anything. Letters outside ASCII may be sent as UTF-8 or Latin-1.
       public_status: whether `/metrics` and `/v1/model` answer without the token.
-      allowed_hosts: names that a request's Host header may hold beside localhost and `host`, with commas between
-        them; * is every name. Names that are not listed are refused, so that no web page reaches the service by a name
-        that it binds anew. IP addresses are served where the service listens beyond loopback.
-      allowed_origins: origins of web pages that may call the service from a browser (CORS), as https://music.example,
-        with commas between them; * is every page. None by default.
+      allowed_hosts: names that a Host header may hold beside localhost and `host`, with commas
+        between them; * allows every name. Other names are refused, so that no web page reaches the
+        service by DNS rebinding. Where it listens beyond loopback, every IP address is allowed.
+      allowed_origins: origins of web pages that may call the service from a browser (CORS), as
+        https://music.example, with commas between them; * allows every page. None by default.
       limits: of connections and times.
 
     Raises:
-      ValueError: where a setting is out of range, the address is in use, the bundle is damaged or not for this
-        machine, or its first clip cannot be drawn.
-      FileNotFoundError: where there is no bundle or no token.
+      ValueError: a setting is out of range, the address is in use, the bundle is damaged or not for
+        this machine, or its first clip cannot be drawn.
+      FileNotFoundError: there is no bundle or no token.
     """
-    # Settings, before anything is loaded.
-    for name, number in (("rows", rows), ("most_waiting", most_waiting), ("most_candidates", most_candidates)):
-        settings.check_number(f"serve.{name}", number, 1, whole=True)
-    settings.check_number("serve.most_seconds", most_seconds, 0)
-    settings.check_number("serve.port", port, 0, 65535, whole=True)
-    if not isinstance(public_status, bool):
-        raise ValueError(f"serve.public_status={public_status!r} must be True or False")
-    if limits.connections <= most_waiting + rows:
-        raise ValueError(
-            f"ServiceLimits.connections={limits.connections} must be more than most_waiting={most_waiting} and "
-            f"rows={rows} together: each clip may be a connection's"
-        )
-    settings.check_files(limits.connections)
+    # Settings and the address, before anything is loaded.
+    _check(bundle, port, rows, most_waiting, most_seconds, most_candidates, public_status, limits)
     token = settings.read_token(token_file) if token_file else ""
     hosts, origins = settings.read_hosts(allowed_hosts), settings.read_origins(allowed_origins)
-    if not Path(bundle).is_dir():
-        raise FileNotFoundError(f"no bundle in {bundle}: `musicrl export` writes one")
-
     with ExitStack() as stack:
         sockets = [stack.enter_context(each) for each in settings.listen(host, port)]
         local = settings.only_loopback(sockets)
         access = settings.Access(token, hosts | {host.lower()}, local, origins, public_status)
 
-        # Extras, and jax: training hosts go without the first, and a refused setting without either.
+        # The bundle. These imports are extras, which training hosts go without, and jax.
         from musicrl_jax.serving import app, batcher, edge
         from musicrl_jax.serving.bundle import Bundle
 
         loaded = Bundle(bundle)
         seconds = most_seconds or 4 * loaded.about["clip_seconds"]
         if not local and not token:
-            print(f"anyone who reaches {host} can have clips: give a token_file to ask for a token", flush=True)
+            print(
+                f"anyone who reaches {host} can have clips: give a token_file to ask for a token",
+                flush=True,
+            )
         address = settings.url(host, sockets[0].getsockname()[1])
-        print(f"{address} once the functions are compiled; the first clip takes as long as that", flush=True)
+        print(
+            f"{address} once the functions are compiled; the first clip takes as long as that",
+            flush=True,
+        )
+
+        # The server, until it is told to stop or its first clip cannot be drawn.
         failures: list[Exception] = []
 
         def give_up(error: Exception) -> None:
@@ -102,7 +96,9 @@ def serve(
             give_up,
         )
         server = edge.server(application, limits)
-        before = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # uvicorn hears it first, and then raises it once more
+        before = signal.signal(
+            signal.SIGTERM, signal.SIG_IGN
+        )  # uvicorn hears it first, and then raises it once more
         try:
             with suppress(KeyboardInterrupt):
                 server.run(sockets)
@@ -110,6 +106,34 @@ def serve(
             signal.signal(signal.SIGTERM, before)
     if failures:
         raise ValueError(
-            f"the first clip of {bundle} could not be drawn: {failures[0]}; where memory is short, give fewer rows "
-            f"than {rows}, or run it elsewhere"
+            f"the first clip of {bundle} could not be drawn: {failures[0]}; where memory is "
+            f"short, give fewer rows than {rows}, or run it elsewhere"
         ) from failures[0]
+
+
+def _check(
+    bundle: str,
+    port: int,
+    rows: int,
+    most_waiting: int,
+    most_seconds: float,
+    most_candidates: int,
+    public_status: bool,
+    limits: ServiceLimits,
+) -> None:
+    """Checks settings of `serve`, whose docstring has their ranges and errors."""
+    whole = {"rows": rows, "most_waiting": most_waiting, "most_candidates": most_candidates}
+    for name, number in whole.items():
+        settings.check_number(f"serve.{name}", number, 1, whole=True)
+    settings.check_number("serve.most_seconds", most_seconds, 0)
+    settings.check_number("serve.port", port, 0, 65535, whole=True)
+    if not isinstance(public_status, bool):
+        raise ValueError(f"serve.public_status={public_status!r} must be True or False")
+    if limits.connections <= most_waiting + rows:
+        raise ValueError(
+            f"ServiceLimits.connections={limits.connections} must be more than "
+            f"most_waiting={most_waiting} and rows={rows} together: each clip may be a connection's"
+        )
+    settings.check_files(limits.connections)
+    if not Path(bundle).is_dir():
+        raise FileNotFoundError(f"no bundle in {bundle}: `musicrl export` writes one")

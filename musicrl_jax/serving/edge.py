@@ -1,7 +1,7 @@
-"""What stands between the network and the application: time limits of connections, and checks of every request.
+"""Time limits of the service's connections, and checks of requests before the application.
 
-`Connection` is uvicorn's protocol with time limits, since uvicorn has none for a request that is never sent whole or
-an answer that is never read (0.54). `Edge` is an ASGI middleware.
+`Connection` is uvicorn's protocol with time limits. uvicorn 0.54 has none for a request that is
+never sent whole, nor for an answer that is never read. `Edge` is an ASGI middleware.
 """
 
 import asyncio
@@ -42,7 +42,7 @@ class Connection(H11Protocol):
     """A connection whose client must send requests and read answers in time.
 
     Attributes:
-      waiting_since: time of the event loop at which the client was last expected to send something.
+      waiting_since: the event loop's time at which the client last had to send or read something.
     """
 
     def __init__(self, limits: ServiceLimits, **uvicorn_arguments: Any):
@@ -53,18 +53,23 @@ class Connection(H11Protocol):
         self._writing: asyncio.TimerHandle | None = None  # runs while an answer is not yet read
 
     def connection_made(self, transport: asyncio.Transport) -> None:
-        """Starts the time of the first request, and closes another connection where there are too many."""
+        """Starts the time of the first request; closes another connection if there are too many."""
         super().connection_made(transport)
-        transport.set_write_buffer_limits(high=0)  # so that every byte that is not sent yet pauses writing
+        transport.set_write_buffer_limits(high=0)  # every byte that is not sent yet pauses writing
         self._time_request()
-        # uvicorn counts connections that are closing too, and so refuses requests that there is room for.
-        others = [each for each in self.connections if each is not self and not each.transport.is_closing()]
+        # uvicorn counts closing connections too, and so refuses requests that there is room for.
+        others = [
+            each
+            for each in self.connections
+            if each is not self and not each.transport.is_closing()
+        ]
         if len(others) >= self._limits.connections:
-            waiting = [each for each in others if each.waits_for_request]
-            if waiting:
-                min(waiting, key=lambda each: each.waiting_since).transport.abort()
+            waiting = [each for each in others if each.waits_for_request or each.flow.write_paused]
+            if waiting:  # one that reads an answer goes last
+                oldest = min(waiting, key=lambda each: (each.flow.write_paused, each.waiting_since))
+                oldest.transport.abort()
             else:
-                self.limit_concurrency = 0  # uvicorn answers 503 to this connection's request, and closes it
+                self.limit_concurrency = 0  # uvicorn answers 503 on this connection, and closes it
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Stops the clocks."""
@@ -84,13 +89,18 @@ class Connection(H11Protocol):
         self._time_request()
 
     def shutdown(self) -> None:
-        """Ends the connection once its requests are answered; what was not sent whole is not waited for."""
+        """Closes the connection after its answers, and at once where a request is half sent."""
         super().shutdown()
         if not self.transport.is_closing() and self.waits_for_request:
             self._refuse(503, "the service stops")
 
+    def send_400_response(self, msg: str) -> None:
+        """Answers in JSON, as the description says, and only where no answer was begun."""
+        self._refuse(400, msg)
+
     def pause_writing(self) -> None:
         """Starts the time of reading an answer."""
+        self.waiting_since = self.loop.time()
         super().pause_writing()
         self._stop_writing()
         self._writing = self.loop.call_later(self._limits.answer_seconds, self.transport.abort)
@@ -127,7 +137,9 @@ class Connection(H11Protocol):
                 ("content-length", str(len(body))),
                 ("connection", "close"),
             ]
-            answer = h11.Response(status_code=status, headers=headers, reason=STATUS_PHRASES[status])
+            answer = h11.Response(
+                status_code=status, headers=headers, reason=STATUS_PHRASES[status]
+            )
             for event in (answer, h11.Data(data=body), h11.EndOfMessage()):
                 self.transport.write(self.conn.send(event))
         self.transport.close()
@@ -144,10 +156,10 @@ class Connection(H11Protocol):
 
 
 class Edge:
-    """ASGI middleware that checks the Host header and the length of a request's body, and answers HEAD as GET.
+    """Middleware that checks the Host header and the length of a body, and answers HEAD as GET.
 
-    It tells `answered` the path and status of every answer. It passes `receive` on: behind Starlette's
-    BaseHTTPMiddleware nobody would notice that a client left.
+    It calls `answered` with the path and status of every answer. It passes `receive` on: behind
+    Starlette's BaseHTTPMiddleware nobody would notice that a client left.
     """
 
     def __init__(self, app: Any, access: Access, answered: Callable[[str, int], None]):
@@ -163,8 +175,14 @@ class Edge:
         async def checked_send(message: Any) -> None:
             if message["type"] == "http.response.start":
                 self.answered(scope["path"], message["status"])
-                headers = [(name, _allowed(value) if name == b"allow" else value) for name, value in message["headers"]]
-                message = {**message, "headers": [*headers, (b"x-content-type-options", b"nosniff")]}
+                headers = [
+                    (name, _allowed(value) if name == b"allow" else value)
+                    for name, value in message["headers"]
+                ]
+                message = {
+                    **message,
+                    "headers": [*headers, (b"x-content-type-options", b"nosniff")],
+                }
             elif is_head:
                 message = {**message, "body": b""}
             await send(message)
@@ -175,7 +193,10 @@ class Edge:
         # Only HTTP/1.0 may leave the Host header out, which no browser does.
         hosts = [value.decode("latin-1") for name, value in scope["headers"] if name == b"host"]
         if not all(self.access.serves(host) for host in hosts):
-            await refuse(400, f"the host {hosts[0][:100]!r} is not served here: start with --allowed_hosts=NAME")
+            await refuse(
+                400,
+                f"the host {hosts[0][:100]!r} is not served here: start with --allowed_hosts=NAME",
+            )
             return
         body = await _body(receive)
         if body is None:
@@ -190,7 +211,9 @@ class Edge:
         async def whole_receive() -> Any:
             return whole.pop() if whole else await receive()
 
-        await self.app({**scope, "method": "GET"} if is_head else scope, whole_receive, checked_send)
+        await self.app(
+            {**scope, "method": "GET"} if is_head else scope, whole_receive, checked_send
+        )
 
 
 async def _body(receive: Any) -> bytes | None:
@@ -211,12 +234,20 @@ def _allowed(methods: bytes) -> bytes:
 
 
 def _origin_form(scope: Any) -> Any:
-    """Returns the scope of a request for `http://host/path` as that of `/path` at that host (RFC 9112, 3.2.2).
+    """Returns the scope of a request for `http://host/path` as that of `/path` at that host.
 
-    uvicorn leaves the whole of such a target in `path`.
+    RFC 9112, 3.2.2, asks servers to take both forms. uvicorn leaves such a target whole in `path`.
     """
     if not scope["path"].lower().startswith(("http://", "https://")):
         return scope
     host, _, rest = scope["raw_path"].partition(b"://")[2].partition(b"/")
-    headers = [(b"host", host), *((name, value) for name, value in scope["headers"] if name != b"host")]
-    return {**scope, "path": "/" + unquote(rest.decode("ascii")), "raw_path": b"/" + rest, "headers": headers}
+    headers = [
+        (b"host", host),
+        *((name, value) for name, value in scope["headers"] if name != b"host"),
+    ]
+    return {
+        **scope,
+        "path": "/" + unquote(rest.decode("ascii")),
+        "raw_path": b"/" + rest,
+        "headers": headers,
+    }

@@ -1,6 +1,6 @@
 """Settings of the service: who may ask, how long clients may take, and the address.
 
-Everything here is checked before jax, a web framework or the bundle is loaded, and needs none of them.
+All of it is checked before jax, a web framework or the bundle is loaded, and needs none of them.
 """
 
 import dataclasses
@@ -25,10 +25,17 @@ HOST_HEADER = re.compile(r"(?:\[([0-9a-f:.]+)\]|([\w.-]+))(?::\d*)?", re.IGNOREC
 ORIGIN = re.compile(r"https?://(?:\[[0-9a-f:.]+\]|[\w.-]+)(?::\d+)?", re.ASCII)
 
 
-def check_number(name: str, value: float, low: float, high: float = math.inf, whole: bool = False) -> None:
-    """Raises ValueError unless `value` is a finite number in [low, high], and a whole one where `whole` is set."""
+def check_number(
+    name: str, value: float, low: float, high: float = math.inf, whole: bool = False
+) -> None:
+    """Raises ValueError unless `value` is a finite number, or a whole one, in [low, high]."""
     kind = int if whole else int | float
-    if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high or value == math.inf:
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, kind)
+        or not low <= value <= high
+        or value == math.inf
+    ):
         limits = f"from {low:g} to {high:g}" if high < math.inf else f"of {low:g} or more"
         raise ValueError(f"{name}={value!r} must be a {'whole ' if whole else ''}number {limits}")
 
@@ -38,8 +45,8 @@ class ServiceLimits:
     """Time and room that the service gives its clients.
 
     Attributes:
-      connections: open connections, 1 or more. When one more opens, the connection that has waited longest without a
-        whole request is closed.
+      connections: open connections, 1 or more. When one more opens, the one whose client has not
+        sent a whole request for the longest time is closed; else one whose client does not read.
       request_seconds: time to send a request, its head and its body, above 0.
       idle_seconds: time that a connection may stay open between two requests, above 0.
       answer_seconds: time to read an answer, above 0.
@@ -69,10 +76,12 @@ class Access:
 
     Attributes:
       token: bearer token that requests must carry; '' asks for none.
-      hosts: names that a Host header may hold beside localhost, in lower case; '*' allows every name.
-      only_loopback: whether the service listens on loopback alone. Otherwise every IP address may stand in the Host
-        header, since only names can be rebound.
-      origins: origins of web pages that may read answers (CORS), as 'https://music.example'; '*' opens all.
+      hosts: names that a Host header may hold beside localhost, in lower case; '*' allows every
+        name.
+      only_loopback: whether the service listens on loopback alone. Otherwise a Host header may hold
+        every IP address, since only names can be rebound.
+      origins: origins of web pages that may read answers (CORS), as 'https://music.example'; '*'
+        allows every page.
       public_status: whether /metrics and /v1/model answer without the token.
     """
 
@@ -83,7 +92,7 @@ class Access:
     public_status: bool = False
 
     def serves(self, host: str) -> bool:
-        """Returns whether a request with this Host header, a name or an address with or without a port, is answered."""
+        """Returns whether a request with this Host header is answered."""
         header = HOST_HEADER.fullmatch(host)
         if not header:
             return False
@@ -97,7 +106,7 @@ class Access:
     def admits(self, credentials: bytes) -> bool:
         """Returns whether the bytes of a bearer token are those of `token`, in UTF-8 or Latin-1.
 
-        Clients differ in how they send letters outside ASCII: curl as UTF-8, Python's requests as Latin-1.
+        Clients differ in letters outside ASCII: curl sends UTF-8, Python's requests Latin-1.
         """
         spellings = [self.token.encode()]
         if all(ord(letter) < 256 for letter in self.token):
@@ -120,7 +129,8 @@ def read_token(path: str) -> str:
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: the file is no regular file, not UTF-8, empty, too long, or holds what no HTTP header can.
+      ValueError: the file is no regular file, not UTF-8, empty, too long, or holds what no HTTP
+        header can.
     """
     name = f"serve.token_file={path!r}"
     if not Path(path).exists():
@@ -135,19 +145,24 @@ def read_token(path: str) -> str:
     if not token:
         raise ValueError(f"{name} is empty: write a token into it")
     if len(token.encode()) > MOST_TOKEN_LETTERS:
-        raise ValueError(f"{name} has more than {MOST_TOKEN_LETTERS} bytes: write a shorter token into it")
+        raise ValueError(
+            f"{name} has more than {MOST_TOKEN_LETTERS} bytes: write a shorter token into it"
+        )
     if "\n" in token or "\r" in token:
         raise ValueError(f"{name} has more than one line: leave the token alone in it")
     if control := re.search(r"[\x00-\x1f\x7f]", token):
         raise ValueError(
-            f"{name} has the control character {control[0]!r} at place {control.start() + 1}, which no HTTP header "
-            "can hold: write another token into it"
+            f"{name} has the control character {control[0]!r} at place {control.start() + 1}, "
+            "which no HTTP header can hold: write another token into it"
         )
     return token
 
 
 def check_files(connections: int) -> None:
-    """Raises the process's limit of open files to what so many connections need; ValueError where it may not be."""
+    """Raises the process's limit of open files to what so many connections need.
+
+    Raises ValueError where the system does not allow it.
+    """
     try:
         import resource
     except ImportError:  # Windows has no such limit
@@ -158,24 +173,29 @@ def check_files(connections: int) -> None:
         return
     if hard != resource.RLIM_INFINITY and hard < needed:
         raise ValueError(
-            f"ServiceLimits.connections={connections} needs {needed} open files, and this process may have {hard}: "
-            f"raise `ulimit -n` or give fewer connections"
+            f"ServiceLimits.connections={connections} needs {needed} open files, and this process may "
+            f"have {hard}: raise `ulimit -n` or give fewer connections"
         )
     resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 def listen(host: str, port: int) -> list[socket.socket]:
-    """Returns sockets that listen at every address of `host`; ValueError where the service cannot listen there.
+    """Returns sockets that listen at every address of `host`.
 
-    They listen at once, so that a second service at the same port is refused before it loads its bundle.
+    They listen at once, so that a second service at the same port is refused before it loads its
+    bundle. Raises ValueError where there is no such address, or it is in use.
     """
     where = f"serve: host={host!r}, port={port}"
     if not isinstance(host, str) or not host or re.search(r"\s", host):
-        raise ValueError(f"serve.host={host!r} must be a name or an address, as 127.0.0.1, or 0.0.0.0 for all")
+        raise ValueError(
+            f"serve.host={host!r} must be a name or an address, as 127.0.0.1, or 0.0.0.0 for all"
+        )
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (socket.gaierror, UnicodeError) as error:
-        raise ValueError(f"serve.host={host!r} is no name or address that this machine knows ({error})") from error
+        raise ValueError(
+            f"serve.host={host!r} is no name or address that this machine knows ({error})"
+        ) from error
     sockets: list[socket.socket] = []
     missing: OSError | None = None
     for family, address in sorted({(family, address) for family, *_, address in found}):
@@ -187,14 +207,18 @@ def listen(host: str, port: int) -> list[socket.socket]:
                 continue
             for opened in sockets:
                 opened.close()
-            raise ValueError(f"{where} cannot be listened at ({os.strerror(error.errno)}): {_remedy(error)}") from error
+            raise ValueError(
+                f"{where} cannot be listened at ({os.strerror(error.errno)}): {_remedy(error)}"
+            ) from error
     if not sockets:
-        raise ValueError(f"{where}: no such address on this machine ({missing}); give one that it has") from missing
+        raise ValueError(
+            f"{where}: no such address on this machine ({missing}); give one that it has"
+        ) from missing
     return sockets
 
 
 def _port(sockets: list[socket.socket]) -> int:
-    """Returns the port of the first socket, so that all addresses of a host share it; 0 before there is one."""
+    """Returns the port of the first socket, which all addresses of a host share; 0 before that."""
     return sockets[0].getsockname()[1] if sockets else 0
 
 
@@ -222,25 +246,31 @@ def _remedy(error: OSError) -> str:
 
 
 def read_hosts(text: str) -> frozenset[str]:
-    """Returns the names and addresses in `allowed_hosts`, as Host headers hold them; ValueError where one is none."""
-    names = [name.removeprefix("[").removesuffix("]") for name in _parts("serve.allowed_hosts", text)]
+    """Returns names and addresses as Host headers hold them; raises ValueError for others."""
+    names = [
+        name.removeprefix("[").removesuffix("]") for name in _parts("serve.allowed_hosts", text)
+    ]
     for name in names:
-        if name != EVERY and not HOST_HEADER.fullmatch(f"[{name}]") and not HOST_NAME.fullmatch(name):
+        if (
+            name != EVERY
+            and not HOST_HEADER.fullmatch(f"[{name}]")
+            and not HOST_NAME.fullmatch(name)
+        ):
             raise ValueError(
-                f"serve.allowed_hosts={text!r}: {name!r} is no host; give names without scheme and port, as "
-                "music.example, or * for every name"
+                f"serve.allowed_hosts={text!r}: {name!r} is no host; give names without scheme and "
+                "port, as music.example, or * for every name"
             )
     return frozenset(name.removesuffix(".") for name in names)
 
 
 def read_origins(text: str) -> tuple[str, ...]:
-    """Returns the origins in `allowed_origins`, as browsers send them; ValueError where one is none."""
+    """Returns origins as browsers send them; raises ValueError for anything else."""
     origins = _parts("serve.allowed_origins", text)
     for origin in origins:
         if origin != EVERY and not ORIGIN.fullmatch(origin):
             raise ValueError(
-                f"serve.allowed_origins={text!r}: {origin!r} is no origin; give scheme, host and port alone, as "
-                "https://music.example, or * for every page"
+                f"serve.allowed_origins={text!r}: {origin!r} is no origin; give scheme, host and port "
+                "alone, as https://music.example, or * for every page"
             )
     # Browsers leave out the port that a scheme has by itself.
     return tuple(re.sub(r"^(http:.*):80$|^(https:.*):443$", r"\1\2", origin) for origin in origins)
@@ -250,7 +280,7 @@ def _parts(setting: str, text: str) -> list[str]:
     """Returns the parts of a comma-separated setting, in lower case."""
     if not isinstance(text, str) or not text.isascii():
         raise ValueError(
-            f"{setting}={text!r} must be a text with commas between its parts; write a name with other letters than "
-            "a to z as xn--..., as browsers send it"
+            f"{setting}={text!r} must be a text with commas between its parts; write a name with "
+            "other letters than a to z as xn--..., as browsers send it"
         )
     return [part.strip().lower() for part in text.split(",") if part.strip()]

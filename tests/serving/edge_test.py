@@ -1,4 +1,4 @@
-"""What stands before the application, over real sockets: half requests, slow readers, odd targets and hosts."""
+"""Time limits and checks before the application, over real sockets."""
 
 import asyncio
 import contextlib
@@ -43,6 +43,14 @@ def answers(address, *parts):
         return [int(status) for status in re.findall(rb"HTTP/1\.1 (\d+) ", received(opened))]
 
 
+def answer_of(opened):
+    """The answer to HEALTH."""
+    content = b""
+    while not content.endswith(b"}"):
+        content += opened.recv(1 << 16)
+    return content
+
+
 def healthy(address):
     with sent(address, HEALTH) as opened:
         return opened.recv(1 << 16).startswith(b"HTTP/1.1 200 ")
@@ -63,13 +71,17 @@ def test_health_answers_while_500_clients_hold_half_requests(fake_app, on_loopba
         assert time.monotonic() - start < 10
         timed_out = [reply.startswith(b"HTTP/1.1 408 ") for reply in replies]
         if connections > 500:
-            assert timed_out == [bool(halves[i % 5]) for i in range(500)]  # one that said nothing hears nothing
+            assert timed_out == [
+                bool(halves[i % 5]) for i in range(500)
+            ]  # one that said nothing hears nothing
         else:
             assert 0 < sum(timed_out) <= connections
         assert healthy(address)
 
 
-@pytest.mark.parametrize("dripped", [HALF_HEAD, HALF_BODY, HEALTH + HALF_HEAD, HEALTH + HALF_BODY], ids=range(4))
+@pytest.mark.parametrize(
+    "dripped", [HALF_HEAD, HALF_BODY, HEALTH + HALF_HEAD, HEALTH + HALF_BODY], ids=range(4)
+)
 def test_a_request_that_drips_in_ends_in_time(fake_app, on_loopback, dripped):
     """Also the second of a connection."""
     limits = ServiceLimits(request_seconds=0.5, idle_seconds=0.2)
@@ -89,10 +101,10 @@ def test_time_runs_for_one_request_and_not_between_two(fake_app, on_loopback):
             opened.sendall(HEALTH[:30])
             time.sleep(0.25)
             opened.sendall(HEALTH[30:])
-            assert opened.recv(1 << 16).startswith(b"HTTP/1.1 200 ")
+            assert answer_of(opened).startswith(b"HTTP/1.1 200 ")
         time.sleep(0.7)
         opened.sendall(HEALTH)
-        assert opened.recv(1 << 16).startswith(b"HTTP/1.1 200 ")
+        assert answer_of(opened).startswith(b"HTTP/1.1 200 ")
         start = time.monotonic()
         assert received(opened) == b"" and 0.8 < time.monotonic() - start < 2
 
@@ -101,7 +113,10 @@ def test_a_stop_does_not_wait_for_half_requests(fake_app, on_loopback):
     limits = ServiceLimits(request_seconds=60, grace_seconds=60)
     with contextlib.ExitStack() as stack:
         with on_loopback(fake_app(), limits) as address:
-            held = [stack.enter_context(sent(address, half)) for half in (HALF_HEAD, HALF_BODY, HALF_CHUNKS, b"")]
+            held = [
+                stack.enter_context(sent(address, half))
+                for half in (HALF_HEAD, HALF_BODY, HALF_CHUNKS, b"")
+            ]
             assert healthy(address)
             start = time.monotonic()
         assert time.monotonic() - start < 3
@@ -114,7 +129,9 @@ async def large(scope, receive, send):
     if scope["type"] != "http":
         return
     await send({"type": "http.response.start", "status": 200, "headers": []})
-    await send({"type": "http.response.body", "body": bytes(16 << 20)})
+    for _ in range(16):
+        await send({"type": "http.response.body", "body": bytes(1 << 20), "more_body": True})
+    await send({"type": "http.response.body"})
 
 
 def test_an_answer_that_nobody_reads_ends_in_time(on_loopback):
@@ -127,18 +144,50 @@ def test_an_answer_that_nobody_reads_ends_in_time(on_loopback):
             assert len(received(opened)) > 16 << 20  # who reads gets all
 
 
+def test_answers_that_nobody_reads_make_room(on_loopback):
+    limits = ServiceLimits(connections=3)
+    with on_loopback(large, limits) as address, contextlib.ExitStack() as stack:
+        held = [stack.enter_context(sent(address, HEALTH)) for _ in range(3)]
+        time.sleep(0.2)
+        assert all(healthy(address) for _ in range(5))
+        assert len(received(held[0])) < 16 << 20
+
+
+def test_what_is_not_http_is_refused_in_json(fake_app, on_loopback, caplog):
+    chunk = b"4000\r\n" + b"a" * 16384 + b"\r\n"
+    with on_loopback(fake_app(), ServiceLimits(request_seconds=0.5)) as address:
+        with sent(address, b"nonsense\r\n\r\n") as opened:
+            assert received(opened).endswith(b'{"detail": "Invalid HTTP request received."}')
+        head = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
+        with sent(address, head, chunk, b"1\r\na\r\n") as opened:
+            assert opened.recv(1 << 16).startswith(b"HTTP/1.1 413 ")
+            opened.sendall(b"no chunk\r\n")
+            assert b"HTTP/1.1" not in received(opened)
+        assert healthy(address)
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
 def test_a_request_that_is_answered_keeps_its_connection(on_loopback):
-    """Where all connections wait for answers, one more is told so; none of them is closed for it."""
+    """Where all connections wait for answers, one more is refused."""
     go = threading.Event()
 
     async def slow(scope, receive, send):
         while scope["type"] == "http" and not go.is_set():
             await asyncio.sleep(0.01)
         if scope["type"] == "http":
-            await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]})
+            await send(
+                {
+                    "type": "http.response.start",
+                    "status": 200,
+                    "headers": [(b"content-length", b"0")],
+                }
+            )
             await send({"type": "http.response.body"})
 
-    with on_loopback(slow, ServiceLimits(connections=3)) as address, contextlib.ExitStack() as stack:
+    with (
+        on_loopback(slow, ServiceLimits(connections=3)) as address,
+        contextlib.ExitStack() as stack,
+    ):
         held = [stack.enter_context(sent(address, HEALTH)) for _ in range(3)]
         time.sleep(0.1)
         assert answers(address, HEALTH) == [503]
@@ -153,7 +202,10 @@ CLOSE = b"Connection: close\r\n\r\n"
     ("parts", "statuses"),
     [
         ([HEALTH, HEALTH, b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n" + CLOSE], [200] * 3),
-        ([HEALTH + HEALTH + b"GET /v1/none HTTP/1.1\r\nHost: localhost\r\n" + CLOSE], [200, 200, 404]),
+        (
+            [HEALTH + HEALTH + b"GET /v1/none HTTP/1.1\r\nHost: localhost\r\n" + CLOSE],
+            [200, 200, 404],
+        ),
         ([b"GET /healthz HTTP/1.0\r\n\r\n"], [200]),
         ([b"GET http://localhost/healthz HTTP/1.1\r\nHost: elsewhere.example\r\n" + CLOSE], [200]),
         ([b"GET HTTP://127.0.0.1:8000 HTTP/1.1\r\nHost: localhost\r\n" + CLOSE], [200]),
@@ -166,9 +218,18 @@ CLOSE = b"Connection: close\r\n\r\n"
         ([b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nA: " + b"a" * MOST_BYTES], [400]),
         ([HEALTH[:-2] + b"Upgrade: websocket\r\nConnection: upgrade, close\r\n\r\n"], [200]),
         ([HEAD + b"Content-Length: -1\r\n\r\n"], [400]),
-        ([HEAD + b"Content-Length: 1\r\nTransfer-Encoding: chunked\r\n" + CLOSE, b"0\r\n\r\n"], [422]),
+        (
+            [HEAD + b"Content-Length: 1\r\nTransfer-Encoding: chunked\r\n" + CLOSE, b"0\r\n\r\n"],
+            [422],
+        ),
         ([b"HEAD /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n" + HEALTH[:-2] + CLOSE], [200, 200]),
-        ([HEAD + b"Transfer-Encoding: chunked\r\n\r\n", *([b"1000\r\n" + b"a" * 4096 + b"\r\n"] * 5)], [413]),
+        (
+            [
+                HEAD + b"Transfer-Encoding: chunked\r\n\r\n",
+                *([b"1000\r\n" + b"a" * 4096 + b"\r\n"] * 5),
+            ],
+            [413],
+        ),
     ],
     ids=lambda value: None if isinstance(value, list) and isinstance(value[0], int) else "",
 )
@@ -195,13 +256,33 @@ def test_a_body_without_end_is_refused_and_ends(fake_app, on_loopback):
     [
         (
             {},
-            ["localhost", "LOCALHOST:8000", "localhost.", "127.0.0.1:80", "127.3.2.1", "[::1]:8000"],
-            ["rebound.example", "localhost.rebound.example", "192.168.1.5", "[fe80::1]", "a@localhost", "", "::1"],
+            [
+                "localhost",
+                "LOCALHOST:8000",
+                "localhost.",
+                "127.0.0.1:80",
+                "127.3.2.1",
+                "[::1]:8000",
+            ],
+            [
+                "rebound.example",
+                "localhost.rebound.example",
+                "192.168.1.5",
+                "[fe80::1]",
+                "a@localhost",
+                "",
+                "::1",
+            ],
         ),
         (
             {"only_loopback": False, "hosts": frozenset(["music.example"])},
             ["localhost", "192.168.1.5:8000", "[fe80::1]", "music.example", "Music.Example:443"],
-            ["rebound.example", "evil-music.example", "a.music.example", "192.168.1.5.rebound.example"],
+            [
+                "rebound.example",
+                "evil-music.example",
+                "a.music.example",
+                "192.168.1.5.rebound.example",
+            ],
         ),
         ({"hosts": frozenset("*")}, ["rebound.example", "localhost"], ["192.168.1.5", "a/b"]),
     ],

@@ -1,4 +1,4 @@
-"""Every setting of `serve` is checked, with a sentence, before jax, a web framework or a bundle is loaded."""
+"""Every setting of `serve` is checked before jax, a web framework or a bundle is loaded."""
 
 import socket
 import subprocess
@@ -37,18 +37,27 @@ def refused(tmp_path):
         ({"most_seconds": -1}, "serve.most_seconds=-1 must be a number of 0 or more"),
         ({"most_seconds": float("nan")}, "serve.most_seconds=nan"),
         ({"most_seconds": float("inf")}, "serve.most_seconds=inf"),
-        ({"most_waiting": 250}, "connections=256 must be more than most_waiting=250 and rows=8 together"),
+        (
+            {"most_waiting": 250},
+            "connections=256 must be more than most_waiting=250 and rows=8 together",
+        ),
         ({"public_status": "yes"}, "serve.public_status='yes' must be True or False"),
         ({"host": ""}, "serve.host='' must be a name or an address"),
         ({"host": "no such host"}, "serve.host='no such host'"),
         ({"host": "a" * 70}, "serve.host='aaa.*' is no name or address that this machine knows"),
         ({"host": "198.51.100.7"}, "198.51.100.7.*no such address on this machine"),
-        ({"allowed_hosts": "https://music.example"}, "'https://music.example' is no host; give names without scheme"),
+        (
+            {"allowed_hosts": "https://music.example"},
+            "'https://music.example' is no host; give names without scheme",
+        ),
         ({"allowed_hosts": "music.example:80"}, "'music.example:80' is no host"),
         ({"allowed_hosts": "*.example"}, "is no host"),
         ({"allowed_hosts": "müsik.example"}, "write a name with other letters than a to z as xn--"),
         ({"allowed_hosts": 3}, "serve.allowed_hosts=3 must be a text"),
-        ({"allowed_origins": "music.example"}, "'music.example' is no origin; give scheme, host and port alone"),
+        (
+            {"allowed_origins": "music.example"},
+            "'music.example' is no origin; give scheme, host and port alone",
+        ),
         ({"allowed_origins": "https://music.example/"}, "is no origin"),
         ({"allowed_origins": "null"}, "is no origin"),
     ],
@@ -90,11 +99,16 @@ def test_more_connections_than_files_are_refused(monkeypatch, refused):
 
 def test_an_address_in_use_is_refused(refused):
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        refused(ValueError, "Address already in use.*give another port", port=taken.getsockname()[1])
+        refused(
+            ValueError, "Address already in use.*give another port", port=taken.getsockname()[1]
+        )
 
 
 def test_a_name_with_several_addresses_has_one_port(monkeypatch):
-    addresses = [(socket.AF_INET, 1, 6, "", ("127.0.0.1", 0)), (socket.AF_INET, 1, 6, "", ("127.0.0.2", 0))]
+    addresses = [
+        (socket.AF_INET, 1, 6, "", ("127.0.0.1", 0)),
+        (socket.AF_INET, 1, 6, "", ("127.0.0.2", 0)),
+    ]
     absent = [(socket.AF_INET, 1, 6, "", ("198.51.100.7", 0))]
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: addresses + absent)
     sockets = settings.listen("localhost", 0)
@@ -105,7 +119,9 @@ def test_a_name_with_several_addresses_has_one_port(monkeypatch):
 
 
 def test_a_missing_bundle_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no bundle in .*nothing: `musicrl export` writes one"):
+    with pytest.raises(
+        FileNotFoundError, match=r"no bundle in .*nothing: `musicrl export` writes one"
+    ):
         serving.serve(str(tmp_path / "nothing"))
 
 
@@ -141,14 +157,22 @@ def test_a_token_that_cannot_be_sent_is_refused(tmp_path, refused, content, why)
 
 
 def test_a_token_is_read_from_a_regular_file_alone(tmp_path, refused):
-    refused(FileNotFoundError, "serve.token_file=.* does not exist", token_file=str(tmp_path / "token"))
+    refused(
+        FileNotFoundError, "serve.token_file=.* does not exist", token_file=str(tmp_path / "token")
+    )
     refused(ValueError, "is no regular file", token_file=str(tmp_path))
     refused(ValueError, "is no regular file", token_file="/dev/zero")
 
 
 def test_hosts_and_origins_are_read_as_browsers_send_them():
-    assert settings.read_hosts("Music.example, [::1],10.0.0.5 ,") == {"music.example", "::1", "10.0.0.5"}
-    origins = "https://Music.example:443,http://a.example:80,http://a.example:8080, https://[::1]:80"
+    assert settings.read_hosts("Music.example, [::1],10.0.0.5 ,") == {
+        "music.example",
+        "::1",
+        "10.0.0.5",
+    }
+    origins = (
+        "https://Music.example:443,http://a.example:80,http://a.example:8080, https://[::1]:80"
+    )
     assert settings.read_origins(origins) == (
         "https://music.example",
         "http://a.example",
