@@ -3,12 +3,11 @@
 Legend: B clips, N samples, L text pieces.
 """
 
-import csv
 import dataclasses
 import functools
-import io
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,11 +16,12 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
-from musicrl_jax.core.files import read_text
+from musicrl_jax.core import tables
 from musicrl_jax.inputs import tasks
 
 RATING_COLUMNS = ("clip", "rater", "score")
 LOWEST_SCORE, HIGHEST_SCORE = 1.0, 5.0
+_NUMBER = re.compile(r"[0-9]+(\.[0-9]*)?")  # float() takes 1_0, nan and other digits too
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,10 +221,7 @@ class Ratings:
         rated = _RatedClips()
         for rating in _read_ratings(self.ratings_csv):
             if rating.clip not in places:
-                raise ValueError(
-                    f"ratings_csv {self.ratings_csv} line {rating.line}: no clip {rating.clip!r} "
-                    f"in {sorted(self.clips.datasets)}"
-                )
+                raise rating.row.error("clip", f"no clip {rating.clip!r} in {sorted(self.clips.datasets)}")
             name, clip_split, index = places[rating.clip]
             if clip_split == split:
                 rated.append((sets[name][split], index, rating.score))
@@ -253,31 +250,27 @@ class _RatedClips(list):
 
 
 class Rating(NamedTuple):
-    """One row of a table of ratings, and the line that it stands on."""
+    """One row of a table of ratings, and the clip and score that it states."""
 
-    line: int
+    row: tables.Row
     clip: str
     score: float
 
 
 def _read_ratings(path: str) -> list[Rating]:
-    """Every row; ValueError that names the line where one is wrong."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"ratings_csv: {path!r} is no file")
+    """Reads every row.
+
+    Raises FileNotFoundError where there is no table, and ValueError with line and column where a row is wrong.
+    """
+    if Path(path).suffix.lower() != ".csv" or not Path(path).exists():
+        kind = ValueError if Path(path).exists() else FileNotFoundError
+        raise kind(f"ratings_csv: {path!r} is no .csv file: give one with {', '.join(RATING_COLUMNS)}")
     ratings = []
-    reader = csv.DictReader(io.StringIO(read_text(path), newline=""))
-    if missing := [column for column in RATING_COLUMNS if column not in (reader.fieldnames or ())]:
-        raise ValueError(f"ratings_csv {path} line 1: no column {', '.join(missing)}; it has {reader.fieldnames}")
-    for row in reader:
-        try:
-            score = float(row["score"])
-        except (TypeError, ValueError):
-            score = math.nan
+    for row in tables.read_rows(path, dict.fromkeys(RATING_COLUMNS, str)):
+        text = row.values["score"].strip()
+        score = float(text) if _NUMBER.fullmatch(text) else math.nan
         if not LOWEST_SCORE <= score <= HIGHEST_SCORE:
-            raise ValueError(
-                f"ratings_csv {path} line {reader.line_num}: score {row['score']!r} is no number from 1 to 5"
-            )
-        ratings.append(Rating(reader.line_num, row["clip"], score))
-    if not ratings:
-        raise ValueError(f"ratings_csv {path} holds no ratings")
+            remedy = "; write a point, not a comma" if "," in text else ""
+            raise row.error("score", f"{row.values['score']!r} is no number from 1 to 5{remedy}")
+        ratings.append(Rating(row, row.values["clip"], score))
     return ratings

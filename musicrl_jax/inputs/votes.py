@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from musicrl_jax.core.files import read_text, write_text
+from musicrl_jax.core import tables
+from musicrl_jax.core.files import write_text
 from musicrl_jax.inputs import tasks
 from musicrl_jax.inputs.tokens import Tokens, read
 
@@ -105,8 +106,12 @@ class Votes:
         places = {each: self._places(each) for each in self._tokens.splits()}
         for vote in (cast := read_votes(self.directory)):
             if not any(vote.a in known for known in places.values()):
-                raise ValueError(f"{self.directory}/{VOTES} line {vote.line}: no clip {vote.a!r} in any split")
+                raise self._error(vote, "a", "in any split")
         return [vote for vote in cast if vote.counts and vote.a in places.get(split, {})]
+
+    def _error(self, vote: Vote, column: str, place: str) -> ValueError:
+        row = tables.Row(Path(self.directory) / VOTES, vote.line, {})
+        return row.error(column, f"no clip {getattr(vote, column)!r} {place}")
 
     @property
     def _tokens(self) -> Tokens:
@@ -122,7 +127,7 @@ class Votes:
         pairs = _Pairs(read(self.directory, split)[0])
         for vote in self.votes(split):
             if vote.b not in places:
-                raise ValueError(f"{self.directory}/{VOTES} line {vote.line}: no clip {vote.b!r} in split {split!r}")
+                raise self._error(vote, "b", f"in split {split!r}")
             pairs.append((places[vote.a], places[vote.b], CHOICES[vote.vote]))
         spec = read(self.directory, split)[1]
         paired = {name: tf.TensorSpec([2, *spec[name].shape], tf.int32) for name in PAIRED}
@@ -146,29 +151,23 @@ class _Pairs(list):
 
 
 def read_votes(directory: str) -> list[Vote]:
-    """Every line of a vote folder's file; ValueError that names the line, the field and the mend where one is wrong."""
+    """Reads every line of a vote folder's file.
+
+    Raises FileNotFoundError where there is none, and ValueError with line and column where a vote is wrong.
+    """
     path = Path(directory) / VOTES
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"directory: no votes at {path}; write them with `musicrl collect`")
     votes = []
-    for number, text in enumerate(read_text(path).removesuffix("\n").split("\n"), start=1):
-        where = f"{path} line {number}"
-        try:
-            fields = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{where} is no JSON: {error}; mend or delete it") from error
-        if not isinstance(fields, dict) or set(fields) != set(FIELDS):
-            raise ValueError(f"{where} must have the fields {', '.join(FIELDS)}, and no others: {text[:80]}")
-        for name, kind in FIELDS.items():
-            if not isinstance(fields[name], kind):
-                raise ValueError(f"{where}: {name} = {fields[name]!r} must be of type {kind.__name__}")
+    for row in tables.read_rows(path, FIELDS, only=True):
+        fields = row.values
         if fields["vote"] not in (*CHOICES, ABSTAINED):
-            raise ValueError(f"{where}: vote = {fields['vote']!r} is none of {(*CHOICES, ABSTAINED)}")
+            raise row.error("vote", f"{fields['vote']!r} is none of {(*CHOICES, ABSTAINED)}")
         if len(fields["heard"]) != 2 or not all(isinstance(heard, bool) for heard in fields["heard"]):
-            raise ValueError(f"{where}: heard = {fields['heard']!r} must be two of true and false, for a and for b")
+            raise row.error("heard", f"{fields['heard']!r} must be two of true and false, for a and for b")
         if fields["a"] == fields["b"]:
-            raise ValueError(f"{where}: a and b are the same clip, {fields['a']!r}")
-        votes.append(Vote(number, **fields))
+            raise row.error("b", f"{fields['a']!r} is clip a too: give two clips")
+        votes.append(Vote(row.line, **fields))
     return votes
 
 

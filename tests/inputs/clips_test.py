@@ -193,15 +193,25 @@ def test_ratings_carry_the_audio_and_score_of_their_row(data_dir, table):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("clip,rater\nten-train-0,ann\n", "line 1: no column score; it has"),
-        ("clip,rater,score\n", "holds no ratings"),
-        ("", "line 1: no column clip, rater, score"),
-        ("clip,rater,score\nten-train-0,ann,3\nten-train-77,ann,3\n", "line 3: no clip 'ten-train-77'"),
-        ("clip,rater,score\nten-train-0,ann,3\nten-train-0,ann,5.5\n", "line 3: score '5.5' is no number from 1 to 5"),
-        ("clip,rater,score\nten-train-0,ann,0\n", "line 2: score '0'"),
-        ("clip,rater,score\nten-train-0,ann,nan\n", "line 2: score 'nan'"),
-        ("clip,rater,score\nten-train-0,ann,good\n", "line 2: score 'good'"),
-        ("clip,rater,score\nten-train-0,ann\n", "line 2: score None"),
+        ("clip,rater\nten-train-0,ann\n", "line 1, column 'score': the column is missing; there are"),
+        ("clip,rater,score\n", "no rows: give at least one"),
+        ("", "line 1, column 'clip': the column is missing"),
+        (
+            "clip,rater,score\nten-train-0,ann,3\nten-train-77,ann,3\n",
+            "line 3, column 'clip': no clip 'ten-train-77'",
+        ),
+        (
+            "clip,rater,score\nten-train-0,ann,3\n\nten-train-0,ann,5.5\n",
+            "line 4, column 'score': '5.5' is no number from 1 to 5$",
+        ),
+        ("clip,rater,score\nten-train-0,ann,0\n", "line 2, column 'score': '0'"),
+        ("clip,rater,score\nten-train-0,ann,nan\n", "line 2, column 'score': 'nan'"),
+        ("clip,rater,score\nten-train-0,ann,good\n", "line 2, column 'score': 'good'"),
+        ("clip,rater,score\nten-train-0,ann,0_3\n", "line 2, column 'score': '0_3'"),
+        ("clip,rater,score\nten-train-0,ann\n", "line 2, column 'score': the row ends before it"),
+        ("clip,rater,score\nten-train-0,ann,4,5\n", "line 2, column 4: 4 values for 3 columns: put quotes"),
+        ('clip,rater,score\nten-train-0,ann,"4,5"\n', "line 2, column 'score': '4,5' .*; write a point, not a comma"),
+        ('clip,rater,score\nten-train-0,"ann,4\nten-train-1,bob,4\n', "line 2, column 'rater': the quote that opens"),
     ],
 )
 def test_a_wrong_table_of_ratings_is_refused_with_its_line(data_dir, table, text, message):
@@ -217,5 +227,5 @@ def test_a_table_of_ratings_that_is_not_utf8_is_told_by_file_and_line(data_dir, 
 
 
 def test_a_missing_table_of_ratings_is_refused(data_dir):
-    with pytest.raises(FileNotFoundError, match=r"ratings_csv: '/no/table.csv'"):
+    with pytest.raises(FileNotFoundError, match=r"ratings_csv: '/no/table.csv' is no .csv file"):
         Ratings(Clips({"ramp/ten": 1.0}, data_dir, 100), "/no/table.csv").count("train")

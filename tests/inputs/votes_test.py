@@ -88,12 +88,14 @@ def test_any_prompt_is_kept(folder, prompt):
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({"vote": "c"}, r"line 2: vote = 'c' is none of \('a', 'b', 'tie', 'abstain'\)"),
-        ({"heard": [True]}, r"line 2: heard = \[True\] must be two"),
-        ({"heard": [1, 0]}, r"line 2: heard = \[1, 0\] must be two"),
-        ({"prompt": 3}, "line 2: prompt = 3 must be of type str"),
-        ({"b": "clip-0"}, "line 2: a and b are the same clip, 'clip-0'"),
-        ({"time": 3}, "line 2 must have the fields prompt, a, b, vote, listener, heard, and no others"),
+        ({"vote": "c"}, r"line 2, column 'vote': 'c' is none of \('a', 'b', 'tie', 'abstain'\)"),
+        ({"heard": [True]}, r"line 2, column 'heard': \[True\] must be two"),
+        ({"heard": [1, 0]}, r"line 2, column 'heard': \[1, 0\] must be two"),
+        ({"heard": "yes"}, "line 2, column 'heard': 'yes' where a list should be"),
+        ({"prompt": 3}, "line 2, column 'prompt': 3 where text should be"),
+        ({"prompt": "a \ud800 b"}, "line 2, column 'prompt': half of a surrogate pair"),
+        ({"b": "clip-0"}, "line 2, column 'b': 'clip-0' is clip a too"),
+        ({"time": 3}, "line 2, column 'time': no such column; there are prompt, a, b, vote, listener, heard"),
     ],
 )
 def test_a_damaged_line_is_named(folder, changes, complaint):
@@ -107,19 +109,26 @@ def test_a_damaged_line_is_named(folder, changes, complaint):
 def test_what_is_no_json_or_missing_is_named(folder):
     with open(f"{folder}/{VOTES}", "a") as file:
         file.write("{half a line")
-    with pytest.raises(ValueError, match="line 8 is no JSON"):
+    with pytest.raises(ValueError, match="line 8, column 2: not JSON"):
         read_votes(folder)
     with pytest.raises(FileNotFoundError, match=r"no votes at .*elsewhere/votes\.jsonl; write them with"):
         read_votes(f"{folder}/elsewhere")
 
 
+def test_a_field_given_twice_is_named(folder):
+    with open(f"{folder}/{VOTES}", "a") as file:
+        file.write('\n{"prompt": "p", "a": "clip-0", "a": "clip-2", "b": "clip-1", "vote": "a"}\n')
+    with pytest.raises(ValueError, match="line 9, column 'a': twice in one object"):
+        read_votes(folder)
+
+
 def test_a_clip_that_is_not_there_is_named(folder):
     write_votes(folder, [vote(0), vote(1)._replace(b="clip-9")])  # which is in another split
-    with pytest.raises(ValueError, match="line 2: no clip 'clip-9' in split 'train'"):
+    with pytest.raises(ValueError, match="line 2, column 'b': no clip 'clip-9' in split 'train'"):
         next(Votes(folder).batches("train", 1, seed=0))
     write_votes(folder, [vote(0), vote(1)._replace(a="clip-99")])
     for split in ("train", "validation"):
-        with pytest.raises(ValueError, match="line 2: no clip 'clip-99' in any split"):
+        with pytest.raises(ValueError, match="line 2, column 'a': no clip 'clip-99' in any split"):
             Votes(folder).count(split)
 
 
