@@ -15,7 +15,8 @@ import joblib
 import numpy as np
 import tensorflow_datasets as tfds
 
-from data.audio_folder import recordings
+from data.audio_folder import captions, recordings
+from data.audio_folder.streams import Unusable
 from data.records import RepeatableWriter
 from musicrl_jax.core.progress import Progress
 
@@ -33,11 +34,19 @@ class AudioFolderConfig(tfds.core.BuilderConfig):
     """.jsonl or .csv with columns file, caption and, if a file has more than one row, id."""
     clip_seconds: float = 10.0
     sample_rate_hz: int = 16000
+    silence_share_limit: float = 0.9
+    """A clip with a greater share of silence, or of a constant, is left out; 1 keeps all."""
+    allow_outside: bool = False
+    """Whether a row's `file` may be an absolute path, or lead out of `folder` by `..`."""
 
     def __post_init__(self):
         for field in ("clip_seconds", "sample_rate_hz"):
             if not 0 < getattr(self, field) < math.inf:
                 raise ValueError(f"audio_folder/{self.name}: {field} is {getattr(self, field)}: give more than 0")
+        if not 0 <= self.silence_share_limit <= 1:
+            raise ValueError(
+                f"audio_folder/{self.name}: silence_share_limit is {self.silence_share_limit}: give 0 to 1"
+            )
         if not self.samples:
             raise ValueError(
                 f"audio_folder/{self.name}: clip_seconds is {self.clip_seconds}, less than a sample: give more"
@@ -64,11 +73,14 @@ class Builder(tfds.core.GeneratorBasedBuilder):
         Raises ValueError if a data set of this name was built from another config, captions or recordings, as
         far as these are still there: a set outlives what it was built from.
         """
-        super().download_and_prepare(**options)
         path = self.data_path / "made_from.json"
-        if not path.exists():
-            return  # a set of an earlier version, which did not note it
-        built, now = json.loads(path.read_text()), self._made_from()
+        is_built = path.exists()  # a set of an earlier version did not note it
+        super().download_and_prepare(**options)
+        if not is_built:
+            return
+        # A setting that a set does not note is younger than the set, and had its default.
+        built = {"silence_share_limit": AudioFolderConfig.silence_share_limit} | json.loads(path.read_text())
+        now = self._made_from(built)
         if changed := [_change(name, built[name], now[name]) for name in now if now[name] not in (None, built[name])]:
             raise ValueError(
                 f"{self.data_path} was built from another {'; another '.join(changed)}: give this config another "
@@ -102,82 +114,121 @@ class Builder(tfds.core.GeneratorBasedBuilder):
         folder = pathlib.Path(config.folder).expanduser()
         if not folder.is_dir():
             raise FileNotFoundError(f"audio_folder/{config.name}: folder {folder} does not exist")
-        rows = recordings.read_captions(pathlib.Path(config.captions).expanduser())
-        (self.data_path / "made_from.json").write_text(json.dumps(self._made_from(), indent=2))
-        peaks, skipped = self._check(folder, list(dict.fromkeys(row["file"] for row in rows)))
-        rows = [row for row in rows if row["file"] in peaks]
-        self._tell(skipped, len(rows))
-        splits = recordings.splits_of([row["file"] for row in rows])
-        by_split = {
-            split: [row for row in rows if splits[row["file"]] == split] for split in ("train", "validation", "test")
-        }
-        return {
-            split: self._generate_examples(split, folder, chosen, peaks) for split, chosen in by_split.items() if chosen
-        }
+        rows = captions.read_captions(pathlib.Path(config.captions).expanduser(), config.allow_outside)
+        files = list(dict.fromkeys(row["file"] for row in rows))
+        (self.data_path / "made_from.json").write_text(json.dumps(self._made_from({}, files), indent=2))
+        usable, skipped = self._check(folder, files)
+        self._report(usable, skipped)
+        splits = self._splits(usable)
+        by_split = {split: [] for split in ("train", "validation", "test")}
+        for row in rows:
+            if row["file"] in usable:
+                by_split[splits[row["file"]]].append(row)
+        return {split: self._generate_examples(split, folder, chosen, usable) for split, chosen in by_split.items()}
 
     def _generate_examples(
-        self, split: str, folder: pathlib.Path, rows: list[recordings.Row], peaks: dict[str, np.float32]
+        self, split: str, folder: pathlib.Path, rows: list[captions.Row], usable: dict[str, recordings.Recording]
     ):
-        read = _in_parallel(lambda row: self._clips(folder / row["file"], peaks[row["file"]]), rows)
-        told = Progress(
-            zip(rows, read, strict=True), f"audio_folder/{self.builder_config.name} {split} files", len(rows)
-        )
-        for row, clips in told:
+        config = self.builder_config
+        read = _in_parallel(lambda row: self._clips(folder / row["file"], usable[row["file"]].peak), rows)
+        for row, clips in self._progress(zip(rows, read, strict=True), f"{split} files", len(rows)):
             for number, audio in enumerate(clips):
+                if usable[row["file"]].silence[number] > config.silence_share_limit:
+                    continue
                 name = f"{row['id']}-{number:04d}"
-                where = {"file": row["file"], "start_seconds": number * self.builder_config.clip_seconds}
+                where = {"file": row["file"], "start_seconds": number * config.clip_seconds}
                 yield name, {"audio": audio, "caption": row["caption"], "id": name, "attributes": json.dumps(where)}
 
-    def _made_from(self) -> dict[str, object]:
-        """What the clips depend on: folder by its name, captions by their hash, recordings by their sizes in bytes.
+    def _progress(self, items: Iterable, label: str, total: int) -> Progress:
+        return Progress(items, f"audio_folder/{self.builder_config.name} {label}", total)
+
+    def _made_from(self, built: dict[str, object], files: Iterable[str] = ()) -> dict[str, object]:
+        """Returns what the clips depend on: folder by its name, captions by their hash, recordings by sizes in bytes.
 
         None for captions that are not there, and for recordings if none is.
+
+        Args:
+          built: what a set was built from; its captions are not read again where they are the same.
+          files: the recordings of a set that is not built.
         """
         config = self.builder_config
-        folder, captions = (pathlib.Path(path).expanduser() for path in (config.folder, config.captions))
-        there = captions.is_file()
-        files = {row["file"]: folder / row["file"] for row in recordings.read_captions(captions)} if there else {}
-        sizes = {file: path.stat().st_size if path.is_file() else None for file, path in files.items()}
+        folder, table = (pathlib.Path(path).expanduser() for path in (config.folder, config.captions))
+        captions_hash = hashlib.sha256(table.read_bytes()).hexdigest() if table.is_file() else None
+        if built and captions_hash == built["captions"]:
+            files = built["recordings"] or ()
+        elif built and captions_hash is not None:
+            files = dict.fromkeys(row["file"] for row in captions.read_captions(table, config.allow_outside))
+        sizes = {}
+        for file in self._progress(files, "files looked at", len(files)) if files else ():
+            sizes[file] = recordings.file_size(folder / file)
         return {
             "clip_seconds": config.clip_seconds,
             "sample_rate_hz": config.sample_rate_hz,
+            "silence_share_limit": config.silence_share_limit,
             "folder": folder.absolute().name,
-            "captions": hashlib.sha256(captions.read_bytes()).hexdigest() if there else None,
+            "captions": captions_hash,
             "recordings": sizes if any(size is not None for size in sizes.values()) else None,
         }
 
     def _check(
         self, folder: pathlib.Path, files: list[str]
-    ) -> tuple[dict[str, np.float32], dict[str, recordings.Unusable]]:
-        """The peak of each file that can be used, and what is wrong with each that cannot."""
-        found = _in_parallel(lambda file: self._examine(folder / file), files)
-        told = Progress(
-            zip(files, found, strict=True), f"audio_folder/{self.builder_config.name} files checked", len(files)
-        )
-        outcomes = dict(told)
-        skipped = {file: found for file, found in outcomes.items() if isinstance(found, recordings.Unusable)}
-        return {file: found for file, found in outcomes.items() if file not in skipped}, skipped
+    ) -> tuple[dict[str, recordings.Recording], dict[str, Unusable]]:
+        """Returns what each file that can be used holds, and what is wrong with each that cannot."""
+        usable, skipped = {}, {}
+        outcomes = _in_parallel(lambda file: self._examine(folder / file), files)
+        for file, outcome in self._progress(zip(files, outcomes, strict=True), "files checked", len(files)):
+            (skipped if isinstance(outcome, Unusable) else usable)[file] = outcome
+        return usable, skipped
 
-    def _examine(self, path: pathlib.Path) -> np.float32 | recordings.Unusable:
+    def _examine(self, path: pathlib.Path) -> recordings.Recording | Unusable:
+        config = self.builder_config
         try:
-            return recordings.examine(path, self.builder_config.clip_seconds, self.builder_config.sample_rate_hz)
-        except recordings.Unusable as unusable:
+            recording = recordings.examine(path, config.clip_seconds, config.sample_rate_hz)
+        except Unusable as unusable:
             return unusable
+        if min(recording.silence) > config.silence_share_limit:
+            reason = (
+                f"more than {config.silence_share_limit:.0%} of each clip is silence or a constant: "
+                "record it again, or build with a greater silence_share_limit"
+            )
+            return Unusable(reason, f"{len(recording.silence)} clips")
+        return recording
 
-    def _tell(self, skipped: dict[str, recordings.Unusable], left: int) -> None:
+    def _splits(self, usable: dict[str, recordings.Recording]) -> dict[str, str]:
+        """Returns the split of each file. Copies of a recording are one recording, by the first of their names."""
+        firsts = {}
+        for file in sorted(usable):
+            firsts.setdefault(usable[file].digest, file)
+        try:
+            splits = captions.splits_of(self._progress(firsts.values(), "recordings split", len(firsts)))
+        except ValueError as error:
+            raise ValueError(f"audio_folder/{self.builder_config.name}: {error}") from error
+        return {file: splits[firsts[recording.digest]] for file, recording in usable.items()}
+
+    def _report(self, usable: dict[str, recordings.Recording], skipped: dict[str, Unusable]) -> None:
+        """Writes skipped.json and names on stderr what is left out; raises ValueError if nothing is left."""
+        name, limit = f"audio_folder/{self.builder_config.name}", self.builder_config.silence_share_limit
         by_reason = collections.defaultdict(dict)
         for file, unusable in skipped.items():
             by_reason[unusable.reason][file] = unusable.value
-        summary = "; ".join(f"{len(files)} {reason} ({_named(files)})" for reason, files in by_reason.items())
-        if not left:
-            raise ValueError(f"audio_folder/{self.builder_config.name}: no file can be used: {summary}")
+        summary = _summary(by_reason)
+        if not usable:
+            raise ValueError(f"{name}: no file can be used: {summary}")
         if skipped:
-            print(f"audio_folder/{self.builder_config.name}: {len(skipped)} files skipped: {summary}", file=sys.stderr)
-        by_reason = {reason: {"count": len(files), "files": files} for reason, files in by_reason.items()}
-        (self.data_path / "skipped.json").write_text(json.dumps(by_reason, indent=2))
+            print(f"{name}: {len(skipped)} files skipped: {summary}", file=sys.stderr)
+        report = {reason: {"count": len(files), "files": files} for reason, files in by_reason.items()}
+
+        # Clips of files that are used.
+        silent = {file: sum(share > limit for share in recording.silence) for file, recording in usable.items()}
+        if clips := sum(silent.values()):
+            reason = f"clips left out, each more than {limit:.0%} silence or a constant"
+            files = {file: f"{count} of {len(usable[file].silence)} clips" for file, count in silent.items() if count}
+            print(f"{name}: {clips} {reason} ({_named(files)})", file=sys.stderr)
+            report[reason] = {"count": clips, "files": files}
+        (self.data_path / "skipped.json").write_text(json.dumps(report, indent=2))
 
     def _clips(self, path: pathlib.Path, peak: np.float32) -> Iterator[np.ndarray]:
-        """A file's clips, the first of them read already."""
+        """Returns a file's clips, the first of them read already."""
         clips = self._read(path, peak)
         return itertools.chain(list(itertools.islice(clips, max(1, _AHEAD // self.builder_config.samples))), clips)
 
@@ -186,8 +237,12 @@ class Builder(tfds.core.GeneratorBasedBuilder):
             yield from recordings.read_clips(
                 path, self.builder_config.clip_seconds, self.builder_config.sample_rate_hz, peak
             )
-        except recordings.Unusable as unusable:
+        except Unusable as unusable:
             raise ValueError(f"{path} changed since it was checked: {unusable}; build again") from unusable
+
+
+def _summary(by_reason: dict[str, dict[str, str]]) -> str:
+    return "; ".join(f"{len(files)} {reason} ({_named(files)})" for reason, files in by_reason.items())
 
 
 def _in_parallel(function: Callable, items: Iterable) -> Iterator:

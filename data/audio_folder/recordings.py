@@ -1,34 +1,51 @@
-"""Recordings: the list of files and captions, and one file's clips, read in blocks so that length costs no memory.
+"""Recordings: one file's clips, read in blocks so that length costs no memory.
 
 Shapes: N samples of a clip.
 """
 
-import csv
 import hashlib
-import io
-import json
 import pathlib
 import re
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 import soundfile
 import soxr
 
-from musicrl_jax.core.files import read_text
+from data.audio_folder.streams import (
+    SLACK_SECONDS,
+    Stream,
+    StreamFile,
+    Unusable,
+    check_length,
+    is_open,
+    streams,
+)
 
-Row = dict[str, str]
-
-_COLUMNS = ("file", "caption")
 _ENOUGH = 0.95  # of a clip: a file that is a little shorter is repeated from its start
 _BLOCK = 2**20  # samples of all channels together that are decoded at once
+_SMALL_BLOCK = 256  # samples of each channel that may be lost where a stream breaks off
 _LEAST_RATE_HZ = 1000  # below it the header is wrong, and resampling would make hours out of a small file
 _GREATEST = 2.0**31  # in full scales: 32-bit samples read as floats still pass
-# What libsndfile notes of a wav, an aiff and an ogg that end early; a wav's 2^32 - 1 bytes mean "streamed".
-_CUT_SHORT = re.compile(
-    r"(?m)^\s*(?:data|SSND) : (?!4294967295)\d+ \(should be"
-    r"|File ended unexpectedly|Junk after the last page"
-)
+_WINDOW_SECONDS = 0.1  # the span of sound that is silent or not
+_QUIET = 2e-3  # full scales from the lowest sample to the highest: silence, at -60 dB, or a constant
+# What libsndfile notes of an aiff, an au and a w64 whose sizes are not those of the file, in bytes.
+_OTHER_SIZE = re.compile(r"(?m)^\s*(?:SSND|Data Size|riff)\s*: (\d+) \(should be (\d+)\)")
+
+
+class Recording(NamedTuple):
+    """What a file holds, at the rate of the data set.
+
+    Attributes:
+      peak: the greatest magnitude, in full scales.
+      silence: for each clip, the share of it that is silence or a constant.
+      digest: of all samples: equal for copies of a recording.
+    """
+
+    peak: np.float32
+    silence: tuple[float, ...]
+    digest: bytes
 
 
 class _Forward(soundfile.SoundFile):
@@ -42,61 +59,46 @@ class _Forward(soundfile.SoundFile):
         return False
 
 
-class Unusable(ValueError):
-    """A recording that cannot be used: the reason and its mend, the same for all files with this fault; a value."""
-
-    def __init__(self, reason: str, value: str = ""):
-        super().__init__(f"{reason} ({value})" if value else reason)
-        self.reason, self.value = reason, value
-
-
-def read_captions(path: pathlib.Path) -> list[Row]:
-    """Rows with `file`, `caption` and `id` from a .jsonl or .csv file, in its order.
-
-    Without an id column the id is the file's name. Raises FileNotFoundError, or ValueError with file, line and
-    column of the first row that is not as it should be.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"captions: {path} does not exist: give a .jsonl or .csv with columns file, caption")
-    if path.suffix not in (".jsonl", ".csv"):
-        raise ValueError(f"captions: {path} ends in {path.suffix!r}: give a .jsonl or .csv file")
-    text = read_text(path)
-    rows = _read_jsonl(path, text) if path.suffix == ".jsonl" else _read_csv(path, text)
-    seen = {}
-    for line, row in rows:
-        for column in _COLUMNS:
-            if not isinstance(row.get(column), str) or not row[column].strip():
-                raise ValueError(f"{path}, line {line}, column {column!r}: {row.get(column)!r} where text should be")
-        row["id"] = str(row.get("id") or row["file"])
-        if row["id"] in seen:
-            raise ValueError(
-                f"{path}, line {line}, column 'id': {row['id']!r} is also on line {seen[row['id']]}: "
-                "give each row another id"
-            )
-        seen[row["id"]] = line
-    if not seen:
-        raise ValueError(f"{path}: no rows: give at least one with file, caption")
-    return [row for _, row in rows]
-
-
-def examine(path: pathlib.Path, clip_seconds: float, sample_rate_hz: int) -> np.float32:
-    """The file's greatest magnitude at `sample_rate_hz`, in full scales. Reads all of it; raises Unusable."""
-    peak, count = np.float32(0.0), 0
+def examine(path: pathlib.Path, clip_seconds: float, sample_rate_hz: int) -> Recording:
+    """Reads all of a file; raises Unusable where it cannot be used."""
+    length = round(clip_seconds * sample_rate_hz)
+    window = min(length, max(1, round(_WINDOW_SECONDS * sample_rate_hz)))
+    peak, count, digest = np.float32(0.0), 0, hashlib.blake2b()
+    rest, silence = np.zeros(0, np.float32), []
     for samples in _blocks(path, sample_rate_hz):
         count += len(samples)
         peak = np.maximum(peak, np.abs(samples).max(initial=0.0))  # keeps a NaN, as max would not
+        digest.update(samples)
+        rest = np.concatenate([rest, samples])
+        whole = len(rest) // length * length
+        silence += [_silent_share(clip, window) for clip in rest[:whole].reshape(-1, length)]
+        rest = rest[whole:]
     if not peak < _GREATEST:
         raise Unusable("samples far beyond full scale: export it again", f"{peak:.3g} times")
-    if count < _ENOUGH * round(clip_seconds * sample_rate_hz):
+    if count < _ENOUGH * length:
         reason = f"shorter than a clip of {clip_seconds:g} s: give longer files, or build with shorter clip_seconds"
         raise Unusable(reason, f"{count / sample_rate_hz:.3f} s")
-    return peak
+    return Recording(peak, tuple(silence or [_silent_share(rest, window)]), digest.digest())
+
+
+def file_size(path: pathlib.Path) -> int | None:
+    """Returns the size of a regular file in bytes; None where there is none, or it cannot be looked at."""
+    try:
+        return path.stat().st_size if path.is_file() else None
+    except OSError:
+        return None
+
+
+def _silent_share(samples: np.ndarray, window: int) -> float:
+    """Returns the share of windows of N samples whose samples hardly differ."""
+    windows = samples[: len(samples) // window * window].reshape(-1, window)
+    return float(np.mean(np.ptp(windows, axis=1) < _QUIET)) if len(windows) else 0.0
 
 
 def read_clips(path: pathlib.Path, clip_seconds: float, sample_rate_hz: int, peak: np.float32) -> Iterator[np.ndarray]:
-    """The file as mono int16 [N] clips that do not overlap; a tail shorter than a clip is dropped.
+    """Yields a file as mono int16 [N] clips that do not overlap; a tail shorter than a clip is dropped.
 
-    `peak` is what `examine` found: samples beyond full scale (mp3, opus and float files can have them) bring the whole
+    `peak` is that of `examine`: samples beyond full scale (mp3, opus and float files can have them) bring the whole
     file down. A file between 95 and 100 % of one clip is repeated from its start. Raises Unusable.
     """
     length = round(clip_seconds * sample_rate_hz)
@@ -112,80 +114,87 @@ def read_clips(path: pathlib.Path, clip_seconds: float, sample_rate_hz: int, pea
 
 
 def _blocks(path: pathlib.Path, sample_rate_hz: int) -> Iterator[np.ndarray]:
-    """The file as mono float32 at `sample_rate_hz`, a block at a time; together what the whole file would give."""
-    if not path.is_file():
-        raise Unusable("missing: put the file there, or mend its name in the captions")
-    if path.stat().st_size == 0:
-        raise Unusable("zero bytes long: copy the file again")
+    """Yields a file as mono float32 at `sample_rate_hz`, a block at a time; together what the whole file would give."""
     try:
-        with _Forward(path) as file:
-            yield from _resampled(file, sample_rate_hz)
+        there = path.is_file()
+        if not there and path.exists():
+            raise Unusable("not a regular file, but a folder, a pipe or a device: give a file")
+        if there and path.stat().st_size == 0:
+            raise Unusable("zero bytes long: copy the file again")
+        if not there:
+            raise Unusable("missing: put the file there, or mend its name in the captions")
+        for stream in streams(path):
+            with StreamFile(path, stream) as raw:
+                yield from _resampled(raw, stream, sample_rate_hz)
     except soundfile.LibsndfileError as error:
+        if path.suffix.lower() == ".raw":
+            raise Unusable("raw samples without a header: convert it to wav or flac") from error
         raise Unusable("not readable as audio, or damaged: replace it, or convert it to wav or flac") from error
-    except TypeError as error:  # soundfile asks for the rate of a .raw
-        raise Unusable("raw samples without a header: convert it to wav or flac") from error
+    except OSError as error:
+        raise Unusable("not readable: look at its name, its permissions and its disk", error.strerror or "") from error
 
 
-def _resampled(file: _Forward, sample_rate_hz: int) -> Iterator[np.ndarray]:
-    rate_hz, promised, read = file.samplerate, file.frames, 0
-    if _CUT_SHORT.search(file.extra_info):
-        raise Unusable("truncated: copy or fetch the file again", "less than its header says")
-    if promised == 0:
-        raise Unusable("no samples: export it again")
-    if rate_hz < _LEAST_RATE_HZ:
-        raise Unusable("a sample rate that no recording has: mend its header, or export it again", f"{rate_hz} Hz")
-    stream = soxr.ResampleStream(rate_hz, sample_rate_hz, 1, dtype="float32")
-    while len(samples := file.read(_BLOCK // file.channels, dtype="float32", always_2d=True)):
-        with np.errstate(over="ignore", invalid="ignore"):  # told of below
-            mono = samples.mean(axis=1)
-        if not (finite := np.isfinite(mono)).all():
-            at = (read + int(np.argmin(finite))) / rate_hz
-            raise Unusable("NaN or infinite samples: export it again", f"the first at {at:.3f} s")
-        read += len(samples)
-        yield stream.resample_chunk(mono)
-    if read < promised:
-        found = f"{read / rate_hz:.3f} of {promised / rate_hz:.3f} s"
-        raise Unusable("truncated: copy or fetch the file again", found)
-    yield stream.resample_chunk(np.zeros(0, np.float32), last=True)
+def _resampled(raw: StreamFile, stream: Stream, sample_rate_hz: int) -> Iterator[np.ndarray]:
+    """Yields one stream of a file."""
+    with _Forward(raw) as file:
+        rate_hz = file.samplerate
+        if file.frames == 0:
+            raise Unusable("no samples: export it again")
+        if rate_hz < _LEAST_RATE_HZ:
+            raise Unusable("a sample rate that no recording has: mend its header, or export it again", f"{rate_hz} Hz")
+        _check_notes(file)
+        stated = file.frames if stream.samples is None and file.frames < 2**62 else stream.samples
+        resampler = soxr.ResampleStream(rate_hz, sample_rate_hz, 1, dtype="float32")
+        read = 0
+        for samples in _decoded(raw, file, stated):
+            with np.errstate(over="ignore", invalid="ignore"):  # named below
+                mono = samples.mean(axis=1)
+            if not (finite := np.isfinite(mono)).all():
+                at = (read + int(np.argmin(finite))) / rate_hz
+                raise Unusable("NaN or infinite samples: export it again", f"the first at {at:.3f} s")
+            read += len(samples)
+            yield resampler.resample_chunk(mono)
+    check_length(read, stated, rate_hz)
+    yield resampler.resample_chunk(np.zeros(0, np.float32), last=True)
 
 
-def splits_of(files: list[str]) -> dict[str, str]:
-    """The split of each file by a hash of its name: 90 % train, 5 % validation, 5 % test.
+def _check_notes(file: soundfile.SoundFile) -> None:
+    """Raises Unusable where libsndfile noted that an aiff, an au or a w64 ends early."""
+    for stated, there in (map(int, sizes) for sizes in _OTHER_SIZE.findall(file.extra_info)):
+        seconds = file.frames / file.samplerate
+        stated_seconds = seconds * stated / max(there, 1)
+        if not is_open(stated) and stated_seconds - seconds > SLACK_SECONDS:
+            raise Unusable("truncated: copy or fetch the file again", f"{seconds:.3f} of {stated_seconds:.3f} s")
 
-    A split that would get none takes one from the split with most, as long as that has another to give.
+
+def _decoded(raw: StreamFile, file: soundfile.SoundFile, stated: int | None) -> Iterator[np.ndarray]:
+    """Yields float32 [samples, channels] blocks to the end of a stream, or to where a FLAC breaks off.
+
+    Raises soundfile.LibsndfileError where the stream is damaged before its end.
     """
-    points = {file: int.from_bytes(hashlib.sha256(file.encode()).digest()[:8], "big") / 2**64 for file in files}
-    splits = {
-        file: "train" if point < 0.9 else "validation" if point < 0.95 else "test" for file, point in points.items()
-    }
-    for needy in ("train", "validation", "test"):
-        held = list(splits.values())
-        richest = max(held, key=held.count)
-        if needy not in held and held.count(richest) > 1:
-            given = max((file for file in splits if splits[file] == richest), key=points.get)
-            splits[given] = needy
-    return splits
-
-
-def _read_jsonl(path: pathlib.Path, content: str) -> list[tuple[int, Row]]:
-    rows = []
-    for line, text in enumerate(content.split("\n"), start=1):
-        if not text.strip():
-            continue
+    read, size = 0, _BLOCK // file.channels
+    try:
+        while len(samples := file.read(size, dtype="float32", always_2d=True)):
+            read += len(samples)
+            yield samples
+        return
+    except soundfile.LibsndfileError:
+        if file.format != "FLAC":
+            raise
+    # soundfile gives nothing of a block that ends in an error: read that block again in small ones.
+    raw.seek(0)
+    with _Forward(raw) as again:
+        passed = 0
+        while passed < read:
+            passed += len(again.read(min(size, read - passed), dtype="float32", always_2d=True))
         try:
-            row = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {line}, column {error.colno}: not JSON: {error.msg}") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}, line {line}, column 1: {text[:40]!r} is not an object with file, caption")
-        if missing := [column for column in _COLUMNS if column not in row]:
-            raise ValueError(f"{path}, line {line}: column {missing[0]!r} is missing; there are {sorted(row)}")
-        rows.append((line, row))
-    return rows
-
-
-def _read_csv(path: pathlib.Path, content: str) -> list[tuple[int, Row]]:
-    reader = csv.DictReader(io.StringIO(content, newline=""))
-    if missing := [column for column in _COLUMNS if column not in (reader.fieldnames or ())]:
-        raise ValueError(f"{path}, line 1: column {missing[0]!r} is missing; there are {reader.fieldnames or []}")
-    return [(reader.line_num, row) for row in reader]
+            while True:
+                size = min(_SMALL_BLOCK, stated - read) if stated is not None and read < stated else _SMALL_BLOCK
+                if not len(samples := again.read(size, dtype="float32", always_2d=True)):
+                    break
+                read += len(samples)
+                yield samples
+        except soundfile.LibsndfileError:
+            # Bytes behind the stated length, or half a frame at the end of a file: its recorder was stopped.
+            if not raw.at_end() and (stated is None or read < stated):
+                raise

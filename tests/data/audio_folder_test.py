@@ -1,7 +1,10 @@
 """audio_folder: what can be read is read alike, bad files are named and skipped, captions are told by line."""
 
+import contextlib
 import json
+import os
 import pathlib
+import random
 import re
 import shutil
 import struct
@@ -19,10 +22,11 @@ import soundfile
 import soxr
 import tensorflow_datasets as tfds
 
-from data.audio_folder import audio_folder_dataset_builder, recordings
+from data.audio_folder import audio_folder_dataset_builder, captions, recordings, streams
 from data.audio_folder.audio_folder_dataset_builder import AudioFolderConfig, Builder
 
 RATE_HZ = 16000
+DATA_FILES = pathlib.Path(__file__).parents[1] / "data_files"
 FORMATS = {"wav": {}, "flac": {}, "ogg": {}, "mp3": {}, "opus": {"format": "OGG", "subtype": "OPUS"}}
 
 
@@ -36,13 +40,16 @@ def _write(path: pathlib.Path, samples: np.ndarray, rate_hz: int = RATE_HZ) -> p
     return path
 
 
-def _build(folder: pathlib.Path, captions: str = "captions.jsonl", inside: str = "", seconds: float = 1) -> Builder:
+def _build(
+    folder: pathlib.Path, table: str = "captions.jsonl", inside: str = "", seconds: float = 1, **settings
+) -> Builder:
     config = AudioFolderConfig(
         name="mine",
         folder=str(folder / inside),
-        captions=str(folder / captions),
+        captions=str(folder / table),
         clip_seconds=seconds,
         sample_rate_hz=RATE_HZ,
+        **settings,
     )
     builder = Builder(config=config, data_dir=folder / "built")
     builder.download_and_prepare(file_format="array_record")
@@ -64,7 +71,7 @@ def _skipped(builder: Builder) -> dict:
 
 
 def _clips(path: pathlib.Path, seconds: float = 1.0) -> list[np.ndarray]:
-    peak = recordings.examine(path, seconds, RATE_HZ)
+    peak = recordings.examine(path, seconds, RATE_HZ).peak
     return list(recordings.read_clips(path, seconds, RATE_HZ, peak))
 
 
@@ -80,6 +87,145 @@ def test_every_format_gives_the_samples_that_were_written(tmp_path, ending, floo
         inner = slice(500, -500)  # codecs and resamplers blur a file's ends
         error = np.mean((clip[inner] - there[inner]) ** 2)
         assert 10 * np.log10(np.mean(there[inner] ** 2) / error) > floor_db
+
+
+def _seconds(path: pathlib.Path) -> float:
+    """Reads a file to its end; at 16 kHz."""
+    recordings.examine(path, 0.1, RATE_HZ)
+    return sum(map(len, recordings._blocks(path, RATE_HZ))) / RATE_HZ
+
+
+@pytest.mark.parametrize(
+    ("name", "seconds"),
+    [("vbr_piped.mp3", 8.034), ("cbr_piped.mp3", 8.034), ("info_counts_itself.mp3", 8.0), ("piped.flac", 3.0)],
+)
+def test_a_length_that_a_header_estimates_or_leaves_open_is_no_claim(name, seconds):
+    path = DATA_FILES / name
+    assert _seconds(path) == pytest.approx(seconds, abs=1e-3)
+    assert len(_clips(path)) == int(seconds)
+
+
+@pytest.mark.parametrize("tail", ["ID3v1", "APEv2", "APEv2 and ID3v1", "Lyrics3 and ID3v1", "zeros", "text"])
+@pytest.mark.parametrize("name", ["vbr_piped.mp3", "info_counts_itself.mp3", "flac", "ogg", "opus", "wav"])
+def test_a_tag_behind_the_sound_is_not_sound(tmp_path, name, tail):
+    """The sound in front is whole, sample by sample."""
+    path = DATA_FILES / name
+    if not path.exists():
+        path = _write(tmp_path / f"a.{name}", _music(2.0))
+    ape = struct.pack("<8sIIIQ", b"APETAGEX", 2000, 72, 1, 0)[:-8]
+    ape = ape + struct.pack("<IQ", 0xA0000000, 0) + b"\xff\xfb\x90\x40" * 10 + ape + struct.pack("<IQ", 0x80000000, 0)
+    id3 = b"TAG" + b"\xff\xfb\x90" * 41 + b"xx"
+    assert len(ape) == 104 and len(id3) == 128
+    lyrics = b"LYRICSBEGIN" + b"IND0000210" + b"000021LYRICS200"
+    tails = {"ID3v1": id3, "APEv2": ape, "APEv2 and ID3v1": ape + id3, "Lyrics3 and ID3v1": lyrics + id3}
+    tails |= {"zeros": bytes(4000), "text": b"not a sound " * 333}
+    tagged = tmp_path / f"tagged{path.suffix}"
+    tagged.write_bytes(path.read_bytes() + tails[tail])
+    there, wanted = (np.concatenate(list(recordings._blocks(each, RATE_HZ))) for each in (tagged, path))
+    np.testing.assert_array_equal(there, wanted)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        *[(ending, ending) for ending in FORMATS],
+        ("vbr_piped.mp3", "info_counts_itself.mp3", "cbr_piped.mp3"),
+        ("piped.flac", "flac"),
+    ],
+    ids=" ".join,
+)
+def test_files_that_were_joined_are_read_to_the_end(tmp_path, names):
+    parts = []
+    for number, name in enumerate(names):
+        path = DATA_FILES / name
+        parts.append(path if path.exists() else _write(tmp_path / f"{number}.{name}", (number + 1) / 4 * _music(2.0)))
+    joined = tmp_path / f"joined{parts[0].suffix}"
+    joined.write_bytes(b"".join(part.read_bytes() for part in parts))
+    there = np.concatenate(list(recordings._blocks(joined, RATE_HZ)))
+    wanted = np.concatenate([block for part in parts for block in recordings._blocks(part, RATE_HZ)])
+    if names[0] == "vbr_piped.mp3":  # the last one has no Info frame, and so goes on in the second
+        assert len(there) / RATE_HZ == pytest.approx(len(wanted) / RATE_HZ, abs=0.1)
+    else:
+        np.testing.assert_array_equal(there, wanted)
+
+
+def test_links_of_a_chain_may_have_other_rates(tmp_path):
+    """The first is that of a recorder at 8 kHz stereo, the second one at 44.1 kHz mono."""
+    soundfile.write(tmp_path / "a.ogg", np.stack([_music(2.0, 8000)] * 2, axis=1), 8000)
+    _write(tmp_path / "b.ogg", _music(3.0, 44100), 44100)
+    (tmp_path / "c.ogg").write_bytes((tmp_path / "a.ogg").read_bytes() + (tmp_path / "b.ogg").read_bytes())
+    assert _seconds(tmp_path / "c.ogg") == pytest.approx(5.0, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    "size", [0, 0x7FFFF000, 0x7FFFFFFF, 0x7FFFFFDB, 0x80000000, 0xFFFFFFFF, 0xFFFFFFDB, 64044], ids=hex
+)
+@pytest.mark.parametrize("channels", [1, 2])
+def test_a_wav_of_unknown_length_is_read_to_its_end(tmp_path, size, channels):
+    """Sizes of sox, arecord and ffmpeg in a pipe, of a recorder that died, and one that counts its header."""
+    samples = np.random.default_rng(0).integers(-9999, 9999, 32000, np.int16)
+    (tmp_path / "a.wav").write_bytes(_wav(samples.tobytes(), channels=channels, size=size))
+    there = np.concatenate(list(recordings._blocks(tmp_path / "a.wav", RATE_HZ)))
+    wanted = samples.reshape(-1, channels).mean(axis=1) / 32768
+    np.testing.assert_allclose(there, wanted, atol=1e-6)
+
+
+def test_a_wav_of_more_than_its_header_can_state_is_read_to_its_end(tmp_path):
+    """4 GiB and a second; the file has holes, so takes no space. Its size has run over to one second."""
+    path, length = tmp_path / "a.wav", 2**32 + 32000
+    with open(path, "wb") as file:
+        file.write(_wav(size=32000)[:44])
+        file.truncate(44 + length)
+        file.seek(44 + length - 2)
+        file.write(b"\x00\x40")
+    (stream,) = streams.streams(path)
+    with streams.StreamFile(path, stream) as raw, soundfile.SoundFile(raw) as sound:
+        assert sound.frames == length // 2
+        sound.seek(sound.frames - 2)
+        assert sound.read().tolist() == [0.0, 0.5]
+
+
+def test_chunks_behind_the_sound_of_a_wav_are_not_sound(tmp_path):
+    chunk = b"LIST" + struct.pack("<I", 5) + b"INFO\x00\x00"
+    for size in (0, 64000):
+        (tmp_path / "a.wav").write_bytes(_wav(bytes(size)) + chunk)
+        if size:
+            assert _seconds(tmp_path / "a.wav") == 2.0
+        else:
+            with pytest.raises(streams.Unusable, match="no samples"):
+                _seconds(tmp_path / "a.wav")
+
+
+def test_a_recorder_that_died_leaves_what_it_wrote(tmp_path):
+    """A FLAC of unknown length ends in half a frame, an MP3 without Info too, an Ogg at a page without an end."""
+    whole = (DATA_FILES / "piped.flac").read_bytes()
+    (tmp_path / "a.flac").write_bytes(whole[: len(whole) * 6 // 10])
+    sound = np.concatenate(list(recordings._blocks(DATA_FILES / "piped.flac", RATE_HZ)))
+    there = np.concatenate(list(recordings._blocks(tmp_path / "a.flac", RATE_HZ)))
+    assert len(there) > 0.55 * len(sound)
+    np.testing.assert_array_equal(there, sound[: len(there)])
+    whole = (DATA_FILES / "cbr_piped.mp3").read_bytes()
+    (tmp_path / "a.mp3").write_bytes(whole[: len(whole) // 2])
+    assert _seconds(tmp_path / "a.mp3") == pytest.approx(4.0, abs=0.06)
+    whole = _write(tmp_path / "b.ogg", 0.1 * np.random.default_rng(0).standard_normal(20 * RATE_HZ)).read_bytes()
+    (tmp_path / "a.ogg").write_bytes(whole[: whole.index(b"OggS", len(whole) // 2)])
+    assert 9 < _seconds(tmp_path / "a.ogg") < 12
+
+
+@pytest.mark.parametrize("ending", list(FORMATS))
+def test_any_odd_bytes_are_read_or_refused(tmp_path, ending):
+    """Sixty changes of a file's bytes: no other error than Unusable."""
+    whole, rng = _write(tmp_path / f"a.{ending}", _music(0.5)).read_bytes(), random.Random(0)
+    marks = (b"ID3\x04\0\0\x7f\x7f\x7f\x7f", b"APETAGEX", b"TAG", b"OggS", b"fLaC\0\0\0\x22", b"RIFF", b"Xing")
+    for _ in range(60):
+        content = bytearray(whole)
+        for _ in range(rng.choice((1, 3, 20))):
+            at = rng.randrange(1 + min(len(content), rng.choice((100, len(content)))))
+            stop = at + rng.choice((0, 1, 8, 2000))
+            content[at:stop] = rng.choice((*marks, b"", bytes(8), b"\xff" * 8, bytes([rng.randrange(256)])))
+        (tmp_path / f"b.{ending}").write_bytes(bytes(content or b"x"))
+        with contextlib.suppress(streams.Unusable):
+            assert _seconds(tmp_path / f"b.{ending}") > 0
 
 
 def test_clips_do_not_overlap_and_the_tail_is_dropped(tmp_path):
@@ -120,16 +266,85 @@ def test_a_folder_is_built_and_read(tmp_path):
     assert _skipped(builder) == {}
 
 
-def test_splits_go_by_file_name_and_are_filled_where_possible():
+def _counts(splits: dict[str, str]) -> list[int]:
+    return [list(splits.values()).count(split) for split in ("train", "validation", "test")]
+
+
+@pytest.mark.parametrize(
+    ("count", "least", "most"), [(3, 1, 1), (9, 1, 1), (19, 1, 1), (20, 2, 2), (40, 4, 4), (79, 7, 7), (200, 8, 20)]
+)
+def test_splits_of_few_recordings_go_by_count(count, least, most):
+    for start in range(0, 3000, 150):
+        splits = captions.splits_of([f"{number:03d}.wav" for number in range(start, start + count)])
+        train, validation, test = _counts(splits)
+        assert least <= validation <= most and least <= test <= most
+        assert train == count - validation - test > 0
+
+
+def test_splits_of_many_recordings_go_by_hash_alone():
     files = [f"song {number}.mp3" for number in range(2000)]
-    splits = recordings.splits_of(files)
-    shares = {split: list(splits.values()).count(split) / 2000 for split in ("train", "validation", "test")}
-    assert shares == pytest.approx({"train": 0.9, "validation": 0.05, "test": 0.05}, abs=0.015)
-    # other files do not move a file, unless a split would be empty
-    assert recordings.splits_of(files[:1000]) == {file: splits[file] for file in files[:1000]}
-    for count, wanted in ((1, {"train"}), (2, {"train", "validation"}), (3, {"train", "validation", "test"})):
-        for start in range(0, 60, 3):
-            assert len(set(recordings.splits_of(files[start : start + count]).values())) == len(wanted)
+    splits = captions.splits_of(files)
+    assert np.array(_counts(splits)) / 2000 == pytest.approx([0.9, 0.05, 0.05], abs=0.015)
+    assert captions.splits_of(files[:1000]) == {file: splits[file] for file in files[:1000]}
+    assert captions.splits_of(files[::-1]) == splits
+
+
+def test_a_recording_that_is_added_moves_at_most_one_other_in_and_out_of_each_split():
+    files = [f"{number}.flac" for number in range(300)]
+    for count in range(3, 300):
+        before, after = captions.splits_of(files[:count]), captions.splits_of(files[: count + 1])
+        moves = [(split, after[file]) for file, split in before.items() if split != after[file]]
+        assert all("train" in move for move in moves)
+        assert all(sum(split in move for move in moves) <= 1 for split in ("validation", "test"))
+
+
+def test_too_few_recordings_are_refused_with_the_number_that_is_needed(tmp_path):
+    for file in ("a.wav", "b.wav"):
+        _write(tmp_path / file, _music(1.0) * (1 if file == "a.wav" else 0.5))
+    (tmp_path / "copy.wav").write_bytes((tmp_path / "a.wav").read_bytes())
+    _say(tmp_path, "a.wav", "b.wav", "copy.wav")
+    with pytest.raises(ValueError, match="audio_folder/mine: 2 recordings can be used, and 3 are needed"):
+        _build(tmp_path)
+
+
+def test_clips_of_one_recording_do_not_straddle_splits(tmp_path):
+    """A recording may have several captions, names that mean the same, links and copies."""
+    for number in range(4):
+        _write(tmp_path / f"{number}.wav", (number + 1) / 10 * _music(2.0))
+    (tmp_path / "link.wav").symlink_to("0.wav")
+    rows = []
+    for number in range(4):
+        shutil.copy(tmp_path / f"{number}.wav", tmp_path / f"copy of {number}.wav")
+        for file in (f"{number}.wav", f"./{number}.wav", f"x/../{number}.wav", f"copy of {number}.wav"):
+            rows.append({"file": file, "caption": f"this is {number}"})
+    rows.append({"file": "link.wav", "caption": "this is 0"})
+    (tmp_path / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    builder = _build(tmp_path)
+    source = tfds.builder_from_directory(builder.data_dir).as_data_source()
+    recordings_of = {split: {example["caption"] for example in source[split]} for split in source}
+    assert sum(map(len, recordings_of.values())) == 4 and min(map(len, recordings_of.values())) == 1
+    assert len(_examples(builder)) == 2 * 17
+
+
+def test_splitting_is_linear_in_the_number_of_recordings():
+    """Four times as many names take about four times as long; a quadratic rule would take 16 times."""
+
+    def seconds(count):
+        files, best = [f"{number}.wav" for number in range(count)], np.inf
+        for _ in range(5):
+            start = time.thread_time()
+            captions.splits_of(files)
+            best = min(best, time.thread_time() - start)
+        return best
+
+    assert seconds(16000) < 8 * seconds(4000)
+
+
+def test_splitting_says_how_far_it_is(capsys, three):
+    assert three.is_dir()
+    printed = capsys.readouterr().out
+    for label in ("files looked at", "files checked", "recordings split"):
+        assert f"audio_folder/mine {label}  3/3" in printed
 
 
 def _at_once(path: pathlib.Path, rate_hz: int) -> np.ndarray:
@@ -161,7 +376,7 @@ def test_any_wav_in_blocks_is_what_it_is_at_once(
         patch.setattr(recordings, "_BLOCK", block)
         try:
             clips = _clips(path, 0.1)
-        except recordings.Unusable as unusable:
+        except streams.Unusable as unusable:
             assert unusable.reason.split(":")[0] in ("no samples", "shorter than a clip of 0.1 s")
             assert seconds < 0.1
             return
@@ -189,7 +404,7 @@ def test_a_long_file_is_not_held_in_memory(tmp_path, monkeypatch):
         for _ in range(60):
             file.write(np.stack([_music(5.0)] * 2, axis=1))
     monkeypatch.setattr(recordings, "_BLOCK", 2**16)
-    peak = recordings.examine(path, 1.0, RATE_HZ)
+    peak = recordings.examine(path, 1.0, RATE_HZ).peak
     tracemalloc.start()
     try:
         recordings.examine(path, 1.0, RATE_HZ)
@@ -228,12 +443,15 @@ def _wav(samples: bytes = bytes(64000), rate_hz: int = RATE_HZ, channels: int = 
     """A wav file by hand, with a header that may lie."""
     size = odd.get("size", len(samples))
     form = struct.pack("<HHIIHH", odd.get("form", 1), channels, rate_hz, rate_hz * channels * bits // 8, 2, bits)
-    header = b"RIFF" + struct.pack("<I", 36 + size) + b"WAVEfmt " + struct.pack("<I", 16) + form
+    header = b"RIFF" + struct.pack("<I", min(36 + size, 2**32 - 1)) + b"WAVEfmt " + struct.pack("<I", 16) + form
     return header + b"data" + struct.pack("<I", size) + samples
 
 
 def _damaged(path: pathlib.Path, fault: str) -> pathlib.Path:
-    whole = _write(path, _music(3.0)).read_bytes() if path.suffix != ".raw" else b""
+    whole = b""
+    if path.suffix != ".raw" and len(path.name) < 200:
+        noise = 0.1 * np.random.default_rng(0).standard_normal(3 * RATE_HZ) if fault == "hole" else _music(3.0)
+        whole = _write(path, noise).read_bytes()
     contents = {
         "zero bytes": b"",
         "four bytes": b"RIFF",
@@ -247,11 +465,19 @@ def _damaged(path: pathlib.Path, fault: str) -> pathlib.Path:
         "2^31 Hz": _wav(rate_hz=2**31 - 1, bits=8),
         "no channels": _wav(channels=0),
         "unknown codec": _wav(form=99),
-        "promises 2 GB": _wav(size=2**31),
+        "promises 1 GB": _wav(size=2**30),
+        "states less": _wav(size=1000),
+        "hole": whole[: len(whole) // 2] + bytes(5000) + whole[len(whole) // 2 + 5000 :],
     }
     samples = _music(3.0)
     if fault == "missing":
         path.unlink()
+    elif fault in ("folder", "pipe", "device"):
+        path.unlink()
+        make = {"folder": os.mkdir, "pipe": os.mkfifo, "device": lambda path: os.symlink("/dev/zero", path)}
+        make[fault](path)
+    elif len(fault) > 200:
+        pass  # no file system has such a name
     elif fault in contents:
         path.write_bytes(contents[fault])
     elif fault in ("NaN", "infinite", "both infinities", "1e38", "3e38", "1e300"):
@@ -266,18 +492,29 @@ def _damaged(path: pathlib.Path, fault: str) -> pathlib.Path:
 
 TRUNCATED = "truncated: copy or fetch the file again"
 UNREADABLE = "not readable as audio, or damaged: replace it, or convert it to wav or flac"
+DAMAGED = "damaged: fetch the file again"
+IRREGULAR = "not a regular file, but a folder, a pipe or a device: give a file"
 NOT_FINITE = "NaN or infinite samples: export it again"
 SHORT = "shorter than a clip of 1 s: give longer files, or build with shorter clip_seconds"
 FAULTS = {
     ("missing", "wav"): ("missing: put the file there, or mend its name in the captions", ""),
     ("zero bytes", "wav"): ("zero bytes long: copy the file again", ""),
     ("no samples", "wav"): ("no samples: export it again", ""),
-    ("cut", "wav"): (TRUNCATED, "less than its header says"),
-    ("promises 2 GB", "wav"): (TRUNCATED, "less than its header says"),
+    ("cut", "wav"): (TRUNCATED, r"1\.\d+ of 3\.000 s"),
+    ("cut", "aiff"): (TRUNCATED, r"1\.\d+ of 3\.000 s"),
+    ("cut", "w64"): (TRUNCATED, r"1\.\d+ of 2\.99\d s"),
+    ("promises 1 GB", "wav"): (TRUNCATED, r"2\.000 of 33554\.432 s"),
+    ("states less", "wav"): ("more bytes behind the sound than its header states: export it again", r"0\.031 s, .*"),
     ("cut", "mp3"): (TRUNCATED, r"1\.\d+ of 3\.\d+ s"),
-    ("cut", "opus"): (TRUNCATED, "less than its header says"),
-    ("cut", "ogg"): (TRUNCATED, "less than its header says"),
-    ("cut", "flac"): (UNREADABLE, ""),
+    ("cut", "opus"): (TRUNCATED, "its last page is cut"),
+    ("cut", "ogg"): (TRUNCATED, "its last page is cut"),
+    ("cut", "flac"): (TRUNCATED, r"1\.\d+ of 3\.000 s"),
+    ("hole", "mp3"): (DAMAGED, r"no frames from byte \d+ on"),
+    ("hole", "ogg"): (DAMAGED, r"no pages from byte \d+ on"),
+    ("folder", "wav"): (IRREGULAR, ""),
+    ("pipe", "wav"): (IRREGULAR, ""),
+    ("device", "wav"): (IRREGULAR, ""),
+    ("n" * 300, "wav"): ("not readable: look at its name, its permissions and its disk", "File name too long"),
     ("NaN", "wav"): (NOT_FINITE, r"the first at 1\.250 s"),
     ("infinite", "wav"): (NOT_FINITE, r"the first at 1\.250 s"),
     ("both infinities", "wav"): (NOT_FINITE, r"the first at 1\.250 s"),
@@ -302,8 +539,8 @@ FAULTS = {
 
 @pytest.mark.parametrize(("fault", "ending"), list(FAULTS))
 def test_a_bad_file_is_refused_with_reason_mend_and_value(tmp_path, fault, ending):
-    path = _damaged(tmp_path / f"bad.{ending}", fault)
-    with pytest.raises(recordings.Unusable) as refused:
+    path = _damaged(tmp_path / f"{fault}.{ending}", fault)
+    with pytest.raises(streams.Unusable) as refused:
         _clips(path)
     reason, value = FAULTS[fault, ending]
     assert refused.value.reason == reason
@@ -314,7 +551,7 @@ def test_bad_files_are_named_counted_and_skipped(tmp_path, capsys):
     """Every fault in one folder, and three good files between them."""
     bad = {_damaged(tmp_path / f"{fault}.{ending}", fault).name: FAULTS[fault, ending] for fault, ending in FAULTS}
     for good in ("a.wav", "b.wav", "c.wav"):
-        _write(tmp_path / good, _music(1.0))
+        _write(tmp_path / good, (ord(good[0]) - 96) / 4 * _music(1.0))
     _say(tmp_path, "a.wav", *list(bad)[:10], "b.wav", *list(bad)[10:], "c.wav")
     builder = _build(tmp_path)
     assert [example["caption"].decode() for example in _examples(builder)] == [f"this is {x}.wav" for x in "abc"]
@@ -326,7 +563,7 @@ def test_bad_files_are_named_counted_and_skipped(tmp_path, capsys):
     told = capsys.readouterr().err
     assert f"{len(bad)} files skipped: " in told and f"1 {bad['missing.wav'][0]} (missing.wav)" in told
     assert f"3 {SHORT} (short.wav: 0.500 s, one sample.wav: 0.000 s, 2^31 Hz.wav: 0.000 s)" in told
-    assert re.search(r"9 not readable as audio.* \(cut.flac, .*, cut in its header.wav and 4 more, all in skip", told)
+    assert re.search(r"8 not readable as audio.* \(text.wav, .*, zeros.flac and 3 more, all in skip", told)
 
 
 @pytest.mark.parametrize(
@@ -344,6 +581,46 @@ def test_extreme_sound_is_kept_as_it_is(tmp_path, samples, subtype):
     (clip,) = _clips(tmp_path / "a.wav")
     wanted = samples / max(1.0, np.abs(samples).max())
     np.testing.assert_allclose(clip / 32767, wanted, atol=1e-4)
+
+
+def test_silent_clips_are_left_out_and_counted(tmp_path, capsys):
+    """Silence, a constant and noise at -66 dB; a clip that is half silent stays, with its own number."""
+    quiet = 5e-4 * np.random.default_rng(0).uniform(-1, 1, RATE_HZ)
+    parts = [_music(1.0), np.zeros(RATE_HZ), np.full(RATE_HZ, 0.3), quiet, np.pad(_music(0.5), (0, RATE_HZ // 2))]
+    _write(tmp_path / "a.wav", np.concatenate(parts))
+    _write(tmp_path / "b.wav", 0.5 * _music(1.0))
+    _write(tmp_path / "c.wav", 0.8 * _music(1.0))
+    _write(tmp_path / "d.wav", np.zeros(3 * RATE_HZ))
+    _say(tmp_path, *(f"{name}.wav" for name in "abcd"))
+    builder = _build(tmp_path)
+    names = [example["id"].decode() for example in _examples(builder)]
+    assert names == ["a.wav-0000", "a.wav-0004", "b.wav-0000", "c.wav-0000"]
+    starts = [json.loads(example["attributes"])["start_seconds"] for example in _examples(builder)]
+    assert starts == [0.0, 4.0, 0.0, 0.0]
+    whole = "more than 90% of each clip is silence or a constant: record it again, or build with a greater "
+    assert _skipped(builder) == {
+        whole + "silence_share_limit": {"count": 1, "files": {"d.wav": "3 clips"}},
+        "clips left out, each more than 90% silence or a constant": {"count": 3, "files": {"a.wav": "3 of 5 clips"}},
+    }
+    printed = capsys.readouterr().err
+    assert "mine: 1 files skipped: 1 more than 90% of each clip is silence" in printed
+    assert "mine: 3 clips left out, each more than 90% silence or a constant (a.wav: 3 of 5 clips)" in printed
+    shutil.rmtree(tmp_path / "built")
+    assert len(_examples(_build(tmp_path, silence_share_limit=1.0))) == 10
+    with pytest.raises(ValueError, match=r"another silence_share_limit \(1.0, now 0.4\): give"):
+        _build(tmp_path, silence_share_limit=0.4)
+    shutil.rmtree(tmp_path / "built")
+    assert len(_examples(_build(tmp_path, silence_share_limit=0.4))) == 3
+
+
+def test_a_set_that_was_built_before_a_setting_had_its_default(three):
+    (path,) = (three / "built").rglob("made_from.json")
+    older = json.loads(path.read_text())
+    del older["silence_share_limit"]
+    path.write_text(json.dumps(older))
+    _build(three, inside="music")
+    with pytest.raises(ValueError, match=r"another silence_share_limit \(0.9, now 0.5\): give"):
+        _build(three, inside="music", silence_share_limit=0.5)
 
 
 @pytest.mark.slow
@@ -366,7 +643,9 @@ print("MB", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1000)
         with soundfile.SoundFile(tmp_path / name / "a.wav", "w", 8000, 2, "PCM_U8") as file:
             for _ in range(minutes):
                 file.write(np.stack([_music(60.0, 8000)] * 2, axis=1))
-        _say(tmp_path / name, "a.wav")
+        _write(tmp_path / name / "b.wav", _music(10.0))
+        _write(tmp_path / name / "c.wav", 0.5 * _music(10.0))
+        _say(tmp_path / name, "a.wav", "b.wav", "c.wav")
         root = str(pathlib.Path(__file__).parents[2])
         command = [sys.executable, "-c", code, root, str(tmp_path / name)]
         told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
@@ -385,15 +664,15 @@ def test_no_usable_file_is_an_error_that_counts_reasons(tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("captions.csv", "file,text\na.wav,hello\n", r"captions.csv, line 1: column 'caption' is missing"),
+        ("captions.csv", "file,text\na.wav,hello\n", r"captions.csv, line 1, column 'caption': the column is missing"),
         ("captions.csv", "file,caption\na.wav,hello\nb.wav,\n", r"captions.csv, line 3, column 'caption'"),
         (
             "captions.jsonl",
             '{"file": "a.wav", "caption": "x"}\n{"caption": "y"}\n',
-            r"line 2: column 'file' is missing",
+            r"line 2, column 'file': the column is missing",
         ),
         ("captions.jsonl", '{"file": "a.wav", "caption": "x"}\n\n{"file": oops}\n', r"line 3, column 10: not JSON"),
-        ("captions.jsonl", '["a.wav", "x"]\n', r"line 1, column 1: .* is not an object"),
+        ("captions.jsonl", '["a.wav", "x"]\n', r"line 1, column 1: .* is not a JSON object"),
         ("captions.jsonl", '{"file": "a.wav", "caption": 7}\n', r"line 1, column 'caption': 7 where text should be"),
         (
             "captions.jsonl",
@@ -401,6 +680,16 @@ def test_no_usable_file_is_an_error_that_counts_reasons(tmp_path):
             r"line 2, column 'id': 'a.wav' is also on line 1",
         ),
         ("captions.jsonl", "\n", "no rows"),
+        ("captions.csv", 'file,caption\na.wav,"slow\nb.wav,fast\n', r"line 2, column 'caption': the quote that opens"),
+        ("captions.csv", 'file,caption\na.wav,"slow\nb.wav,5"\n', r"line 2, column 'caption': .* takes in another row"),
+        ("captions.csv", "file,caption\na.wav,slow, sad\n", r"line 2, column 3: 3 values for 2 columns"),
+        ("captions.csv", "file,caption\na.wav,x\n../b.wav,y\n", r"line 3, column 'file': '../b.wav' is not inside"),
+        ("captions.csv", "file,caption\na/../../b.wav,x\n", r"line 2, column 'file': .* is not inside the folder"),
+        ("captions.csv", "file,caption\n/etc/passwd,x\n", r"line 2, column 'file': '/etc/passwd' is not inside"),
+        ("captions.jsonl", '{"file": "a\\u0000.wav", "caption": "x"}', r"line 1, column 'file': .* a NUL character"),
+        ("captions.jsonl", '{"file": "a\\ud800.wav", "caption": "x"}', r"line 1, column 'file': half of a surrogate"),
+        ("captions.jsonl", '{"file": "a.wav", "caption": "x", "id": true}', r"line 1, column 'id': True where text or"),
+        ("captions.jsonl", '{"file": "a.wav", "caption": "x", "id": [1]}', r"line 1, column 'id': \[1\] where text or"),
         ("captions.txt", "a.wav x\n", "'.txt'"),
     ],
 )
@@ -415,18 +704,43 @@ def test_captions_that_are_not_utf8_are_told_by_file_and_line(tmp_path, ending):
     path = tmp_path / f"captions.{ending}"
     path.write_bytes("file,caption\na.wav,größer\n".encode("latin-1"))
     with pytest.raises(ValueError, match=rf"captions.{ending}, line 2: byte 0xf6 is not UTF-8: save it as UTF-8"):
-        recordings.read_captions(path)
+        captions.read_captions(path)
 
 
 def test_a_caption_may_hold_any_line_separator_that_json_allows(tmp_path):
-    captions = [f"a reel{mark}for two" for mark in "\u2028\u2029\x85"]
-    rows = [json.dumps({"file": f"{i}.wav", "caption": text}, ensure_ascii=False) for i, text in enumerate(captions)]
+    texts = [f"a reel{mark}for two" for mark in "\u2028\u2029\x85"]
+    rows = [json.dumps({"file": f"{i}.wav", "caption": text}, ensure_ascii=False) for i, text in enumerate(texts)]
     (tmp_path / "captions.jsonl").write_bytes("\r\n".join(rows).encode())
-    assert [row["caption"] for row in recordings.read_captions(tmp_path / "captions.jsonl")] == captions
+    assert [row["caption"] for row in captions.read_captions(tmp_path / "captions.jsonl")] == texts
+
+
+def test_an_id_of_0_or_an_empty_string_is_an_id(tmp_path):
+    rows = [{"id": 0}, {"id": ""}, {"id": "0.wav-2"}, {"id": None}, {}]
+    lines = [json.dumps({"file": f"{number}.wav", "caption": "x"} | row) for number, row in enumerate(rows)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    assert [row["id"] for row in captions.read_captions(tmp_path / "a.jsonl")] == ["0", "", "0.wav-2", "3.wav", "4.wav"]
+    # An empty cell of a .csv is no id: there is no other way to leave one out.
+    (tmp_path / "a.csv").write_text("file,caption,id\n0.wav,x,0\n1.wav,x,\n2.wav,x,\n")
+    assert [row["id"] for row in captions.read_captions(tmp_path / "a.csv")] == ["0", "1.wav", "2.wav"]
+
+
+def test_files_outside_the_folder_are_read_where_that_is_allowed_and_links_always(tmp_path):
+    (tmp_path / "music").mkdir()
+    (tmp_path / "far").mkdir()
+    for number, place in enumerate(("music/a.wav", "far/b.wav", "far/c.wav"), start=1):
+        _write(tmp_path / place, number / 4 * _music(1.0))
+    (tmp_path / "music/link").symlink_to(tmp_path / "far")
+    _say(tmp_path, "a.wav", "link/b.wav", "link/c.wav")
+    assert len(_examples(_build(tmp_path, inside="music"))) == 3
+    shutil.rmtree(tmp_path / "built")
+    _say(tmp_path, "a.wav", "../far/b.wav", str(tmp_path / "far/c.wav"))
+    with pytest.raises(ValueError, match=r"line 2, column 'file': '../far/b.wav' .* or build with allow_outside=True"):
+        _build(tmp_path, inside="music")
+    assert len(_examples(_build(tmp_path, inside="music", allow_outside=True))) == 3
 
 
 def test_a_missing_captions_file_or_folder_is_told(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"captions: .*captions.jsonl does not exist"):
+    with pytest.raises(FileNotFoundError, match=r"captions.jsonl does not exist: give a"):
         _build(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"folder .*nowhere does not exist"):
         _build(tmp_path, inside="nowhere")
@@ -445,8 +759,8 @@ def test_bad_configs_name_the_field(tmp_path, seconds, told):
 def three(tmp_path) -> pathlib.Path:
     """A folder with three recordings and captions, built."""
     (tmp_path / "music").mkdir()
-    for file in "abc":
-        _write(tmp_path / f"music/{file}.wav", _music(1.0))
+    for number, file in enumerate("abc", start=1):
+        _write(tmp_path / f"music/{file}.wav", number / 4 * _music(1.0))
     _say(tmp_path, "a.wav", "b.wav", "c.wav")
     _build(tmp_path, inside="music")
     return tmp_path
@@ -493,6 +807,8 @@ def test_what_a_name_was_built_from_may_not_change(three, change, config, messag
     if not config:
         assert str(refusal.value).endswith("another name than 'mine', or delete that folder")
         shutil.rmtree(three / "built")
+        if change is _remove:
+            _add(three)  # two recordings are too few
         assert _examples(_build(three, inside="music"))
 
 

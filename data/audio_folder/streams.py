@@ -1,0 +1,442 @@
+"""The sound in a file: where each stream of it begins and ends, by its own frames, pages and chunks.
+
+libsndfile reads one stream a file, and no more of it than the header states. Many headers do not know: an encoder that
+writes into a pipe leaves the length open or lets it be estimated, a recorder that died did not write it, and of files
+that were joined only the first is counted. So each stream is found here by what it consists of, and is handed on
+with a header that states its real length, or states none.
+"""
+
+import bisect
+import functools
+import io
+import itertools
+import mmap
+import os
+import pathlib
+import re
+import struct
+from collections.abc import Iterator
+from typing import NamedTuple
+
+# A header may state this much more than there is: an Info frame that counts itself, a data size with its header.
+SLACK_SECONDS = 0.2
+_JUNK = 1024  # bytes between two frames that libmpg123 passes over
+_SEARCH = 2**16  # bytes at the start of an mp3 in which a first frame is looked for
+_TAIL = 2**16  # bytes behind the last frame or page that may be anything; more is sound that was lost
+_MPEG_SUFFIXES = (".mp3", ".mp2", ".mpga", ".mpa")
+_SIZE_MARGIN = 4096  # sizes this little below 2^31 and 2^32 are what writers into a pipe put in
+
+Piece = bytes | tuple[int, int]  # bytes, or where a part of the file starts and stops
+
+
+class Unusable(ValueError):
+    """A recording that cannot be used: the reason and its mend, the same for all files with this fault; a value."""
+
+    def __init__(self, reason: str, value: str = ""):
+        super().__init__(f"{reason} ({value})" if value else reason)
+        self.reason, self.value = reason, value
+
+
+class Stream(NamedTuple):
+    """One stream of a file.
+
+    Attributes:
+      pieces: what it consists of, in order.
+      samples: what its header states for each channel, where a decoder must reach that; None where it is open.
+    """
+
+    pieces: tuple[Piece, ...]
+    samples: int | None = None
+
+
+class StreamFile(io.RawIOBase):
+    """A stream as a file that can be read and sought, as soundfile wants it."""
+
+    def __init__(self, path: pathlib.Path, stream: Stream):
+        self._descriptor = os.open(path, os.O_RDONLY)
+        sizes = [len(piece) if isinstance(piece, bytes) else piece[1] - piece[0] for piece in stream.pieces]
+        self._pieces, self._starts = stream.pieces, [0, *itertools.accumulate(sizes)]
+        self._position = 0
+
+    def readable(self) -> bool:
+        """Returns True."""
+        return True
+
+    def seekable(self) -> bool:
+        """Returns True."""
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:
+        """Fills the buffer as far as the stream goes; returns the number of bytes."""
+        view, count = memoryview(buffer).cast("B"), 0
+        while count < len(view) and self._position < self._starts[-1]:
+            number = bisect.bisect_right(self._starts, self._position) - 1
+            piece, inner = self._pieces[number], self._position - self._starts[number]
+            size = min(len(view) - count, self._starts[number + 1] - self._position)
+            if isinstance(piece, bytes):
+                part = piece[inner : inner + size]
+            else:
+                part = os.pread(self._descriptor, size, piece[0] + inner)
+            if not part:  # the file was cut meanwhile
+                break
+            view[count : count + len(part)] = part
+            count, self._position = count + len(part), self._position + len(part)
+        return count
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Moves to an offset from the start, the position or the end; returns the new position."""
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._starts[-1]}[whence]
+        self._position = max(0, base + offset)
+        return self._position
+
+    def tell(self) -> int:
+        """Returns the position."""
+        return self._position
+
+    def at_end(self) -> bool:
+        """Returns whether all bytes are read."""
+        return self._position >= self._starts[-1]
+
+    def close(self) -> None:
+        """Closes the file."""
+        if not self.closed:
+            os.close(self._descriptor)
+        super().close()
+
+
+def streams(path: pathlib.Path) -> list[Stream]:
+    """Returns the streams of a file; one with the whole file where its kind is none of wav, flac, ogg and mp3.
+
+    Tags behind the sound (ID3v1, APEv2) belong to no stream.
+
+    Raises Unusable where a file is truncated or damaged by what it consists of.
+    """
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        start, stop = _after_id3v2(content, 0), _before_tags(content)
+        kind = content[start : start + 4]
+        if kind in (b"RIFF", b"RF64") and content[start + 8 : start + 12] == b"WAVE":
+            return list(_wav_streams(content, start, stop))
+        if kind == b"fLaC":
+            return list(_flac_streams(content, start, stop))
+        if kind == b"OggS":
+            return list(_ogg_streams(content, start, stop))
+        search = _SEARCH if path.suffix.lower() in _MPEG_SUFFIXES else 1
+        if (first := _first_frame(content, start, min(start + search, stop))) is not None:
+            return list(_mpeg_streams(content, first, stop))
+        return [Stream(((0, len(content)),))]
+
+
+def _truncated(seconds: float, stated_seconds: float) -> Unusable:
+    return Unusable("truncated: copy or fetch the file again", f"{seconds:.3f} of {stated_seconds:.3f} s")
+
+
+def _damaged(value: str) -> Unusable:
+    return Unusable("damaged: fetch the file again", value)
+
+
+def check_length(samples: int, stated: int | None, rate_hz: int) -> None:
+    """Raises Unusable where a stream has less than its header states, by more than headers are wrong."""
+    if stated is not None and samples < stated - SLACK_SECONDS * rate_hz:
+        raise _truncated(samples / rate_hz, stated / rate_hz)
+
+
+def is_open(size: int, bits: int = 32) -> bool:
+    """Returns whether a size in bytes is one that a writer puts in that does not know it: 0, or near a power of 2."""
+    return size == 0 or -_SIZE_MARGIN <= size - 2 ** (bits - 1) <= 0 or size >= 2**bits - _SIZE_MARGIN
+
+
+# Tags
+
+
+def _after_id3v2(content: mmap.mmap, position: int) -> int:
+    """Returns where the ID3v2 tags end that begin at a position."""
+    while content[position : position + 3] == b"ID3" and len(content) - position >= 10:
+        flags, *size = content[position + 5 : position + 10]
+        length = functools.reduce(lambda value, byte: value << 7 | byte & 0x7F, size, 0)
+        position += length + (20 if flags & 0x10 else 10)
+    return position
+
+
+def _before_tags(content: mmap.mmap) -> int:
+    """Returns where the ID3v1, APEv2 and Lyrics3 tags at the end of a file begin."""
+    stop = len(content)
+    while True:
+        if stop >= 128 and content[stop - 128 : stop - 125] == b"TAG":
+            stop -= 128
+        elif stop >= 32 and content[stop - 32 : stop - 24] == b"APETAGEX":
+            size, _, flags = struct.unpack("<III", content[stop - 20 : stop - 8])
+            stop = max(0, stop - size - (32 if flags & 0x80000000 else 0))
+        elif stop >= 15 and content[stop - 9 : stop] == b"LYRICS200" and content[stop - 15 : stop - 9].isdigit():
+            stop = max(0, stop - 15 - int(content[stop - 15 : stop - 9]))
+        else:
+            return stop
+
+
+# WAV
+
+
+def _wav_streams(content: mmap.mmap, position: int, stop: int) -> Iterator[Stream]:
+    """Yields the wav files that follow each other, each with its real length."""
+    while position is not None:
+        stream, position = _wav_stream(content, position, stop)
+        yield stream
+
+
+def _wav_stream(content: mmap.mmap, start: int, stop: int) -> tuple[Stream, int | None]:
+    """Returns the wav file that begins at `start`, and where another begins behind it."""
+    position, form, wide_size = start + 12, None, None
+    while position + 8 <= stop:
+        name, size = struct.unpack("<4sI", content[position : position + 8])
+        body = position + 8
+        if name == b"data":
+            break
+        if name == b"fmt ":
+            form = content[body : body + size]
+        elif name == b"ds64":
+            (wide_size,) = struct.unpack("<8xQ", content[body : body + 16])
+        position = body + size + size % 2
+    else:
+        return Stream(((start, stop),)), None
+    block, bytes_per_second = struct.unpack("<8xIH", form[:14])[::-1] if form and len(form) >= 14 else (0, 0)
+    if not block or not bytes_per_second:
+        return Stream(((start, stop),)), None  # libsndfile names what is wrong with it
+    if wide_size is not None and size == 2**32 - 1:
+        size, unknown = wide_size, is_open(wide_size, 64)
+    else:
+        unknown = is_open(size)
+
+    # The size as it is stated, where chunks, another wav or nothing follow it.
+    there = stop - body
+    if size > there and not unknown:
+        if size - there > SLACK_SECONDS * bytes_per_second:
+            raise _truncated(there / bytes_per_second, size / bytes_per_second)
+        return Stream(((start, stop),)), None
+    if size <= there:
+        behind = body + size + size % 2
+        if content[behind : behind + 4] == b"RIFF" and content[behind + 8 : behind + 12] == b"WAVE":
+            return Stream(((start, behind),)), behind
+        if (end := _end_of_chunks(content, behind, stop)) is not None:
+            return Stream(((start, stop),)), end if end < stop else None
+        if not unknown and not (there - size) // 2**32:
+            if there - size <= SLACK_SECONDS * bytes_per_second:
+                return Stream(((start, behind),)), None
+            raise Unusable(
+                "more bytes behind the sound than its header states: export it again",
+                f"{size / bytes_per_second:.3f} s, then {there - size} bytes",
+            )
+
+    # Else the sound goes on to the end. RF64 states a length of more than 4 GiB too.
+    length = there // block * block
+    size_chunk = struct.pack("<4sIQQQI", b"ds64", 28, length + 72 + len(form), length, length // block, 0)
+    header = b"RF64\xff\xff\xff\xffWAVE" + size_chunk + struct.pack("<4sI", b"fmt ", len(form)) + form
+    header += bytes(len(form) % 2) + b"data\xff\xff\xff\xff"
+    return Stream((header, (body, body + length))), None
+
+
+def _end_of_chunks(content: mmap.mmap, position: int, stop: int) -> int | None:
+    """Returns where chunks of a wav end, the end of the file or another wav; None where anything else follows."""
+    while position < stop:
+        name, size = content[position : position + 4], content[position + 4 : position + 8]
+        if name == b"RIFF":
+            return position
+        if len(size) < 4 or not re.fullmatch(rb"[0-9A-Za-z_ ]{4}", name):
+            return None
+        position += 8 + int.from_bytes(size, "little")
+        position += position % 2
+    return stop if position <= stop + 1 else None
+
+
+# FLAC
+
+_FLAC_START = re.compile(rb"fLaC[\x00\x80]\x00\x00\x22")
+
+
+def _flac_streams(content: mmap.mmap, start: int, stop: int) -> Iterator[Stream]:
+    """Yields the FLAC streams that follow each other, each with its length left open."""
+    starts = [found.start() for found in _FLAC_START.finditer(content, start + 4, stop)]
+    for first, last in itertools.pairwise([start, *starts, stop]):
+        header = bytearray(content[first : first + 42])
+        if len(header) < 42:
+            yield Stream(((first, last),))
+            continue
+        stated = int.from_bytes(header[21:26], "big") % 2**36
+        header[21:26] = (int.from_bytes(header[21:26], "big") >> 36 << 36).to_bytes(5, "big")
+        yield Stream((bytes(header), (first + 42, last)), stated or None)
+
+
+# Ogg
+
+
+def _ogg_streams(content: mmap.mmap, position: int, stop: int) -> Iterator[Stream]:
+    """Yields the links of a chain: each begins with the pages that begin its streams."""
+    start, beginning = position, True
+    while position < stop:
+        if content[position : position + 4] != b"OggS":
+            if stop - position > _TAIL or content.find(b"OggS", position, stop) >= 0:
+                raise _damaged(f"no pages from byte {position} on")
+            break  # a few odd bytes behind the last page
+        segments = content[position + 26] if position + 27 <= stop else 0
+        table = content[position + 27 : position + 27 + segments]
+        end = position + 27 + segments + sum(table)
+        if position + 27 > stop or len(table) < segments or end > stop:
+            raise Unusable("truncated: copy or fetch the file again", "its last page is cut")
+        first_page = bool(content[position + 5] & 2)
+        if first_page and not beginning:
+            yield Stream(((start, position),))
+            start = position
+        beginning, position = first_page, end
+    yield Stream(((start, position),))
+
+
+# MPEG audio
+
+_V1, _V2 = 3, 2  # the version's two bits; 0 is 2.5
+_LAYER_1, _LAYER_2, _LAYER_3 = 3, 2, 1
+_KILOBITS = {
+    (_V1, _LAYER_1): range(32, 449, 32),
+    (_V1, _LAYER_2): (32, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384),
+    (_V1, _LAYER_3): (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
+    (_V2, _LAYER_1): (32, 48, 56, 64, 80, 96, 112, 128, 144, 160, 176, 192, 224, 256),
+    (_V2, _LAYER_2): (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
+    (_V2, _LAYER_3): (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
+}
+
+
+class _Kind(NamedTuple):
+    """What all frames of a stream have in common."""
+
+    version: int
+    layer: int
+    rate_hz: int
+    channels: int
+
+    @property
+    def samples(self) -> int:
+        """The samples of a frame, for each channel."""
+        if self.layer == _LAYER_1:
+            return 384
+        return 576 if self.layer == _LAYER_3 and self.version != _V1 else 1152
+
+    @property
+    def count_at(self) -> int:
+        """Where the name of an Info frame lies: behind the header and the side information."""
+        return 4 + (32, 17, 9)[(self.version != _V1) + (self.channels == 1)]
+
+
+@functools.cache
+def _header(second: int, third: int, mono: bool) -> tuple[_Kind, int] | None:
+    """Returns the kind and the length in bytes of a frame by its header; None where it is no header."""
+    version, layer = second >> 3 & 3, second >> 1 & 3
+    bit_rate, rate, padding = third >> 4, third >> 2 & 3, third >> 1 & 1
+    if second < 0xE0 or version == 1 or layer == 0 or bit_rate in (0, 15) or rate == 3:
+        return None
+    rate_hz = (44100, 48000, 32000)[rate] // {_V1: 1, _V2: 2, 0: 4}[version]
+    bits = 1000 * _KILOBITS[_V1 if version == _V1 else _V2, layer][bit_rate - 1]
+    kind = _Kind(version, layer, rate_hz, 1 if mono else 2)
+    if layer == _LAYER_1:
+        return kind, (12 * bits // rate_hz + padding) * 4
+    return kind, kind.samples // 8 * bits // rate_hz + padding
+
+
+def _frame(content: mmap.mmap, position: int, stop: int) -> tuple[_Kind, int] | None:
+    """Returns the kind and the length in bytes of the frame at a position; None where there is none."""
+    if position + 4 > stop or content[position] != 0xFF:
+        return None
+    return _header(content[position + 1], content[position + 2], content[position + 3] >> 6 == 3)
+
+
+def _first_frame(content: mmap.mmap, position: int, stop: int) -> int | None:
+    """Returns where two frames of one kind follow each other, or the last one ends the file."""
+    while (position := content.find(b"\xff", position, stop)) >= 0:
+        frame = _frame(content, position, len(content))
+        if frame is not None:
+            behind = position + frame[1]
+            next_frame = _frame(content, behind, len(content))
+            if behind == len(content) or (next_frame is not None and next_frame[0] == frame[0]):
+                return position
+        position += 1
+    return None
+
+
+class _Frames:
+    """The frames of one stream: whole runs of them, and what its Info frame states."""
+
+    def __init__(self, kind: _Kind, start: int, info: bytes | None):
+        self.kind, self.info = kind, info
+        self.runs: list[list[int]] = []
+        self.count = 0
+        self._first = start
+
+    def add(self, start: int, stop: int) -> None:
+        """Adds a frame."""
+        if self.runs and self.runs[-1][1] == start:
+            self.runs[-1][1] = stop
+        else:
+            self.runs.append([start, stop])
+        self.count += 1
+
+    def stream(self, content: mmap.mmap) -> Stream:
+        """Returns the stream, with an Info frame that states the number of frames that are there."""
+        pieces, kind = [tuple(run) for run in self.runs], self.kind
+        if kind.layer != _LAYER_3:  # has no Info frame; libmpg123 estimates, and must get to the end
+            return Stream(tuple(pieces), self.count * kind.samples)
+        at = kind.count_at
+        if self.info is not None and self.info[at : at + 4] in (b"Xing", b"Info") and self.info[at + 7] & 1:
+            stated = int.from_bytes(self.info[at + 8 : at + 12], "big")
+            check_length(self.count * kind.samples, stated * kind.samples, kind.rate_hz)
+            info = bytearray(self.info)
+        else:
+            start = self._first
+            second, third, fourth = content[start + 1] | 1, 9 << 4 | content[start + 2] & 0x0C, content[start + 3]
+            info = bytearray(_header(second, third, kind.channels == 1)[1])
+            info[:4], info[at : at + 8] = bytes([0xFF, second, third, fourth]), b"Info" + bytes([0, 0, 0, 1])
+        info[at + 8 : at + 12] = self.count.to_bytes(4, "big")
+        if info[at + 7] & 2:  # the number of bytes, by which libmpg123 judges the file
+            size = len(info) + sum(stop - start for start, stop in self.runs)
+            info[at + 12 : at + 16] = min(size, 2**32 - 1).to_bytes(4, "big")
+        return Stream((bytes(info), *pieces))
+
+
+def _mpeg_streams(content: mmap.mmap, position: int, stop: int) -> Iterator[Stream]:
+    """Yields the streams of MPEG audio: each begins with an Info frame, or with frames of another kind."""
+    frames: _Frames | None = None
+    while position < stop:
+        frame = _frame(content, position, stop)
+        if frame is None:
+            position = _next_frame(content, position, stop)
+            continue
+        kind, end = frame[0], position + frame[1]
+        if end > stop:
+            break  # half a frame: the encoder was stopped
+        name = content[position + kind.count_at : position + kind.count_at + 4]
+        is_info = kind.layer == _LAYER_3 and (
+            name in (b"Xing", b"Info") or content[position + 36 : position + 40] == b"VBRI"
+        )
+        if frames is None or is_info or kind != frames.kind:
+            if frames is not None and frames.count:
+                yield frames.stream(content)
+            frames = _Frames(kind, position, content[position:end] if is_info else None)
+        if not is_info:
+            frames.add(position, end)
+        position = end
+    if frames is not None and frames.count:
+        yield frames.stream(content)
+
+
+def _next_frame(content: mmap.mmap, position: int, stop: int) -> int:
+    """Returns where frames go on behind a tag or a few odd bytes, or the end of the file.
+
+    Raises Unusable where there are many odd bytes.
+    """
+    behind = _after_id3v2(content, position)
+    if content[position : position + 8] == b"APETAGEX":
+        size, _, flags = struct.unpack("<III", content[position + 12 : position + 24])
+        behind = position + 32 + (size if flags & 0x20000000 else 0)
+    elif content[position : position + 3] == b"TAG":
+        behind = position + 128
+    if behind > position:
+        return behind
+    found = _first_frame(content, position, stop)
+    if (stop if found is None else found) - position > (_TAIL if found is None else _JUNK):
+        raise _damaged(f"no frames from byte {position} on")
+    return stop if found is None else found
