@@ -5,19 +5,16 @@ Legend: N samples.
 
 import asyncio
 import dataclasses
-import io
 import json
-import math
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Annotated, Any, Literal
 
 import numpy as np
 import prometheus_client
 import pydantic
-import soundfile
 from fastapi import Depends, FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
@@ -25,17 +22,17 @@ from fastapi.responses import JSONResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from prometheus_client import Counter, Gauge, Histogram
 
-from musicrl_jax.serving.batcher import Batcher, Closed, Drawn, Full, Wanted
+from musicrl_jax.core.audio import encoded
+from musicrl_jax.serving.batcher import Batcher, Closed, Full, Wanted
 from musicrl_jax.serving.bundle import Bundle
+from musicrl_jax.serving.composition import Piece
 from musicrl_jax.serving.edge import MOST_BYTES, Edge
 from musicrl_jax.serving.pages import add_pages
 from musicrl_jax.serving.settings import Access
 
 MEDIA = {"wav": "audio/wav", "flac": "audio/flac", "ogg": "audio/ogg"}
 MOST_LETTERS = 1000  # of a prompt
-FADE_SECONDS = 0.04  # from one window of a long piece to the next
 LOOK_SECONDS = 0.2  # between two looks whether a client is still there
-NEXT_WINDOW = 1 << 16  # added to a candidate's number for each window, so that no two are drawn with the same keys
 GONE = 499  # a client that left before its clip was there; never sent
 
 
@@ -161,42 +158,17 @@ def create(
         ] = 1
         format: Literal["wav", "flac", "ogg"] = "wav"
 
-    def windows(asked: Asked) -> int:
-        """How many it takes: each after the first goes on from half a clip."""
-        frames, half = about["frames"], about["frames"] // 2
-        whole = math.ceil(asked.seconds / about["clip_seconds"] * frames - 1e-6)
-        return 1 + max(0, -(-(whole - frames) // (frames - half)))
-
     async def drawn(asked: Asked, text: np.ndarray, seed: int) -> tuple[np.ndarray, int, dict[str, float]]:
         """(wav f32 [N], which candidate it is, its rewards' means over windows)."""
-        half = about["frames"] // 2
-        begun: list[list[Drawn]] = []
-        for window in range(windows(asked)):
-            rows = [
-                Wanted(
-                    text,
-                    seed,
-                    candidate + NEXT_WINDOW * window,
-                    asked.temperature,
-                    continued(begun[-1][candidate].tokens, half) if begun else None,
-                    half if begun else 0,
-                    asked.candidates > 1,
-                )
-                for candidate in range(asked.candidates)
-            ]
-            futures = [asyncio.wrap_future(future) for future in queue.submit(*rows, begun=bool(begun))]
+        piece = Piece(about, text, seed, asked.seconds, asked.temperature, asked.candidates)
+        while rows := piece.rows():
+            futures = [asyncio.wrap_future(future) for future in queue.submit(*rows, begun=piece.begun)]
             try:
-                begun.append(await asyncio.gather(*futures))
+                piece.add(await asyncio.gather(*futures))
             finally:  # where one failed, or the client left: no one waits for the others
                 for future in futures:
                     future.cancel()
-        means = [
-            {name: float(np.mean([each[i].scores[name] for each in begun])) for name in begun[0][i].scores}
-            for i in range(asked.candidates)
-        ]
-        best = max(range(asked.candidates), key=lambda i: means[i].get("total", 0.0))
-        wav = joined([each[best].wav for each in begun], half / about["frames"], about["sample_rate_hz"])
-        return wav[: round(asked.seconds * about["sample_rate_hz"])], best, means[best]
+        return piece.best()
 
     def answered(path: str, status: int) -> None:
         if path == "/v1/clips":
@@ -307,30 +279,3 @@ def create(
             expose_headers=("Retry-After", "X-Candidate", "X-Rewards", "X-Seed"),
         )
     return app
-
-
-def continued(tokens: np.ndarray, half: int) -> np.ndarray:
-    """What a window begins with: the last `half` frames of the one before it, int32 [F, K] -> [F, K]."""
-    return np.concatenate([tokens[len(tokens) - half :], np.zeros_like(tokens[half:])])
-
-
-def joined(wavs: Sequence[np.ndarray], overlap: float, rate: int) -> np.ndarray:
-    """Windows that repeat so much of the one before, as one piece, f32 [N]; each fades into the next where the
-    repetition ends."""
-    whole = wavs[0]
-    for wav in wavs[1:]:
-        again = round(overlap * len(wav))
-        fade = min(round(FADE_SECONDS * rate), again)
-        rise = np.linspace(0.0, 1.0, fade, dtype=np.float32)
-        mixed = whole[len(whole) - fade :] * (1 - rise) + wav[again - fade : again] * rise
-        whole = np.concatenate([whole[: len(whole) - fade], mixed, wav[again:]])
-    return whole
-
-
-def encoded(wav: np.ndarray, rate: int, form: str) -> bytes:
-    """f32 [N] in [-1, 1] as the content of a file."""
-    file, kind = io.BytesIO(), "VORBIS" if form == "ogg" else "PCM_16"
-    with soundfile.SoundFile(file, "w", rate, 1, format=form.upper(), subtype=kind) as written:
-        for start in range(0, len(wav), rate):  # Vorbis puts what it is given on the stack: a minute overflows it
-            written.write(wav[start : start + rate])
-    return file.getvalue()

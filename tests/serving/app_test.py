@@ -30,9 +30,11 @@ from selenium.webdriver.chrome.service import Service as ChromeService
 from selenium.webdriver.common.by import By
 
 from musicrl_jax import serve as serving
+from musicrl_jax.core.audio import encoded
 from musicrl_jax.serving import bundle as bundles
-from musicrl_jax.serving.app import Limits, continued, create, encoded, joined
+from musicrl_jax.serving.app import Limits, create
 from musicrl_jax.serving.batcher import Batcher, Closed, Full, Wanted
+from musicrl_jax.serving.composition import continued, joined
 from musicrl_jax.serving.edge import MOST_BYTES
 from musicrl_jax.serving.settings import Access
 

@@ -1,0 +1,30 @@
+"""Sound as the content of a file: wav, flac and ogg.
+
+Legend: N samples.
+"""
+
+import io
+from collections.abc import Mapping
+
+import numpy as np
+import soundfile
+
+SUBTYPES = {"wav": "PCM_16", "flac": "PCM_16", "ogg": "VORBIS"}  # of each format that can be written
+
+
+def encoded(wav: np.ndarray, rate: int, form: str, tags: Mapping[str, str] | None = None) -> bytes:
+    """Returns the content of a file of f32 [N] in [-1, 1].
+
+    Args:
+      wav: the samples of one channel.
+      rate: samples a second.
+      form: 'wav', 'flac' or 'ogg'.
+      tags: 'title', 'comment' and so on: the texts that `soundfile.SoundFile` has as attributes.
+    """
+    file = io.BytesIO()
+    with soundfile.SoundFile(file, "w", rate, 1, format=form.upper(), subtype=SUBTYPES[form]) as written:
+        for name, text in (tags or {}).items():
+            setattr(written, name, text)
+        for start in range(0, len(wav), rate):  # Vorbis puts what it is given on the stack: a minute overflows it
+            written.write(wav[start : start + rate])
+    return file.getvalue()
