@@ -18,12 +18,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors.numpy
 from jax import export as jax_export
 from jax.extend.backend import clear_backends
 from jax.sharding import Mesh
 
-from musicrl_jax.core import checkpoint, manifest, sharding
+from musicrl_jax.core import checkpoint, manifest, sharding, tensors
 from musicrl_jax.core.keys import step_key
 from musicrl_jax.core.state import in_dtype
 from musicrl_jax.inputs import pieces
@@ -132,7 +131,7 @@ def export(
             print(f"{folder.name}: {name} for {platform}, {file.stat().st_size / 1e6:.1f} MB", flush=True)
     (partial / WEIGHTS).mkdir()
     for number, shard in enumerate(_shards(stored)):
-        (partial / WEIGHTS / f"{number:05d}.safetensors").write_bytes(safetensors.numpy.save(shard))
+        tensors.save(partial / WEIGHTS / f"{number:05d}.safetensors", shard)
     (partial / VOCABULARY).write_bytes(loaded.vocabulary)
     for file in READ_BY_BUNDLES:
         shutil.copy(file, partial)
@@ -140,7 +139,7 @@ def export(
     golden = _golden(loaded, mixture, trees, layouts, prompts, frames, sampling)
     if not all(np.isfinite(array).all() for array in golden.values()):
         raise ValueError(f"{checkpoint} draws clips that are not finite, or their rewards are not: train it again")
-    (partial / GOLDEN).write_bytes(safetensors.numpy.save(golden))
+    tensors.save(partial / GOLDEN, golden)
 
     about = {
         "format": FORMAT,

@@ -20,7 +20,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from musicrl_jax.core import checkpoint
+from musicrl_jax.core import checkpoint, tensors
 from musicrl_jax.core.files import write_json
 from musicrl_jax.core.manifest import MANIFEST
 from musicrl_jax.models.mulan import MuLanConfig
@@ -96,11 +96,12 @@ def pack(
             "hash": hashes[name],
             "config": checkpoint.config_to_json(model.config),
             "shapes": _shapes(kept[name]),
+            "orders": {array: _order(content) for array, content in sorted(kept[name].items())},
             "assets": {file: base64.b64encode(content).decode() for file, content in sorted(assets.items())},
         }
         path = Path(out) / f"{name}.safetensors"
         told = {HEADER: json.dumps(header)}  # one key: several would be in any order
-        safetensors.numpy.save_file(kept[name], path, metadata=told)
+        tensors.save(path, kept[name], told)
         described[name] = {
             "kind": type(model.config).__name__,
             "weights": int(sum(array.size for array in kept[name].values())),
@@ -129,7 +130,8 @@ def unpack(
       out: the run's folder.
       audio_weights, text_weights, vocabulary: what was left out of MuLan, fetched again.
       changed: names of models whose weights someone else wrote into the file, its header kept: they are taken, if they
-        are finite and of the names and shapes that were packed, as a model of their own.
+        are finite, of the names and shapes that were packed, and not what was packed in another memory order, as a
+        model of their own.
 
     Raises:
       ValueError: where a file is not the one that models.json describes, MuLan lacks its towers, or another model is
@@ -211,10 +213,13 @@ def _read(path: Path, told: Mapping[str, Any], changed: bool) -> tuple[Any, dict
             f"{path} has the sha256 {found[:12]}, not {told['sha256'][:12]}: if it is damaged, restore it; if someone "
             "wrote other weights into it, name it in unpack.changed"
         )
-    with safetensors.safe_open(path, framework="numpy") as file:
-        written = (file.metadata() or {}).get(HEADER, "{}")
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            written = (file.metadata() or {}).get(HEADER, "{}")
+        arrays = safetensors.numpy.load_file(path)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path} is no whole safetensors file ({error}): write it again") from error
     header = json.loads(written)
-    arrays = safetensors.numpy.load_file(path)
     if header.get("format") != FORMAT:
         raise ValueError(f"{path} is of format {header.get('format')!r}, not {FORMAT!r}: pack it with this version")
     if changed:
@@ -222,7 +227,7 @@ def _read(path: Path, told: Mapping[str, Any], changed: bool) -> tuple[Any, dict
             raise ValueError(f"{path} was packed by an older version: pack its model again, and change that")
         if hashlib.sha256(written.encode()).hexdigest() != told["header"]:
             raise ValueError(f"{path} has another header than it was packed with: write its metadata as they were")
-        _check_changed(path, arrays, header["shapes"])
+        _check_changed(path, arrays, header["shapes"], header.get("orders", {}))
     config = checkpoint.config_from_json(KINDS[told["kind"]], header["config"], str(path))
     assets = {name: base64.b64decode(content) for name, content in header["assets"].items()}
     return config, arrays, assets
@@ -234,15 +239,45 @@ def _shapes(arrays: Mapping[str, np.ndarray]) -> dict[str, str]:
     return {path: f"{kinds.get(str(x.dtype), x.dtype)} {list(x.shape)}" for path, x in sorted(arrays.items())}
 
 
-def _check_changed(path: Path, arrays: Mapping[str, np.ndarray], packed: Mapping[str, str]) -> None:
-    """ValueError, by name of the array, where weights that someone else wrote are not of the model that was packed."""
-    there = _shapes(arrays)
-    for name in sorted(there.keys() | packed.keys()):
-        was, now = packed.get(name, "nothing"), there.get(name, "nothing")
+def _check_changed(
+    path: Path, arrays: Mapping[str, np.ndarray], packed: Mapping[str, str], orders: Mapping[str, Sequence[str]]
+) -> None:
+    """Checks weights that someone else wrote against the model that was packed.
+
+    Not everything can be seen: an array that holds new numbers in a wrong order looks like any other.
+
+    Args:
+      path: of the file, for the message.
+      arrays: its content.
+      packed: `_shapes` of the model that was packed.
+      orders: `_order` of each of its arrays; {} of a pack of an older version.
+
+    Raises:
+      ValueError: by name of the array, where it has another shape or kind, numbers that are not finite, or the numbers
+        that were packed in another order, as safetensors writes an array that is not row-major.
+    """
+    shapes = _shapes(arrays)
+    for name in sorted(shapes.keys() | packed.keys()):
+        was, now = packed.get(name, "nothing"), shapes.get(name, "nothing")
         if was != now:
             raise ValueError(f"{path}: {name} was packed as {was} and is {now}: write it as it was")
         if not np.isfinite(arrays[name]).all():
             raise ValueError(f"{path}: {name} has weights that are not finite")
+        (old, old_sorted), (new, new_sorted) = orders.get(name, ("", "")), _order(arrays[name])
+        if new_sorted == old_sorted and new != old:
+            raise ValueError(
+                f"{path}: {name} has the numbers that were packed, in another order, as safetensors writes an array "
+                "that is not row-major: make every array contiguous (numpy.ascontiguousarray) before it is written"
+            )
+
+
+def _order(array: np.ndarray) -> tuple[str, str]:
+    """Returns two short hashes in hex: of an array's numbers as they stand, and of the same numbers sorted.
+
+    Two arrays with one second hash and two first ones differ in order alone. Half precision counts as single.
+    """
+    numbers = np.ravel(array.astype(np.float32) if array.dtype == np.float16 else array)
+    return tuple(hashlib.sha256(each.tobytes()).hexdigest()[:16] for each in (numbers, np.sort(numbers)))
 
 
 def _rounded(array: np.ndarray) -> np.ndarray:

@@ -25,7 +25,7 @@ HOMES = {
     "tensorflow_datasets": {"inputs"},
     "sentencepiece": {"inputs"},
     "tokenizers": {"inputs"},
-    "safetensors": {"inputs", "pack.py", "serving", "export.py"},
+    "safetensors": {"core/tensors.py", "inputs", "pack.py", "serving"},
     "flax.linen": {"models", "core/sharding.py"},
     "orbax": {"core/checkpoint.py", "core/run_checkpoints.py"},
     "matplotlib": {"report"},

@@ -111,6 +111,11 @@ def test_weights_that_someone_else_wrote_are_taken_if_they_fit(run):
         ),
         ({"params/kernels": arrays["params/kernel"]}, r"params/kernels was packed as nothing and is float"),
         ({"params/kernel": np.full((3, 5), np.inf, np.float32)}, "params/kernel has weights that are not finite"),
+        (
+            # As safetensors writes it; so an averaging of one model with itself, in an array of another layout.
+            {"params/kernel": np.asfortranarray(arrays["params/kernel"])},
+            r"params/kernel has the numbers that were packed, in another order, .* make every array contiguous",
+        ),
     ):
         with pytest.raises(ValueError, match=why):
             read({**doubled, **wrong})
@@ -119,6 +124,9 @@ def test_weights_that_someone_else_wrote_are_taken_if_they_fit(run):
         read(doubled, header=other)
     with pytest.raises(ValueError, match="'policies' is none of"):
         read(doubled, ("policies",))
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"policy\.safetensors is no whole safetensors file"):
+        pack.unpack(str(run / "pack"), str(run / "back"), changed=("policy",))
     for _ in range(2):  # the second time it is there already
         read(doubled)
         model = checkpoint.load_model(run / "back/policy", MusicLMConfig)
@@ -132,6 +140,18 @@ def test_weights_that_someone_else_wrote_are_taken_if_they_fit(run):
     (run / "pack/models.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match="packed by an older version: pack its model again"):
         read(doubled)
+
+
+def test_arrays_of_any_memory_layout_are_packed_as_they_are(run):
+    """Orbax gives back row-major arrays, but whoever packs a model of their own may not have any."""
+    transposed = {"params": {"kernel": np.asfortranarray(RNG.normal(size=(3, 5)).astype(np.float32))}}
+    whole = checkpoint.Model(MusicLMConfig(), transposed, checkpoint.content_hash(transposed), {})
+    for dtype in ("float32", "float16"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(pack, "_load", lambda _: whole)
+            pack.pack({"policy": "a folder"}, str(run / dtype), dtype=dtype)
+        loaded = pack.load(str(run / dtype), "policy").variables["params"]["kernel"]
+        np.testing.assert_allclose(loaded, transposed["params"]["kernel"], rtol=2**-11, atol=1e-7)
 
 
 @pytest.mark.parametrize("name", ["../escaped", "/tmp/escaped", "", ".."])

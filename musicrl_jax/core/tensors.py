@@ -1,0 +1,34 @@
+"""Arrays -> a safetensors file. All such files are written here, since the library trusts how an array lies in memory.
+
+safetensors 0.8 copies an array's memory from its first byte on, without a look at its strides or its byte order. Of a
+transposed, reversed or broadcast array it writes other numbers, and says nothing.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+
+
+def save(path: str | Path, arrays: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> None:
+    """Writes a file, whole or not at all.
+
+    Args:
+      path: of the file; what stood there is replaced.
+      arrays: by name, of numpy or jax, in any memory layout.
+      metadata: texts for the file's header.
+    """
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.partial")
+    tensors = {name: row_major(array) for name, array in arrays.items()}
+    safetensors.numpy.save_file(tensors, partial, metadata=None if metadata is None else dict(metadata))
+    os.replace(partial, path)
+
+
+def row_major(array: Any) -> np.ndarray:
+    """Returns the array with its elements one after the other in memory, in this machine's byte order."""
+    array = np.asarray(array)
+    return np.asarray(array, array.dtype.newbyteorder("="), order="C")  # ascontiguousarray would make [1] of []
