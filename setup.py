@@ -14,12 +14,14 @@ setup(
     # T5X is on no package registry; its contracts (logical axes, SeqIO tasks, gin) are followed without it.
     install_requires=[
         "array_record>=0.8",
+        "flatbuffers>=25.1",
         "flax>=0.12.8",
         "gin-config>=0.5",
         "jax>=0.10.2",
         "numpy>=2.0",
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12",
+        "pyloudnorm>=0.2",
         "safetensors>=0.8",
         "scipy>=1.15",
         "sentencepiece>=0.2.1",
@@ -32,7 +34,7 @@ setup(
     ],
     extras_require={
         "data": ["joblib>=1.4", "midirenderer>=0.1.3", "music21>=9.9", "pretty_midi>=0.2.11", "soxr>=1.0"],
-        "report": ["jinja2>=3.1", "matplotlib>=3.10", "pyloudnorm>=0.2"],
+        "report": ["jinja2>=3.1", "matplotlib>=3.10"],
         "listeners": ["librosa>=0.11", "scikit-learn>=1.7"],
         # FastAPI 0.132 refuses what any web page may post without asking; fastapi-offline has Swagger UI's files.
         "serve": ["fastapi>=0.132", "fastapi-offline>=1.7", "prometheus-client>=0.21", "uvicorn>=0.34"],

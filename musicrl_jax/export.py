@@ -8,10 +8,12 @@ Legend: B clips, L text pieces, F frames, K codes in a frame, M MuLan levels, E 
 import importlib.metadata
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from jax import export as jax_export
 from jax.extend.backend import clear_backends
 from jax.sharding import Mesh
 
-from musicrl_jax.core import checkpoint, manifest, sharding, tensors
+from musicrl_jax.core import audio, checkpoint, manifest, sharding, tensors
 from musicrl_jax.core.keys import step_key
 from musicrl_jax.core.state import in_dtype
 from musicrl_jax.inputs import pieces
@@ -37,8 +39,15 @@ from musicrl_jax.serving.bundle import DRAW, FORMAT, GOLDEN, SCORE, VOCABULARY, 
 
 PROMPTS = "upbeat jazz with a walking bass", "a slow sad piano piece"
 SHARD_BYTES = 2 << 30  # of a file of weights, at most, but for one larger array
-READ_BY_BUNDLES = bundle.__file__, manifest.__file__, pieces.__file__
-WITHOUT_MODEL_CODE = "import sys, runpy; sys.modules['musicrl_jax'] = None; sys.argv = sys.argv[1:]; "
+READ_BY_BUNDLES = bundle.__file__, audio.__file__, manifest.__file__, pieces.__file__
+# A program that runs another, its first argument, without the modules that the second names.
+WITHOUT = """
+import json, runpy, sys
+_, program, hidden, *rest = sys.argv
+sys.modules.update(dict.fromkeys(json.loads(hidden)))
+sys.argv = [program, *rest]
+runpy.run_path(program, run_name="__main__")
+"""
 
 
 def export(
@@ -371,30 +380,40 @@ def _gin_of(run: Path) -> Path | None:
 
 
 def _verified(folder: Path, platform: str) -> None:
-    """Draws the golden clips in a fresh process that cannot import this package; ValueError where they differ."""
+    """Draws the golden clips in a fresh process that can import nothing but what the card names.
+
+    Raises ValueError where the clips differ from those that the checkpoint drew.
+    """
     if platform != "cpu":  # an accelerator belongs to one process: what this one has there is gone from here on
         clear_backends()
-    command = WITHOUT_MODEL_CODE + "runpy.run_path(sys.argv[0], run_name='__main__')"
-    script = str((folder / "bundle.py").absolute())
-    environment = {
-        **os.environ,
-        "JAX_PLATFORMS": platform,
-        "PYTHONDONTWRITEBYTECODE": "1",
-        "PYTHONPATH": str(folder.absolute()),
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", command, script, "--check"],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = [sys.executable, "-c", WITHOUT, str((folder / "bundle.py").absolute()), json.dumps(_not_needed())]
+    environment = {**os.environ, "JAX_PLATFORMS": platform, "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run([*command, "--check"], env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise ValueError(f"{folder} does not draw what the checkpoint does: {done.stderr.strip()[-2000:]}")
     found = json.loads(done.stdout)
     if found["clips"] < 1 or not found["here"].startswith(f"{platform}, "):
         raise ValueError(f"{folder} was not verified on {platform}: {done.stdout.strip()}")
     print(f"{folder.name}: {done.stdout.strip()}", flush=True)
+
+
+def _not_needed() -> list[str]:
+    """Returns this package and all installed modules but those that a bundle needs, and that these need."""
+    requirements = importlib.metadata.requires
+    needed, waiting = set(), list(bundle.NEEDED)
+    while waiting:
+        name = re.sub(r"[-_.]+", "-", waiting.pop()).lower()
+        if name in needed:
+            continue
+        needed.add(name)
+        with suppress(importlib.metadata.PackageNotFoundError):  # of another system or Python
+            for requirement in requirements(name) or ():
+                # What else jax's extras bring is its support of a GPU or TPU.
+                if name.startswith("jax") or "extra ==" not in requirement:
+                    waiting.append(re.match(r"[\w.-]+", requirement)[0])
+    modules = importlib.metadata.packages_distributions()
+    spelt = {module: {re.sub(r"[-_.]+", "-", name).lower() for name in names} for module, names in modules.items()}
+    return ["musicrl_jax", *sorted(module for module, names in spelt.items() if not names & needed)]
 
 
 def _card(about: Mapping[str, Any], source: Path) -> str:
@@ -421,8 +440,11 @@ a clip of {about["clip_seconds"]:g} s at {about["sample_rate_hz"]} Hz, weights i
     python bundle.py "upbeat jazz with a walking bass" --out=clip.wav
     python bundle.py --check
 {sharing}
-These need jax, numpy, safetensors, sentencepiece, tokenizers and soundfile, and none of musicrl-jax. Over HTTP:
+These need {", ".join(bundle.NEEDED[:-1])} and {bundle.NEEDED[-1]}, and none of musicrl-jax. Over HTTP:
 `musicrl serve --bundle=THIS_FOLDER`.
+
+**A bundle is a program**: `bundle.py`, the modules beside it and the compiled functions run with the rights of whoever
+starts them. Run it if you trust its maker. The hashes show damage on the way, not who made it.
 
 Licence of the weights: {about["licence"] or "not stated by whoever exported them"}.
 
@@ -436,6 +458,7 @@ Rewards that it can rank candidates by:
 
 A frame of 40 ms is {about["places"]} codes: one semantic code of {layout["semantic_codes"]}, and two codec frames of
 {layout["coarse_levels"]} coarse codes of {layout["acoustic_codes"]} each; of {layout["codec_levels"]}.
-`manifest.json` has all of this and the sha256 of every file; `config.gin`, if there, is what the run that trained the
-policy was asked for.
+`manifest.json` has all of this and the sha256 of every file. `config.gin`, if there, is what the run that trained the
+policy was asked for. Nothing here reads it. **A gin file is a program too**: its imports and references run code when
+`musicrl --gin_file` reads it, also with `--dry_run`. Read one from elsewhere before you use it.
 """

@@ -5,11 +5,20 @@ Legend: N samples.
 
 import io
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 import soundfile
 
 SUBTYPES = {"wav": "PCM_16", "flac": "PCM_16", "ogg": "VORBIS"}  # of each format that can be written
+
+
+def form_of(path: str | Path) -> str:
+    """Returns the format that a file's ending names; ValueError where it is none that can be written."""
+    form = Path(path).suffix.lower().removeprefix(".")
+    if form not in SUBTYPES:
+        raise ValueError(f"out={str(path)!r} does not end in {', '.join(f'.{known}' for known in SUBTYPES)}")
+    return form
 
 
 def encoded(wav: np.ndarray, rate: int, form: str, tags: Mapping[str, str] | None = None) -> bytes:

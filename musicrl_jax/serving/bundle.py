@@ -1,22 +1,69 @@
 """A bundle: everything between a prompt and its waveform as compiled-to-be functions, weights and words, in one folder.
 
-`musicrl export` writes it. This file stands in every bundle, beside the two that it imports, and needs no other code:
+`musicrl export` writes it. This file stands in every bundle, beside the three that it runs, and needs no other code:
 
     python BUNDLE/bundle.py "upbeat jazz with a walking bass" --out=clip.wav     plays a prompt
     python BUNDLE/bundle.py --check                                              draws the golden clips again
 
-with jax, numpy, safetensors, sentencepiece, tokenizers and soundfile. A manifest holds the sha256 of every file.
+with flatbuffers, jax, numpy, safetensors, sentencepiece, soundfile and tokenizers. A manifest holds the sha256 of every
+file. It shows damage, not who made the bundle: a bundle is a program, to be run by those who trust its maker.
 
 Legend: B clips, L text pieces, F frames of a clip, K codes in a frame, T codec frames, Q codec levels, N samples.
 """
 
+# ruff: noqa: E402  in a bundle, nothing is imported before it is clear from where
+
+import os
+import sys
+
+if not __package__:  # in a bundle, where a file beside this one must not pass for a library
+    HERE = os.path.dirname(os.path.realpath(__file__))
+    sys.path[:] = [entry for entry in sys.path if os.path.realpath(entry or os.curdir) != HERE]
+
 import argparse
 import hashlib
+import importlib.util
 import json
-import sys
-from collections.abc import Mapping, Sequence
+import types
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+MANIFEST = "manifest.json"
+NEEDED = "flatbuffers", "jax", "numpy", "safetensors", "sentencepiece", "soundfile", "tokenizers"
+
+
+def _neighbours(*names: str) -> Iterator[types.ModuleType]:
+    """Yields modules that stand beside this file, run from bytes whose sha256 the manifest has.
+
+    Raises ImportError, before any of them is run, where a file is missing or another, or a library is.
+    """
+    if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
+        raise ImportError(f"a bundle needs {', '.join(missing)}: pip install {' '.join(missing)}")
+    folder, sources = Path(HERE), {}
+    try:
+        files = json.loads((folder / MANIFEST).read_bytes())["files"]
+        for name in names:
+            sources[name] = (folder / f"{name}.py").read_bytes()
+            if hashlib.sha256(sources[name]).hexdigest() != files[f"{name}.py"][1]:
+                raise ValueError(f"{name}.py does not have the sha256 that {MANIFEST} names")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ImportError(f"{folder} is damaged: {error}; copy or export it again") from error
+    for name, source in sources.items():
+        module = types.ModuleType(name)
+        # The bytes that were hashed are run, and no other ones: neither the file, read again, nor a cached .pyc.
+        exec(compile(source, str(folder / f"{name}.py"), "exec"), module.__dict__)
+        yield module
+
+
+if __package__:
+    from musicrl_jax.core import audio, manifest
+    from musicrl_jax.inputs import pieces
+else:
+    try:
+        audio, manifest, pieces = _neighbours("audio", "manifest", "pieces")
+    except ImportError as error:
+        raise error if __name__ != "__main__" else SystemExit(str(error)) from error
 
 import jax
 import numpy as np
@@ -25,17 +72,11 @@ import safetensors.numpy
 from jax import export
 from jax.sharding import Mesh
 
-if __package__:
-    from musicrl_jax.core.manifest import MANIFEST, damage, unsealed
-    from musicrl_jax.inputs import pieces
-else:  # in a bundle, where they are neighbours
-    import pieces
-    from manifest import MANIFEST, damage, unsealed
-
 FORMAT = "musicrl-bundle 1"
 DRAW, SCORE = "draw", "score"
 VOCABULARY, GOLDEN, WEIGHTS = "vocabulary", "golden.safetensors", "weights"
 PLATFORMS = {"cpu": "cpu", "gpu": "cuda", "cuda": "cuda", "tpu": "tpu"}  # of a jax backend, a function's folder
+LARGEST_SEED = 2**32 - 1
 WAV_ERROR = 1e-4  # that the golden clips' samples may be off, of a full scale of 1
 SCORE_ERROR = 1e-3  # that their rewards may be off, of themselves or of 1
 
@@ -108,21 +149,28 @@ class Bundle:
           text: int32 [B, L], from `encode`.
           seeds: of each clip, from 0 to 2**32 - 1.
           candidates: clips of one prompt and seed differ by this number; 0 is the one that `musicrl generate` makes.
-          temperatures: of the policy; `about["temperature"]` by default.
+          temperatures: of the policy, above 0; `about["temperature"]` by default.
           given: int32 [B, F, K], how clips begin, and
           given_frames: so many frames of it.
+
+        Raises:
+          ValueError: where a seed or another number is not a whole one or out of its range.
         """
-        rows = len(text)
-        tokens = (rows, self.about["frames"], self.about["places"])
+        rows, frames = len(text), self.about["frames"]
+        temperatures = np.asarray([self.about["temperature"]] * rows if temperatures is None else temperatures)
+        if not (np.isfinite(temperatures).all() and (temperatures > 0).all()):
+            raise ValueError(f"temperatures={temperatures.tolist()} must be above 0 and finite")
         return Clips(
             *self._functions[DRAW](
                 self.weights[DRAW],
-                np.asarray(text, np.int32),
-                np.asarray(seeds, np.uint32),
-                np.zeros(rows, np.uint32) if candidates is None else np.asarray(candidates, np.uint32),
-                np.asarray([self.about["temperature"]] * rows if temperatures is None else temperatures, np.float32),
-                np.zeros(tokens, np.int32) if given is None else np.asarray(given, np.int32),
-                np.zeros(rows, np.int32) if given_frames is None else np.asarray(given_frames, np.int32),
+                whole("text", text, 2**31 - 1).astype(np.int32),
+                whole("seed", seeds).astype(np.uint32),
+                whole("candidate", [0] * rows if candidates is None else candidates).astype(np.uint32),
+                temperatures.astype(np.float32),
+                np.zeros((rows, frames, self.about["places"]), np.int32)
+                if given is None
+                else whole("given", given, 2**31 - 1).astype(np.int32),
+                whole("given_frames", [0] * rows if given_frames is None else given_frames, frames).astype(np.int32),
             )
         )
 
@@ -147,6 +195,8 @@ class Bundle:
             found = export.deserialize(bytearray((self.folder / file).read_bytes()))
             found.mlir_module()  # which is not read until then; a newer jax writes what an older one cannot read
             return found
+        except ModuleNotFoundError as error:
+            raise ValueError(f"reading a bundle needs {error.name}: pip install {error.name}") from error
         except Exception as error:  # the library raises nothing narrower
             raise ValueError(
                 f"{written}, and jax {jax.__version__} cannot read it ({error}): install jax {self.about['jax']} or "
@@ -193,6 +243,14 @@ class Bundle:
         }
 
 
+def whole(name: str, numbers: Any, most: int = LARGEST_SEED) -> np.ndarray:
+    """Returns whole numbers as an array; ValueError, by `name`, where one is not whole, below 0 or above `most`."""
+    array = np.asarray(numbers)
+    if array.size and (array.dtype.kind not in "iu" or array.min() < 0 or array.max() > most):
+        raise ValueError(f"{name}={array.tolist()} must be a whole number from 0 to {most}")
+    return array
+
+
 def is_one(folder: str | Path) -> bool:
     """Whether a folder is a bundle, whole or not."""
     return (Path(folder) / "bundle.py").exists()
@@ -201,12 +259,12 @@ def is_one(folder: str | Path) -> bool:
 def _described(folder: Path) -> dict[str, Any]:
     """The manifest; ValueError where it, or a file that it names, is not what was written."""
     try:
-        about = unsealed(folder / MANIFEST)
+        about = manifest.unsealed(folder / MANIFEST)
     except ValueError as error:
         raise ValueError(f"{folder} is damaged: {error}; copy or export it again") from error
     if about.get("format") != FORMAT:
         raise ValueError(f"{folder}/{MANIFEST} is of format {about.get('format')!r}, not {FORMAT!r}: export it again")
-    if wrong := damage(folder, about["files"], more=False):
+    if wrong := manifest.damage(folder, about["files"], more=False):
         raise ValueError(f"{folder} is damaged: {wrong}; copy or export it again")
     return {**about, "sha256": hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()}
 
@@ -215,20 +273,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command at the head of this file; the exit status."""
     parser = argparse.ArgumentParser(description="Plays a bundle of musicrl-jax.")
     parser.add_argument("prompt", nargs="?")
-    parser.add_argument("--out", default="clip.wav")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", default="clip.wav", help="a file that ends in .wav, .flac or .ogg")
+    parser.add_argument("--seed", type=int, default=0, help="a whole number from 0 to 2**32 - 1")
     parser.add_argument("--check", action="store_true", help="draws the golden clips again")
     asked = parser.parse_args(arguments)
     if bool(asked.prompt) == asked.check:
         parser.error("give a prompt, or --check")
     try:
-        bundle = Bundle(Path(__file__).parent)
+        form = audio.form_of(asked.out)
+        seed = int(whole("seed", asked.seed))
+        bundle = Bundle(Path(__file__).resolve().parent)
         if asked.check:
             return _checked(bundle)
-        import soundfile
-
-        wav = np.asarray(bundle.draw(bundle.encode([asked.prompt]), [asked.seed]).wav[0])
-        soundfile.write(asked.out, np.clip(wav, -1, 1), bundle.about["sample_rate_hz"])
+        wav = np.asarray(bundle.draw(bundle.encode([asked.prompt]), [seed]).wav[0])
+        tags = {"title": asked.prompt, "comment": json.dumps({"seed": seed, "model": bundle.about["sha256"]})}
+        Path(asked.out).write_bytes(audio.encoded(np.clip(wav, -1, 1), bundle.about["sample_rate_hz"], form, tags))
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 1

@@ -1,11 +1,13 @@
 """A bundle draws what the model code draws, wherever it is read, or says why not."""
 
 import dataclasses
+import importlib.metadata
 import json
 import os
 import shutil
 import subprocess
 import sys
+import venv
 
 import jax
 import numpy as np
@@ -28,16 +30,99 @@ def test_it_was_drawn_again_without_the_model_code(exported):
     assert all(f"draw for {platform}" in told for platform in ("cpu", "cuda", "tpu"))
 
 
+def program(folder, *arguments, cwd=None):
+    """Runs a bundle's own file, as the card says."""
+    command = [sys.executable, str(folder / "bundle.py"), *arguments]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, check=False)
+
+
 def test_it_plays_as_a_program_of_its_own(exported, tmp_path):
     """What it plays is what `musicrl generate` plays, and it leaves no file in the bundle."""
     folder, _ = exported
     before = sorted(path for path in folder.rglob("*"))
-    command = f"{export.WITHOUT_MODEL_CODE}runpy.run_path(sys.argv[0], run_name='__main__')"
-    program = [sys.executable, "-c", command, str(folder / "bundle.py"), "a slow piano", f"--out={tmp_path / 'a.wav'}"]
-    environment = {**os.environ, "PYTHONPATH": str(folder)}
-    subprocess.run([*program, "--seed=7"], env=environment, check=True, timeout=300)
+    (tmp_path / "by_link").symlink_to(folder)
+    done = program(tmp_path / "by_link", "a slow piano", "--out=a.flac", "--seed=7", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, "a.flac\n"), done.stderr
     assert sorted(path for path in folder.rglob("*")) == before
-    assert soundfile.info(tmp_path / "a.wav").frames == 3200
+    with soundfile.SoundFile(tmp_path / "a.flac") as file:
+        assert (file.frames, file.format, file.title) == (3200, "FLAC", "a slow piano")
+        assert json.loads(file.comment)["seed"] == 7
+
+
+MARK = "import os\nopen(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'MARK'), 'w').close()\n"
+
+
+@pytest.mark.parametrize("name", ["pieces", "manifest", "audio"])
+def test_a_changed_neighbour_is_refused_before_it_is_run(exported, tmp_path, name):
+    copy = tmp_path / "copy"
+    shutil.copytree(exported[0], copy)
+    module = copy / f"{name}.py"
+    module.write_text(MARK + module.read_text())
+    done = program(copy, "--check")
+    assert done.returncode == 1 and f"damaged: {name}.py does not have the sha256" in done.stderr
+    assert "Traceback" not in done.stderr and not (copy / "MARK").exists()
+
+
+def test_a_file_beside_a_bundle_is_no_library_of_it(exported, tmp_path):
+    """Neither in place of Python's own nor of others'."""
+    copy = tmp_path / "copy"
+    shutil.copytree(exported[0], copy)
+    for name in ("argparse", "hashlib", "json", "pathlib", "jax", "numpy", "sentencepiece", "flatbuffers"):
+        (copy / f"{name}.py").write_text(MARK)
+    done = program(copy, "--check", cwd=copy)
+    assert done.returncode == 1 and "damaged: argparse.py does not belong to it" in done.stderr
+    assert not (copy / "MARK").exists()
+
+
+def test_a_missing_library_is_named(exported):
+    """And no other jax is advised where jax is there."""
+    command = [sys.executable, "-c", export.WITHOUT, str(exported[0] / "bundle.py"), '["flatbuffers"]', "--check"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert (done.returncode, done.stderr) == (1, "a bundle needs flatbuffers: pip install flatbuffers\n")
+
+
+def test_export_verifies_with_what_the_card_names_alone(exported):
+    hidden = export._not_needed()
+    assert {"musicrl_jax", "flax", "orbax", "tensorflow", "tensorflow_datasets", "gin", "optax"} <= set(hidden)
+    assert not {*bundles.NEEDED, "jaxlib", "scipy", "ml_dtypes", "cffi", "_soundfile"} & set(hidden)
+    card = (exported[0] / "README.md").read_text()
+    assert f"These need {', '.join(bundles.NEEDED[:-1])} and {bundles.NEEDED[-1]}" in card.replace("\n", " ")
+    assert all(name in bundles.__doc__ for name in bundles.NEEDED)
+
+
+def test_the_card_says_what_is_a_program(exported, run):
+    """And export copies the run's gin, which would stop it if it read it."""
+    folder, _ = exported
+    card = (folder / "README.md").read_text()
+    assert "**A bundle is a program**" in card and "if you trust its maker" in card
+    assert "**A gin file is a program too**" in card and "also with `--dry_run`" in card
+    assert (folder / "config.gin").read_bytes() == (run / "config.gin").read_bytes()
+
+
+@pytest.mark.slow
+def test_it_runs_with_the_named_packages_and_no_others(exported, tmp_path):
+    """In an environment of its own, with the versions of this one, and no import of anything else."""
+    venv.create(tmp_path / "venv", with_pip=True)
+    python = tmp_path / "venv/bin/python"
+    versions = [f"{name}=={importlib.metadata.version(name)}" for name in bundles.NEEDED]
+    subprocess.run([python, "-m", "pip", "install", "--quiet", *versions], check=True, timeout=1200)
+    environment = {name: text for name, text in os.environ.items() if not name.startswith("PYTHON")}
+    command = [python, exported[0] / "bundle.py", "--check"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["clips"] == 1
+
+
+@pytest.mark.parametrize("numbers", [{"seeds": [1.5]}, {"seeds": [-1]}, {"seeds": [2**32]}, {"seeds": [True]}])
+def test_numbers_that_cannot_be_are_refused(bundle, numbers):
+    with pytest.raises(ValueError, match="must be a whole number from 0 to 4294967295"):
+        bundle.draw(bundle.encode(["jazz"]), **numbers)
+    with pytest.raises(ValueError, match="candidate="):
+        bundle.draw(bundle.encode(["jazz"]), [1], candidates=[0.5])
+    with pytest.raises(ValueError, match="given_frames="):
+        bundle.draw(bundle.encode(["jazz"]), [1], given_frames=[11])
+    with pytest.raises(ValueError, match="temperatures="):
+        bundle.draw(bundle.encode(["jazz"]), [1], temperatures=[0.0])
 
 
 def test_generate_makes_its_clip_from_either(exported, run, tmp_path):

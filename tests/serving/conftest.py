@@ -71,6 +71,7 @@ def run(tmp_path_factory, vocabulary):
         "quality": (Quality, (wav,)),
     }
     hashes = {"semantic": "of no model"}
+    (folder / "config.gin").write_text("import a_module_that_nothing_may_import\n")
     for name, (module, given) in inputs.items():
         variables = meta.unbox(jax.jit(module(CONFIGS[name]).init)(key, *given))
         assets = {VOCABULARY: Path(vocabulary).read_bytes()} if name == "mulan" else {}
