@@ -11,13 +11,15 @@ import numpy as np
 import soundfile
 
 SUBTYPES = {"wav": "PCM_16", "flac": "PCM_16", "ogg": "VORBIS"}  # of each format that can be written
+LONGEST_TAG = 2000  # bytes in a wav: libsndfile 1.2.2 writes one of more than 2045, and all after it, as nothing
 
 
 def form_of(path: str | Path) -> str:
     """Returns the format that a file's ending names; ValueError where it is none that can be written."""
     form = Path(path).suffix.lower().removeprefix(".")
     if form not in SUBTYPES:
-        raise ValueError(f"out={str(path)!r} does not end in {', '.join(f'.{known}' for known in SUBTYPES)}")
+        endings = " or ".join(f".{known}" for known in SUBTYPES)
+        raise ValueError(f"out={str(path)!r} does not end in {endings}: choose one of them")
     return form
 
 
@@ -28,12 +30,14 @@ def encoded(wav: np.ndarray, rate: int, form: str, tags: Mapping[str, str] | Non
       wav: the samples of one channel.
       rate: samples a second.
       form: 'wav', 'flac' or 'ogg'.
-      tags: 'title', 'comment' and so on: the texts that `soundfile.SoundFile` has as attributes.
+      tags: 'title', 'comment' and so on: the texts that `soundfile.SoundFile` has as attributes. A wav
+        holds the first LONGEST_TAG bytes of each.
     """
     file = io.BytesIO()
     with soundfile.SoundFile(file, "w", rate, 1, format=form.upper(), subtype=SUBTYPES[form]) as written:
         for name, text in (tags or {}).items():
-            setattr(written, name, text)
+            short = text.encode()[:LONGEST_TAG].decode(errors="ignore")
+            setattr(written, name, short if form == "wav" else text)
         for start in range(0, len(wav), rate):  # Vorbis puts what it is given on the stack: a minute overflows it
             written.write(wav[start : start + rate])
     return file.getvalue()

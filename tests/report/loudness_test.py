@@ -104,6 +104,71 @@ def test_one_gating_block_is_long_enough():
     assert [clip.unit for clip in loudness.level_match(clips, 16000)] == ["LUFS", "LUFS"]
 
 
+def tone(seconds: float, amplitude: float, sample_rate_hz: int = 16000) -> np.ndarray:
+    t = np.arange(round(seconds * sample_rate_hz)) / sample_rate_hz
+    return (amplitude * np.sin(2.0 * np.pi * 440.0 * t)).astype(np.float32)
+
+
+@pytest.mark.parametrize("sample_rate_hz", [8000, 16000, 24000, 48000])
+def test_a_clip_is_brought_to_its_loudness(sample_rate_hz):
+    quiet = plucks(1, 4.0, sample_rate_hz, 0.1)
+    level = loudness.levelled(quiet, sample_rate_hz, -23.0)
+    assert itu_lufs(level.wav, sample_rate_hz) == pytest.approx(-23.0, abs=0.15)
+    assert level.loudness == pytest.approx(itu_lufs(quiet, sample_rate_hz), abs=0.15)
+    assert level.loudness + level.gain_db == pytest.approx(-23.0)
+
+
+def test_pauses_do_not_count():
+    """Half a second of tone in five seconds of silence is as loud as that tone: the gates leave the pauses out."""
+    clip = np.concatenate([tone(0.5, 0.1), np.zeros(72000, np.float32)])
+    level = loudness.levelled(clip, 16000, -16.0)
+    assert level.loudness == pytest.approx(itu_lufs(clip, 16000), abs=0.1)
+    assert itu_lufs(level.wav, 16000) == pytest.approx(-16.0, abs=0.1)
+    assert not level.wav[9000:].any() and np.max(np.abs(level.wav)) <= loudness.PEAK
+
+
+@pytest.mark.parametrize("samples", [0, 1, 6399, 6400, 64000])
+@pytest.mark.parametrize("level", [0.0, 1e-7])
+def test_silence_stays_silence(samples, level):
+    clip = np.full(samples, level, np.float32)
+    levelled = loudness.levelled(clip, 16000, -16.0)
+    assert levelled.silent and levelled.gain_db == 0.0
+    np.testing.assert_array_equal(levelled.wav, clip)
+
+
+def test_what_the_library_calls_no_number_is_silence(monkeypatch):
+    monkeypatch.setattr(loudness.pyloudnorm.Meter, "integrated_loudness", lambda self, wav: np.nan)
+    assert loudness.levelled(tone(1.0, 0.1), 16000, -16.0).silent
+
+
+@pytest.mark.parametrize("seconds", [0.01, 0.3, 0.4, 4.0])
+def test_a_peak_limits_the_gain(seconds):
+    """Also one between two samples: a tone at a quarter of the rate whose samples are all at 0.7 of its peak."""
+    t = np.arange(round(seconds * 16000))
+    click = (0.001 * np.sin(t / 3)).astype(np.float32)
+    click[len(click) // 2] = 0.9
+    between = (np.sin(np.pi * t / 2 + np.pi / 4) * np.hanning(len(t))).astype(np.float32)
+    for clip in (click, between):
+        level = loudness.levelled(clip, 16000, -1.0)
+        assert level.loudness + level.gain_db < -1.5
+        peak = np.max(np.abs(signal.resample_poly(level.wav.astype(np.float64), 16, 1)))
+        assert peak == pytest.approx(loudness.PEAK, rel=0.02)
+
+
+def test_noise_is_not_made_music():
+    noise = np.random.default_rng(0).normal(0, 10 ** (-60 / 20), 32000).astype(np.float32)
+    assert loudness.levelled(noise, 16000, -16.0).gain_db == loudness.MOST_GAIN_DB
+
+
+def test_a_true_peak_is_found_in_any_block():
+    clip = np.zeros((1 << 18) * 2 + 500, np.float32)
+    for start in ((1 << 18) - 50, 1 << 18, (1 << 18) * 2 + 300):
+        clip[start : start + 100] = np.sin(np.pi * np.arange(100) / 2 + np.pi / 4) * np.hanning(100)
+        whole = np.max(np.abs(signal.resample_poly(clip.astype(np.float64), 4, 1)))
+        assert loudness.true_peak(clip) == pytest.approx(whole, rel=1e-6)
+        clip[:] = 0
+
+
 def test_flac_keeps_length_rate_and_samples():
     wav = plucks(4, 1.5, 16000, 0.7)
     decoded, rate = soundfile.read(io.BytesIO(loudness.flac(wav, 16000)), dtype="float32")
