@@ -271,6 +271,7 @@ def train_rl(
         watched["kl"] = {0: 0.0, **{step: kl for step, kl, *_ in judge.seen}}[kept]
     told = {"anchor": loaded.hashes["policy"], "rewards": mixture.describe(), "units": units, "watched": watched}
     assets = {checkpoint.LINEAGE: loaded.lineage, checkpoint.ANCHOR: json.dumps(told).encode()}
+    assets[checkpoint.CLIP] = json.dumps({"seconds": clip_seconds}).encode()
     final = {"params": unstacked(sharding.fetch(state.policy))}
     if kept is not None:
         checkpoint.save_model(directory / rollouts.LAST, config, final, assets)

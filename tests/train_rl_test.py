@@ -209,6 +209,7 @@ def test_a_finetuned_policy_knows_its_anchor(tmp_path):
     """RU is anchored to R: what its checkpoint names is the content of R's."""
     loop(tmp_path, steps=1)
     saved = checkpoint.load_model(tmp_path / "run", MusicLMConfig)
+    assert json.loads(saved.assets[checkpoint.CLIP]) == {"seconds": 1.0}
     told = json.loads(saved.assets[checkpoint.ANCHOR])
     assert told == {
         "anchor": checkpoint.content_hash(base()),

@@ -23,6 +23,7 @@ from musicrl_jax.core.manifest import MANIFEST, check_space, damage, described_f
 
 MODEL = "model"
 LINEAGE = "tokens.json"  # asset of a token model: which models wrote the tokens that it was trained on, {name: hash}
+CLIP = "clip.json"  # asset of a token model: the length of the clips that it was trained on, {"seconds": s}
 ANCHOR = "anchor.json"  # asset of a finetuned policy: its anchor's content hash, what its rewards declare, the alarm
 TOLD_BY = (MANIFEST, "votes.jsonl")  # the files that say what a folder of tokens, or of votes on them, holds
 NO_IDENTITY = {"identity": False}
@@ -127,6 +128,16 @@ def _alone() -> ocp.options.MultiprocessingOptions:
 def has_model(directory: str | Path) -> bool:
     """Whether `directory`/model is there, whole."""
     return (Path(directory) / MODEL / MANIFEST).exists()
+
+
+def beside(directory: str | Path, name: str) -> str:
+    """Returns the folder of the model `name` that stands beside a model's folder, as a run has them.
+
+    A folder may be given as '.', relative or by a symbolic link. Of a link both neighbourhoods are looked at, that of
+    the link first. Where neither has the model, the one of the folder itself is returned, for an error that names it.
+    """
+    places = Path(os.path.abspath(directory)).parent, Path(directory).resolve().parent
+    return str(next((place / name for place in places if has_model(place / name)), places[-1] / name))
 
 
 def _model_manifest(directory: Path) -> dict[str, Any]:

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from musicrl_jax.core import checkpoint
-from musicrl_jax.core.tokens import interleave
-from musicrl_jax.inputs.tokens import Tokens, read_manifest
+from musicrl_jax.core.tokens import FRAMES_PER_SECOND, interleave
+from musicrl_jax.inputs.tokens import Tokens, read, read_manifest
 from musicrl_jax.inputs.votes import Votes
 from musicrl_jax.models.musiclm import MusicLMConfig
 from musicrl_jax.objectives.objective import Batch, Objective
@@ -34,8 +34,16 @@ class TokenObjective(Objective):
                 )
 
     def assets(self) -> dict[str, bytes]:
-        """tokens.json: the hashes of the models whose tokens this one speaks."""
-        return {checkpoint.LINEAGE: json.dumps(read_manifest(self.data.directory)["models"]).encode()}
+        """Returns tokens.json, the hashes of the models whose tokens this one speaks, and clip.json, its clips' length.
+
+        A token folder in which no split is complete has no length, and gives no clip.json.
+        """
+        told = read_manifest(self.data.directory)
+        assets = {checkpoint.LINEAGE: json.dumps(told["models"]).encode()}
+        for split in list(told["counts"])[:1]:  # clips of all splits have one length
+            frames = read(self.data.directory, split)[1]["semantic"].shape[0]
+            assets[checkpoint.CLIP] = json.dumps({"seconds": frames / FRAMES_PER_SECOND}).encode()
+        return assets
 
     def check_policy(self, policy: MusicLMConfig) -> None:
         """`check_layout` for what a policy reads."""

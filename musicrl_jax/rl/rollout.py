@@ -6,12 +6,16 @@ levels, N samples.
 
 import dataclasses
 import json
+from pathlib import Path
 from typing import Any
 
 import flax.struct
 import jax
 
 from musicrl_jax.core import checkpoint
+from musicrl_jax.core.keys import step_key
+from musicrl_jax.core.manifest import unsealed
+from musicrl_jax.core.run_checkpoints import CHECKPOINTS, RUN
 from musicrl_jax.core.tokens import FRAMES_PER_SECOND, deinterleave
 from musicrl_jax.models.mulan import MuLan, MuLanConfig
 from musicrl_jax.models.musiclm import MusicLM, MusicLMConfig
@@ -96,6 +100,32 @@ class Studio:
         wav = self.sound(frozen["soundstream"], acoustic)
         return Rollout(text, embedding, mulan, *drawn, acoustic, wav)
 
+    def numbered(
+        self,
+        policy: Any,
+        frozen: dict[str, Any],
+        text: jax.Array,
+        seeds: jax.Array,
+        candidates: jax.Array,
+        temperatures: jax.Array,
+        given: Given,
+        top_k: int | None = None,
+    ) -> Rollout:
+        """Draws clips by their numbers, as generate, bundles and the service have them.
+
+        Args:
+          policy, frozen, text, top_k: as in `rollout` and its `Sampling`.
+          seeds, candidates: uint32 [B]; clips of one prompt and seed differ by the candidate's number.
+          temperatures: f32 [B].
+          given: how the clips begin; its tokens have the length of the clips.
+        """
+
+        def key(seed: jax.Array, candidate: jax.Array) -> jax.Array:
+            return jax.random.fold_in(step_key(seed, 0), candidate)
+
+        keys, sampling = jax.vmap(key)(seeds, candidates), Sampling(temperatures[:, None], top_k)
+        return self.rollout(policy, frozen, text, keys, given.tokens.shape[1], sampling, given)
+
     def read(self, variables: Any, text: jax.Array) -> tuple[jax.Array, jax.Array]:
         """MuLan's variables, text int32 [B, L] -> (its embedding f32 [B, E], the same as tokens int32 [B, M])."""
         embedding = self.mulan.apply(variables, text, method="embed_text")
@@ -138,6 +168,7 @@ class Loaded:
       vocabulary: the content of the vocabulary that MuLan reads text with.
       hashes: each model's content hash, by name.
       lineage: the content of tokens.json, which says whose tokens the policy was trained on.
+      clip_seconds: length of the clips that the policy was trained on; None where an older version did not record it.
     """
 
     studio: Studio
@@ -146,10 +177,20 @@ class Loaded:
     vocabulary: bytes
     hashes: dict[str, str]
     lineage: bytes
+    clip_seconds: float | None = None
 
 
-def load(policy: str, fine: str, codec: str, mulan: str) -> Loaded:
-    """Reads four checkpoint folders; ValueError, naming the field, where they do not fit or do not belong together."""
+def load(policy: str, fine: str | None = None, codec: str | None = None, mulan: str | None = None) -> Loaded:
+    """Reads four checkpoint folders; those that are not named stand beside the policy's.
+
+    Raises:
+      ValueError: by name of the field, where they do not fit or do not belong together.
+      FileNotFoundError: where one is missing.
+    """
+    fine, codec, mulan = (
+        folder or checkpoint.beside(policy, name)
+        for name, folder in (("fine", fine), ("codec", codec), ("mulan", mulan))
+    )
     models = {
         "policy": checkpoint.load_model(policy, MusicLMConfig),
         "soundstorm": checkpoint.load_model(fine, SoundStormConfig),
@@ -189,7 +230,19 @@ def load(policy: str, fine: str, codec: str, mulan: str) -> Loaded:
         models["mulan"].assets["vocabulary"],
         {name: model.hash for name, model in models.items()},
         models["policy"].assets[checkpoint.LINEAGE],
+        _trained_seconds(policy, models["policy"].assets),
     )
+
+
+def _trained_seconds(policy: str, assets: dict[str, bytes]) -> float | None:
+    """Returns the length of the clips that a policy was trained on; None where nothing in its folder records it."""
+    if checkpoint.CLIP in assets:
+        return float(json.loads(assets[checkpoint.CLIP])["seconds"])
+    run = Path(policy) / CHECKPOINTS / RUN  # an older finetuning recorded it in the identity of its run alone
+    try:
+        return float(unsealed(run, "if there")["clip_seconds"])
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def lineage(loaded: Loaded) -> dict[str, str]:

@@ -31,8 +31,9 @@ class Sampling:
     top_k: int | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.temperature, float | int) and not 0 < self.temperature < math.inf:
-            raise ValueError(f"temperature={self.temperature} must be above 0 and finite")
+        number = isinstance(self.temperature, float | int)
+        if not isinstance(self.temperature, jax.Array) and not (number and 0 < self.temperature < math.inf):
+            raise ValueError(f"temperature={self.temperature!r} must be above 0 and finite")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k={self.top_k} must be 1 or more, or None for all codes")
 

@@ -9,6 +9,7 @@ import pytest
 from scipy.special import log_softmax
 
 from musicrl_jax.core.tokens import TokenLayout
+from musicrl_jax.inputs.tokens import Tokens, write_tokens
 from musicrl_jax.models.musiclm import MusicLM, MusicLMConfig
 from musicrl_jax.models.transformer import TransformerConfig
 from musicrl_jax.objectives.policy import PolicyObjective
@@ -81,6 +82,13 @@ def test_a_few_steps_lower_the_loss(objective, params):
 def test_the_models_of_its_tokens_travel_with_it(objective, token_models):
     assets = objective.assets()
     assert {name: json.loads(content) for name, content in assets.items()} == {"tokens.json": token_models}
+
+
+def test_the_length_of_its_clips_travels_with_it(tmp_path, token_models):
+    clip = {**{name: codes[0] for name, codes in BATCH.items()}, "id": "a", "caption": "a reel"}
+    write_tokens(str(tmp_path), "train", [clip], token_models, LAYOUT, {})
+    assets = PolicyObjective(MODEL, Tokens(str(tmp_path))).assets()
+    assert json.loads(assets["clip.json"]) == {"seconds": 6 / 25} and json.loads(assets["tokens.json"]) == token_models
 
 
 @pytest.mark.parametrize("name", LAYOUT)

@@ -2,11 +2,13 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from musicrl_jax.core import checkpoint
+from musicrl_jax.core.manifest import sealed
 from musicrl_jax.core.tokens import TokenLayout
 from musicrl_jax.models.conformer import ConformerConfig
 from musicrl_jax.models.mulan import MuLanConfig
@@ -95,3 +97,20 @@ def test_a_clip_holds_whole_frames(models, seconds, frames):
 def test_a_clip_of_part_frames_is_refused(models, seconds):
     with pytest.raises(ValueError, match=f"clip_seconds={seconds} must be a multiple of 0.04 s"):
         load(models).studio.frames(seconds)
+
+
+@pytest.mark.parametrize(
+    ("recorded", "seconds"),
+    [("asset", 2.5), ("asset and run", 2.5), ("run", 4.0), ("run without it", None), ("nothing", None)],
+)
+def test_the_length_that_a_policy_was_trained_on_comes_with_it(models, tmp_path, recorded, seconds):
+    """From the asset of the model, else from the identity of an older version's run, beside it."""
+    assets = {checkpoint.LINEAGE: (Path(models["policy"][0]) / "model" / checkpoint.LINEAGE).read_bytes()}
+    if recorded.startswith("asset"):
+        assets[checkpoint.CLIP] = b'{"seconds": 2.5}'
+    folder, _ = save(tmp_path, "policy", CONFIGS["policy"], 2, assets)
+    if "run" in recorded:
+        (tmp_path / "policy/checkpoints").mkdir()
+        identity = {"seed": 0} if "without" in recorded else {"seed": 0, "clip_seconds": 4.0}
+        (tmp_path / "policy/checkpoints/run.json").write_text(sealed(identity))
+    assert load(models | {"policy": (folder, "")}).clip_seconds == seconds
