@@ -7,6 +7,7 @@ Legend: B clips, L text pieces, F frames, K codes in a frame, M MuLan levels, E 
 
 import importlib.metadata
 import json
+import math
 import os
 import re
 import shutil
@@ -24,9 +25,9 @@ from jax import export as jax_export
 from jax.extend.backend import clear_backends
 from jax.sharding import Mesh
 
-from musicrl_jax.core import audio, checkpoint, manifest, sharding, tensors
-from musicrl_jax.core.keys import step_key
+from musicrl_jax.core import audio, checkpoint, manifest, memory, sharding, tensors
 from musicrl_jax.core.state import in_dtype
+from musicrl_jax.core.tokens import FRAMES_PER_SECOND
 from musicrl_jax.inputs import pieces
 from musicrl_jax.models.musiclm import MusicLM
 from musicrl_jax.models.transformer import LANES
@@ -53,7 +54,7 @@ runpy.run_path(program, run_name="__main__")
 def export(
     checkpoint: str,
     out: str,
-    clip_seconds: float,
+    clip_seconds: float | None = None,
     rewards: Mixture | None = None,
     temperature: float = 0.99,
     top_k: int | None = None,
@@ -73,7 +74,8 @@ def export(
     Args:
       checkpoint: folder of a policy, base or finetuned.
       out: the bundle's folder, which must not be there yet.
-      clip_seconds: length of the clips that it draws, a multiple of 40 ms.
+      clip_seconds: length of the clips that it draws, a multiple of 40 ms, by default and at most that of the clips
+        that the policy was trained on. Longer pieces are drawn from several of them when a bundle is used.
       rewards: scores the clips, so that the best of several can be taken; terms as they are, not normalised.
       temperature, top_k: of the policy; the first is what a bundle does if not told otherwise.
       dtype: 'bfloat16' halves the weights of policy and SoundStorm and computes in it; codec, MuLan and rewards stay
@@ -105,10 +107,8 @@ def export(
     folder = Path(out)
     if folder.exists():
         raise FileExistsError(f"export.out={out!r} is there already: remove it, or give another folder")
-    beside = Path(checkpoint).parent
-    loaded = rollouts.load(
-        checkpoint, fine or str(beside / "fine"), codec or str(beside / "codec"), mulan or str(beside / "mulan")
-    )
+    loaded = rollouts.load(checkpoint, fine, codec, mulan)
+    clip_seconds = _seconds(clip_seconds, loaded.clip_seconds, checkpoint)
     frames = loaded.studio.frames(clip_seconds)
     mixture = None if rewards is None else rewards.load()
     if mixture is not None:
@@ -174,8 +174,8 @@ def export(
         "rewards": {} if mixture is None else mixture.describe(),
         "finetuned": _finetuned(checkpoint),
     }
-    (partial / "README.md").write_text(_card(about, Path(checkpoint)), encoding="utf-8")
-    if config := _gin_of(beside):
+    (partial / "README.md").write_text(_card(about, Path(checkpoint).resolve()), encoding="utf-8")
+    if config := _gin_of(checkpoint):
         shutil.copy(config, partial / "config.gin")
     files = manifest.described_files(partial)
     manifest.write_on_disk(partial / manifest.MANIFEST, manifest.sealed({**about, "files": files}))
@@ -184,7 +184,25 @@ def export(
     print(f"{folder}: {sum(size for size, _ in files.values()) / 1e6:.0f} MB, drawn again as it should", flush=True)
 
 
-def _draw(studio: Studio, frames: int, top_k: int | None) -> Any:
+def _seconds(clip_seconds: float | None, trained: float | None, checkpoint: str) -> float:
+    """Returns the length of a bundle's clips; ValueError where it is none, or more than what was trained on."""
+    if clip_seconds is None:
+        if trained is None:
+            raise ValueError(
+                f"{checkpoint} does not record the length of the clips that it was trained on: give export.clip_seconds"
+            )
+        return trained
+    if not isinstance(clip_seconds, int | float) or not 0 < clip_seconds < math.inf:
+        raise ValueError(f"export.clip_seconds={clip_seconds!r} must be a number of seconds above 0")
+    if trained is not None and clip_seconds > trained:
+        raise ValueError(
+            f"export.clip_seconds={clip_seconds:g} is more than the {trained:g} s that {checkpoint} was trained on: "
+            "give at most that; whoever uses the bundle can have longer pieces, drawn in windows"
+        )
+    return clip_seconds
+
+
+def _draw(studio: Studio, top_k: int | None) -> Any:
     """(policy, frozen, text i32 [B, L], seeds u32 [B], candidates u32 [B], temperatures f32 [B], given) -> Clips."""
 
     def draw(
@@ -196,12 +214,7 @@ def _draw(studio: Studio, frames: int, top_k: int | None) -> Any:
         temperatures: jax.Array,
         given: Given,
     ) -> Clips:
-        def key(seed: jax.Array, candidate: jax.Array) -> jax.Array:  # the candidate's, as `musicrl generate` has it
-            return jax.random.fold_in(step_key(seed, 0), candidate)
-
-        keys = jax.vmap(key)(seeds, candidates)
-        sampling = Sampling(temperatures[:, None], top_k)
-        played = studio.rollout(policy, frozen, text, keys, frames, sampling, given)
+        played = studio.numbered(policy, frozen, text, seeds, candidates, temperatures, given, top_k)
         return Clips(played.tokens, played.acoustic, played.mulan, played.embedding, played.wav)
 
     return draw
@@ -234,8 +247,11 @@ def _golden(
     known = jnp.zeros(rows, jnp.int32).at[-1].set(frames // 2)
     given = Given(jnp.zeros((rows, frames, _places(loaded)), jnp.int32), known)
     asked = text, seeds, jnp.zeros_like(seeds), jnp.full(rows, sampling.temperature, jnp.float32), given
-    draw = _draw(loaded.studio, frames, sampling.top_k)
-    clips = jax.jit(draw, in_shardings=(*layouts[DRAW], *[whole] * 5), out_shardings=whole)(*trees[DRAW], *asked)
+    draw = _draw(loaded.studio, sampling.top_k)
+    drawing = jax.jit(draw, in_shardings=(*layouts[DRAW], *[whole] * 5), out_shardings=whole)
+    program = drawing.lower(*trees[DRAW], *asked).compile()
+    memory.check(program, "export.clip_seconds", frames / FRAMES_PER_SECOND)
+    clips = drawing(*trees[DRAW], *asked)
     kept = {"text": text, "seeds": seeds, "given_frames": known}
     kept |= {name: getattr(clips, name) for name in ("tokens", "acoustic", "wav")}
     if mixture is not None:
@@ -269,7 +285,7 @@ def _functions(
         compiled = jax.jit(function, in_shardings=(layout, *[whole] * len(arguments)), out_shardings=whole)
         return jax_export.export(compiled, platforms=[platform])(weights(name), *arguments)
 
-    draw = _draw(studio, frames, top_k)
+    draw = _draw(studio, top_k)
 
     def play(weights: Mapping[str, jax.Array], *given: jax.Array) -> tuple[jax.Array, ...]:
         policy, frozen = _tree(trees[DRAW], weights)
@@ -374,9 +390,10 @@ def _finetuned(folder: str) -> dict[str, Any]:
     return json.loads(file.read_bytes()) if file.exists() else {}
 
 
-def _gin_of(run: Path) -> Path | None:
-    """The config of the run that made the checkpoint, if it is there."""
-    return next((file for name in ("operative_config.gin", "config.gin") if (file := run / name).exists()), None)
+def _gin_of(folder: str) -> Path | None:
+    """The config of the run that made the checkpoint, if it is there. It is copied and never read: gin runs code."""
+    run = Path(folder).resolve().parent
+    return next((file for name in ("operative_config.gin", "config.gin") if (file := run / name).is_file()), None)
 
 
 def _verified(folder: Path, platform: str) -> None:

@@ -7,7 +7,7 @@ import dataclasses
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
 import numpy as np
@@ -57,7 +57,7 @@ class Wanted:
 
 @dataclasses.dataclass(frozen=True)
 class Drawn:
-    """What became of a row: tokens int32 [F, K], wav f32 [N] in [-1, 1], and its rewards, if they were wanted."""
+    """What became of a row: tokens int32 [F, K], wav f32 [N], and its rewards, if they were wanted."""
 
     tokens: np.ndarray
     wav: np.ndarray
@@ -172,29 +172,46 @@ class Batcher:
                     return batch
 
     def _draw(self, batch: list[Wanted]) -> list[Drawn | FloatingPointError]:
-        """Each row's clip, or what is wrong with that row alone."""
-        about = self._bundle.about
-        filled = batch + [batch[0]] * (self._rows - len(batch))
-        nothing = np.zeros((about["frames"], about["places"]), np.int32)
-        clips = self._bundle.draw(
-            np.stack([row.text for row in filled]),
-            [row.seed for row in filled],
-            [row.candidate for row in filled],
-            [row.temperature for row in filled],
-            np.stack([nothing if row.given is None else row.given for row in filled]),
-            [row.given_frames for row in filled],
-        )
-        scores = self._bundle.score(clips) if any(row.scored for row in batch) else {}
-        scores = {name: np.asarray(score) for name, score in scores.items()}
-        tokens, wavs = np.asarray(clips.tokens), np.asarray(clips.wav)
+        """Each row's clip, in [-1, 1], or what is wrong with that row alone."""
+        found = draw(self._bundle, batch, self._rows)
+        return [
+            each if isinstance(each, Exception) else dataclasses.replace(each, wav=np.clip(each.wav, -1.0, 1.0))
+            for each in found
+        ]
 
-        def row(i: int) -> Drawn | FloatingPointError:
-            found = {name: float(score[i]) for name, score in scores.items()} if batch[i].scored else {}
-            if not (np.isfinite(wavs[i]).all() and np.isfinite(list(found.values())).all()):
-                return FloatingPointError(
+
+def draw(bundle: Bundle, batch: Sequence[Wanted], rows: int) -> list[Drawn | FloatingPointError]:
+    """Draws a batch that is filled up to `rows`; returns each row's clip, or what is wrong with that row alone.
+
+    Args:
+      bundle: what draws: a bundle, or what has its `about`, `draw` and `score`.
+      batch: from 1 to `rows` rows.
+      rows: R.
+    """
+    about = bundle.about
+    filled = [*batch, *[batch[0]] * (rows - len(batch))]
+    nothing = np.zeros((about["frames"], about["places"]), np.int32)
+    clips = bundle.draw(
+        np.stack([row.text for row in filled]),
+        [row.seed for row in filled],
+        [row.candidate for row in filled],
+        [row.temperature for row in filled],
+        np.stack([nothing if row.given is None else row.given for row in filled]),
+        [row.given_frames for row in filled],
+    )
+    scores = bundle.score(clips) if any(row.scored for row in batch) else {}
+    scores = {name: np.asarray(score) for name, score in scores.items()}
+    tokens, wavs = np.asarray(clips.tokens), np.asarray(clips.wav)
+    results: list[Drawn | FloatingPointError] = []
+    for i, row in enumerate(batch):
+        rewards = {name: float(score[i]) for name, score in scores.items()} if row.scored else {}
+        if np.isfinite(wavs[i]).all() and np.isfinite(list(rewards.values())).all():
+            results.append(Drawn(tokens[i], wavs[i], rewards))
+        else:
+            results.append(
+                FloatingPointError(
                     "the clip, or a reward of it, has numbers that are not finite: try another seed; a checkpoint that "
                     "does so often is to be trained again"
                 )
-            return Drawn(tokens[i], np.clip(wavs[i], -1.0, 1.0), found)
-
-        return [row(i) for i in range(len(batch))]
+            )
+    return results

@@ -244,7 +244,7 @@ class Bundle:
 
 
 def whole(name: str, numbers: Any, most: int = LARGEST_SEED) -> np.ndarray:
-    """Returns whole numbers as an array; ValueError, by `name`, where one is not whole, below 0 or above `most`."""
+    """Returns whole numbers, one or many, as an array; ValueError where one is not whole, below 0 or above `most`."""
     array = np.asarray(numbers)
     if array.size and (array.dtype.kind not in "iu" or array.min() < 0 or array.max() > most):
         raise ValueError(f"{name}={array.tolist()} must be a whole number from 0 to {most}")

@@ -136,6 +136,7 @@ def test_the_best_of_several_is_the_one_with_the_highest_reward(client, bundle):
         ({"prompt": "x" * 1001}, "prompt: String should have at most 1000 characters"),
         ({"prompt": "a", "seed": -1}, "seed: Input should be greater than or equal to 0"),
         ({"prompt": "a", "seed": 2**32}, "seed: Input should be less than 4294967296"),
+        ({"prompt": "a", "seed": 1.5}, "seed: Input should be a valid integer"),
         ({"prompt": "a", "seconds": 1.7}, "seconds: Input should be less than or equal to 1.6"),
         ({"prompt": "a", "seconds": 0.03}, "seconds: Input should be greater than or equal to 0.04"),
         ({"prompt": "a", "temperature": 9}, "temperature: Input should be less than or equal to 2"),

@@ -125,24 +125,96 @@ def test_numbers_that_cannot_be_are_refused(bundle, numbers):
         bundle.draw(bundle.encode(["jazz"]), [1], temperatures=[0.0])
 
 
-def test_generate_makes_its_clip_from_either(exported, run, tmp_path):
-    (one,) = generate.generate(
-        str(run / "policy"), "a slow piano", out=str(tmp_path / "a.wav"), clip_seconds=0.4, seed=7
-    )
-    other, more = generate.generate(
-        str(exported[0]), ["a slow piano", "jazz"], out=str(tmp_path), clip_seconds=0.4, seed=7
-    )
-    np.testing.assert_allclose(soundfile.read(one)[0], soundfile.read(other)[0], atol=2 / 32768)
-    (short,) = generate.generate(str(exported[0]), "jazz", out=str(tmp_path / "b.wav"), clip_seconds=0.1, seed=7)
-    np.testing.assert_array_equal(soundfile.read(short)[0], soundfile.read(more)[0][:800])
+def samples(*paths):
+    return [soundfile.read(path, dtype="float32")[0] for path in paths]
+
+
+def test_generate_makes_its_clip_from_either(exported, run, tmp_path, capsys):
+    """Of the length that the model has and of several windows: the samples of bundle and checkpoint."""
+    asked = {"prompt": ["a slow piano", "jazz"], "seed": 7, "loudness_lufs": None}
+    for seconds, length in ((None, 3200), (1.01, 8080)):
+        made = [
+            samples(*generate.generate(str(model), out=f"{tmp_path}/{kind}{length}", clip_seconds=seconds, **asked))
+            for kind, model in (("bundle", exported[0]), ("checkpoint", run / "policy"))
+        ]
+        for one, other in zip(*made, strict=True):
+            assert len(one) == len(other) == length
+            np.testing.assert_allclose(one, other, atol=2 / 32768)
+        if seconds is None:
+            whole = made[0]
+    np.testing.assert_array_equal(made[0][1][:2800], whole[1][:2800])  # up to the first fade
+    told = capsys.readouterr().out
+    assert told.count("clip_seconds=1.01 is more than the 0.4 s of the model's clips: drawn in 5 windows") == 2
+    short = samples(*generate.generate(str(exported[0]), out=f"{tmp_path}/short", clip_seconds=0.1, **asked))
+    np.testing.assert_array_equal(short[1], whole[1][:800])
+
+
+def test_generate_refuses_the_same_of_checkpoint_and_bundle(exported, run, tmp_path, monkeypatch):
+    read, loaded = Bundle(exported[0]), rollout.load(str(run / "policy"))
+    monkeypatch.setattr(bundles, "Bundle", lambda _: read)
+    monkeypatch.setattr(rollout, "load", lambda *_: loaded)
     for asked, why in (
-        ({"clip_seconds": 0.5}, "at most the bundle's 0.4"),
-        ({"top_k": 3}, "exported with None"),
-        ({"seed": -1}, r"from 0 to 2\*\*32 - 1"),
-        ({"codec": "elsewhere"}, "has its own fine, codec and mulan"),
+        ({"clip_seconds": 0.03}, "clip_seconds=0.03 must be from 0.04, one frame, to 13107.2"),
+        ({"clip_seconds": 1e9}, "clip_seconds=1000000000.0 must be from 0.04, one frame, to 13107.2"),
+        ({"clip_seconds": float("nan")}, "clip_seconds=nan must be"),
+        ({"clip_seconds": "two"}, "clip_seconds='two' must be"),
+        ({"seed": -1}, "seed=-1 must be a whole number from 0 to 4294967295"),
+        ({"seed": 1.5}, "seed=1.5 must be a whole number"),
+        ({"seed": 2**32}, "seed=4294967296 must be a whole number"),
+        ({"seed": [1, 2]}, r"seed=\[1, 2\] must be one whole number"),
+        ({"seed": True}, "seed=True must be a whole number"),
+        ({"candidates": 0}, "candidates=0 must be 1 or more"),
+        ({"candidates": 1.5}, "candidates=1.5 must be a whole number"),
+        ({"temperature": 0.0}, "temperature=0.0 must be above 0"),
+        ({"temperature": "hot"}, "temperature='hot' must be above 0"),
+        ({"prompt": " "}, "prompt ' ' is empty"),
     ):
+        for folder in (exported[0], run / "policy"):
+            with pytest.raises(ValueError, match=why):
+                generate.generate(str(folder), **{"prompt": "jazz", "out": str(tmp_path / "clips"), **asked})
+    assert not list(tmp_path.iterdir())
+
+
+def test_generate_chooses_among_candidates_as_the_service_does(exported, run, bundle, tmp_path):
+    clips = bundle.draw(bundle.encode(["jazz"] * 4), [7] * 4, candidates=range(4))
+    best = int(np.asarray(bundle.score(clips)["total"]).argmax())
+    asked = {"prompt": "jazz", "out": str(tmp_path), "seed": 7, "loudness_lufs": None, "candidates": 4}
+    (path,) = generate.generate(str(exported[0]), **asked)
+    np.testing.assert_allclose(samples(path)[0], np.clip(clips.wav[best], -1, 1), atol=2 / 32768)
+    assert path.name.endswith(f"_seed7_{best}.wav")
+    with pytest.raises(ValueError, match=r"candidates=4: .*policy has no rewards to choose by: `musicrl export` it"):
+        generate.generate(str(run / "policy"), **asked)
+
+
+def test_a_bundle_keeps_what_it_was_exported_with(exported):
+    for asked, why in (({"top_k": 3}, "exported with None"), ({"codec": "elsewhere"}, "has its own fine, codec")):
         with pytest.raises(ValueError, match=why):
-            generate.generate(str(exported[0]), "jazz", **{"clip_seconds": 0.4, **asked})
+            generate.generate(str(exported[0]), "jazz", **asked)
+
+
+@pytest.mark.parametrize("way", [".", "relative", "a link", "a link in a folder of links", "absolute"])
+def test_a_checkpoint_finds_its_neighbours_however_it_is_named(run, tmp_path, monkeypatch, way):
+    monkeypatch.chdir(run / "policy" if way == "." else tmp_path)
+    names = {
+        ".": ".",
+        "relative": os.path.relpath(run / "policy", tmp_path),
+        "a link": "best",
+        "a link in a folder of links": "models/best",
+        "absolute": str(run / "policy"),
+    }
+    (tmp_path / "best").symlink_to(run / "policy")
+    (tmp_path / "models").mkdir()
+    for link, name in {"best": "policy", "fine": "fine", "codec": "codec", "mulan": "mulan"}.items():
+        (tmp_path / "models" / link).symlink_to(run / name)
+    assert rollout.load(names[way]).hashes == rollout.load(str(run / "policy")).hashes
+    assert export._gin_of(names[way]) == run / "config.gin"
+
+
+def test_a_bundle_is_read_however_it_is_named(exported, tmp_path, monkeypatch):
+    (tmp_path / "link").symlink_to(exported[0])
+    monkeypatch.chdir(exported[0])
+    for name in (".", str(tmp_path / "link"), os.path.relpath(exported[0])):
+        assert bundles.is_one(name) and Bundle(name).about["frames"] == 10
 
 
 def test_a_clip_is_the_same_in_any_company(bundle):
@@ -227,7 +299,7 @@ def test_what_this_jax_cannot_run_is_refused_with_what_to_do(exported, tmp_path,
                 Bundle(folder)
 
 
-def test_bad_settings_are_refused_before_any_work(run, rewards, tmp_path):
+def test_bad_settings_are_refused_before_any_work(run, rewards, tmp_path, monkeypatch):
     def refused(error, match, **settings):
         with pytest.raises(error, match=match):
             export.export(str(run / "policy"), **{"out": str(tmp_path / "b"), "clip_seconds": 0.4, **settings})
@@ -236,7 +308,12 @@ def test_bad_settings_are_refused_before_any_work(run, rewards, tmp_path):
     refused(ValueError, "dtype='half'", dtype="half")
     refused(ValueError, "'rocm' is none of cpu, cuda, tpu", platforms=("cpu", "rocm"))
     refused(ValueError, r"platforms=\('tpu',\) lacks cpu", platforms=("tpu",))
-    refused(ValueError, "clip_seconds=0.41 must be a multiple", clip_seconds=0.41)
+    refused(ValueError, "clip_seconds=0.39 must be a multiple", clip_seconds=0.39)
+    refused(ValueError, "clip_seconds=500 is more than the 0.4 s that .*policy was trained on: give", clip_seconds=500)
+    refused(ValueError, "clip_seconds='two' must be a number", clip_seconds="two")
+    with monkeypatch.context() as patch:
+        patch.setattr(rollout, "_trained_seconds", lambda *_: None)
+        refused(ValueError, "does not record the length .* give export.clip_seconds", clip_seconds=None)
     refused(ValueError, "prompt '' is empty", prompts=("",))
     refused(ValueError, "chips=9: jax has 8 devices here", chips=9)
     refused(
@@ -280,9 +357,10 @@ def test_one_that_draws_otherwise_is_not_written(run, tmp_path, monkeypatch):
 
 
 def test_half_precision_halves_what_is_multiplied(run, tmp_path):
-    export.export(str(run / "policy"), str(tmp_path / "b"), 0.4, platforms=("cpu",), dtype="bfloat16")
+    export.export(str(run / "policy"), str(tmp_path / "b"), platforms=("cpu",), dtype="bfloat16")
     half = Bundle(tmp_path / "b")
     assert half.weights["draw"]["0/trunk/bridge"].dtype == "bfloat16"
+    assert half.about["clip_seconds"] == 0.4  # that of the clips that the policy was trained on
     assert half.about["functions"].keys() == {"draw"} and half.score(None) == {}
     assert "bfloat16" in (tmp_path / "b" / "README.md").read_text()
 

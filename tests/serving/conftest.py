@@ -77,6 +77,7 @@ def run(tmp_path_factory, vocabulary):
         assets = {VOCABULARY: Path(vocabulary).read_bytes()} if name == "mulan" else {}
         if name in ("policy", "fine"):
             assets = {checkpoint.LINEAGE: json.dumps(hashes).encode()}
+            assets[checkpoint.CLIP] = json.dumps({"seconds": SECONDS}).encode()
         hashes[name] = checkpoint.save_model(folder / name, CONFIGS[name], variables, assets)
     return folder
 
