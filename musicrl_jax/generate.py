@@ -120,9 +120,7 @@ def generate(
         paths[row] = file or folder / f"{_stem(prompts[row], seed)}_{candidate}.{form}"
         if loudness_lufs is not None:
             wav = _levelled(wav, about["sample_rate_hz"], loudness_lufs, paths[row])
-        words = hashlib.sha256(prompts[row].encode()).hexdigest()  # the title of a wav may be cut
-        made = {**settings, "candidate": candidate, "prompt_sha256": words}
-        tags = {"title": prompts[row], "comment": json.dumps(made)}
+        tags = audio.made_from(prompts[row], **settings, candidate=candidate)
         _write(paths[row], audio.encoded(np.clip(wav, -1, 1), about["sample_rate_hz"], form, tags))
         print(paths[row])
     return [paths[row] for row in range(len(prompts))]

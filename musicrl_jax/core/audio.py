@@ -3,9 +3,12 @@
 Legend: N samples.
 """
 
+import hashlib
 import io
+import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import soundfile
@@ -21,6 +24,15 @@ def form_of(path: str | Path) -> str:
         endings = " or ".join(f".{known}" for known in SUBTYPES)
         raise ValueError(f"out={str(path)!r} does not end in {endings}: choose one of them")
     return form
+
+
+def made_from(prompt: str, **settings: Any) -> dict[str, str]:
+    """Returns the tags that say how a clip was made: the prompt as title, the settings as JSON in the comment.
+
+    A wav may hold a part of a long prompt, and so the comment has the sha256 of all of it.
+    """
+    settings["prompt_sha256"] = hashlib.sha256(prompt.encode()).hexdigest()
+    return {"title": prompt, "comment": json.dumps(settings)}
 
 
 def encoded(wav: np.ndarray, rate: int, form: str, tags: Mapping[str, str] | None = None) -> bytes:

@@ -113,7 +113,7 @@ def describe(value: Any) -> Any:
         files = [path, *(os.path.join(path, name) for name in TOLD_BY)]
         if told_by := [Path(file).read_bytes() for file in files if os.path.isfile(file)]:
             return hashlib.sha256(b"".join(told_by)).hexdigest()
-        return Path(path).name if os.path.isdir(path) else str(value)
+        return os.path.basename(os.path.abspath(path)) if os.path.isdir(path) else str(value)  # '.' has a name too
     return value
 
 

@@ -1,5 +1,6 @@
 """Whether a compiled program fits into memory, before it runs: a machine that is short of it says so too late."""
 
+import contextlib
 from pathlib import Path
 
 import jax
@@ -13,14 +14,13 @@ def free_bytes() -> int | None:
     if (statistics := jax.local_devices()[0].memory_stats()) and "bytes_limit" in statistics:
         return statistics["bytes_limit"] - statistics["bytes_in_use"]
     found = []
-    try:
+    with contextlib.suppress(OSError, KeyError, ValueError):
         lines = dict(line.split(":") for line in SYSTEM.read_text().splitlines())
         found.append(int(lines["MemAvailable"].split()[0]) * 1024)
-        limit = (GROUP / "memory.max").read_text().strip()
-        if limit.isdecimal():
-            found.append(int(limit) - int((GROUP / "memory.current").read_text()))
-    except (OSError, KeyError, ValueError):
-        pass
+        # A container's use counts files that are cached, which give way to a program.
+        limit, used = (int((GROUP / name).read_text()) for name in ("memory.max", "memory.current"))
+        counts = dict(line.split() for line in (GROUP / "memory.stat").read_text().splitlines())
+        found.append(limit - used + int(counts["inactive_file"]) + int(counts["active_file"]))
     return min(found, default=None)
 
 

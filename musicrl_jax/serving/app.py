@@ -22,7 +22,7 @@ from fastapi.responses import JSONResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from prometheus_client import Counter, Gauge, Histogram
 
-from musicrl_jax.core.audio import encoded
+from musicrl_jax.core.audio import encoded, made_from
 from musicrl_jax.serving.batcher import Batcher, Closed, Full, Wanted
 from musicrl_jax.serving.bundle import Bundle
 from musicrl_jax.serving.composition import Piece
@@ -238,7 +238,8 @@ def create(
             raise HTTPException(500, str(error)) from error
         finally:
             work.cancel()
-        content = await asyncio.to_thread(encoded, wav, about["sample_rate_hz"], asked.format)
+        tags = made_from(asked.prompt, model=about["sha256"], seed=seed, candidate=best)
+        content = await asyncio.to_thread(encoded, wav, about["sample_rate_hz"], asked.format, tags)
         latency.observe(time.monotonic() - start)
         music.inc(len(wav) / about["sample_rate_hz"])
         told = {"X-Seed": str(seed), "X-Candidate": str(best), "X-Rewards": json.dumps(rewards)}

@@ -286,7 +286,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if asked.check:
             return _checked(bundle)
         wav = np.asarray(bundle.draw(bundle.encode([asked.prompt]), [seed]).wav[0])
-        tags = {"title": asked.prompt, "comment": json.dumps({"seed": seed, "model": bundle.about["sha256"]})}
+        tags = audio.made_from(asked.prompt, seed=seed, model=bundle.about["sha256"])
         Path(asked.out).write_bytes(audio.encoded(np.clip(wav, -1, 1), bundle.about["sample_rate_hz"], form, tags))
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)

@@ -81,7 +81,7 @@ def test_changed_arrays_are_noticed(tmp_path, tree):
         checkpoint.load_model(tmp_path / "a", TokenLayout)
 
 
-def test_a_setting_is_described_by_what_it_holds(tmp_path, tree):
+def test_a_setting_is_described_by_what_it_holds(tmp_path, tree, monkeypatch):
     checkpoint.save_model(tmp_path / "m", TokenLayout(), tree)
     (tmp_path / "votes.csv").write_text("clip,rater,score\n")
     describe = checkpoint.describe
@@ -90,6 +90,8 @@ def test_a_setting_is_described_by_what_it_holds(tmp_path, tree):
     assert describe(str(tmp_path / "votes.csv")) != first
     assert describe(str(tmp_path / "m")) == checkpoint.model_hash(tmp_path / "m")
     assert describe(tmp_path) == tmp_path.name
+    monkeypatch.chdir(tmp_path)
+    assert describe(".") == describe("../" + tmp_path.name + "/") == tmp_path.name
     (tmp_path / "votes.jsonl").write_text("one vote\n")
     few = describe(tmp_path)
     (tmp_path / "votes.jsonl").write_text("one vote\nanother\n")

@@ -24,7 +24,7 @@ def test_a_program_that_does_not_fit_says_what_would(monkeypatch):
     [
         ("MemTotal: 9 kB\nMemAvailable:    3000 kB\n", None, None, 3_072_000),
         ("MemAvailable: 3000 kB", "max", "7", 3_072_000),
-        ("MemAvailable: 3000 kB", "2000000", "500000", 1_500_000),
+        ("MemAvailable: 3000 kB", "2000000", "500000", 1_500_030),
         (None, "2000000", "500000", None),
     ],
 )
@@ -32,6 +32,7 @@ def test_free_memory_is_the_systems_and_the_containers(monkeypatch, tmp_path, sy
     for name, text in (("meminfo", system), ("memory.max", limit), ("memory.current", used)):
         if text is not None:
             (tmp_path / name).write_text(text)
+    (tmp_path / "memory.stat").write_text("anon 499970\nactive_file 10\ninactive_file 20\n")
     monkeypatch.setattr(memory, "SYSTEM", tmp_path / "meminfo")
     monkeypatch.setattr(memory, "GROUP", tmp_path)
     assert memory.free_bytes() == free

@@ -74,9 +74,12 @@ def test_a_clip_is_the_bundles(client, bundle):
 
 
 @pytest.mark.parametrize(("form", "kind"), [("flac", "FLAC"), ("ogg", "OGG"), ("wav", "WAV")])
-def test_formats_and_lengths(client, form, kind):
+def test_formats_and_lengths(client, bundle, form, kind):
     answer = client.post("/v1/clips", json={**ASKED, "format": form, "seconds": 0.25})
-    assert soundfile.info(io.BytesIO(answer.content)).format == kind
+    with soundfile.SoundFile(io.BytesIO(answer.content)) as file:  # says what it was made of
+        made = json.loads(file.comment)
+        assert (file.format, file.title, made["seed"], made["candidate"]) == (kind, ASKED["prompt"], 7, 0)
+        assert made["model"] == bundle.about["sha256"]
     assert len(wav_of(answer)[0]) == 2000
     if form == "wav":
         whole = wav_of(client.post("/v1/clips", json=ASKED))[0]
