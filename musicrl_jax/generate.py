@@ -215,10 +215,9 @@ def _target(out: str, format: str, single: bool) -> tuple[Path, Path | None, str
 
 def _whole(name: str, number: Any, most: int = bundle.LARGEST_SEED) -> int:
     """Returns one whole number from 0 to `most`; ValueError where it is something else."""
-    array = bundle.whole(name, number, most)
-    if array.ndim:
+    if np.ndim(number):
         raise ValueError(f"{name}={number!r} must be one whole number")
-    return int(array)
+    return int(bundle.whole(name, number, most))
 
 
 def _check_loudness(loudness_lufs: float | None) -> None:

@@ -362,6 +362,8 @@ def test_a_run_whose_updates_are_all_skipped_gives_up(tmp_path):
         ({"updates": 2}, "updates=2 must be 1, or more with PolicyGradient.surrogate='clipped'"),
         ({"kl_target": 0.0}, "kl_target=0.0 must be above 0"),
         ({"top_k": 0}, "top_k=0 must be 1 or more"),
+        ({"top_k": 1.5}, "top_k=1.5 must be 1 or more"),
+        ({"temperature": "hot"}, "temperature='hot' must be above 0"),
         ({"dtype": "half"}, "dtype=.half. must be .float32. or .bfloat16."),
         ({"microbatches": 3}, "microbatches=3 must divide batch_size=32"),
         ({"gradient": PolicyGradient("group", group=5)}, "batch_size=32 is no multiple of PolicyGradient.group=5"),

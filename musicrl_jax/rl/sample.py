@@ -34,8 +34,8 @@ class Sampling:
         number = isinstance(self.temperature, float | int)
         if not isinstance(self.temperature, jax.Array) and not (number and 0 < self.temperature < math.inf):
             raise ValueError(f"temperature={self.temperature!r} must be above 0 and finite")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k={self.top_k} must be 1 or more, or None for all codes")
+        if self.top_k is not None and not (isinstance(self.top_k, int) and self.top_k >= 1):
+            raise ValueError(f"top_k={self.top_k!r} must be 1 or more, or None for all codes")
 
     def allowed(self, logits: jax.Array) -> jax.Array | None:
         """The codes that may be drawn, bool [..., V]; None where all may."""

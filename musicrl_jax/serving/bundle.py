@@ -246,8 +246,11 @@ class Bundle:
 def whole(name: str, numbers: Any, most: int = LARGEST_SEED) -> np.ndarray:
     """Returns whole numbers, one or many, as an array; ValueError where one is not whole, below 0 or above `most`."""
     array = np.asarray(numbers)
-    if array.size and (array.dtype.kind not in "iu" or array.min() < 0 or array.max() > most):
-        raise ValueError(f"{name}={array.tolist()} must be a whole number from 0 to {most}")
+    if not array.size:
+        return array
+    wrong = array if array.dtype.kind not in "iu" else array[(array < 0) | (array > most)]
+    if wrong.size:
+        raise ValueError(f"{name}={wrong.flat[0]} must be a whole number from 0 to {most}")
     return array
 
 

@@ -167,6 +167,7 @@ def test_generate_refuses_the_same_of_checkpoint_and_bundle(exported, run, tmp_p
         ({"candidates": 1.5}, "candidates=1.5 must be a whole number"),
         ({"temperature": 0.0}, "temperature=0.0 must be above 0"),
         ({"temperature": "hot"}, "temperature='hot' must be above 0"),
+        ({"seed": "7"}, "seed=7 must be a whole number"),
         ({"prompt": " "}, "prompt ' ' is empty"),
     ):
         for folder in (exported[0], run / "policy"):
