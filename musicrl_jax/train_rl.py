@@ -285,7 +285,7 @@ def _judge(monitor: Monitor, vocabulary: bytes, directory: Path, heard: Callable
     """The monitor's judge, who has heard the base and remembers what earlier attempts of this run let it see."""
     judge = monitor.load(vocabulary, heard)
     metrics = read_metrics(directory / FILE_NAME)
-    for step, gain, error in zip(*metrics.get(JUDGED[0], ((), ())), metrics.get(JUDGED[1], ((), ()))[1], strict=True):
-        kl = metrics["kl"][1][np.searchsorted(metrics["kl"][0], step)]
-        judge.alarmed(int(step), float(kl), float(gain), float(error))
+    by_step = [dict(zip(*metrics.get(name, ((), ())), strict=True)) for name in ("kl", *JUDGED)]
+    for step in sorted(set.intersection(*map(set, by_step))):  # a damaged line may have lost one of the three
+        judge.alarmed(int(step), *(float(values[step]) for values in by_step))
     return judge

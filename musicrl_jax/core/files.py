@@ -1,13 +1,23 @@
-"""Small files: written whole or not at all, read with what is wrong named."""
+"""Small files: written whole or not at all, read with what is wrong named, and set aside if they are damaged."""
 
 import hashlib
 import json
 import os
+import shutil
+import stat
+import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from musicrl_jax.core.manifest import Kind, check_kind, check_regular, parse_json, read_regular
+
+DAMAGED = ".damaged"  # the ending of a file that was set aside
+REMEDY = "restore a copy, or delete it"
+ABANDONED_HOURS = 6.0  # an unfinished folder in which nothing changed for so long has no writer
 
 
 def write_text(path: str | Path, content: str) -> None:
@@ -24,10 +34,76 @@ def write_json(path: str | Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=1) + "\n")
 
 
+def read_text(path: str | Path) -> str:
+    """Reads a regular file in UTF-8, without its byte order mark; ValueError names file, line and byte of a fault."""
+    content = read_regular(path)
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        byte = content[error.start]
+        raise ValueError(f"{path}, line {line}: byte {byte:#x} is not UTF-8: save it as UTF-8") from error
+
+
+def read_json(path: str | Path, kind: Kind = dict, remedy: str = REMEDY) -> Any:
+    """Reads JSON from a regular file and checks that it is of the expected kind.
+
+    Args:
+      path: of the file.
+      kind: what the reader expects; see `manifest.check_kind`.
+      remedy: what to do about a damaged file; it ends the message.
+
+    Raises:
+      ValueError: names the file, what is wrong with it and the remedy.
+      OSError: if there is no file or it cannot be read; names it.
+    """
+    try:
+        raw = read_regular(path)
+    except ValueError as error:
+        raise ValueError(f"{error}: {remedy}") from error
+    return json_from(raw, str(path), kind, remedy)
+
+
+def json_from(raw: bytes, where: str, kind: Kind = dict, remedy: str = REMEDY) -> Any:
+    """`read_json` of bytes that were read already; `where` names them."""
+    try:
+        content = parse_json(raw)
+    except ValueError as error:
+        raise ValueError(f"{where} {error}: {remedy}") from error
+    try:
+        check_kind(content, kind)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}: {remedy}") from error
+    return content
+
+
+def read_arrays(path: str | Path) -> dict[str, np.ndarray]:
+    """Reads an .npz of arrays; ValueError names a damaged one, OSError one that is not there."""
+    check_regular(path)
+    try:
+        with np.load(path, allow_pickle=False) as there:
+            return {name: there[name] for name in there.files}
+    except Exception as error:  # for damage zipfile, zlib and numpy raise at least eight kinds of errors
+        reason = (str(error) or type(error).__name__).splitlines()[0][:200]
+        raise ValueError(f"{path} is no whole .npz ({reason}): {REMEDY}") from error
+
+
+def set_aside(path: str | Path, reason: str) -> Path:
+    """Renames a damaged file to NAME.damaged, NAME.damaged.2 and so on, says so, and returns its new path."""
+    path, number = Path(path), 1
+    aside = path.with_name(path.name + DAMAGED)
+    while os.path.lexists(aside):
+        number += 1
+        aside = path.with_name(f"{path.name}{DAMAGED}.{number}")
+    os.rename(path, aside)
+    print(f"{path} is damaged: {reason}; set aside as {aside.name}", flush=True)
+    return aside
+
+
 def kept(
     folder: str | Path, name: str, made_of: Any, make: Callable[[], dict[str, np.ndarray]]
 ) -> dict[str, np.ndarray]:
-    """The arrays that `make` returns, kept in a file for the next call: work that a kill must not lose.
+    """Returns the arrays of `make`, from a file if an earlier call wrote one: work that a kill must not lose.
 
     Args:
       folder: where such files are; whoever no longer needs them removes it.
@@ -36,24 +112,81 @@ def kept(
       make: does the work.
     """
     settings = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:12]
-    path = Path(folder) / f"{settings}-{name}.npz"
-    if path.exists():
-        with np.load(path) as there:
-            return dict(there)
-    found = make()
+    return kept_at(Path(folder) / f"{settings}-{name}.npz", make)
+
+
+def kept_at(path: Path, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """`kept` at a path that says what the arrays depend on; a damaged file is named, set aside and made again."""
+    if os.path.lexists(path):
+        try:
+            return read_arrays(path)
+        except (ValueError, OSError) as error:
+            set_aside(path, str(error).removeprefix(f"{path} ").removesuffix(f": {REMEDY}"))
+    arrays = make()
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial.npz")
-    np.savez(partial, **found)
+    np.savez(partial, **arrays)
     os.replace(partial, path)
-    return found
+    return arrays
 
 
-def read_text(path: str | Path) -> str:
-    """A file in UTF-8, without its byte order mark; ValueError that names file, line and byte where it is not UTF-8."""
-    content = Path(path).read_bytes()
+def remove_abandoned(folder: str | Path, pattern: str) -> None:
+    """Removes what killed writers left unfinished in `folder` and names it; what may have a writer is only named.
+
+    A writer writes all the time, so an entry in which nothing changed for ABANDONED_HOURS has none.
+    """
+    for path in sorted(Path(folder).glob(pattern)):
+        is_folder = path.is_dir() and not path.is_symlink()
+        try:
+            changes = [each.lstat().st_mtime for each in (path, *(path.rglob("*") if is_folder else ()))]
+        except FileNotFoundError:
+            continue  # its writer has just finished
+        hours = (time.time() - max(changes)) / 3600
+        if hours < ABANDONED_HOURS:
+            print(f"{path} is not finished: if no other process is writing it, remove it", flush=True)
+            continue
+        if is_folder:
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+        print(f"{path} was not finished, and nothing changed in it for {hours:.0f} hours: removed", flush=True)
+
+
+# The variables by which libraries that write when they are imported take another folder.
+CACHES = {"NUMBA_CACHE_DIR": "numba", "MPLCONFIGDIR": "matplotlib"}
+
+
+def provide_caches() -> None:
+    """Gives libraries that keep a cache a folder that can be written, if the user's cache folder cannot.
+
+    Call it before librosa or matplotlib is imported: otherwise numba raises an error for the first function that it
+    should keep, in a container that runs as nobody for instance. Variables that are set already are left alone.
+    """
+    if _can_write(Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))):
+        return
+    if missing := [variable for variable in CACHES if not os.environ.get(variable)]:
+        root = _private_folder()
+        os.environ.update({variable: str(root / CACHES[variable]) for variable in missing})
+
+
+def _can_write(folder: Path) -> bool:
+    """Tells whether files can be made in `folder`, or in the folder where it would be made."""
+    while not folder.exists() and folder.parent != folder:
+        folder = folder.parent
+    return folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
+
+
+def _private_folder() -> Path:
+    """Returns a temporary folder that nobody else can write to, the same for all processes of a user if possible.
+
+    numba runs what it finds in its cache, so a folder that somebody else may have filled is not taken.
+    """
+    folder = Path(tempfile.gettempdir()) / f"musicrl-cache-{os.getuid()}"
     try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content[: error.start].count(b"\n") + 1
-        byte = content[error.start]
-        raise ValueError(f"{path}, line {line}: byte {byte:#x} is not UTF-8: save it as UTF-8") from error
+        folder.mkdir(mode=0o700, exist_ok=True)
+        state = folder.lstat()
+        if stat.S_ISDIR(state.st_mode) and state.st_uid == os.getuid() and not state.st_mode & 0o022:
+            return folder
+    except OSError:
+        pass
+    return Path(tempfile.mkdtemp(prefix="musicrl-cache-"))

@@ -8,11 +8,10 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
-
-import jax
 
 MANIFEST = "manifest.json"
 SEAL = "sha256"  # the key of a manifest's digest of itself
@@ -26,21 +25,98 @@ def sealed(content: dict[str, Any]) -> str:
     return json.dumps({**content, SEAL: digest}, indent=1) + "\n"
 
 
-def unsealed(path: Path, seal: str = "asked for") -> dict[str, Any]:
-    """What was sealed; ValueError that says what is wrong where a bit has changed or the file cannot be read.
+def read_regular(path: str | Path) -> bytes:
+    """Returns the content of a regular file, or of a link to one.
 
-    With seal="if there" a file without a digest, as older versions wrote it, is taken as it is.
+    Raises ValueError for a folder, a FIFO, a socket or a device: reading these would fail, or wait for ever.
+    Raises the system's OSError, which names the file, if there is none or it cannot be read.
+    """
+    check_regular(path)
+    return Path(path).read_bytes()
+
+
+def check_regular(path: str | Path) -> None:
+    """Raises ValueError if something other than a regular file lies at `path`, OSError if nothing does."""
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode):
+        kinds = {stat.S_IFDIR: "folder", stat.S_IFIFO: "FIFO", stat.S_IFSOCK: "socket"}
+        raise ValueError(f"{path} is a {kinds.get(stat.S_IFMT(mode), 'device')}, and must be a regular file")
+
+
+def parse_json(raw: bytes) -> Any:
+    """Parses JSON in UTF-8; whatever is wrong with it becomes one ValueError."""
+    try:
+        content = json.loads(raw.decode("utf-8-sig"))
+        if rb"\ud" in raw.lower():  # half of a surrogate pair would fail when it is printed or written
+            json.dumps(content, ensure_ascii=False).encode()
+    except UnicodeError as error:
+        raise ValueError(f"is not UTF-8: {error.reason} at {error.start}") from error
+    except RecursionError as error:
+        raise ValueError("is nested too deeply") from error
+    except ValueError as error:
+        raise ValueError(f"is not JSON: {error}") from error
+    return content
+
+
+Kind = type | tuple[type, ...] | list["Kind"] | dict[Any, "Kind"]
+
+
+def check_kind(content: Any, kind: Kind, field: str = "") -> None:
+    """Raises ValueError, by name of the field, if JSON is not of the kind that its reader expects.
+
+    Args:
+      content: parsed JSON.
+      kind: a type or several; [kind] for a list of any length; {str: kind} for an object with any names; otherwise
+        {name: kind} for an object with at least these names. A name that ends in "?" may be missing.
+      field: where `content` stands, for the message.
+    """
+    here = field or "its content"
+    expected = list if isinstance(kind, list) else dict if isinstance(kind, dict) else kind
+    types = expected if isinstance(expected, tuple) else (expected,)
+    # Python takes True for a whole number, and JSON's 1 for no float: neither is meant.
+    if (isinstance(content, bool) and bool not in types) or not isinstance(
+        content, (*types, int) if float in types else types
+    ):
+        names = " or ".join(each.__name__ for each in types)
+        raise ValueError(f"{here} is {json.dumps(content)[:60]} and must be of type {names}")
+    if isinstance(kind, list):
+        for number, part in enumerate(content):
+            check_kind(part, kind[0], f"{field}[{number}]")
+    elif isinstance(kind, dict) and str in kind:
+        for name, part in content.items():
+            check_kind(part, kind[str], f"{field}.{name}" if field else name)
+    elif isinstance(kind, dict):
+        for name, part in kind.items():
+            inner = name.removesuffix("?")
+            if inner in content:
+                check_kind(content[inner], part, f"{field}.{inner}" if field else inner)
+            elif inner == name:
+                raise ValueError(f"{f'{field}.' if field else ''}{inner} is missing")
+
+
+def unsealed(path: Path, seal: str = "asked for", kind: Kind = dict) -> dict[str, Any]:
+    """Returns what was sealed, checked to be of a `kind`; see `check_kind`.
+
+    Raises ValueError that says what is wrong if a bit has changed or the file cannot be read. With seal="if there" a
+    file without a digest, as older versions wrote it, is taken as it is.
     """
     try:
-        raw = path.read_bytes()
-        content = json.loads(raw)
+        raw = read_regular(path)
     except OSError as error:
         raise ValueError(f"{path.name} cannot be read: {error.strerror}") from error
+    except ValueError as error:  # it names the whole path, and callers do too
+        raise ValueError(str(error).replace(str(path), path.name)) from error
+    try:
+        content = parse_json(raw)
     except ValueError as error:
-        raise ValueError(f"{path.name} is not JSON: {error}") from error
-    there = isinstance(content, dict) and content.pop(SEAL, None)
+        raise ValueError(f"{path.name} {error}") from error
+    there = content.pop(SEAL, None) if isinstance(content, dict) else None
     if (there or seal == "asked for") and (not there or sealed(content).encode() != raw):
         raise ValueError(f"{path.name} does not have the digest that it names")
+    try:
+        check_kind(content, kind)
+    except ValueError as error:
+        raise ValueError(f"{path.name}: {error}") from error
     return content
 
 
@@ -66,6 +142,7 @@ def flush_names(folder: Path) -> None:
 
 
 def _sha256(path: Path, flush: bool = False) -> str:
+    check_regular(path)
     with open(path, "rb") as file:
         if flush:
             os.fsync(file.fileno())
@@ -88,8 +165,14 @@ def described_files(folder: Path) -> dict[str, list[Any]]:
     return {name: [(folder / name).stat().st_size, found] for name, found in zip(names, hashes, strict=True)}
 
 
+FILES = {str: [(int, str)]}  # the kind of a manifest's list of files
+
+
 def damage(folder: Path, files: dict[str, list[Any]], more: bool) -> str:
-    """What is wrong with the first file that is not as described, '' where all are; `more` files may be allowed."""
+    """Says what is wrong with the first file that is not as described; '' if all are. `more` allows other files."""
+    for name, described in files.items():
+        if [type(part) for part in described] != [int, str]:
+            return f"{MANIFEST} says {json.dumps(described)[:60]} of {name}, and not its size and sha256"
     there = _file_names(folder)
     if missing := sorted(set(files) - set(there)):
         return f"{missing[0]} is missing"
@@ -105,6 +188,8 @@ def damage(folder: Path, files: dict[str, list[Any]], more: bool) -> str:
                 return f"{name} has the sha256 {found[:12]}, not {wanted[:12]}"
         except OSError as error:
             return f"{name} cannot be read: {error.strerror}"
+        except ValueError as error:
+            return str(error)
         return ""
 
     with ThreadPoolExecutor(READERS) as pool:
@@ -112,7 +197,9 @@ def damage(folder: Path, files: dict[str, list[Any]], more: bool) -> str:
 
 
 def bytes_needed(tree: Any) -> int:
-    """Of disk space, for a tree of arrays and what is written beside them."""
+    """Returns the disk space that a tree of arrays needs, with what is written beside them."""
+    import jax  # here: files.py reads for those who need no JAX
+
     return int(SAVE_MARGIN * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)))
 
 

@@ -1,23 +1,28 @@
 """Where a run's numbers go: TensorBoard for the eyes, `metrics.jsonl` for programs."""
 
+import contextlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import tensorboardX
 
 from musicrl_jax.core import hosts
-from musicrl_jax.core.files import write_text
+from musicrl_jax.core.files import set_aside, write_text
+from musicrl_jax.core.manifest import parse_json, read_regular
 
 FILE_NAME = "metrics.jsonl"
+LARGEST = 2**63  # whole numbers from here on are damage: no counter gets there, and NumPy does not hold them
 
 
 class MetricWriter:
     """Appends scalars to `directory`/metrics.jsonl, one JSON object a step, and to TensorBoard event files.
 
-    A run that resumes at `start_step` first drops the lines at and past it, so that no step stands twice. Of several
-    hosts the first writes.
+    A run that resumes at `start_step` first drops the lines at and past it, so that no step stands twice. A damaged
+    file is set aside, and its good lines are kept. Of several hosts the first writes.
     """
 
     def __init__(self, directory: str | Path, start_step: int = 0):
@@ -56,12 +61,57 @@ class MetricWriter:
         self.close()
 
 
+def read_records(path: str | Path) -> tuple[list[dict[str, float]], str]:
+    """Reads a metrics file, good lines only.
+
+    Returns:
+      The records, {"step": 12, "loss": 0.3, ...}, in the order of the file, and what is wrong with the first line that
+      is no such record, "" if all are. A last line without its newline is what a killed run leaves: it is read if it
+      is whole and ignored otherwise, and is no fault. A step that was written again is none either.
+
+    Raises ValueError or OSError, which name the file, if it cannot be read.
+    """
+    *lines, tail = read_regular(path).split(b"\n")
+    cut = tail.startswith(b'{"step"'[: len(tail)])
+    if not cut:
+        lines.append(tail)  # such as the NUL bytes that a power cut leaves
+    records, fault = [], ""
+    for number, line in enumerate(lines, start=1):
+        try:
+            records.append(_record(line))
+        except ValueError as error:
+            fault = fault or f"line {number} {error}"
+    if cut:
+        with contextlib.suppress(ValueError):
+            records.append(_record(tail))
+    return records, fault
+
+
+def _record(line: bytes) -> dict[str, float]:
+    """Parses a line; ValueError that says what is wrong with it."""
+    try:
+        record: Any = parse_json(line)
+    except ValueError as error:
+        raise ValueError(f"({line[:60]!r}) {error}") from error
+    numbers = isinstance(record, dict) and all(
+        type(value) is float or (type(value) is int and abs(value) < LARGEST) for value in record.values()
+    )
+    if not numbers or type(record.get("step")) is not int or record["step"] < 0:
+        raise ValueError(f'({line[:60]!r}) is no object of numbers with a whole number "step"')
+    return record
+
+
 def _drop_from(path: Path, start_step: int) -> None:
     """Keeps the whole lines below start_step; a line cut short by a kill goes too."""
-    if not path.exists():
+    if not os.path.lexists(path):
         return
-    kept = []
-    for line in path.read_text().splitlines():
-        if line.endswith("}") and json.loads(line)["step"] < start_step:
-            kept.append(line + "\n")
-    write_text(path, "".join(kept))
+    try:
+        records, fault = read_records(path)
+    except (ValueError, OSError) as error:
+        records, fault = [], str(error).removeprefix(f"{path} ")
+    if fault:
+        set_aside(path, fault)
+        print(f"{path}: {len(records)} good lines are kept", flush=True)
+    # Of a step that stands twice with the same metrics the later line holds.
+    lines = {(record["step"], *record): record for record in records if record["step"] < start_step}
+    write_text(path, "".join(json.dumps(record) + "\n" for record in lines.values()))

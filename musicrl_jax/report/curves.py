@@ -4,11 +4,12 @@ Letters: P points of a series.
 """
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+
+from musicrl_jax.core.metrics import read_records
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,34 +47,24 @@ class Curve:
 
 
 def read_metrics(path: str | pathlib.Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Read a JSON-lines metrics file: metric -> (steps i64 [P] ascending, values f64 [P]).
+    """Reads a JSON-lines metrics file: metric -> (steps i64 [P] ascending, values f64 [P]).
 
     Each line is an object {"step": 12, "loss": 0.3, ...}; a metric may be missing from lines. Where a resumed
     run wrote a step again, its later value stands. A last line that was cut off (no newline, as a killed run
-    leaves it) is ignored; nothing else is: ValueError names file and line of what is not such an object.
-    Raises FileNotFoundError when there is no file; an empty file gives {}.
+    leaves it) is ignored. Any other line that is not such an object is left out as well, and the first is printed.
+    Raises FileNotFoundError when there is no file, ValueError when it is no regular file; an empty file gives {}.
     """
     path = pathlib.Path(path)
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"no metrics file at {path}: give the metrics.jsonl of a run folder")
-    *lines, tail = path.read_bytes().split(b"\n")
+    records, fault = read_records(path)
+    if fault:
+        print(f"{path} is damaged: {fault}; the {len(records)} good lines are read", flush=True)
     points: dict[str, dict[int, float]] = {}
-    for number, line in enumerate([*lines, tail], start=1):
-        try:
-            record = json.loads(line)
-        except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
-            if number > len(lines):
-                break
-            raise ValueError(f"{path}, line {number}: {line[:80]!r} is no JSON: mend or delete it") from error
-        numbers = isinstance(record, dict) and all(type(value) in (int, float) for value in record.values())
-        if not numbers or type(record.get("step")) is not int:
-            raise ValueError(
-                f'{path}, line {number}: {line[:80]!r} must be an object of numbers with an integer "step": '
-                "mend or delete it"
-            )
-        step = record.pop("step")
+    for record in records:
         for name, value in record.items():
-            points.setdefault(name, {})[step] = float(value)
+            if name != "step":
+                points.setdefault(name, {})[int(record["step"])] = float(value)
     return {
         name: (np.array(sorted(values), np.int64), np.array([values[s] for s in sorted(values)], np.float64))
         for name, values in points.items()

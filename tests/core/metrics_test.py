@@ -1,8 +1,13 @@
 """A resumed run's metrics file is that of an uninterrupted one."""
 
 import json
+import os
 
-from musicrl_jax.core.metrics import MetricWriter
+import hypothesis
+import hypothesis.strategies as st
+import pytest
+
+from musicrl_jax.core.metrics import MetricWriter, _drop_from, read_records
 
 
 def lines(path):
@@ -23,3 +28,68 @@ def test_resuming_drops_what_will_be_written_again(tmp_path):
         {"step": 2, "validation/loss": 9.0},
     ]
     assert list((tmp_path / "tensorboard").glob("events.*"))
+
+
+GOOD = ['{"step": 0, "loss": 1.0}', '{"step": 1, "loss": 0.5}', '{"step": 2, "loss": NaN}']
+DAMAGE = {
+    "half a line": b'{"step": 1, "lo',
+    "two lines in one": b'{"step": 1, "loss": 2.0}{"step": 3, "loss": 2.0}',
+    "garbage": bytes(range(128, 256)),
+    "NUL bytes": bytes(512),
+    "an empty line": b"",
+    "no object": b"[1, 2]",
+    "no step": b'{"loss": 1.0}',
+    "a step that is no whole number": b'{"step": 1.5, "loss": 2.0}',
+    "a step that is a text": b'{"step": "1", "loss": 2.0}',
+    "a step below 0": b'{"step": -1, "loss": 2.0}',
+    "a step that is true": b'{"step": true, "loss": 2.0}',
+    "a value that is a text": b'{"step": 1, "loss": "low"}',
+    "a value that is null": b'{"step": 1, "loss": null}',
+    "a number that no float holds": b'{"step": 1, "loss": 1' + b"0" * 400 + b"}",
+    "deep nesting": b"[" * 100_000,
+    "half of a surrogate pair": b'{"step": 1, "lo\\ud800s": 1.0}',
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_file_is_set_aside_and_its_good_lines_are_kept(tmp_path, damage, capsys):
+    path = tmp_path / "metrics.jsonl"
+    content = "\n".join(GOOD[:2]).encode() + b"\n" + damage + b"\n" + GOOD[2].encode() + b"\n"
+    path.write_bytes(content)
+    with MetricWriter(tmp_path, start_step=3) as writer:
+        writer.write(3, {"loss": 4.0})
+    assert path.read_text().splitlines() == [*GOOD, '{"step": 3, "loss": 4.0}']
+    assert (tmp_path / "metrics.jsonl.damaged").read_bytes() == content
+    assert f"{path} is damaged: line 3 " in capsys.readouterr().out
+
+
+def test_steps_that_stand_twice_and_a_line_that_is_cut_off_are_no_damage(tmp_path, capsys):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("\n".join([*GOOD[:2], '{"step": 1, "loss": 7.0}', '{"step": 1, "kl": 3.0}', '{"step": 2, "lo']))
+    MetricWriter(tmp_path, start_step=2).close()
+    assert lines(tmp_path) == [{"step": 0, "loss": 1.0}, {"step": 1, "loss": 7.0}, {"step": 1, "kl": 3.0}]
+    assert not list(tmp_path.glob("*.damaged")) and not capsys.readouterr().out
+
+
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo], ids=["a folder", "a FIFO"])
+def test_what_is_no_file_is_set_aside(tmp_path, make, capsys):
+    make(tmp_path / "metrics.jsonl")
+    with MetricWriter(tmp_path) as writer:
+        writer.write(0, {"loss": 1.0})
+    assert lines(tmp_path) == [{"step": 0, "loss": 1.0}]
+    assert "must be a regular file; set aside as metrics.jsonl.damaged" in capsys.readouterr().out
+
+
+@hypothesis.settings(max_examples=40, deadline=None)
+@hypothesis.given(data=st.data())
+def test_no_bytes_block_a_resume(tmp_path_factory, data):
+    content = bytearray("\n".join(GOOD).encode())
+    for _ in range(data.draw(st.integers(0, 3))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    start = data.draw(st.integers(0, len(content)))
+    content[start : start + data.draw(st.integers(0, 9))] = data.draw(st.binary(max_size=9))
+    path = tmp_path_factory.mktemp("run") / "metrics.jsonl"
+    path.write_bytes(content)
+    _drop_from(path, 2)
+    records, fault = read_records(path)
+    assert not fault and all(0 <= record["step"] < 2 for record in records)
