@@ -26,6 +26,7 @@ from jax.extend.backend import clear_backends
 from jax.sharding import Mesh
 
 from musicrl_jax.core import audio, checkpoint, manifest, memory, sharding, tensors
+from musicrl_jax.core.files import read_json
 from musicrl_jax.core.state import in_dtype
 from musicrl_jax.core.tokens import FRAMES_PER_SECOND
 from musicrl_jax.inputs import pieces
@@ -387,7 +388,7 @@ def _shards(stored: Mapping[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]
 def _finetuned(folder: str) -> dict[str, Any]:
     """What a finetuned policy says of its anchor and its rewards; {} of a base."""
     file = Path(folder) / checkpoint.MODEL / checkpoint.ANCHOR
-    return json.loads(file.read_bytes()) if file.exists() else {}
+    return read_json(file) if file.exists() else {}
 
 
 def _gin_of(folder: str) -> Path | None:

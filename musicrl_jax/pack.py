@@ -9,6 +9,7 @@ Towers that were fetched stay out; whoever unpacks fetches them too.
 """
 
 import base64
+import binascii
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -21,7 +22,7 @@ import safetensors
 import safetensors.numpy
 
 from musicrl_jax.core import checkpoint, tensors
-from musicrl_jax.core.files import write_json
+from musicrl_jax.core.files import json_from, read_json, write_json
 from musicrl_jax.core.manifest import MANIFEST
 from musicrl_jax.models.mulan import MuLanConfig
 from musicrl_jax.models.musiclm import MusicLMConfig
@@ -47,7 +48,9 @@ KINDS = {
 INDEX = "models.json"
 HEADER, FORMAT = "musicrl", "musicrl-jax 1"
 LARGEST = 6e4  # what half precision holds
+HEADER_KIND = {"config": dict, "shapes": {str: str}, "orders?": dict, "assets": {str: str}}
 TOWERS = "params/towers/"
+RESTORE = "restore the pack"
 
 
 def pack(
@@ -171,7 +174,10 @@ def load(
             raise ValueError(f"{source}: {name} needs its pretrained towers and their vocabulary: `musicrl fetch`")
         arrays |= _towers(config, audio_weights, text_weights)
         assets = {VOCABULARY: Path(vocabulary).read_bytes(), **assets}
-    variables = _restored(arrays)
+    try:
+        variables = _restored(arrays)
+    except ValueError as error:
+        raise ValueError(f"{source}: {name}: {error}") from error
     found = checkpoint.content_hash(variables)
     if found != told["hash"] and not changed:
         raise ValueError(
@@ -185,15 +191,20 @@ def _index(source: str) -> dict[str, dict[str, Any]]:
     path = Path(source) / INDEX
     if not path.is_file():
         raise FileNotFoundError(f"source={source!r} has no {INDEX}: name a folder that `musicrl pack` wrote")
-    index = json.loads(path.read_text())
-    return {checkpoint.check_name(name, str(path)): told for name, told in index.items()}
+    described = {"kind": str, "sha256": str, "hash": str, "header?": str}
+    index = read_json(path, {str: described}, RESTORE)
+    for name, told in index.items():
+        checkpoint.check_name(name, str(path))
+        if told["kind"] not in KINDS:
+            raise ValueError(f"{path}: {name} is a {told['kind']}, which is none of {', '.join(KINDS)}: {RESTORE}")
+    return index
 
 
 def _load(folder: str) -> checkpoint.Model:
     path = Path(folder) / checkpoint.MODEL / MANIFEST
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint in {folder}: train it first, or mend the path")
-    kind = json.loads(path.read_text())["config"].get("kind")
+    kind = read_json(path, {"config": {"kind": str}}, "restore a copy")["config"]["kind"]
     if kind not in KINDS:
         raise ValueError(f"{folder} holds a {kind}, which is none of {', '.join(KINDS)}")
     return checkpoint.load_model(folder, KINDS[kind])
@@ -217,11 +228,13 @@ def _read(path: Path, told: Mapping[str, Any], changed: bool) -> tuple[Any, dict
         with safetensors.safe_open(path, framework="numpy") as file:
             written = (file.metadata() or {}).get(HEADER, "{}")
         arrays = safetensors.numpy.load_file(path)
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path} is no whole safetensors file ({error}): write it again") from error
-    header = json.loads(written)
+    except Exception as error:  # a header that is damaged makes KeyError and others of it too
+        raise ValueError(f"{path} is no whole safetensors file ({error}): {RESTORE}") from error
+    where = f"the header of {path}"
+    header = json_from(written.encode(), where, {"format?": str}, RESTORE)
     if header.get("format") != FORMAT:
         raise ValueError(f"{path} is of format {header.get('format')!r}, not {FORMAT!r}: pack it with this version")
+    header = json_from(written.encode(), where, HEADER_KIND, RESTORE)
     if changed:
         if "header" not in told:
             raise ValueError(f"{path} was packed by an older version: pack its model again, and change that")
@@ -229,7 +242,12 @@ def _read(path: Path, told: Mapping[str, Any], changed: bool) -> tuple[Any, dict
             raise ValueError(f"{path} has another header than it was packed with: write its metadata as they were")
         _check_changed(path, arrays, header["shapes"], header.get("orders", {}))
     config = checkpoint.config_from_json(KINDS[told["kind"]], header["config"], str(path))
-    assets = {name: base64.b64decode(content) for name, content in header["assets"].items()}
+    assets = {}
+    for name, content in header["assets"].items():
+        try:
+            assets[checkpoint.check_name(name, where)] = base64.b64decode(content, validate=True)
+        except binascii.Error as error:
+            raise ValueError(f"{where}: the asset {name} is no base64 ({error}): {RESTORE}") from error
     return config, arrays, assets
 
 
@@ -302,5 +320,9 @@ def _restored(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
         inner = tree
         for key in outer:
             inner = inner.setdefault(key, {})
+            if not isinstance(inner, dict):
+                raise ValueError(f"the array {path} lies in another array: {RESTORE}")
+        if last in inner:
+            raise ValueError(f"the array {path} holds other arrays: {RESTORE}")
         inner[last] = array.astype(np.float32) if array.dtype == np.float16 else array
     return tree

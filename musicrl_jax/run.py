@@ -1,13 +1,12 @@
 """A whole run: its stages one after the other in one process, each of which leaves done work alone."""
 
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from musicrl_jax.core import hosts
-from musicrl_jax.core.files import write_json
+from musicrl_jax.core.files import read_json, write_json
 
 SECONDS = "seconds.json"
 SUMMARY = "summary.json"
@@ -59,4 +58,4 @@ def run(model_dir: str, stages: Sequence[Stages], only: str = "", skip: str = ""
 def read_seconds(model_dir: str) -> dict[str, float]:
     """Seconds spent so far in each stage of a run; {} before the first."""
     path = Path(model_dir) / SECONDS
-    return json.loads(path.read_text()) if path.exists() else {}
+    return read_json(path, {str: float}) if path.exists() else {}

@@ -19,13 +19,26 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from musicrl_jax.core import hosts, sharding
-from musicrl_jax.core.manifest import MANIFEST, check_space, damage, described_files, sealed, unsealed, write_on_disk
+from musicrl_jax.core.files import json_from
+from musicrl_jax.core.manifest import (
+    FILES,
+    MANIFEST,
+    Kind,
+    check_space,
+    damage,
+    described_files,
+    read_regular,
+    sealed,
+    unsealed,
+    write_on_disk,
+)
 
 MODEL = "model"
 LINEAGE = "tokens.json"  # asset of a token model: which models wrote the tokens that it was trained on, {name: hash}
 CLIP = "clip.json"  # asset of a token model: the length of the clips that it was trained on, {"seconds": s}
 ANCHOR = "anchor.json"  # asset of a finetuned policy: its anchor's content hash, what its rewards declare, the alarm
 TOLD_BY = (MANIFEST, "votes.jsonl")  # the files that say what a folder of tokens, or of votes on them, holds
+KIND = {"config": {"kind?": str}, "hash": str, "assets": [str], "files?": FILES}  # of a model's manifest
 NO_IDENTITY = {"identity": False}
 
 # What Orbax logs with a traceback, several times over, it raises as well, and that becomes one error here.
@@ -48,6 +61,18 @@ class Model:
     hash: str
     assets: dict[str, bytes]
 
+    def json_asset(self, name: str, kind: Kind, default: Any = None) -> Any:
+        """Returns an asset that is JSON, or the default where there is none.
+
+        Raises ValueError if it is damaged or not of the kind (see `manifest.check_kind`), or is needed and missing.
+        """
+        where = f"the {type(self.config).__name__} checkpoint {self.hash[:12]}"
+        if name not in self.assets and default is not None:
+            return default
+        if name not in self.assets:
+            raise ValueError(f"{where} has no {name}: train it again with this version")
+        return json_from(self.assets[name], f"{name} of {where}", kind, "train it again, or restore a copy")
+
 
 def content_hash(tree: Any) -> str:
     """sha256, as hex, over every leaf's path, dtype, shape and bytes: equal exactly where the content is."""
@@ -69,7 +94,7 @@ def config_to_json(config: Any) -> dict[str, Any]:
 
 
 def config_from_json(config_class: type, fields: dict[str, Any], where: str) -> Any:
-    """The inverse, checked: ValueError where `fields` are those of another class or version."""
+    """The inverse, checked: ValueError where `fields` are those of another class or version, or have other types."""
     fields = dict(fields)
     kind = fields.pop("kind", config_class.__name__)
     if kind != config_class.__name__:
@@ -80,16 +105,43 @@ def config_from_json(config_class: type, fields: dict[str, Any], where: str) -> 
         raise ValueError(
             f"{where}: fields {sorted(set(fields) ^ known)} of {config_class.__name__} do not match this version"
         )
-    values = {}
-    for name, value in fields.items():
-        if isinstance(value, dict):  # a config; of several that a field may hold, the one that is named
-            choices = [choice for choice in (hints[name], *typing.get_args(hints[name])) if isinstance(choice, type)]
-            named = [choice for choice in choices if choice.__name__ == value.get("kind")]
-            value = config_from_json((named or choices)[0], value, where)
-        elif isinstance(value, list):
-            value = tuple(value)
-        values[name] = value
-    return config_class(**values)
+    values = {
+        name: _field_from_json(hints[name], value, f"{config_class.__name__}.{name}", where)
+        for name, value in fields.items()
+    }
+    try:
+        return config_class(**values)
+    except (TypeError, ZeroDivisionError, OverflowError) as error:  # of a check that takes the types for granted
+        raise ValueError(f"{where}: the fields of {config_class.__name__} do not go together ({error})") from error
+
+
+def _field_from_json(hint: Any, value: Any, field: str, where: str) -> Any:
+    """Returns a field's value; ValueError where it is of another type than its annotation."""
+    choices = [choice for choice in (hint, *typing.get_args(hint)) if isinstance(choice, type)]
+    configs = [choice for choice in choices if dataclasses.is_dataclass(choice)]
+    if isinstance(value, dict) and configs:  # of several that a field may hold, the one that is named
+        named = [choice for choice in configs if choice.__name__ == value.get("kind")]
+        return config_from_json((named or configs)[0], value, where)
+    if isinstance(value, list) and typing.get_origin(hint) is tuple:
+        inner = typing.get_args(hint)[0]
+        return tuple(_field_from_json(inner, part, f"{field}[{i}]", where) for i, part in enumerate(value))
+    if isinstance(value, list) and hint in (Any, tuple):
+        return tuple(value)
+    if typing.get_origin(hint) is not tuple and (hint is Any or not choices or _is_of(value, choices)):
+        return value
+    raise ValueError(f"{where}: {field} is {json.dumps(value)[:60]}, which is no {_name(hint)}: restore a copy")
+
+
+def _is_of(value: Any, choices: list[type]) -> bool:
+    if value is None or isinstance(value, bool):
+        return type(value) in choices
+    if isinstance(value, float) and value.is_integer():  # gin takes 1e3 for a whole number, and so do the models
+        return int in choices or float in choices
+    return isinstance(value, (*choices, *((int,) if float in choices else ())))
+
+
+def _name(hint: Any) -> str:
+    return hint.__name__ if isinstance(hint, type) else str(hint)
 
 
 def describe(value: Any) -> Any:
@@ -111,7 +163,7 @@ def describe(value: Any) -> Any:
         if os.path.isdir(path) and has_model(path):
             return model_hash(path)
         files = [path, *(os.path.join(path, name) for name in TOLD_BY)]
-        if told_by := [Path(file).read_bytes() for file in files if os.path.isfile(file)]:
+        if told_by := [read_regular(file) for file in files if os.path.isfile(file)]:
             return hashlib.sha256(b"".join(told_by)).hexdigest()
         return os.path.basename(os.path.abspath(path)) if os.path.isdir(path) else str(value)  # '.' has a name too
     return value
@@ -143,7 +195,7 @@ def beside(directory: str | Path, name: str) -> str:
 def _model_manifest(directory: Path) -> dict[str, Any]:
     """ValueError where it is damaged."""
     try:
-        return unsealed(directory / MANIFEST, "if there")
+        return unsealed(directory / MANIFEST, "if there", KIND)
     except ValueError as error:
         raise ValueError(f"{directory} is damaged: {error}; restore a copy") from error
 
@@ -211,11 +263,22 @@ def load_model(directory: str | Path, config_class: type) -> Model:
     if wrong := damage(directory, manifest.get("files", {}), more=True):
         raise ValueError(f"{directory} is damaged: {wrong}; restore a copy")
     with ocp.StandardCheckpointer(multiprocessing_options=_alone()) as checkpointer:
-        variables = checkpointer.restore(directory / "variables")
+        try:
+            variables = checkpointer.restore(directory / "variables")
+        except Exception as error:  # Orbax and TensorStore raise many kinds for files that are not what they wrote
+            reason = (str(error) or type(error).__name__).splitlines()[0][:200]
+            raise ValueError(f"{directory} is damaged: its arrays cannot be read ({reason}); restore a copy") from error
     found = content_hash(variables)
     if found != manifest["hash"]:
         raise ValueError(
             f"{directory} is damaged: its arrays hash to {found[:12]}, not {manifest['hash'][:12]}; restore a copy"
         )
-    assets = {name: (directory / check_name(name, str(directory))).read_bytes() for name in manifest["assets"]}
+    assets = {name: _asset(directory, name) for name in manifest["assets"]}
     return Model(config, variables, manifest["hash"], assets)
+
+
+def _asset(directory: Path, name: str) -> bytes:
+    try:
+        return read_regular(directory / check_name(name, str(directory)))
+    except FileNotFoundError as error:
+        raise ValueError(f"{directory} is damaged: its asset {name} is missing; restore a copy") from error

@@ -11,6 +11,7 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
+from musicrl_jax.core.files import remove_abandoned
 from musicrl_jax.inputs import tasks
 
 
@@ -27,6 +28,7 @@ def prepare(builder: str, config: str | Mapping[str, Any], data_dir: str) -> str
     module = _module(builder)
     try:
         made = module.Builder(config=_config(module, config), data_dir=Path(data_dir).expanduser())
+        remove_abandoned(Path(made.data_dir).parent, "incomplete.*")
         made.download_and_prepare(file_format="array_record")
     except Exception as error:
         if tasks.disk_is_full(error):

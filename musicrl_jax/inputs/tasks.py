@@ -264,7 +264,16 @@ def prepared(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
 @functools.lru_cache(maxsize=32)
 def _open(directory: str) -> tfds.core.DatasetBuilder:
     # Kept, as data sets do not change under their version.
-    return tfds.builder_from_directory(directory)
+    return open_builder(directory, "remove that folder and build it again with `musicrl build`")
+
+
+def open_builder(directory: str, remedy: str) -> tfds.core.DatasetBuilder:
+    """Opens a data set that TFDS wrote; ValueError with the remedy where its descriptions are damaged or missing."""
+    try:
+        return tfds.builder_from_directory(directory)
+    except Exception as error:  # TFDS and protobuf raise KeyError, ParseError, DatasetNotFoundError and more
+        reason = (str(error) or type(error).__name__).strip().splitlines()[0][:200]
+        raise ValueError(f"{directory} is no whole data set ({reason}): {remedy}") from error
 
 
 def filled_splits(builder: tfds.core.DatasetBuilder) -> dict[str, Records]:

@@ -15,16 +15,19 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
+from musicrl_jax.core.files import read_json
 from musicrl_jax.inputs import tasks
 
 SCHEMA = "1.1.0"  # of the examples and the manifest; a change of either needs a new one
 MANIFEST = "manifest.json"
+VOTES = "votes.jsonl"  # lies beside the manifest where the tokens are of clips that were voted on
+MANIFEST_KIND = {"schema": str, "models": {str: str}, "layout": dict, "data": dict, "counts": {str: int}}
 FIELDS = {"semantic": 1, "acoustic": 2, "mulan": 1}  # the rank of each token field of an example
 
 
@@ -40,6 +43,7 @@ class Tokens:
 
     directory: str
     models: Mapping[str, str] | None = None
+    verb: ClassVar[str] = "encode"  # writes such a folder
 
     def batches(
         self,
@@ -71,45 +75,53 @@ class Tokens:
 
     def layout(self) -> dict[str, int]:
         """Levels and codes of the models that wrote them: 'acoustic_levels', 'acoustic_codes', 'semantic_codes', ..."""
-        return read_manifest(self.directory)["layout"]
+        return read_manifest(self.directory, self.verb)["layout"]
 
     def splits(self) -> list[str]:
         """The splits that `musicrl encode` finished."""
-        return list(read_manifest(self.directory)["counts"])
+        return list(read_manifest(self.directory, self.verb)["counts"])
 
     def count(self, split: str) -> int:
         """The number of examples in a split."""
-        manifest = read_manifest(self.directory)
+        manifest = read_manifest(self.directory, self.verb)
         for name, expected in (self.models or {}).items():
             if (found := manifest["models"].get(name)) != expected:
                 raise ValueError(
                     f"tokens in {self.directory} were written by {name} {found}, and this run uses {name} {expected}: "
-                    "run `musicrl encode` again with the models of this run"
+                    f"run `musicrl {self.verb}` again with the models of this run"
                 )
         if split not in manifest["counts"]:
             raise ValueError(
                 f"split {split!r} is not among {sorted(manifest['counts'])} in {self.directory}: "
-                "`musicrl encode` did not finish it"
+                f"`musicrl {self.verb}` did not finish it"
             )
         return manifest["counts"][split]
 
 
-def read_manifest(directory: str) -> dict[str, Any]:
-    """{'schema', 'models': {name: hash}, 'layout': {...}, 'data': {...}, 'counts': {split: n}} of a token folder."""
+def read_manifest(directory: str, verb: str = "encode") -> dict[str, Any]:
+    """Reads {'schema', 'models': {name: hash}, 'layout': {}, 'data': {}, 'counts': {split: n}} of a token folder.
+
+    Raises FileNotFoundError or ValueError, which name the verb that writes such a folder: `verb`, or 'collect' where
+    votes are there.
+    """
     path = Path(directory) / MANIFEST
-    if not path.is_file():
-        raise FileNotFoundError(f"directory: no tokens at {directory}; write them with `musicrl encode`")
-    manifest = json.loads(path.read_text())
-    if manifest["schema"] != SCHEMA:
-        raise ValueError(
-            f"tokens in {directory} have schema {manifest['schema']}, not {SCHEMA}: run `musicrl encode` again"
+    verb = "collect" if (Path(directory) / VOTES).exists() else verb
+    if not path.exists() and verb == "collect":
+        raise FileNotFoundError(
+            f"directory: no tokens at {directory} for the votes on them; `musicrl collect` writes both, and votes of "
+            f"people need the {MANIFEST} and the splits of the folder whose clips they heard"
         )
-    return manifest
+    if not path.exists():
+        raise FileNotFoundError(f"directory: no tokens at {directory}; write them with `musicrl encode`")
+    remedy = f"restore a copy, or run `musicrl {verb}` again"
+    if (schema := read_json(path, {"schema": str}, remedy)["schema"]) != SCHEMA:
+        raise ValueError(f"tokens in {directory} have schema {schema}, not {SCHEMA}: run `musicrl {verb}` again")
+    return read_json(path, MANIFEST_KIND, remedy)
 
 
 def read(directory: str, split: str) -> tuple[tasks.Records, dict[str, tf.TensorSpec]]:
     """The examples of a split, with `id` and `caption`, in the order they were written; and each feature's spec."""
-    builder = tfds.builder_from_directory(Path(directory) / split)
+    builder = tasks.open_builder(str(Path(directory) / split), "run the verb that wrote it again")
     return builder.as_data_source(split), builder.info.features.get_tensor_spec()
 
 
@@ -207,11 +219,12 @@ def _manifest(
     new = {"schema": SCHEMA, "models": dict(models), "layout": dict(layout), "data": dict(data), "counts": {}}
     new = json.loads(json.dumps(new))
     path = Path(directory) / MANIFEST
-    if not path.is_file():
+    if not path.exists():
         return new
-    old = json.loads(path.read_text())
-    if any(old.get(name) != new[name] for name in ("schema", "models", "layout")) or not old["counts"]:
+    old = read_json(path, remedy="restore a copy, or remove the folder to encode again")
+    if any(old.get(name) != new[name] for name in ("schema", "models", "layout")) or not old.get("counts"):
         return new
+    old = read_json(path, MANIFEST_KIND, "restore a copy, or remove the folder to encode again")
     was, now = old["data"], new["data"]
     if changed := [name for name in was | now if was.get(name) != now.get(name)]:
         difference = "; ".join(f"{name} {was.get(name)}, not {now.get(name)}" for name in changed)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import sentencepiece
 
-from musicrl_jax.core.files import write_json
+from musicrl_jax.core.files import read_json, write_json
 from musicrl_jax.inputs.clips import Clips
 
 BYTE_PIECES = 256
@@ -29,7 +29,8 @@ def build(data: Clips, path: str, size: int) -> None:
     captions, made_from = data.captions("train"), Path(f"{path}.json")
     wanted = {"size": size, "captions": hashlib.sha256(json.dumps(captions).encode()).hexdigest()}
     if Path(path).exists():
-        found = json.loads(made_from.read_text()) if made_from.exists() else wanted
+        kind, remedy = {"size": int, "captions": str}, f"delete it to use {path} as it is"
+        found = read_json(made_from, kind, remedy) if made_from.exists() else wanted
         told = {"size": f"with size {found['size']}, not {size}", "captions": "from other captions"}
         if changed := [told[name] for name in wanted if found[name] != wanted[name]]:
             raise ValueError(

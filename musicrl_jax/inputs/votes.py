@@ -22,9 +22,8 @@ import tensorflow as tf
 from musicrl_jax.core import tables
 from musicrl_jax.core.files import write_text
 from musicrl_jax.inputs import tasks
-from musicrl_jax.inputs.tokens import Tokens, read
+from musicrl_jax.inputs.tokens import VOTES, Tokens, read
 
-VOTES = "votes.jsonl"
 CHOICES = {"a": 1.0, "b": 0.0, "tie": 0.5}  # the share of the vote that clip a gets
 ABSTAINED = "abstain"
 FIELDS = {"prompt": str, "a": str, "b": str, "vote": str, "listener": str, "heard": list}
@@ -115,7 +114,7 @@ class Votes:
 
     @property
     def _tokens(self) -> Tokens:
-        return Tokens(self.directory, self.models)
+        return _VotedTokens(self.directory, self.models)
 
     def _places(self, split: str) -> dict[str, int]:
         """The number of every clip of a split, by id."""
@@ -132,6 +131,12 @@ class Votes:
         spec = read(self.directory, split)[1]
         paired = {name: tf.TensorSpec([2, *spec[name].shape], tf.int32) for name in PAIRED}
         return pairs, {**paired, "mulan": spec["mulan"], "vote": tf.TensorSpec([], tf.float32)}
+
+
+class _VotedTokens(Tokens):
+    """Tokens of clips that were voted on."""
+
+    verb = "collect"
 
 
 class _Pairs(list):

@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from musicrl_jax.core import checkpoint
+from musicrl_jax.core.files import kept_at
 from musicrl_jax.core.progress import Progress
 from musicrl_jax.inputs import order, pieces, pretrained
 from musicrl_jax.inputs.clips import Clips
@@ -125,13 +125,7 @@ class Heard:
         identity = json.dumps(checkpoint.describe(settings), sort_keys=True)
         short = hashlib.sha256(identity.encode()).hexdigest()[:12]
         path = Path(self.folder) / f"{name.replace('/', '.')}-{split}-{short}.npz"
-        if not path.exists():
-            found = self._hear(clips, split)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_suffix(".partial.npz")
-            np.savez(partial, **found)
-            os.replace(partial, path)
-        return dict(np.load(path))
+        return kept_at(path, lambda: self._hear(clips, split))
 
     def _hear(self, clips: Clips, split: str) -> dict[str, np.ndarray]:
         variables = jax.device_put({"params": self.towers.params()})

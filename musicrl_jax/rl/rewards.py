@@ -184,7 +184,7 @@ class LoadedMixture:
         with another MuLan's embedding, or hears at another rate."""
         spoken = json.loads(loaded.lineage)
         for name, model in self.models.items():
-            read = json.loads(model.assets.get(checkpoint.LINEAGE, b"{}"))
+            read = model.json_asset(checkpoint.LINEAGE, {str: str}, default={})
             if isinstance(model.config, MuLanConfig):
                 read = {"mulan": model.hash}
             for other, found in read.items():

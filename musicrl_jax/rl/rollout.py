@@ -210,8 +210,10 @@ def load(policy: str, fine: str | None = None, codec: str | None = None, mulan: 
             raise ValueError(
                 f"{folder}: {name} is {found}, but the models it works with have {wanted}; train it for them"
             )
+    if "vocabulary" not in models["mulan"].assets:
+        raise ValueError(f"{mulan} has no vocabulary in its model's folder: restore a copy, or train it again")
     for name, folder in (("policy", policy), ("soundstorm", fine)):
-        written_by = json.loads(models[name].assets[checkpoint.LINEAGE])
+        written_by = models[name].json_asset(checkpoint.LINEAGE, {"codec": str, "mulan": str})
         for other, model in (("codec", models["soundstream"]), ("mulan", models["mulan"])):
             if written_by[other] != model.hash:
                 raise ValueError(

@@ -80,6 +80,29 @@ LARGEST_SEED = 2**32 - 1
 WAV_ERROR = 1e-4  # that the golden clips' samples may be off, of a full scale of 1
 SCORE_ERROR = 1e-3  # that their rewards may be off, of themselves or of 1
 
+GOLDEN_ARRAYS = {"text", "seeds", "given_frames", "tokens", "acoustic", "wav"}  # and the rewards
+# The kind of a manifest: what is read of it here and by the service.
+ABOUT = {
+    "version": str,
+    "jax": str,
+    "platforms": [str],
+    "functions": {str: {str: {"calling_convention": int}}},
+    "arguments": {str: {str: str}},
+    "chips": int,
+    "sample_rate_hz": int,
+    "clip_seconds": float,
+    "frames": int,
+    "places": int,
+    "text_length": int,
+    "temperature": float,
+    "golden": {"prompts": [str], "platform": str},
+    "top_k": (int, type(None)),
+    "rewards": dict,
+    "models": {str: str},
+    "licence": str,
+    "files": manifest.FILES,
+}
+
 
 class Clips(NamedTuple):
     """What was drawn."""
@@ -209,9 +232,14 @@ class Bundle:
         wanted = {stored: layouts[f][name] for f, names in arguments.items() for name, stored in names.items()}
         there = {}
         for file in sorted((self.folder / WEIGHTS).glob("*.safetensors")):
-            with safetensors.safe_open(file, framework="numpy") as tensors:
-                for name in tensors.keys():  # noqa: SIM118
-                    there[name] = jax.device_put(tensors.get_tensor(name), wanted[name])
+            try:
+                with safetensors.safe_open(file, framework="numpy") as tensors:
+                    for name in tensors.keys():  # noqa: SIM118
+                        there[name] = jax.device_put(tensors.get_tensor(name), wanted[name])
+            except (safetensors.SafetensorError, KeyError) as error:
+                raise ValueError(f"{file} is not what {MANIFEST} describes ({error}): export it again") from error
+        if missing := sorted(set(wanted) - set(there)):
+            raise ValueError(f"{self.folder}/{WEIGHTS} lacks {missing[0]}: copy or export it again")
         return {
             function: {name: jax.device_put(there[stored], layouts[function][name]) for name, stored in names.items()}
             for function, names in arguments.items()
@@ -224,7 +252,12 @@ class Bundle:
         On the platform that they were drawn on all must be equal; elsewhere one rounding can change a code, and all
         that follows it. The last of them goes on from half a clip of zeros.
         """
-        golden = safetensors.numpy.load_file(self.folder / GOLDEN)
+        try:
+            golden = safetensors.numpy.load_file(self.folder / GOLDEN)
+        except safetensors.SafetensorError as error:
+            raise ValueError(f"{self.folder / GOLDEN} cannot be read ({error}): export it again") from error
+        if missing := sorted(GOLDEN_ARRAYS - set(golden)):
+            raise ValueError(f"{self.folder / GOLDEN} lacks {missing[0]}: export it again")
         prompts = self.about["golden"]["prompts"]
         text = self.encode([*prompts, prompts[0]])
         if not np.array_equal(text, golden["text"]):
@@ -267,6 +300,15 @@ def _described(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder} is damaged: {error}; copy or export it again") from error
     if about.get("format") != FORMAT:
         raise ValueError(f"{folder}/{MANIFEST} is of format {about.get('format')!r}, not {FORMAT!r}: export it again")
+    try:
+        manifest.check_kind(about, ABOUT)
+    except ValueError as error:
+        raise ValueError(f"{folder}/{MANIFEST}: {error}; copy or export it again") from error
+    for name in about["functions"]:
+        if missing := sorted(set(about["platforms"]) - set(about["functions"][name])):
+            raise ValueError(f"{folder}/{MANIFEST} has no function {name!r} for {missing[0]}: export it again")
+    if not (DRAW in about["functions"] and set(about["functions"]) <= set(about["arguments"])):
+        raise ValueError(f"{folder}/{MANIFEST} lacks {DRAW!r} or the arguments of a function: export it again")
     if wrong := manifest.damage(folder, about["files"], more=False):
         raise ValueError(f"{folder} is damaged: {wrong}; copy or export it again")
     return {**about, "sha256": hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()}
