@@ -4,6 +4,7 @@ Legend: P pairs.
 """
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ import numpy as np
 from musicrl_jax.arena.audience import Audience
 from musicrl_jax.arena.listeners import Panel
 from musicrl_jax.core import checkpoint
-from musicrl_jax.core.files import kept, write_json
+from musicrl_jax.core.files import kept, read_json, set_aside, write_json
 from musicrl_jax.core.keys import row_keys, step_key
 from musicrl_jax.core.progress import Progress
+from musicrl_jax.core.statistics import LEAST_INTERVAL, too_small
 from musicrl_jax.core.tokens import deinterleave
 from musicrl_jax.inputs import pieces, tokens, votes
 from musicrl_jax.inputs.prompts import Prompts
@@ -24,7 +26,7 @@ from musicrl_jax.rl import rollout as rollouts
 from musicrl_jax.rl.rollout import Rollout
 from musicrl_jax.rl.sample import Sampling
 
-FIGURES, PLAYED = "agreement.json", "played"
+PLAYED = "played"
 SPLITS = ("train", "validation")
 
 
@@ -49,7 +51,7 @@ def collect(
 
     Every vote is of *simulated listeners*, and says so. How often two of them agree on these pairs, and how often one's
     choice can be foretold at most, is printed and stands in `votes_dir`/agreement.json; the agreement of MusicRL's
-    people was about 60 %.
+    people was about 60 %. A folder with votes of others, people above all, is refused.
 
     Args:
       votes_dir: where tokens and votes go.
@@ -95,7 +97,7 @@ def collect(
             "settings": [pairs, clip_seconds, validation_share, votes_per_pair, temperature, top_k, seed],
         }
     )
-    _refuse_others(votes_dir, models, layout, data)
+    _refuse_others(votes_dir, panel, models, layout, data)
     counts = {"validation": round(pairs * validation_share)}
     counts["train"] = pairs - counts["validation"]
     wanting = [name for name in SPLITS if not tokens.complete(votes_dir, name, models, layout, data)]
@@ -130,8 +132,8 @@ def collect(
         ]
         return {name: np.concatenate([part[name] for part in parts])[: 2 * len(asked)] for name in parts[0]}
 
-    figures = Path(votes_dir) / FIGURES
-    found = json.loads(figures.read_text()) if figures.exists() else {"agreement": {}, "ceiling": {}}
+    figures = Path(votes_dir) / votes.FIGURES
+    found = _figures_there(figures)
     for split in wanting:
         unique = prompts.unique(split)
         if not unique:
@@ -147,21 +149,22 @@ def collect(
             for row in range(2 * len(asked))
         )
         # Votes come first: the manifest that `write_tokens` ends with makes a split whole.
-        cast, found["agreement"][split], found["ceiling"][split] = _votes(
-            panel, clips["heard"], asked, split, votes_per_pair, seed
-        )
+        cast, agreement, ceiling = _votes(panel, clips["heard"], asked, split, votes_per_pair, seed)
+        few = too_small(counts[split], LEAST_INTERVAL)
+        found["agreement"][split], found["ceiling"][split] = (few, few) if few else (agreement, ceiling)
         others = [vote for vote in _votes_there(votes_dir) if not vote.a.startswith(f"{split}-")]
         Path(votes_dir).mkdir(parents=True, exist_ok=True)
         votes.write_votes(votes_dir, [*others, *cast])
-        write_json(figures, {"panel": panel.name, "simulated listeners": True, **found})
+        about = {"panel": panel.name, "simulated listeners": True, "listeners": panel.size, "people": 0}
+        write_json(figures, {**about, **found})
         tokens.write_tokens(votes_dir, split, examples, models, layout, data)
         abstained = np.mean([vote.vote == votes.ABSTAINED for vote in cast])
+        shares = f"{abstained:.0%} abstentions; two listeners agree on {agreement:.1%} of the pairs, and {ceiling:.1%} "
+        shares = f"shares of them: {few}" if few else f"{shares}of the choices can be foretold"
         print(
-            f"{split}: {len(cast)} votes of simulated listeners ({panel.name}) on {counts[split]} pairs, "
-            f"{abstained:.0%} abstentions; two listeners agree on {found['agreement'][split]:.1%} of the pairs, "
-            f"and {found['ceiling'][split]:.1%} of the choices can be foretold"
+            f"{split}: {len(cast)} votes of simulated listeners ({panel.name}) on {counts[split]} pairs, {shares}"
         )
-        if not 0.6 <= found["agreement"][split] <= 0.7:
+        if not few and not 0.6 <= agreement <= 0.7:
             print(f"{split}: people agreed on 60 to 70 %; a panel with another noise comes nearer")
     shutil.rmtree(Path(votes_dir) / PLAYED)
 
@@ -178,15 +181,32 @@ def _votes(
         for listener in rng.choice(panel.size, votes_per_pair, replace=False):
             choice = str(panel.choose(a[listener, pair], b[listener, pair], rng))
             ids = (f"{split}-{pair:06d}-{side}" for side in "ab")
-            who = f"simulated listener {listener} of the {panel.name}"
+            who = f"{votes.SIMULATED} {listener} of the {panel.name}"
             cast.append(votes.Vote(0, prompt, *ids, choice, who, [True, True]))
     return cast, panel.agreement(a, b), panel.ceiling(a, b)
 
 
-def _refuse_others(votes_dir: str, models: dict[str, str], layout: dict[str, int], data: dict[str, Any]) -> None:
-    """ValueError where there are votes on other clips, or by others: they cannot be had again, as tokens can."""
-    if not (_votes_there(votes_dir) and (Path(votes_dir) / tokens.MANIFEST).exists()):
+def _refuse_others(
+    votes_dir: str, panel: Panel, models: dict[str, str], layout: dict[str, int], data: dict[str, Any]
+) -> None:
+    """Raises ValueError if there are votes on other clips, or by others, or tokens that nobody voted on.
+
+    Votes cannot be had again, as tokens can.
+    """
+    others = sorted({vote.listener for vote in _votes_there(votes_dir) if not votes.is_of(vote.listener, panel.name)})
+    if others:
+        votes.set_figures_aside(votes_dir, others)
+        raise ValueError(
+            f"votes_dir: {votes_dir}/{votes.VOTES} has votes of {others[0]!r}, who is not of the {panel.name}, and "
+            "collecting would replace them: name another folder, or leave these votes as they are with --skip=votes"
+        )
+    if not (Path(votes_dir) / tokens.MANIFEST).exists():
         return
+    if not (Path(votes_dir) / votes.VOTES).exists():
+        raise ValueError(
+            f"votes_dir: {votes_dir} holds tokens and no {votes.VOTES}: it is a folder of `musicrl encode`, or its "
+            "votes are lost; name another folder, or restore them"
+        )
     found = tokens.read_manifest(votes_dir)
     was = {**found["models"], **found["layout"], **found["data"]}
     for name, now in json.loads(json.dumps({**models, **layout, **data})).items():
@@ -195,6 +215,21 @@ def _refuse_others(votes_dir: str, models: dict[str, str], layout: dict[str, int
                 f"votes_dir: {votes_dir} was collected with other {name}: name another folder, or leave these votes "
                 "as they are with --skip=votes"
             )
+
+
+def _figures_there(path: Path) -> dict[str, dict[str, Any]]:
+    """Returns the agreement and the ceiling of the splits that are done; a damaged file is set aside.
+
+    Figures of a split that was done before are then missing, and are not worth collecting it again.
+    """
+    found: dict[str, dict[str, Any]] = {"agreement": {}, "ceiling": {}}
+    if os.path.lexists(path):
+        try:
+            there = read_json(path, {name: {str: (float, str)} for name in found})
+            return {name: there[name] for name in found}
+        except (ValueError, OSError) as error:
+            set_aside(path, str(error).removeprefix(f"{path} "))
+    return found
 
 
 def _votes_there(votes_dir: str) -> list[votes.Vote]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -14,7 +15,7 @@ from musicrl_jax.arena import ears
 from musicrl_jax.arena.audience import Audience
 from musicrl_jax.arena.listeners import training_panel
 from musicrl_jax.core.tokens import TokenLayout
-from musicrl_jax.inputs.votes import Votes, read_votes
+from musicrl_jax.inputs.votes import FIGURES, Vote, Votes, read_votes, write_votes
 from musicrl_jax.models.musiclm import MusicLM, MusicLMConfig
 from musicrl_jax.models.soundstream import SoundStream, SoundStreamConfig
 from musicrl_jax.models.transformer import TransformerConfig
@@ -131,7 +132,7 @@ def test_what_is_liked_is_in_the_tokens(folder):
 
 
 def test_agreement_is_written_and_called_what_it_is(folder):
-    with open(f"{folder}/{collect.FIGURES}") as file:
+    with open(f"{folder}/{FIGURES}") as file:
         figures = json.load(file)
     assert figures["simulated listeners"] is True and figures["panel"] == "training panel"
     assert 0.5 < figures["agreement"]["train"] < figures["ceiling"]["train"] < 1
@@ -163,7 +164,7 @@ def test_a_split_that_is_missing_is_made_again_and_the_other_kept(folder, tmp_pa
     path.write_text(json.dumps(manifest))
     collected(tmp_path)
     assert sorted(read_votes(other)) == sorted(read_votes(folder))
-    assert (tmp_path / "votes" / collect.FIGURES).read_text() == (Path(folder) / collect.FIGURES).read_text()
+    assert (tmp_path / "votes" / FIGURES).read_text() == (Path(folder) / FIGURES).read_text()
 
 
 def test_a_run_that_is_cut_off_between_votes_and_tokens_keeps_its_figures(folder, tmp_path, monkeypatch):
@@ -180,7 +181,7 @@ def test_a_run_that_is_cut_off_between_votes_and_tokens_keeps_its_figures(folder
         collected(tmp_path)
     collected(tmp_path)
     assert done == ["train", "validation"]
-    assert (tmp_path / "votes" / collect.FIGURES).read_text() == (Path(folder) / collect.FIGURES).read_text()
+    assert (tmp_path / "votes" / FIGURES).read_text() == (Path(folder) / FIGURES).read_text()
 
 
 def test_what_was_played_before_a_kill_is_not_played_again(folder, tmp_path, monkeypatch):
@@ -207,6 +208,70 @@ def test_several_listeners_hear_a_pair(tmp_path):
     cast = read_votes(collected(tmp_path, pairs=12, validation_share=0.5, votes_per_pair=3))
     assert len(cast) == 36 and len({(vote.a, vote.listener) for vote in cast}) == 36
     assert len({vote.a for vote in cast}) == 12
+
+
+def test_votes_of_people_are_refused_and_simulated_figures_do_not_stay_beside_them(folder, tmp_path, capsys):
+    shutil.copytree(folder, tmp_path / "votes")
+    path, figures = tmp_path / "votes/votes.jsonl", (tmp_path / "votes" / FIGURES).read_text()
+    assert json.loads(figures)["people"] == 0
+    path.write_text(path.read_text().replace("simulated listener 3 of the training panel", "Ada"))
+    capsys.readouterr()
+    with pytest.raises(ValueError, match="has votes of 'Ada', who is not of the training panel"):
+        collected(tmp_path)
+    assert not (tmp_path / "votes" / FIGURES).exists()
+    assert (tmp_path / "votes/agreement.training_panel.json").read_text() == figures
+    assert "is of simulated listeners of the training panel, and 'Ada' voted" in capsys.readouterr().out
+
+
+def test_votes_of_people_without_tokens_are_not_replaced(tmp_path):
+    (tmp_path / "votes").mkdir()
+    vote = Vote(0, "a tune", "train-000000-a", "train-000000-b", "a", "Ada", [True, True])
+    write_votes(f"{tmp_path}/votes", [vote])
+    with pytest.raises(ValueError, match="has votes of 'Ada', who is not of the training panel"):
+        collected(tmp_path)
+    assert [each.listener for each in read_votes(f"{tmp_path}/votes")] == ["Ada"]
+
+
+def test_tokens_without_votes_are_not_replaced(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "votes")
+    (tmp_path / "votes/votes.jsonl").unlink()
+    with pytest.raises(ValueError, match=r"holds tokens and no votes\.jsonl: it is a folder of `musicrl encode`"):
+        collected(tmp_path)
+    assert (tmp_path / "votes/train").is_dir()
+
+
+def test_agreement_on_too_few_pairs_is_no_figure(folder, tmp_path, capsys):
+    """Of the folder's four validation pairs, and of seven of each."""
+    assert json.loads((Path(folder) / FIGURES).read_text())["agreement"]["validation"] == "n too small (4 < 8)"
+    other = collected(tmp_path, pairs=14, validation_share=0.5)
+    figures = json.loads((Path(other) / FIGURES).read_text())
+    assert figures["agreement"] == figures["ceiling"] == dict.fromkeys(collect.SPLITS, "n too small (7 < 8)")
+    out = capsys.readouterr().out
+    assert out.count("on 7 pairs, shares of them: n too small (7 < 8)") == 2 and "agree on" not in out
+
+
+@pytest.mark.parametrize("damage", [b'{"agreement": {"train": null}, "ceiling": {}}', b"\xff\x00"])
+def test_damaged_figures_and_damaged_clips_are_set_aside_and_made_again(folder, tmp_path, damage, capsys, monkeypatch):
+    """Killed after the training split; then its figures and a batch that was kept are damaged."""
+    write = collect.tokens.write_tokens
+
+    def cut_off(*arguments):
+        write(*arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(collect.tokens, "write_tokens", cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            collected(tmp_path)
+    (tmp_path / "votes" / FIGURES).write_bytes(damage)
+    for path in (tmp_path / "votes" / collect.PLAYED).iterdir():
+        path.write_bytes(path.read_bytes()[:1000])
+    manifest = tmp_path / "votes/manifest.json"
+    manifest.write_text(manifest.read_text().replace('"counts": {\n    "train": 72\n  }', '"counts": {}'))
+    assert read_votes(collected(tmp_path)) == read_votes(folder)
+    assert json.loads((tmp_path / "votes" / FIGURES).read_text()) == json.loads((Path(folder) / FIGURES).read_text())
+    out = capsys.readouterr().out
+    assert f"{tmp_path}/votes/{FIGURES} is damaged" in out and out.count("is no whole .npz") == 9
 
 
 @pytest.mark.parametrize(

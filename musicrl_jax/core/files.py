@@ -81,7 +81,8 @@ def read_arrays(path: str | Path) -> dict[str, np.ndarray]:
     """Reads an .npz of arrays; ValueError names a damaged one, OSError one that is not there."""
     check_regular(path)
     try:
-        with np.load(path, allow_pickle=False) as there:
+        # NumPy leaves a file open that it opened itself and cannot read.
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as there:
             return {name: there[name] for name in there.files}
     except Exception as error:  # for damage zipfile, zlib and numpy raise at least eight kinds of errors
         reason = (str(error) or type(error).__name__).splitlines()[0][:200]

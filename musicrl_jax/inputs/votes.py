@@ -12,7 +12,8 @@ Legend: B votes, F frames, T codec frames, Q codec levels, M MuLan levels.
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,10 +21,12 @@ import numpy as np
 import tensorflow as tf
 
 from musicrl_jax.core import tables
-from musicrl_jax.core.files import write_text
+from musicrl_jax.core.files import read_json, set_aside, write_text
 from musicrl_jax.inputs import tasks
 from musicrl_jax.inputs.tokens import VOTES, Tokens, read
 
+FIGURES = "agreement.json"  # how far the simulated listeners who voted agree
+SIMULATED = "simulated listener"  # how the name of each begins
 CHOICES = {"a": 1.0, "b": 0.0, "tie": 0.5}  # the share of the vote that clip a gets
 ABSTAINED = "abstain"
 FIELDS = {"prompt": str, "a": str, "b": str, "vote": str, "listener": str, "heard": list}
@@ -103,7 +106,9 @@ class Votes:
     def votes(self, split: str) -> list[Vote]:
         """The votes of a split that count: those of its clips."""
         places = {each: self._places(each) for each in self._tokens.splits()}
-        for vote in (cast := read_votes(self.directory)):
+        cast = read_votes(self.directory)
+        set_figures_aside(self.directory, {vote.listener for vote in cast})
+        for vote in cast:
             if not any(vote.a in known for known in places.values()):
                 raise self._error(vote, "a", "in any split")
         return [vote for vote in cast if vote.counts and vote.a in places.get(split, {})]
@@ -176,7 +181,40 @@ def read_votes(directory: str) -> list[Vote]:
     return votes
 
 
+def is_of(listener: str, panel: str) -> bool:
+    """Tells whether a vote is signed by a simulated listener of that panel."""
+    return listener.startswith(f"{SIMULATED} ") and listener.endswith(f" of the {panel}")
+
+
+def set_figures_aside(directory: str, listeners: Iterable[str]) -> None:
+    """Renames agreement.json where it is of other listeners than those who voted, so that it is not taken for theirs.
+
+    It is of the panel of simulated listeners that it names.
+    """
+    path = Path(directory) / FIGURES
+    if not os.path.lexists(path):
+        return
+    try:
+        panel = read_json(path, {"panel": str})["panel"]
+    except (ValueError, OSError) as error:
+        set_aside(path, str(error).removeprefix(f"{path} "))
+        return
+    if others := sorted(listener for listener in listeners if not is_of(listener, panel)):
+        aside = path.with_name(f"{path.stem}.{panel.replace(' ', '_').replace('/', '_')}{path.suffix}")
+        told = f"{path} is of simulated listeners of the {panel}, and {others[0]!r} voted"
+        try:
+            os.replace(path, aside)
+        except OSError as error:  # a folder that is only read; or another process was faster
+            print(f"{told}; do not take it for theirs ({error.strerror})", flush=True)
+        else:
+            print(f"{told}; renamed {aside.name}", flush=True)
+
+
 def write_votes(directory: str, votes: list[Vote]) -> None:
-    """Writes the file anew, whole or not at all; line numbers are given here."""
+    """Writes the file anew, whole or not at all; line numbers are given here.
+
+    Figures about other listeners do not stay beside it; see `set_figures_aside`.
+    """
+    set_figures_aside(directory, {vote.listener for vote in votes})
     lines = [json.dumps({name: getattr(vote, name) for name in FIELDS}, ensure_ascii=False) for vote in votes]
     write_text(Path(directory) / VOTES, "\n".join(lines) + "\n")

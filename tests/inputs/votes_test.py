@@ -1,12 +1,13 @@
 """Votes come back with their clips, swapped ones swapped; what does not count is left out, what is damaged is named."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from musicrl_jax.inputs.tokens import write_tokens
-from musicrl_jax.inputs.votes import VOTES, Vote, Votes, read_votes, write_votes
+from musicrl_jax.inputs.tokens import Tokens, write_tokens
+from musicrl_jax.inputs.votes import FIGURES, SIMULATED, VOTES, Vote, Votes, read_votes, write_votes
 
 MODELS = {"codec": "c0", "mulan": "a1"}
 LAYOUT = {"semantic_codes": 5, "acoustic_codes": 7, "acoustic_levels": 4, "mulan_levels": 3, "mulan_codes": 4}
@@ -120,6 +121,37 @@ def test_a_field_given_twice_is_named(folder):
         file.write('\n{"prompt": "p", "a": "clip-0", "a": "clip-2", "b": "clip-1", "vote": "a"}\n')
     with pytest.raises(ValueError, match="line 9, column 'a': twice in one object"):
         read_votes(folder)
+
+
+@pytest.mark.parametrize("there", [True, False], ids=["votes alone", "nothing"])
+def test_votes_without_tokens_are_told_the_verb_that_writes_both(tmp_path, there):
+    if there:
+        write_votes(str(tmp_path), [vote(0)])
+    for data in (Votes(str(tmp_path)), *([Tokens(str(tmp_path))] if there else [])):
+        for read in (data.layout, data.splits, lambda data=data: data.count("train")):
+            with pytest.raises(FileNotFoundError, match=r"no tokens at .* for the votes.*`musicrl collect`") as told:
+                read()
+            assert "encode" not in str(told.value)
+
+
+def test_a_split_and_models_of_votes_are_told_the_right_verb(folder):
+    with pytest.raises(ValueError, match=r"run `musicrl collect` again with the models of this run"):
+        Votes(folder, {"codec": "other"}).count("train")
+    with pytest.raises(ValueError, match="`musicrl collect` did not finish it"):
+        Votes(folder).layout() and next(Votes(folder).batches("test", 1, seed=0))
+
+
+def test_figures_of_simulated_listeners_are_not_taken_for_peoples(folder, capsys):
+    path, listener = Path(folder) / FIGURES, f"{SIMULATED} 3 of the training panel"
+    content = '{"panel": "training panel", "agreement": {"train": 0.7}}'
+    path.write_text(content)
+    write_votes(folder, [vote(0, listener=listener), vote(4, listener=listener)])
+    assert path.read_text() == content
+    lines = Path(folder, VOTES).read_text().replace(listener, "Ada")
+    Path(folder, VOTES).write_text(lines)
+    assert Votes(folder).count("train") == 1
+    assert not path.exists() and (Path(folder) / "agreement.training_panel.json").read_text() == content
+    assert "is of simulated listeners of the training panel, and 'Ada' voted; renamed" in capsys.readouterr().out
 
 
 def test_a_clip_that_is_not_there_is_named(folder):
