@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import importlib.util
 import itertools
-import json
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,10 +24,18 @@ from musicrl_jax.arena.audience import Audience, Hearing
 from musicrl_jax.arena.listeners import MEASUREMENTS
 from musicrl_jax.arena.monitor import RULE
 from musicrl_jax.core import checkpoint
-from musicrl_jax.core.files import kept, write_json
+from musicrl_jax.core.files import kept, provide_caches, read_json, set_aside, write_json
 from musicrl_jax.core.keys import row_keys, step_key
 from musicrl_jax.core.progress import Progress
-from musicrl_jax.core.statistics import frechet_distance, mean_interval, mean_pairwise_distance, ratio_interval
+from musicrl_jax.core.statistics import (
+    LEAST_INTERVAL,
+    frechet_distance,
+    mean_interval,
+    mean_pairwise_distance,
+    printed,
+    ratio_interval,
+    too_small,
+)
 from musicrl_jax.core.tokens import FRAMES_PER_SECOND
 from musicrl_jax.inputs import pieces
 from musicrl_jax.inputs.clips import Clips
@@ -43,6 +51,8 @@ from musicrl_jax.run import read_seconds
 LEAST_SPREAD = 1e-3  # of a feature over real clips; one that never moves is not blown up
 TOTAL, OPINION = "reward", "opinion"  # the mixture's name among the scores, and that of the raters' mean
 SUMMARY, SCORES, PLAYED = "summary.json", "scores.npz", "played"
+# The kind of what a finetuned policy says of its held-out judge.
+WATCHED = {"watched?": (dict, type(None))}
 Found = dict[str, np.ndarray]
 
 
@@ -105,6 +115,7 @@ def evaluate(
     """
     if missing := [name for name in ("jinja2", "matplotlib", "pyloudnorm") if importlib.util.find_spec(name) is None]:
         raise ModuleNotFoundError(f"the page needs {', '.join(missing)}: pip install 'musicrl-jax[report]'")
+    provide_caches()
     from musicrl_jax.report.comparison import write_comparison  # drawing is an extra; training hosts go without
 
     if len(policies) < 2 and best_of < 2:
@@ -132,7 +143,7 @@ def evaluate(
         "data": checkpoint.describe([rewards, prompts, clips, audience, notes]),
     }
     done = directory / SUMMARY
-    if done.exists() and (summary := json.loads(done.read_text()))["identity"] == identity:
+    if (summary := _summary(done)).get("identity") == identity:
         print(f"{directory}: evaluated already")
         shutil.rmtree(directory / PLAYED, ignore_errors=True)  # of a run that was killed just before its end
         _print(summary)
@@ -336,6 +347,11 @@ def _figures(
     centre, spread = real.mean(axis=(0, 1)), np.maximum(real.std(axis=(0, 1)), LEAST_SPREAD)
     felt = {name: result["features"] for name, result in results.items()} | {"real": real}
     felt = {name: (features - centre) / spread for name, features in felt.items()}  # [clips, F, D]
+    few = too_small(len(next(iter(results.values()))["kl"]), LEAST_INTERVAL)  # prompts
+
+    def unless_few(figures: dict[str, float]) -> dict[str, Any]:
+        return {name: {"too_small": few} for name in figures} if few else figures
+
     return {
         "rewards": {n: {which: mean_interval(x, seed) for which, x in each.items()} for n, each in per_prompt.items()},
         "gains": {
@@ -344,13 +360,15 @@ def _figures(
         },
         "kl": {name: mean_interval(results[name]["kl"].mean(axis=1), seed) for name in went},
         **{
-            by: {name: results[name][by].mean(axis=(0, 1)).tolist() for name in went}
+            by: {} if few else {name: results[name][by].mean(axis=(0, 1)).tolist() for name in went}
             for by in ("kl_by_level", "kl_by_second")
         },
-        "diversity": {name: mean_pairwise_distance(features.mean(axis=1)) for name, features in felt.items()},
-        "frechet": {
-            name: frechet_distance(*(np.concatenate(felt[which]) for which in (name, "real"))) for name in results
-        },
+        "diversity": unless_few(
+            {name: mean_pairwise_distance(features.mean(axis=1)) for name, features in felt.items()}
+        ),
+        "frechet": unless_few(
+            {name: frechet_distance(*(np.concatenate(felt[which]) for which in (name, "real"))) for name in results}
+        ),
     }
 
 
@@ -370,7 +388,7 @@ def _better(one: Found, other: Found) -> Found:
 
 def _watched(folder: str) -> dict[str, Any] | None:
     """How often a held-out judge looked at a run, and which step was kept for its alarm, if any; None without one."""
-    told = json.loads(checkpoint.load_model(folder, MusicLMConfig).assets.get(checkpoint.ANCHOR, b"{}"))
+    told = checkpoint.load_model(folder, MusicLMConfig).json_asset(checkpoint.ANCHOR, WATCHED, default={})
     return told.get("watched")
 
 
@@ -392,17 +410,19 @@ def _opinions(hearing: Hearing, results: dict[str, Found], real: np.ndarray, rat
         gap = results[first]["ratings"] - results[second]["ratings"]
         win, loss = gap > 0, gap < 0
         means = gap.mean(axis=(1, 2))  # a prompt's ratings belong together
-        pairs.append(
-            {
-                "first": first,
-                "second": second,
+        pair = {
+            "first": first,
+            "second": second,
+            "win_rate": ratio_interval(win.ravel(), (win | loss).ravel(), *flat),
+        }
+        if "too_small" not in pair["win_rate"]:
+            pair |= {
                 "win": float(win.mean()),
                 "tie": float((gap == 0).mean()),
                 "loss": float(loss.mean()),
-                "win_rate": ratio_interval(win.ravel(), (win | loss).ravel(), *flat),
                 "wilcoxon_p": float(scipy.stats.wilcoxon(means).pvalue) if np.any(means) else 1.0,
             }
-        )
+        pairs.append(pair)
         sides = np.sign(gap)
         for one, other in itertools.combinations(range(raters), 2):
             both = (sides[..., one] != 0) & (sides[..., other] != 0)
@@ -415,7 +435,7 @@ def _opinions(hearing: Hearing, results: dict[str, Found], real: np.ndarray, rat
             "name": panel.name,
             "listeners": panel.size,
             "raters": raters,
-            "agreement": float(same / decided) if decided else None,
+            "agreement": too_small(shape[0], LEAST_INTERVAL) or (float(same / decided) if decided else None),
             "measurements": [name for name in MEASUREMENTS if panel.weights.get(name)],
         },
         "mos": {
@@ -435,18 +455,29 @@ def _opinions(hearing: Hearing, results: dict[str, Found], real: np.ndarray, rat
     }
 
 
+def _summary(path: Path) -> dict[str, Any]:
+    """Returns what an earlier evaluation wrote, {} if there is none; a damaged file is set aside and made again."""
+    if not os.path.lexists(path):
+        return {}
+    try:
+        figures = {"rewards": {str: {str: dict}}, "kl": {str: dict}, "page": str, "identity": dict}
+        return read_json(path, {**figures, "pairs?": [{"first": str, "second": str, "win_rate": dict}]})
+    except (ValueError, OSError) as error:
+        set_aside(path, str(error).removeprefix(f"{path} "))
+        return {}
+
+
 def _print(summary: dict[str, Any]) -> None:
     for name, each in summary["rewards"].items():
-        for which, numbers in each.items():
-            print(f"{name:>16} {which:>12}  {numbers['mean']:+.4f}  [{numbers['low']:+.4f}, {numbers['high']:+.4f}]")
+        for which, figure in each.items():
+            print(f"{name:>16} {which:>12}  {printed(figure, 4, sign='+')}")
     for pair in summary.get("pairs", ()):
-        rate = pair["win_rate"]
-        print(
-            f"{pair['first']:>16} {'- ' + pair['second']:>12}  win / tie / loss "
-            f"{pair['win']:.1%} / {pair['tie']:.1%} / {pair['loss']:.1%}, win rate {rate['mean']:.1%} "
-            f"[{rate['low']:.1%}, {rate['high']:.1%}] by simulated listeners"
-        )
-    kls = ", ".join(f"{name} {kl['mean']:.2f}" for name, kl in summary["kl"].items())
+        rate = f"win rate {printed(pair['win_rate'], 1, 100)}"
+        if "win" in pair:
+            votes = " / ".join(f"{100 * pair[side]:.1f}" for side in ("win", "tie", "loss"))
+            rate = f"win / tie / loss {votes}, {rate} %"
+        print(f"{pair['first']:>16} {'- ' + pair['second']:>12}  {rate} by simulated listeners")
+    kls = ", ".join(f"{name} {printed(kl, 2)}" for name, kl in summary["kl"].items())
     print(f"KL to the base in nats a clip: {kls}; page: {summary['page']}")
 
 

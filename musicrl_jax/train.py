@@ -20,6 +20,7 @@ from musicrl_jax.core.metrics import MetricWriter
 from musicrl_jax.core.progress import Progress
 from musicrl_jax.core.run_checkpoints import RunCheckpoints
 from musicrl_jax.core.state import MOST_SKIPPED, Optimiser
+from musicrl_jax.core.statistics import too_small
 from musicrl_jax.objectives.objective import Objective
 from musicrl_jax.objectives.step import first_state, training_step
 
@@ -129,7 +130,10 @@ def train(
 def _validate(
     objective: Objective, variables: Any, frozen: Any, mesh: Any, batch_size: int, seed: int, count: int
 ) -> dict[str, float]:
-    """Means over `count` validation batches, smaller ones where there are few examples; {} where there are none."""
+    """Returns means over `count` validation batches, smaller ones of few examples; {} if there are none.
+
+    What says nothing of batches of so few examples is left out, and named.
+    """
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     available = objective.data.count("validation") if "validation" in objective.data.splits() else 0
     batch_size = min(batch_size, available // shards * shards)
@@ -144,7 +148,13 @@ def _validate(
     for i in range(count):
         batch = sharding.put_batch(mesh, next(batches), batch_size)
         found.append(evaluate(params, state, frozen, batch, step_key(seed, i, stream=2)))
-    return {name: float(np.mean([metrics[name] for metrics in found])) for name in found[0]}
+    means = {name: float(np.mean([metrics[name] for metrics in found])) for name in found[0]}
+    for name, least in objective.LEAST_EXAMPLES.items():
+        words = too_small(batch_size, least)
+        if words and np.isfinite(means.get(name, np.nan)):  # what is not finite stops the run
+            del means[name]
+            print(f"validation {name}: {words}, clips or votes in a batch", flush=True)
+    return means
 
 
 def _stop_unless_finite(metrics: dict[str, float], step: int, directory: Path) -> None:

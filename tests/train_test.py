@@ -1,6 +1,7 @@
 """The supervised loop: one device equals eight, a resumed run equals an uninterrupted one, bad settings are named."""
 
 import dataclasses
+import itertools
 import json
 import os
 import subprocess
@@ -18,8 +19,9 @@ from musicrl_jax.core.state import Optimiser, create_state
 from musicrl_jax.core.tokens import TokenLayout
 from musicrl_jax.models.musiclm import MusicLMConfig
 from musicrl_jax.models.transformer import TransformerConfig
+from musicrl_jax.objectives.mulan import MuLanObjective
 from musicrl_jax.objectives.policy import PolicyObjective
-from musicrl_jax.train import train
+from musicrl_jax.train import _validate, train
 
 CONFIG = MusicLMConfig(
     TransformerConfig(1, 16, 4, 16, dropout=0.0), TransformerConfig(1, 8, 2, 16), TokenLayout(8, 8, 2), 2, 4
@@ -159,6 +161,34 @@ def test_few_validation_examples_are_enough_and_none_are_no_error(tmp_path, caps
     assert run(tmp_path, steps=1, data=Few()) == {}
     assert "not validated" in capsys.readouterr().out
     assert checkpoint.has_model(tmp_path)
+
+
+@pytest.mark.parametrize(("clips", "loss"), [(1, 0.5), (19, 0.5), (20, 0.5), (1, np.nan)])
+def test_figures_of_too_few_examples_are_words(clips, loss, capsys):
+    """MuLan finds one clip among one; what is not finite is kept, as it stops the run."""
+
+    class Clips:
+        def splits(self):
+            return ["validation"]
+
+        def count(self, split):
+            return clips
+
+        def batches(self, split, batch_size, seed, rows):
+            return itertools.repeat({"audio": np.zeros((len(rows), 4), np.float32)})
+
+    class Objective(MuLanObjective):
+        def evaluate(self, params, state, frozen, batch, key):
+            return {"loss": jnp.float32(loss), "recall_1": jnp.float32(1), "temperature": jnp.float32(0.25)}
+
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    found = _validate(Objective(None, Clips(), ""), {"params": {}}, {}, mesh, 32, 0, 1)
+    out = capsys.readouterr().out
+    if clips == 20:
+        assert found == {"loss": 0.5, "recall_1": 1, "temperature": 0.25} and not out
+    else:
+        assert found.keys() == {"temperature"} | ({"loss"} if np.isnan(loss) else set())
+        assert f"validation recall_1: n too small ({clips} < 20)" in out
 
 
 def test_another_size_in_the_same_folder_is_refused(whole):

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from musicrl_jax.arena.listeners import Panel
+from musicrl_jax.core.files import provide_caches
 from musicrl_jax.inputs.clips import Clips
 
 # By which words a caption asks for what may or may not be said of a clip. The instrument is nearly always named.
@@ -49,6 +50,7 @@ class Audience:
         """ModuleNotFoundError where the ears are not installed, ValueError where they hear at another rate."""
         if missing := [name for name in ("librosa", "sklearn") if importlib.util.find_spec(name) is None]:
             raise ModuleNotFoundError(f"listening needs {', '.join(missing)}: pip install 'musicrl-jax[listeners]'")
+        provide_caches()
         from musicrl_jax.arena.ears import RATE_HZ  # an extra; training hosts go without
 
         if rate_hz != RATE_HZ:
@@ -56,6 +58,7 @@ class Audience:
 
     def load(self) -> "Hearing":
         """Fits the ears, which takes about a tenth of a second a clip."""
+        provide_caches()
         from musicrl_jax.arena.ears import Ears
 
         asked = {}

@@ -5,12 +5,13 @@ A baseline for MusicRL-U: the same votes, the same KL-regularised objective, but
 
 import dataclasses
 import json
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from musicrl_jax.core import checkpoint
+from musicrl_jax.core.statistics import LEAST_INTERVAL
 from musicrl_jax.inputs.votes import Votes
 from musicrl_jax.losses.policy_gradient import token_log_probs
 from musicrl_jax.losses.preference import bradley_terry, dpo_margin
@@ -36,6 +37,8 @@ class DPOObjective(TokenObjective):
     policy: str
     kl_strength: float
     temperature: float = 0.99
+
+    LEAST_EXAMPLES: ClassVar = dict.fromkeys(("accuracy",), LEAST_INTERVAL)
 
     def __post_init__(self) -> None:
         if not 0 < self.kl_strength < 1:

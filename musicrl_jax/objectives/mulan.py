@@ -5,13 +5,14 @@ Legend: B clips, N samples, L text pieces, E width of the shared sphere, P clips
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from musicrl_jax.core import sharding
+from musicrl_jax.core.statistics import LEAST_RANKED
 from musicrl_jax.inputs import pieces
 from musicrl_jax.losses import contrastive
 from musicrl_jax.models import mulan, rvq
@@ -33,6 +34,11 @@ class MuLanObjective(Objective):
     model: mulan.MuLanConfig
     data: Data
     vocabulary: str
+
+    # One clip alone has a loss of 0 and is always found.
+    LEAST_EXAMPLES: ClassVar = dict.fromkeys(
+        ("loss", "chance", "recall_1", "recall_10", "median_rank"), LEAST_RANKED
+    )
 
     def init(self, key: jax.Array, batch: Batch) -> dict[str, Any]:
         """The variables; ValueError where the vocabulary or the number of clips does not fit the model, or batches have

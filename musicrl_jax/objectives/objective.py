@@ -1,8 +1,8 @@
 """What a training objective is. `musicrl_jax/train.py` drives any of these; each is a short file beside this one."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ClassVar, Protocol
 
 import jax
 import numpy as np
@@ -43,6 +43,9 @@ class Objective:
 
     model: Any
     data: Data
+
+    # Of some validation metrics, the least number of examples in a batch: of fewer they say nothing and are left out.
+    LEAST_EXAMPLES: ClassVar[Mapping[str, int]] = {}
 
     def init(self, key: jax.Array, batch: Batch) -> dict[str, Any]:
         """The module's variables: 'params' and whatever other collections it keeps. Traced under jit."""

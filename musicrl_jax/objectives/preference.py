@@ -1,12 +1,13 @@
 """Trains the preference model on votes: Bradley-Terry's loss on pairs of clips (MusicRL 3.2)."""
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from musicrl_jax.core import checkpoint
+from musicrl_jax.core.statistics import LEAST_INTERVAL
 from musicrl_jax.inputs.votes import Votes
 from musicrl_jax.losses.preference import bradley_terry
 from musicrl_jax.models.musiclm import MusicLMConfig
@@ -29,6 +30,8 @@ class PreferenceObjective(TokenObjective):
     data: Votes
     policy: str = ""
     crop: float = 1.0
+
+    LEAST_EXAMPLES: ClassVar = dict.fromkeys(("accuracy",), LEAST_INTERVAL)
 
     def __post_init__(self) -> None:
         if not 0 < self.crop <= 1:

@@ -4,13 +4,14 @@ Legend: B clips, N samples, T codec frames, Q codec levels.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
 from musicrl_jax.core import checkpoint
+from musicrl_jax.core.statistics import LEAST_INTERVAL
 from musicrl_jax.models import rewards, soundstream
 from musicrl_jax.objectives import degradations
 from musicrl_jax.objectives.objective import Batch, Data, Metrics, Objective
@@ -38,6 +39,8 @@ class QualityObjective(Objective):
     model: rewards.QualityConfig
     data: Data
     codec: str = ""
+
+    LEAST_EXAMPLES: ClassVar = dict.fromkeys(("order", "clean_first"), LEAST_INTERVAL)
 
     def init(self, key: jax.Array, batch: Batch) -> dict[str, Any]:
         """The variables; ValueError where there are neither ratings nor a codec to make pseudo-MOS with."""

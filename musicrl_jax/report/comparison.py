@@ -16,6 +16,7 @@ from musicrl_jax.core.metrics import FILE_NAME
 from musicrl_jax.report.curves import Curve, read_metrics
 from musicrl_jax.report.page import (
     Clip,
+    Figure,
     Interval,
     Match,
     Measure,
@@ -94,6 +95,7 @@ def write_comparison(
         kl = watched.get("kl") if watched else None
         return Run(policy, _run_curves(policy, _history(folder), terms, kl), words)
 
+    diversity = summary["diversity"]
     report = Report(
         title=Path(run_dir).name,
         facts={
@@ -119,13 +121,13 @@ def write_comparison(
             Measure("KL to the base, nats a clip", _intervals(summary["kl"]), "how far the policy moved"),
             Measure(
                 "Diversity",
-                {policy: summary["diversity"][policy] for policy in summary["policies"]},
-                "mean distance between two clips' semantic features, 0 if all prompts gave one clip; "
-                f"of real clips it is {summary['diversity']['real']:.2f}",
+                {policy: _words_or(diversity[policy]) for policy in summary["policies"]},
+                "mean distance between two clips' semantic features, 0 if all prompts gave one clip"
+                + (f"; of real clips it is {diversity['real']:.2f}" if isinstance(diversity["real"], float) else ""),
             ),
             Measure(
                 "Frechet distance to real clips",
-                summary["frechet"],
+                {policy: _words_or(distance) for policy, distance in summary["frechet"].items()},
                 "between semantic features of generated and held-out real frames; not trained on; lower is nearer",
             ),
         ],
@@ -148,16 +150,25 @@ def write_comparison(
     write_page(path, report)
 
 
-def _intervals(figures: Mapping[str, Mapping[str, float]]) -> dict[str, Interval]:
-    return {policy: Interval(**figure) for policy, figure in figures.items()}
+def _interval(figure: Mapping[str, Any]) -> Figure:
+    return figure["too_small"] if "too_small" in figure else Interval(**figure)
+
+
+def _intervals(figures: Mapping[str, Mapping[str, Any]]) -> dict[str, Figure]:
+    return {policy: _interval(figure) for policy, figure in figures.items()}
+
+
+def _words_or(value: float | Mapping[str, str]) -> float | str:
+    """Returns a number as it is, and the words of what is none."""
+    return value["too_small"] if isinstance(value, Mapping) else value
 
 
 def _panel(summary: Mapping[str, Any]) -> Panel:
     matches = [
         Match(
-            *(pair[name] for name in ("first", "second", "win", "tie", "loss")),
-            Interval(**pair["win_rate"]),
-            pair["wilcoxon_p"],
+            *(pair.get(name) for name in ("first", "second", "win", "tie", "loss")),
+            _interval(pair["win_rate"]),
+            pair.get("wilcoxon_p"),
         )
         for pair in summary["pairs"]
     ]

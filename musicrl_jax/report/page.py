@@ -41,6 +41,9 @@ class Interval:
             raise ValueError(f"interval low = {self.low} must not be above high = {self.high}, nor NaN")
 
 
+Figure = Interval | str  # of too few prompts there is no figure, but words such as "n too small (3 < 8)"
+
+
 @dataclasses.dataclass(frozen=True)
 class Reward:
     """One row of the results: a reward term, or their total, on held-out prompts.
@@ -53,8 +56,8 @@ class Reward:
     """
 
     name: str
-    means: Mapping[str, Interval]
-    gains: Mapping[str, Interval]
+    means: Mapping[str, Figure]
+    gains: Mapping[str, Figure]
     label: str = ""
 
 
@@ -69,7 +72,7 @@ class Measure:
     """
 
     name: str
-    values: Mapping[str, Interval | float]
+    values: Mapping[str, Figure | float]
     label: str = ""
 
 
@@ -80,19 +83,21 @@ class Match:
     Attributes:
         first, second: the policies.
         win, tie, loss: shares of the votes, from the first's side; they add up to 1.
-        win_rate: win / (win + loss).
+        win_rate: win / (win + loss); where that is words, shares and p are None.
         p: of Wilcoxon's signed-rank test on the ratings.
     """
 
     first: str
     second: str
-    win: float
-    tie: float
-    loss: float
-    win_rate: Interval
-    p: float
+    win: float | None
+    tie: float | None
+    loss: float | None
+    win_rate: Figure
+    p: float | None
 
     def __post_init__(self) -> None:
+        if isinstance(self.win_rate, str):
+            return
         if not abs(self.win + self.tie + self.loss - 1.0) < 1e-3 or min(self.win, self.tie, self.loss) < 0:
             raise ValueError(
                 f"{self.first} against {self.second}: win = {self.win}, tie = {self.tie}, loss = {self.loss}: "
@@ -108,7 +113,8 @@ class Panel:
         name: of the panel.
         listeners: how many there are.
         raters: how many of them judge a pair.
-        agreement: how often two of them make the same choice, 0 to 1; None where no two of them chose.
+        agreement: how often two of them make the same choice, 0 to 1; None where no two of them chose, words where
+            there were too few prompts.
         measurements: what they hear.
         matches: policies side by side.
         opinions: policy, or "real clips" -> mean rating, 1 to 5.
@@ -117,10 +123,10 @@ class Panel:
     name: str
     listeners: int
     raters: int
-    agreement: float | None
+    agreement: float | str | None
     measurements: Sequence[str]
     matches: Sequence[Match]
-    opinions: Mapping[str, Interval]
+    opinions: Mapping[str, Figure]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -332,12 +338,14 @@ def listed(names: Sequence[str]) -> str:
     return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
-def side_of(interval: Interval, middle: float = 0.0) -> str:
-    """On which side of `middle` an interval lies: "up", "down", or "" where it holds it."""
+def side_of(interval: Figure, middle: float = 0.0) -> str:
+    """On which side of `middle` an interval lies: "up", "down", or "" where it holds it, and for words."""
+    if isinstance(interval, str):
+        return ""
     return "up" if interval.low > middle else "down" if interval.high < middle else ""
 
 
-def edges_over_base(report: Report) -> dict[str, Interval]:
+def edges_over_base(report: Report) -> dict[str, Figure]:
     """What the verdict is of: policy -> win rate against the base where a panel was asked, else gain in reward."""
     if report.panel is None:
         return dict(report.rewards[0].gains)
@@ -347,15 +355,18 @@ def edges_over_base(report: Report) -> dict[str, Interval]:
         if match.second == base:
             edges[match.first] = rate
         elif match.first == base:
-            edges[match.second] = Interval(1.0 - rate.mean, 1.0 - rate.high, 1.0 - rate.low)
+            other = rate if isinstance(rate, str) else Interval(1.0 - rate.mean, 1.0 - rate.high, 1.0 - rate.low)
+            edges[match.second] = other
     return edges
 
 
-def verdict(base: str, edges: Mapping[str, Interval], heard: bool) -> str:
+def verdict(base: str, edges: Mapping[str, Figure], heard: bool) -> str:
     """What the intervals show, in one sentence: of win rates against the base if `heard`, else of gains over it."""
     if not edges:
         return f"No policy stood against {base}."
     sides: dict[str, list[str]] = {"up": [], "down": [], "": []}
+    if few := [policy for policy, edge in edges.items() if isinstance(edge, str)]:  # all have the same prompts
+        return f"Too few prompts to compare {listed(few)} with {base}: {edges[few[0]]}."
     for policy, edge in edges.items():
         sides[side_of(edge, 0.5 if heard else 0.0)].append(policy)
     if heard:
@@ -372,10 +383,11 @@ def verdict(base: str, edges: Mapping[str, Interval], heard: bool) -> str:
     return f"{opening} {', and '.join(clauses)}."
 
 
-def gain_marks(gains: Mapping[str, Interval]) -> dict[str, dict[str, float]]:
-    """Where to draw intervals on strips of one scale with zero in their middle, in percent: left, width and mean."""
-    ends = {policy: dataclasses.asdict(gain) for policy, gain in gains.items()}
-    reach = 1.08 * max(abs(end) for gain in ends.values() for end in gain.values()) or 1.0
+def gain_marks(gains: Mapping[str, Figure]) -> dict[str, dict[str, float]]:
+    """Where to draw intervals on strips of one scale with zero in their middle, in percent: left, width and mean.
+    Words are not drawn."""
+    ends = {policy: dataclasses.asdict(gain) for policy, gain in gains.items() if not isinstance(gain, str)}
+    reach = 1.08 * max((abs(end) for gain in ends.values() for end in gain.values()), default=0.0) or 1.0
     places = {policy: {end: 50.0 + 50.0 * x / reach for end, x in gain.items()} for policy, gain in ends.items()}
     return {
         policy: {"left": place["low"], "width": place["high"] - place["low"], "mean": place["mean"]}

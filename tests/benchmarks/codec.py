@@ -30,7 +30,7 @@ from visqol import VisqolApi
 
 from musicrl_jax.core import checkpoint
 from musicrl_jax.core.progress import Progress
-from musicrl_jax.core.statistics import mean_interval
+from musicrl_jax.core.statistics import mean_interval, printed
 from musicrl_jax.inputs.clips import Clips
 from musicrl_jax.losses import codec
 from musicrl_jax.models import rvq
@@ -73,6 +73,9 @@ def main() -> None:
         found[f"Opus, compression {level}"] = judged(wavs, decoded, bits / seconds / 1000, rate_hz, asked.visqol)
 
     print(f"\n{len(wavs)} clips of {seconds:g} s")
+    for name, figures in found.items():
+        if silent := int(np.isnan(figures["visqol"]).sum()):
+            print(f"{name}: {silent} of {len(figures['visqol'])} clips are silent for ViSQOL, and left out of its mean")
     names = ("kbps", "mel", "stft", "si_sdr", "visqol")
     print("  ".join([f"{'':26}", *(f"{name:>22}" for name in names)]))
     for name, figures in found.items():
@@ -142,7 +145,10 @@ def _visqol() -> VisqolApi:
 
 
 def visqol(wav: np.ndarray, decoded: np.ndarray, rate_hz: int) -> float:
-    """MOS-LQO of a decoded clip, in audio mode at 48 kHz; the original has no more bandwidth than it has here."""
+    """Returns a decoded clip's MOS-LQO in audio mode at 48 kHz; the original has no more bandwidth than it has here.
+
+    NaN where either clip is silent: ViSQOL has no similarity for that.
+    """
     original, heard = (soxr.resample(x, rate_hz, VISQOL_HZ).astype(np.float64) for x in (wav, decoded))
     return float(_visqol().measure_from_arrays(original, heard, VISQOL_HZ).moslqo)
 
@@ -178,10 +184,11 @@ def packets(ogg: bytes) -> list[int]:
 
 
 def interval(values: np.ndarray, places: np.ndarray) -> str:
-    if not len(values):
+    """Returns mean and 95 % bootstrap interval over pieces; values that are NaN do not count."""
+    known = ~np.isnan(values)
+    if not known.any():
         return "-"
-    found = mean_interval(values, clusters=places[: len(values)])
-    return f"{found['mean']:.3f} [{found['low']:.3f}, {found['high']:.3f}]"
+    return printed(mean_interval(values[known], clusters=places[: len(values)][known]))
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ import numpy as np
 from scipy.special import logsumexp
 
 from musicrl_jax.core import checkpoint
+from musicrl_jax.core.statistics import LEAST_INTERVAL, LEAST_RANKED, printed, too_small
 from musicrl_jax.inputs import pieces, pretrained
 from musicrl_jax.inputs.clips import Clips
 from musicrl_jax.models import bert, mulan, musicnn, rvq
@@ -59,6 +60,9 @@ def main() -> None:
         both = [found["MuLan"], found["ridge"]]
         print(f"{'':18}{'gain':8}" + "".join(f"{interval(m, both, places):>25}" for m in MEASURES))
     size = len(captions)
+    if few := too_small(size, LEAST_RANKED):
+        print(f"{'chance':26}{few:>25}")
+        return
     print(f"{'chance':26}{1 / size:>25.3f}{10 / size:>25.3f}{(size + 1) / 2:>25.1f}")
 
     temperature = float(mulan.MuLan(model.config).apply(model.variables, method="temperature"))
@@ -149,6 +153,8 @@ def interval(measure: str, found: list[np.ndarray], places: np.ndarray) -> str:
         values = [MEASURES[measure](rank[rows]) for rank in found]
         return values[0] - values[1] if len(values) > 1 else values[0]
 
+    if few := too_small(len(places), LEAST_RANKED) or too_small(places.max() + 1, LEAST_INTERVAL):
+        return few
     rng = np.random.default_rng(0)
     members = [np.flatnonzero(places == place) for place in range(places.max() + 1)]
     draws = []
@@ -157,7 +163,7 @@ def interval(measure: str, found: list[np.ndarray], places: np.ndarray) -> str:
     low, high = np.percentile(draws, [2.5, 97.5])
     digits = 1 if measure == "median rank" else 3
     sign = "+" if len(found) > 1 else ""
-    return f"{value(np.arange(len(places))):{sign}.{digits}f} [{low:{sign}.{digits}f}, {high:{sign}.{digits}f}]"
+    return printed({"mean": value(np.arange(len(places))), "low": low, "high": high}, digits, sign=sign)
 
 
 def print_quantizer(model: checkpoint.Model, audio: np.ndarray, text: np.ndarray) -> None:

@@ -9,8 +9,11 @@ Intervals are 95 %, clustered by prompt and by listener for what listeners say, 
 """
 
 import argparse
-import json
 from pathlib import Path
+from typing import Any
+
+from musicrl_jax.core.files import read_json
+from musicrl_jax.core.statistics import printed
 
 # MusicRL, table 2 and section 5.2: people, 101 prompts, 3 raters a pair.
 PAPER = {
@@ -23,9 +26,8 @@ PAPER = {
 PAPER_MOS = {"MusicLM": "3.07", "R": "3.54", "U": "3.54", "RU": "3.82"}
 
 
-def interval(found: dict[str, float], digits: int, scale: float = 1.0) -> str:
-    mean, low, high = (f"{scale * found[part]:.{digits}f}" for part in ("mean", "low", "high"))
-    return f"{mean} [{low}, {high}]"
+def plain(value: float | dict[str, Any], digits: int) -> str:
+    return printed(value) if isinstance(value, dict) else f"{value:.{digits}f}"
 
 
 def table(head: list[str], rows: list[list[str]]) -> None:
@@ -38,32 +40,35 @@ def table(head: list[str], rows: list[list[str]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, required=True, help="folder of the run")
-    found = json.loads((parser.parse_args().run / "summary.json").read_text())
+    found = read_json(parser.parse_args().run / "summary.json")
     policies = found["policies"]
 
     rows = []
     for pair in found["pairs"]:
         names = (pair["first"], pair["second"])
-        points = " / ".join(f"{100 * pair[side]:.1f}" for side in ("win", "tie", "loss"))
-        rate, p = interval(pair["win_rate"], 0, 100), pair["wilcoxon_p"]
-        rows.append([" - ".join(names), points, f"{rate} %", f"{p:.1g}", PAPER.get(names, "")])
+        rate = printed(pair["win_rate"], 0, 100)
+        if "win" in pair:
+            points = " / ".join(f"{100 * pair[side]:.1f}" for side in ("win", "tie", "loss"))
+            rows.append([" - ".join(names), points, f"{rate} %", f"{pair['wilcoxon_p']:.1g}", PAPER.get(names, "")])
+        else:
+            rows.append([" - ".join(names), rate, rate, rate, PAPER.get(names, "")])
     table(["pair", "win / tie / loss %", "win rate", "Wilcoxon p", "paper, people: win / tie / loss %, win rate"], rows)
 
     rewards = list(found["rewards"])
     rows = [
         [
             name,
-            interval(found["mos"][name], 2),
+            printed(found["mos"][name], 2),
             PAPER_MOS.get(name, ""),
-            *(interval(found["rewards"][reward][name], 3) for reward in rewards),
-            interval(found["kl"][name], 1) if name in found["kl"] else "",
-            f"{found['diversity'][name]:.2f}",
-            f"{found['frechet'][name]:.1f}",
+            *(printed(found["rewards"][reward][name], 3) for reward in rewards),
+            printed(found["kl"][name], 1) if name in found["kl"] else "",
+            plain(found["diversity"][name], 2),
+            plain(found["frechet"][name], 1),
         ]
         for name in policies
     ]
-    rows.append(["real clips", interval(found["real"]["mos"], 2), *[""] * (len(rewards) + 2)])
-    rows[-1] += [f"{found['diversity']['real']:.2f}", "0"]
+    rows.append(["real clips", printed(found["real"]["mos"], 2), *[""] * (len(rewards) + 2)])
+    rows[-1] += [plain(found["diversity"]["real"], 2), "0"]
     head = ["", "MOS, simulated listeners", "MOS, paper's people", *(name.replace("_", " ") for name in rewards)]
     table([*head, "KL to the base, nats a clip", "diversity", "Frechet distance"], rows)
 

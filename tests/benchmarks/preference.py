@@ -15,7 +15,6 @@ Two minutes on two CPU cores for 300 pairs of 5 s and six models.
 
 import argparse
 import dataclasses
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,7 +25,8 @@ import scipy.optimize
 from scipy.special import expit
 
 from musicrl_jax.core import checkpoint
-from musicrl_jax.core.statistics import calibration_error, mean_interval
+from musicrl_jax.core.files import read_json
+from musicrl_jax.core.statistics import LEAST_INTERVAL, calibration_error, mean_interval, printed, too_small
 from musicrl_jax.inputs import pieces, tokens
 from musicrl_jax.inputs.clips import Clips
 from musicrl_jax.inputs.votes import CHOICES, Votes
@@ -127,13 +127,17 @@ def row(name: str, margin: np.ndarray, pairs: Pairs, families: np.ndarray, shown
     decided = pairs.share != 0.5
     right = 0.5 * (1 + np.sign(felt) * np.sign(pairs.share - 0.5))[decided]
     prompts = np.unique(pairs.prompts, return_inverse=True)[1][pairs.pair][decided]
-    found = mean_interval(right, clusters=prompts)
+    figure = mean_interval(right, clusters=prompts)
+    few = figure.get("too_small")
     cells = [
-        f"{found['mean']:.3f} [{found['low']:.3f}, {found['high']:.3f}]",
-        f"{calibration_error(expit(felt), pairs.share):.3f}",
-        f"{loss(felt, pairs.share):.3f}",
-        *(f"{right[families[pairs.pair][decided] == family].mean():.2f}" for family in shown),
+        printed(figure),
+        few or f"{calibration_error(expit(felt), pairs.share):.3f}",
+        few or f"{loss(felt, pairs.share):.3f}",
     ]
+    for family in shown:
+        its = families[pairs.pair][decided] == family
+        its_prompts = len(np.unique(prompts[its]))
+        cells.append(too_small(its_prompts, LEAST_INTERVAL) or f"{right[its].mean():.2f}")
     return f"| {name} | {' | '.join(cells)} |"
 
 
@@ -171,12 +175,16 @@ def main() -> None:
     # How often voters agree, from pairs with several votes.
     by_pair = [pairs.share[pairs.pair == pair] for pair in range(len(pairs.prompts))]
     both = [(a, b) for cast in by_pair for i, a in enumerate(cast) for b in cast[:i] if 0.5 not in (a, b)]
-    if both:
+    if few := too_small(len(both), LEAST_INTERVAL):
+        print(f"\nhow often two voters on one pair agree: {few}")
+    else:
         print(f"\ntwo voters on one pair agree: {np.mean([a == b for a, b in both]):.3f} of {len(both)}")
     figures = asked.run / "votes/agreement.json"
     if figures.exists():
-        ceiling = json.loads(figures.read_text())["ceiling"]["validation"]
-        print(f"ceiling, who votes being unknown (simulated listeners): {ceiling:.3f}")
+        found = read_json(figures, {"panel": str, "ceiling": {"validation": (float, str)}})
+        ceiling = found["ceiling"]["validation"]
+        words = ceiling if isinstance(ceiling, str) else f"{ceiling:.3f}"
+        print(f"ceiling, who votes being unknown (simulated listeners of the {found['panel']}): {words}")
 
 
 if __name__ == "__main__":

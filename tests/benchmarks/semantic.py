@@ -34,6 +34,7 @@ from sklearn.preprocessing import StandardScaler
 
 from musicrl_jax.core import checkpoint
 from musicrl_jax.core.progress import Progress
+from musicrl_jax.core.statistics import LEAST_INTERVAL, printed, too_small
 from musicrl_jax.inputs.clips import Clips
 from musicrl_jax.models import kmeans
 from musicrl_jax.models.semantic import SemanticConfig, SemanticEncoder
@@ -156,6 +157,8 @@ def interval(score, truth: np.ndarray, guesses: list[np.ndarray], pieces: np.nda
 
     rng = np.random.default_rng(0)
     _, index = np.unique(pieces, return_inverse=True)
+    if few := too_small(index.max() + 1, LEAST_INTERVAL):
+        return few
     members = [np.flatnonzero(index == piece) for piece in range(index.max() + 1)]
     drawn = []
     while len(drawn) < RESAMPLES:
@@ -163,7 +166,7 @@ def interval(score, truth: np.ndarray, guesses: list[np.ndarray], pieces: np.nda
         if len(np.unique(truth[rows])) > 1:
             drawn.append(value(rows))
     low, high = np.percentile(drawn, [2.5, 97.5])
-    return f"{value(np.arange(len(truth))):+.3f} [{low:+.3f}, {high:+.3f}]"
+    return printed({"mean": value(np.arange(len(truth))), "low": low, "high": high}, sign="+")
 
 
 if __name__ == "__main__":

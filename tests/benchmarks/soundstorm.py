@@ -21,7 +21,6 @@ Ten minutes on a CPU core at the quickstart's size; `--skip_speed` leaves the th
 import argparse
 import dataclasses
 import functools
-import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -34,7 +33,7 @@ import numpy as np
 
 from musicrl_jax.core import checkpoint
 from musicrl_jax.core.keys import row_keys
-from musicrl_jax.core.statistics import mean_interval
+from musicrl_jax.core.statistics import mean_interval, printed
 from musicrl_jax.inputs.clips import Clips
 from musicrl_jax.inputs.tokens import read
 from musicrl_jax.losses.codec import mel_distance, stft_distance
@@ -63,7 +62,7 @@ def main() -> None:
     run = Path(asked.run)
     codec = checkpoint.load_model(asked.codec or run / "codec", SoundStreamConfig)
     storm = checkpoint.load_model(asked.fine or run / "fine", SoundStormConfig)
-    if (spoken := json.loads(storm.assets["tokens.json"])["codec"]) != codec.hash:
+    if (spoken := storm.json_asset("tokens.json", {"codec": str})["codec"]) != codec.hash:
         raise SystemExit(f"SoundStorm was trained on tokens of codec {spoken[:12]}, not of {codec.hash[:12]}")
     data = Clips({asked.dataset: 1.0}, asked.data_dir, codec.config.sample_rate_hz, with_captions=True)
     count = min(asked.clips, data.count(asked.split)) // asked.batch_size * asked.batch_size
@@ -170,9 +169,8 @@ def filler(config: SoundStormConfig) -> Callable[..., jax.Array]:
 
 
 def interval(values: np.ndarray, places: np.ndarray) -> str:
-    """Mean and 95 % bootstrap interval over pieces."""
-    found = mean_interval(values, clusters=places)
-    return f"{found['mean']:.3f} [{found['low']:.3f}, {found['high']:.3f}]"
+    """Returns mean and 95 % bootstrap interval over pieces."""
+    return printed(mean_interval(values, clusters=places))
 
 
 def levels(storm: checkpoint.Model, codes: np.ndarray, shares: np.ndarray, places: np.ndarray, batch_size: int) -> None:

@@ -6,12 +6,15 @@ import scipy.linalg
 import scipy.stats
 
 from musicrl_jax.core.statistics import (
+    LEAST_INTERVAL,
     calibration_error,
     frechet_distance,
     mean_interval,
     mean_pairwise_distance,
     over_optimised,
+    printed,
     ratio_interval,
+    too_small,
 )
 
 
@@ -33,7 +36,7 @@ def test_values_of_a_cluster_are_drawn_together():
     assert tenfold == pytest.approx(once, rel=1e-12)
     alone = mean_interval(np.repeat(values, 10))
     assert alone["high"] - alone["low"] < 0.4 * (once["high"] - once["low"])
-    uneven = mean_interval(np.asarray([1.0, 1.0, 1.0, 5.0]), clusters=np.asarray([0, 0, 0, 1]))
+    uneven = mean_interval(np.asarray([1.0, 1.0, 1.0, 5.0]), clusters=np.asarray([0, 0, 0, 1]), least=2)
     assert uneven == {"mean": 2.0, "low": 1.0, "high": 5.0}
 
 
@@ -85,11 +88,22 @@ def test_a_rate_of_all_or_nothing_is_not_certain():
 
 
 def test_a_rate_of_nothing_is_unknown():
-    assert ratio_interval(np.zeros(3), np.zeros(3), np.arange(3), np.arange(3)) == {
+    assert ratio_interval(np.zeros(3), np.zeros(3), np.arange(3), np.arange(3), least=3) == {
         "mean": 0.5,
         "low": 0.0,
         "high": 1.0,
     }
+
+
+def test_of_too_few_things_there_is_no_figure():
+    """Clusters count, however many values each has; the words and the figure are printed alike."""
+    values, pieces = np.arange(70.0), np.repeat(np.arange(7), 10)
+    few = mean_interval(values, clusters=pieces)
+    assert few == ratio_interval(values, np.ones(70), pieces, np.arange(70)) == {"too_small": "n too small (7 < 8)"}
+    assert printed(few) == too_small(7, LEAST_INTERVAL) == "n too small (7 < 8)"
+    enough = mean_interval(values[:8])
+    assert enough["mean"] == 3.5 and too_small(8, LEAST_INTERVAL) == ""
+    assert printed({"mean": 0.5, "low": -0.25, "high": 1.0}, 1, 100, "+") == "+50.0 [-25.0, +100.0]"
 
 
 def test_frechet_distance_is_that_of_the_textbook():

@@ -209,6 +209,33 @@ def test_listeners_who_never_both_choose_agree_on_nothing(folders):
     assert "judge a pair. Intervals of win rates" in words(write(folders, found))
 
 
+def too_few(figures, words):
+    """The same figures, intervals replaced by words."""
+    if isinstance(figures, dict) and {"mean", "low", "high"} <= set(figures):
+        return {"too_small": words}
+    return {name: too_few(part, words) for name, part in figures.items()} if isinstance(figures, dict) else figures
+
+
+@pytest.mark.parametrize("panel", [True, False], ids=["listeners", "rewards alone"])
+def test_of_too_few_prompts_the_page_has_words_and_no_figures(folders, panel):
+    few, found = "n too small (4 < 8)", summary(panel)
+    plain = {name: {key: {"too_small": few} for key in found[name]} for name in ("diversity", "frechet")}
+    found = too_few(found, few) | plain | {"kl_by_level": {}, "kl_by_second": {}}
+    if panel:
+        found["panel"] |= {"agreement": few}
+        found["pairs"] = [{"first": "R", "second": "MusicLM", "win_rate": {"too_small": few}}]
+    page_html = write(folders, found, panel=panel)
+    text = words(page_html)
+    assert f"Too few prompts to compare R{'' if panel else ' and best of 8'} with MusicLM: {few}." in text
+    largest = page_html.split('<div class="figures">')[1].split("</div>\n</div>")[0]
+    assert "<b>" not in largest and largest.count("n too small (4 &lt; 8)") == (1 if panel else 2)
+    figures = text.split("The first held-out prompts, as they come")[0]  # what follows is of single clips
+    assert "%" not in figures.replace("95 %", "")
+    assert figures.count(few) == 20 + 5 * panel and "real clips it is" not in figures
+    if panel:
+        assert f"R against MusicLM {few}" in text and "an unknown share of the pairs" in text
+
+
 def test_a_silent_alarm_says_so(folders):
     found = summary() | {"watched": {"R": {"looks": 5, "kept": None}}}
     text = write(folders, found)
