@@ -202,11 +202,11 @@ def _index(source: str) -> dict[str, dict[str, Any]]:
 
 def _load(folder: str) -> checkpoint.Model:
     path = Path(folder) / checkpoint.MODEL / MANIFEST
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"no checkpoint in {folder}: train it first, or mend the path")
     kind = read_json(path, {"config": {"kind": str}}, "restore a copy")["config"]["kind"]
     if kind not in KINDS:
-        raise ValueError(f"{folder} holds a {kind}, which is none of {', '.join(KINDS)}")
+        raise ValueError(f"{path.parent} holds a {kind}, which is none of {', '.join(KINDS)}")
     return checkpoint.load_model(folder, KINDS[kind])
 
 

@@ -263,7 +263,7 @@ def test_a_model_of_no_known_kind_is_refused(run):
     checkpoint.save_model(run / "odd", QualityConfig(), {"params": weights()})
     manifest = run / "odd/model/manifest.json"
     manifest.write_text(manifest.read_text().replace("QualityConfig", "OddConfig"))
-    with pytest.raises(ValueError, match="odd holds a OddConfig, which is none of SoundStreamConfig"):
+    with pytest.raises(ValueError, match="odd/model holds a OddConfig, which is none of SoundStreamConfig"):
         packed(run, names=("odd",))
 
 

@@ -147,8 +147,10 @@ def _visqol() -> VisqolApi:
 def visqol(wav: np.ndarray, decoded: np.ndarray, rate_hz: int) -> float:
     """Returns a decoded clip's MOS-LQO in audio mode at 48 kHz; the original has no more bandwidth than it has here.
 
-    NaN where either clip is silent: ViSQOL has no similarity for that.
+    NaN where either clip is silent: ViSQOL divides by its level, and gives NaN with warnings.
     """
+    if not (np.any(wav) and np.any(decoded)):
+        return math.nan
     original, heard = (soxr.resample(x, rate_hz, VISQOL_HZ).astype(np.float64) for x in (wav, decoded))
     return float(_visqol().measure_from_arrays(original, heard, VISQOL_HZ).moslqo)
 
