@@ -171,10 +171,13 @@ def provide_caches() -> None:
 
 
 def _can_write(folder: Path) -> bool:
-    """Tells whether files can be made in `folder`, or in the folder where it would be made."""
-    while not folder.exists() and folder.parent != folder:
-        folder = folder.parent
-    return folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
+    """Tells whether a file can be made in `folder`, which is made for that; permissions alone do not say."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError:
+        return False
+    return True
 
 
 def _private_folder() -> Path:

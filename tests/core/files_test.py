@@ -1,8 +1,15 @@
 """What is kept in files: arrays of work that was done, and nothing of work that was not."""
 
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
 import numpy as np
 import pytest
 
+from musicrl_jax.core import files
 from musicrl_jax.core.files import kept
 
 
@@ -26,3 +33,70 @@ def test_work_that_failed_leaves_nothing(tmp_path):
     with pytest.raises(ZeroDivisionError):
         kept(tmp_path, "work", None, lambda: {"a": np.asarray(1 // 0)})
     assert not list(tmp_path.iterdir())
+
+
+def test_unfinished_work_of_dead_writers_is_removed_and_other_work_is_named(tmp_path, capsys):
+    old, young, finished = (tmp_path / name for name in ("incomplete.A_1.0.0", "incomplete.B_1.0.0", "1.0.0"))
+    for path in (old, young, finished):
+        path.mkdir()
+        (path / "shard").write_bytes(b"data")
+    then = time.time() - 3600 * (files.ABANDONED_HOURS + 1)
+    for path in (old / "shard", old, young, finished / "shard", finished):
+        os.utime(path, (then, then))  # in the young folder a file has just been written
+    files.remove_abandoned(tmp_path, "incomplete.*")
+    assert sorted(tmp_path.iterdir()) == [finished, young]
+    assert capsys.readouterr().out.splitlines() == [
+        f"{old} was not finished, and nothing changed in it for 7 hours: removed",
+        f"{young} is not finished: if no other process is writing it, remove it",
+    ]
+
+
+def test_caches_go_to_a_folder_of_our_own_where_home_is_read_only(tmp_path, monkeypatch):
+    variables = {}
+    monkeypatch.setattr(os, "environ", variables)
+    monkeypatch.setattr(files.tempfile, "tempdir", str(tmp_path))
+    variables["XDG_CACHE_HOME"] = str(tmp_path / "home/.cache")  # can be made
+    files.provide_caches()
+    assert set(variables) == {"XDG_CACHE_HOME"}
+    variables["XDG_CACHE_HOME"] = "/proc/nobody/.cache"  # cannot
+    variables["MPLCONFIGDIR"] = "the user's"
+    files.provide_caches()
+    folder = Path(variables["NUMBA_CACHE_DIR"])
+    assert folder == tmp_path / f"musicrl-cache-{os.getuid()}/numba"
+    assert folder.parent.stat().st_mode & 0o777 == 0o700 and variables["MPLCONFIGDIR"] == "the user's"
+    # A folder that others can write to, or that is a link to elsewhere, is not taken: numba runs what it holds.
+    folder.parent.chmod(0o777)
+    for _ in range(2):
+        del variables["NUMBA_CACHE_DIR"]
+        files.provide_caches()
+        taken = Path(variables["NUMBA_CACHE_DIR"]).parent
+        assert taken != folder.parent and taken.stat().st_mode & 0o777 == 0o700
+        folder.parent.unlink() if folder.parent.is_symlink() else folder.parent.rmdir()
+        folder.parent.symlink_to(tmp_path)
+
+
+LISTEN = """
+import sys
+import numpy as np
+from musicrl_jax.arena.audience import Audience
+from musicrl_jax.arena.listeners import training_panel
+if sys.argv[1] == "provided":
+    Audience(training_panel(), None).check(16_000)
+from musicrl_jax.arena import ears
+ears.hear(np.zeros(16_000, np.float32))
+print("heard")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("provided", [True, False])
+def test_listening_works_where_home_and_the_environment_are_read_only(tmp_path, provided):
+    """As in a container that runs as nobody: numba finds no other place, and without one it raises."""
+    pytest.importorskip("librosa")
+    environment = {k: v for k, v in os.environ.items() if k not in (*files.CACHES, "XDG_CACHE_HOME")}
+    environment |= {"HOME": "/proc/nobody", "TMPDIR": str(tmp_path)}
+    environment["NUMBA_CACHE_LOCATOR_CLASSES"] = "UserProvidedCacheLocator,UserWideCacheLocator"  # none beside librosa
+    command = [sys.executable, "-c", LISTEN, "provided" if provided else ""]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert ("heard" in done.stdout) == provided, done.stderr
+    assert provided or "no locator available" in done.stderr
