@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from musicrl_jax.core import sharding
-from musicrl_jax.core.statistics import LEAST_RANKED
+from musicrl_jax.core.statistics import LEAST_INTERVAL, LEAST_RANKED
 from musicrl_jax.inputs import pieces
 from musicrl_jax.losses import contrastive
 from musicrl_jax.models import mulan, rvq
@@ -36,8 +36,8 @@ class MuLanObjective(Objective):
     vocabulary: str
 
     # One clip alone has a loss of 0 and is always found.
-    LEAST_EXAMPLES: ClassVar = dict.fromkeys(
-        ("loss", "chance", "recall_1", "recall_10", "median_rank"), LEAST_RANKED
+    LEAST_EXAMPLES: ClassVar = dict.fromkeys(("loss", "chance"), LEAST_INTERVAL) | dict.fromkeys(
+        ("recall_1", "recall_10", "median_rank"), LEAST_RANKED
     )
 
     def init(self, key: jax.Array, batch: Batch) -> dict[str, Any]:

@@ -19,7 +19,11 @@ def test_fields_make_a_config_and_a_finished_set_is_kept(ramp_builder, tmp_path)
     folder = tmp_path / "ramp" / "mine" / "1.0.0"
     times = {p.name: os.stat(p).st_mtime_ns for p in folder.iterdir()}
     assert any(".array_record-" in name for name in times)
+    killed = folder.with_name("incomplete.ABCDEF_1.0.0")  # as TFDS names what it has not finished
+    killed.mkdir()
+    os.utime(killed, (0, 0))
     build.prepare(ramp_builder, fields, str(tmp_path))
+    assert not killed.exists()
     assert {p.name: os.stat(p).st_mtime_ns for p in folder.iterdir()} == times
     clips = Clips({"ramp/mine": 1.0}, str(tmp_path), 100)
     assert (clips.count("train"), clips.samples()) == (2, 50)

@@ -140,7 +140,7 @@ def test_weights_are_read_with_their_settings_or_named(tmp_path):
     (tmp_path / "config.json").write_text('{"num_attention_heads": 12}')
     assert pretrained.read(str(path))[1] == {"num_attention_heads": 12}
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"config.json is no JSON"):
+    with pytest.raises(ValueError, match=r"config.json is not JSON"):
         pretrained.read(str(path))
     path.write_bytes(path.read_bytes()[:-3])
     with pytest.raises(ValueError, match=r"model.safetensors is no whole safetensors file"):
