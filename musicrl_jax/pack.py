@@ -23,7 +23,7 @@ import safetensors.numpy
 
 from musicrl_jax.core import checkpoint, tensors
 from musicrl_jax.core.files import json_from, read_json, write_json
-from musicrl_jax.core.manifest import MANIFEST
+from musicrl_jax.core.manifest import MANIFEST, read_regular
 from musicrl_jax.models.mulan import MuLanConfig
 from musicrl_jax.models.musiclm import MusicLMConfig
 from musicrl_jax.models.rewards import PreferenceConfig, QualityConfig
@@ -87,7 +87,7 @@ def pack(
         kept[name] = {path: rounded(array) for path, array in exact.items() if path not in left_out}
         hashes[name] = checkpoint.content_hash(_restored({**kept[name], **left_out}))
     Path(out).mkdir(parents=True, exist_ok=True)
-    words = Path(vocabulary).read_bytes() if vocabulary else None
+    words = read_regular(vocabulary) if vocabulary else None
     described = {}
     for name, model in whole.items():
         assets = {file: content for file, content in model.assets.items() if (file, content) != (VOCABULARY, words)}
@@ -173,7 +173,7 @@ def load(
         if not (audio_weights and text_weights and vocabulary):
             raise ValueError(f"{source}: {name} needs its pretrained towers and their vocabulary: `musicrl fetch`")
         arrays |= _towers(config, audio_weights, text_weights)
-        assets = {VOCABULARY: Path(vocabulary).read_bytes(), **assets}
+        assets = {VOCABULARY: read_regular(vocabulary), **assets}
     try:
         variables = _restored(arrays)
     except ValueError as error:

@@ -29,6 +29,7 @@ from musicrl_jax.core.metrics import FILE_NAME, MetricWriter
 from musicrl_jax.core.progress import Progress
 from musicrl_jax.core.run_checkpoints import RunCheckpoints
 from musicrl_jax.core.state import MOST_SKIPPED, Optimiser, in_dtype
+from musicrl_jax.inputs import pieces
 from musicrl_jax.inputs.prompts import Prompts
 from musicrl_jax.losses.policy_gradient import PolicyGradient
 from musicrl_jax.models.layers import stacked, unstacked
@@ -134,7 +135,7 @@ def train_rl(
     loaded = rollouts.load(base, fine, codec, mulan)
     mixture = rewards.load()
     mixture.check_models(loaded)
-    if Path(prompts.vocabulary).read_bytes() != loaded.vocabulary:
+    if pieces.content(prompts.vocabulary) != loaded.vocabulary:
         raise ValueError(
             f"Prompts.vocabulary={prompts.vocabulary!r} is not the one that {mulan} was trained with: use that"
         )

@@ -26,13 +26,39 @@ from musicrl_jax.models.soundstream import SoundStreamConfig
 from musicrl_jax.serving import bundle as bundles
 
 BUNDLE = {
-    **{"format": bundles.FORMAT, "version": "1", "jax": "0.10", "platforms": ["cpu"], "chips": 1, "licence": ""},
+    **{
+        "format": bundles.FORMAT,
+        "version": "1",
+        "jax": "0.10",
+        "platforms": ["cpu"],
+        "chips": 1,
+        "licence": "",
+    },
     "functions": {"draw": {"cpu": {"calling_convention": 9}}},
     "arguments": {"draw": {"0/kernel": "draw/0/kernel"}},
-    **{"sample_rate_hz": 8000, "clip_seconds": 0.4, "frames": 10, "places": 3, "text_length": 12, "temperature": 1.0},
-    **{"golden": {"prompts": ["jazz"], "platform": "cpu"}, "top_k": None, "rewards": {}, "models": {}, "files": {}},
+    **{
+        "sample_rate_hz": 8000,
+        "clip_seconds": 0.4,
+        "frames": 10,
+        "places": 3,
+        "text_length": 12,
+        "temperature": 1.0,
+    },
+    **{
+        "golden": {"prompts": ["jazz"], "platform": "cpu"},
+        "top_k": None,
+        "rewards": {},
+        "models": {},
+        "files": {},
+    },
 }
-TOKENS = {"schema": tokens.SCHEMA, "models": {"codec": "c0"}, "layout": {}, "data": {}, "counts": {"train": 1}}
+TOKENS = {
+    "schema": tokens.SCHEMA,
+    "models": {"codec": "c0"},
+    "layout": {},
+    "data": {},
+    "counts": {"train": 1},
+}
 SUMMARY = {"rewards": {}, "kl": {}, "page": "page.html", "identity": {"hashes": {}}}
 
 
@@ -45,13 +71,18 @@ def whole(tmp_path_factory):
     pack.pack({"codec": str(folder)}, str(folder / "pack"))
     for name, content in {"bundle": BUNDLE, "tokens": TOKENS}.items():
         (folder / name).mkdir()
-        (folder / name / MANIFEST).write_text(sealed(content) if name == "bundle" else json.dumps(content))
+        (folder / name / MANIFEST).write_text(
+            sealed(content) if name == "bundle" else json.dumps(content)
+        )
     files.write_json(folder / run.SECONDS, {"codec": 12.5})
     files.write_json(folder / "words.model.json", {"size": 300, "captions": "c0de"})
     (folder / "words.model").write_bytes(b"a model")
     safetensors.numpy.save_file({"a": np.ones(3, np.float32)}, folder / pretrained.WEIGHTS)
     files.write_json(folder / pretrained.SETTINGS, {"layers": 6})
-    files.write_json(folder / "agreement.json", {"panel": "p", "agreement": {"train": 0.7}, "ceiling": {"train": 0.8}})
+    files.write_json(
+        folder / "agreement.json",
+        {"panel": "p", "agreement": {"train": 0.7}, "ceiling": {"train": 0.8}},
+    )
     files.write_json(folder / "summary.json", SUMMARY)
     np.savez(folder / "kept.npz", a=np.arange(6.0).reshape(2, 3), b=np.array(["words"]))
     return folder
@@ -66,15 +97,27 @@ class Captions:
 
 # What each reader reads, and how.
 READERS = {
-    "model": ("model/manifest.json", lambda folder: checkpoint.load_model(folder, SoundStreamConfig)),
+    "model": (
+        "model/manifest.json",
+        lambda folder: checkpoint.load_model(folder, SoundStreamConfig),
+    ),
     "model's hash": ("model/manifest.json", checkpoint.model_hash),
-    "model to pack": ("model/manifest.json", lambda folder: pack.pack({"a": str(folder)}, f"{folder}/other")),
+    "model to pack": (
+        "model/manifest.json",
+        lambda folder: pack.pack({"a": str(folder)}, f"{folder}/other"),
+    ),
     "pack": ("pack/models.json", lambda folder: pack.unpack(str(folder / "pack"), f"{folder}/out")),
     "bundle": ("bundle/manifest.json", lambda folder: bundles._described(folder / "bundle")),
     "tokens": ("tokens/manifest.json", lambda folder: tokens.read_manifest(str(folder / "tokens"))),
     "seconds": (run.SECONDS, lambda folder: run.read_seconds(str(folder))),
-    "vocabulary": ("words.model.json", lambda folder: vocabulary.build(Captions(), str(folder / "words.model"), 300)),
-    "tower": (pretrained.SETTINGS, lambda folder: pretrained.read(str(folder / pretrained.WEIGHTS))),
+    "vocabulary": (
+        "words.model.json",
+        lambda folder: vocabulary.build(Captions(), str(folder / "words.model"), 300),
+    ),
+    "tower": (
+        pretrained.SETTINGS,
+        lambda folder: pretrained.read(str(folder / pretrained.WEIGHTS)),
+    ),
 }
 GARBAGE = {
     "nothing": b"",
@@ -103,7 +146,13 @@ def complaint(name):
     """Holds that one sentence is raised, which names the file."""
     with pytest.raises((ValueError, OSError)) as told:
         yield told
-    assert type(told.value) in (ValueError, OSError, FileNotFoundError, IsADirectoryError, PermissionError)
+    assert type(told.value) in (
+        ValueError,
+        OSError,
+        FileNotFoundError,
+        IsADirectoryError,
+        PermissionError,
+    )
     assert name in str(told.value) and "\n" not in str(told.value) and len(str(told.value)) < 600
 
 
@@ -121,7 +170,9 @@ def test_garbage_is_named(folder, reader, garbage):
         read(folder)
 
 
-@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo, lambda path: os.symlink("/dev/zero", path)], ids="dpz")
+@pytest.mark.parametrize(
+    "make", [os.mkdir, os.mkfifo, lambda path: os.symlink("/dev/zero", path)], ids="dpz"
+)
 @pytest.mark.parametrize("reader", READERS)
 def test_a_folder_a_pipe_and_a_device_in_a_files_place_are_named(folder, reader, make):
     name, read = READERS[reader]
@@ -226,7 +277,9 @@ def repacked(folder, header, arrays=None):
     path, index = folder / "pack/codec.safetensors", folder / "pack/models.json"
     with safetensors.safe_open(path, framework="numpy") as file:
         old = file.metadata()[pack.HEADER]
-    written = header.decode() if isinstance(header, bytes) else json.dumps({**json.loads(old), **header})
+    written = (
+        header.decode() if isinstance(header, bytes) else json.dumps({**json.loads(old), **header})
+    )
     arrays = safetensors.numpy.load_file(path) if arrays is None else arrays
     safetensors.numpy.save_file(arrays, path, metadata={pack.HEADER: written})
     described = json.loads(index.read_text())
@@ -249,7 +302,9 @@ def test_arrays_within_arrays_are_named(folder):
             pack.load(str(folder / "pack"), "codec")
 
 
-@pytest.mark.parametrize("content", [b"", b"\x08" + bytes(7), b"\xff" * 99, b"\x02" + bytes(7) + b"{}", bytes(4)])
+@pytest.mark.parametrize(
+    "content", [b"", b"\x08" + bytes(7), b"\xff" * 99, b"\x02" + bytes(7) + b"{}", bytes(4)]
+)
 def test_what_is_no_safetensors_is_named(folder, content):
     path = folder / pretrained.WEIGHTS
     path.write_bytes(content)
@@ -309,7 +364,9 @@ def test_a_data_set_whose_descriptions_are_damaged_is_named(tmp_path, name, garb
 
 
 def test_an_asset_that_is_no_json_is_named():
-    model = checkpoint.Model(TokenLayout(), {}, "c0de" * 8, {"tokens.json": b"{", "anchor.json": b'{"codec": 3}'})
+    model = checkpoint.Model(
+        TokenLayout(), {}, "c0de" * 8, {"tokens.json": b"{", "anchor.json": b'{"codec": 3}'}
+    )
     for name in model.assets:
         with complaint(name):
             model.json_asset(name, {"codec": str})
@@ -337,10 +394,22 @@ def damaged(draw, raw):
 
 
 RANDOM = {
-    **{name: READERS[name] for name in ("model", "pack", "bundle", "tokens", "seconds", "vocabulary", "tower")},
-    "header": ("pack/codec.safetensors", lambda folder: pack.load(str(folder / "pack"), "codec", changed=True)),
-    "weights": (pretrained.WEIGHTS, lambda folder: pretrained.read(str(folder / pretrained.WEIGHTS))),
-    "agreement": ("agreement.json", lambda folder: collect._figures_there(folder / "agreement.json")),
+    **{
+        name: READERS[name]
+        for name in ("model", "pack", "bundle", "tokens", "seconds", "vocabulary", "tower")
+    },
+    "header": (
+        "pack/codec.safetensors",
+        lambda folder: pack.load(str(folder / "pack"), "codec", changed=True),
+    ),
+    "weights": (
+        pretrained.WEIGHTS,
+        lambda folder: pretrained.read(str(folder / pretrained.WEIGHTS)),
+    ),
+    "agreement": (
+        "agreement.json",
+        lambda folder: collect._figures_there(folder / "agreement.json"),
+    ),
     "summary": ("summary.json", lambda folder: evaluate._summary(folder / "summary.json")),
     "arrays": ("kept.npz", lambda folder: files.read_arrays(folder / "kept.npz")),
 }
@@ -361,8 +430,12 @@ def test_random_damage_gives_what_was_written_or_one_sentence(folder, reader):
             with contextlib.redirect_stdout(io.StringIO()):
                 result = read(folder)
         except (ValueError, OSError) as error:
-            where = {"model": "model", "pack": "pack", "header": "pack"}.get(reader, Path(name).name)
-            assert where in str(error) and not isinstance(error, UnicodeError | json.JSONDecodeError)
+            where = {"model": "model", "pack": "pack", "header": "pack"}.get(
+                reader, Path(name).name
+            )
+            assert where in str(error) and not isinstance(
+                error, UnicodeError | json.JSONDecodeError
+            )
             return
         if reader == "arrays":
             np.testing.assert_array_equal(result["a"], np.arange(6.0).reshape(2, 3))

@@ -34,7 +34,9 @@ def summary(prompts):
     real = np.random.default_rng(1).normal(size=(prompts, 10, 3))
     heard = np.random.default_rng(2).normal(size=(prompts, len(MEASUREMENTS)))
     told = evaluate._figures(found, NAMES, "MusicLM", ["R"], real, seed=0)
-    return told | evaluate._opinions(Hearing(judging_panel(), None, {}), found, heard, raters=3, seed=0)
+    return told | evaluate._opinions(
+        Hearing(judging_panel(), None, {}), found, heard, raters=3, seed=0
+    )
 
 
 def leaves(tree):
@@ -52,7 +54,9 @@ def test_of_eight_prompts_there_are_figures(capsys):
     told = summary(8)
     assert not any(isinstance(leaf, str) and "too small" in leaf for leaf in leaves(told))
     (pair,) = told["pairs"]
-    assert pair["win"] + pair["tie"] + pair["loss"] == pytest.approx(1) and 0 < pair["wilcoxon_p"] <= 1
+    assert (
+        pair["win"] + pair["tie"] + pair["loss"] == pytest.approx(1) and 0 < pair["wilcoxon_p"] <= 1
+    )
     assert told["kl"]["R"]["mean"] == 2 and len(told["kl_by_level"]["R"]) == 5
     evaluate._print(told | {"page": "page.html"})
     out = capsys.readouterr().out
@@ -63,7 +67,11 @@ def test_of_fewer_there_are_words_in_the_summary_and_in_print(capsys):
     told, words = summary(7), {"too_small": "n too small (7 < 8)"}
     for figures in (*told["rewards"].values(), *told["gains"].values(), told["kl"], told["mos"]):
         assert figures and all(figure == words for figure in figures.values())
-    assert set(map(str, told["diversity"].values())) == set(map(str, told["frechet"].values())) == {str(words)}
+    assert (
+        set(map(str, told["diversity"].values()))
+        == set(map(str, told["frechet"].values()))
+        == {str(words)}
+    )
     assert told["pairs"] == [{"first": "R", "second": "MusicLM", "win_rate": words}]
     assert told["real"]["mos"] == words and told["panel"]["agreement"] == words["too_small"]
     assert told["kl_by_level"] == told["kl_by_second"] == {}
@@ -72,7 +80,9 @@ def test_of_fewer_there_are_words_in_the_summary_and_in_print(capsys):
     assert out.count("n too small (7 < 8)") == 4 + 1 + 1 and "%" not in out
 
 
-@pytest.mark.parametrize("content", [b"{", b"[]", b"\0" * 99, b'{"identity": 3}', b'{"identity": {}, "rewards": []}'])
+@pytest.mark.parametrize(
+    "content", [b"{", b"[]", b"\0" * 99, b'{"identity": 3}', b'{"identity": {}, "rewards": []}']
+)
 def test_a_damaged_summary_is_set_aside(tmp_path, content, capsys):
     path = tmp_path / "summary.json"
     path.write_bytes(content)

@@ -38,7 +38,8 @@ LINEAGE = "tokens.json"  # asset of a token model: which models wrote the tokens
 CLIP = "clip.json"  # asset of a token model: the length of the clips that it was trained on, {"seconds": s}
 ANCHOR = "anchor.json"  # asset of a finetuned policy: its anchor's content hash, what its rewards declare, the alarm
 TOLD_BY = (MANIFEST, "votes.jsonl")  # the files that say what a folder of tokens, or of votes on them, holds
-KIND = {"config": {"kind?": str}, "hash": str, "assets": [str], "files?": FILES}  # of a model's manifest
+# The kind of a model's manifest; older ones do not list their files.
+KIND = {"config": {"kind?": str}, "hash": str, "assets": [str], "files?": FILES}
 NO_IDENTITY = {"identity": False}
 
 # What Orbax logs with a traceback, several times over, it raises as well, and that becomes one error here.
@@ -64,14 +65,16 @@ class Model:
     def json_asset(self, name: str, kind: Kind, default: Any = None) -> Any:
         """Returns an asset that is JSON, or the default where there is none.
 
-        Raises ValueError if it is damaged or not of the kind (see `manifest.check_kind`), or is needed and missing.
+        Raises ValueError if it is damaged, not of the kind (see `manifest.check_kind`), or needed and
+        missing.
         """
         where = f"the {type(self.config).__name__} checkpoint {self.hash[:12]}"
         if name not in self.assets and default is not None:
             return default
         if name not in self.assets:
             raise ValueError(f"{where} has no {name}: train it again with this version")
-        return json_from(self.assets[name], f"{name} of {where}", kind, "train it again, or restore a copy")
+        remedy = "train it again, or restore a copy"
+        return json_from(self.assets[name], f"{name} of {where}", kind, remedy)
 
 
 def content_hash(tree: Any) -> str:
@@ -94,7 +97,10 @@ def config_to_json(config: Any) -> dict[str, Any]:
 
 
 def config_from_json(config_class: type, fields: dict[str, Any], where: str) -> Any:
-    """The inverse, checked: ValueError where `fields` are those of another class or version, or have other types."""
+    """Returns the config, checked.
+
+    Raises ValueError where `fields` are those of another class or version, or have other types.
+    """
     fields = dict(fields)
     kind = fields.pop("kind", config_class.__name__)
     if kind != config_class.__name__:
@@ -111,8 +117,10 @@ def config_from_json(config_class: type, fields: dict[str, Any], where: str) -> 
     }
     try:
         return config_class(**values)
-    except (TypeError, ZeroDivisionError, OverflowError) as error:  # of a check that takes the types for granted
-        raise ValueError(f"{where}: the fields of {config_class.__name__} do not go together ({error})") from error
+    except (TypeError, ZeroDivisionError, OverflowError) as error:
+        # Of a check that takes the numbers for sensible ones.
+        name = config_class.__name__
+        raise ValueError(f"{where}: the fields of {name} do not go together ({error})") from error
 
 
 def _field_from_json(hint: Any, value: Any, field: str, where: str) -> Any:
@@ -124,18 +132,21 @@ def _field_from_json(hint: Any, value: Any, field: str, where: str) -> Any:
         return config_from_json((named or configs)[0], value, where)
     if isinstance(value, list) and typing.get_origin(hint) is tuple:
         inner = typing.get_args(hint)[0]
-        return tuple(_field_from_json(inner, part, f"{field}[{i}]", where) for i, part in enumerate(value))
+        fields = [(f"{field}[{i}]", part) for i, part in enumerate(value)]
+        return tuple(_field_from_json(inner, part, name, where) for name, part in fields)
     if isinstance(value, list) and hint in (Any, tuple):
         return tuple(value)
-    if typing.get_origin(hint) is not tuple and (hint is Any or not choices or _is_of(value, choices)):
+    is_any = hint is Any or not choices
+    if typing.get_origin(hint) is not tuple and (is_any or _is_of(value, choices)):
         return value
-    raise ValueError(f"{where}: {field} is {json.dumps(value)[:60]}, which is no {_name(hint)}: restore a copy")
+    words = f"{json.dumps(value)[:60]}, which is no {_name(hint)}"
+    raise ValueError(f"{where}: {field} is {words}: restore a copy")
 
 
 def _is_of(value: Any, choices: list[type]) -> bool:
     if value is None or isinstance(value, bool):
         return type(value) in choices
-    if isinstance(value, float) and value.is_integer():  # gin takes 1e3 for a whole number, and so do the models
+    if isinstance(value, float) and value.is_integer():  # as gin's 1e3
         return int in choices or float in choices
     return isinstance(value, (*choices, *((int,) if float in choices else ())))
 
@@ -265,9 +276,11 @@ def load_model(directory: str | Path, config_class: type) -> Model:
     with ocp.StandardCheckpointer(multiprocessing_options=_alone()) as checkpointer:
         try:
             variables = checkpointer.restore(directory / "variables")
-        except Exception as error:  # Orbax and TensorStore raise many kinds for files that are not what they wrote
+        except Exception as error:  # Orbax and TensorStore raise many kinds for damaged files
             reason = (str(error) or type(error).__name__).splitlines()[0][:200]
-            raise ValueError(f"{directory} is damaged: its arrays cannot be read ({reason}); restore a copy") from error
+            raise ValueError(
+                f"{directory} is damaged: its arrays cannot be read ({reason}); restore a copy"
+            ) from error
     found = content_hash(variables)
     if found != manifest["hash"]:
         raise ValueError(
@@ -281,4 +294,5 @@ def _asset(directory: Path, name: str) -> bytes:
     try:
         return read_regular(directory / check_name(name, str(directory)))
     except FileNotFoundError as error:
-        raise ValueError(f"{directory} is damaged: its asset {name} is missing; restore a copy") from error
+        told = f"{directory} is damaged: its asset {name} is missing; restore a copy"
+        raise ValueError(told) from error

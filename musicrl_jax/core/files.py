@@ -1,4 +1,4 @@
-"""Small files: written whole or not at all, read with what is wrong named, and set aside if they are damaged."""
+"""Small files: written whole or not at all, read with faults named, set aside if damaged."""
 
 import hashlib
 import json
@@ -35,14 +35,19 @@ def write_json(path: str | Path, content: Any) -> None:
 
 
 def read_text(path: str | Path) -> str:
-    """Reads a regular file in UTF-8, without its byte order mark; ValueError names file, line and byte of a fault."""
+    """Reads a regular file in UTF-8, without its byte order mark.
+
+    Raises ValueError that names file, line and byte of a fault.
+    """
     content = read_regular(path)
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
         byte = content[error.start]
-        raise ValueError(f"{path}, line {line}: byte {byte:#x} is not UTF-8: save it as UTF-8") from error
+        raise ValueError(
+            f"{path}, line {line}: byte {byte:#x} is not UTF-8: save it as UTF-8"
+        ) from error
 
 
 def read_json(path: str | Path, kind: Kind = dict, remedy: str = REMEDY) -> Any:
@@ -83,14 +88,21 @@ def read_arrays(path: str | Path) -> dict[str, np.ndarray]:
     try:
         # NumPy leaves a file open that it opened itself and cannot read.
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as there:
-            return {name: there[name] for name in there.files}
-    except Exception as error:  # for damage zipfile, zlib and numpy raise at least eight kinds of errors
+            arrays = {name: there[name] for name in there.files}
+        if not arrays:  # zipfile takes the NUL bytes of a power cut for an empty archive
+            raise ValueError("it holds no arrays")
+        if odd := [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]:
+            raise ValueError(f"{odd[0]} is no array")  # which NumPy gives as bytes
+        return arrays
+    except (
+        Exception
+    ) as error:  # for damage zipfile, zlib and numpy raise at least eight kinds of errors
         reason = (str(error) or type(error).__name__).splitlines()[0][:200]
         raise ValueError(f"{path} is no whole .npz ({reason}): {REMEDY}") from error
 
 
 def set_aside(path: str | Path, reason: str) -> Path:
-    """Renames a damaged file to NAME.damaged, NAME.damaged.2 and so on, says so, and returns its new path."""
+    """Renames a damaged file to NAME.damaged or NAME.damaged.2, says so, and returns the path."""
     path, number = Path(path), 1
     aside = path.with_name(path.name + DAMAGED)
     while os.path.lexists(aside):
@@ -104,7 +116,9 @@ def set_aside(path: str | Path, reason: str) -> Path:
 def kept(
     folder: str | Path, name: str, made_of: Any, make: Callable[[], dict[str, np.ndarray]]
 ) -> dict[str, np.ndarray]:
-    """Returns the arrays of `make`, from a file if an earlier call wrote one: work that a kill must not lose.
+    """Returns the arrays of `make`, from the file of an earlier call if there is one.
+
+    A kill must not lose such work.
 
     Args:
       folder: where such files are; whoever no longer needs them removes it.
@@ -117,7 +131,10 @@ def kept(
 
 
 def kept_at(path: Path, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """`kept` at a path that says what the arrays depend on; a damaged file is named, set aside and made again."""
+    """`kept` at a path that says what the arrays depend on.
+
+    A damaged file is named, set aside and made again.
+    """
     if os.path.lexists(path):
         try:
             return read_arrays(path)
@@ -132,25 +149,33 @@ def kept_at(path: Path, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, 
 
 
 def remove_abandoned(folder: str | Path, pattern: str) -> None:
-    """Removes what killed writers left unfinished in `folder` and names it; what may have a writer is only named.
+    """Removes what killed writers left unfinished in `folder`, and names it.
 
     A writer writes all the time, so an entry in which nothing changed for ABANDONED_HOURS has none.
+    A younger one is named alone.
     """
     for path in sorted(Path(folder).glob(pattern)):
         is_folder = path.is_dir() and not path.is_symlink()
         try:
-            changes = [each.lstat().st_mtime for each in (path, *(path.rglob("*") if is_folder else ()))]
+            changes = [
+                each.lstat().st_mtime for each in (path, *(path.rglob("*") if is_folder else ()))
+            ]
         except FileNotFoundError:
             continue  # its writer has just finished
         hours = (time.time() - max(changes)) / 3600
         if hours < ABANDONED_HOURS:
-            print(f"{path} is not finished: if no other process is writing it, remove it", flush=True)
+            print(
+                f"{path} is not finished: if no other process is writing it, remove it", flush=True
+            )
             continue
         if is_folder:
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
-        print(f"{path} was not finished, and nothing changed in it for {hours:.0f} hours: removed", flush=True)
+        print(
+            f"{path} was not finished, and nothing changed in it for {hours:.0f} hours: removed",
+            flush=True,
+        )
 
 
 # The variables by which libraries that write when they are imported take another folder.
@@ -158,10 +183,11 @@ CACHES = {"NUMBA_CACHE_DIR": "numba", "MPLCONFIGDIR": "matplotlib"}
 
 
 def provide_caches() -> None:
-    """Gives libraries that keep a cache a folder that can be written, if the user's cache folder cannot.
+    """Gives libraries that keep a cache another folder, if the user's cache folder cannot be written.
 
-    Call it before librosa or matplotlib is imported: otherwise numba raises an error for the first function that it
-    should keep, in a container that runs as nobody for instance. Variables that are set already are left alone.
+    Call it before librosa or matplotlib is imported. Otherwise numba raises an error for the first
+    function that it should keep, in a container that runs as nobody for instance. Variables that
+    are set already are left alone.
     """
     if _can_write(Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))):
         return
@@ -171,7 +197,7 @@ def provide_caches() -> None:
 
 
 def _can_write(folder: Path) -> bool:
-    """Tells whether a file can be made in `folder`, which is made for that; permissions alone do not say."""
+    """Tells whether a file can be made in `folder`, by making one; permissions do not say it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
@@ -181,15 +207,19 @@ def _can_write(folder: Path) -> bool:
 
 
 def _private_folder() -> Path:
-    """Returns a temporary folder that nobody else can write to, the same for all processes of a user if possible.
+    """Returns a temporary folder that nobody else can write to; a user's processes share it if possible.
 
-    numba runs what it finds in its cache, so a folder that somebody else may have filled is not taken.
+    numba runs what it finds in its cache. So a folder that others may have filled is not taken.
     """
     folder = Path(tempfile.gettempdir()) / f"musicrl-cache-{os.getuid()}"
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
         state = folder.lstat()
-        if stat.S_ISDIR(state.st_mode) and state.st_uid == os.getuid() and not state.st_mode & 0o022:
+        if (
+            stat.S_ISDIR(state.st_mode)
+            and state.st_uid == os.getuid()
+            and not state.st_mode & 0o022
+        ):
             return folder
     except OSError:
         pass

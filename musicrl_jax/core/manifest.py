@@ -28,7 +28,7 @@ def sealed(content: dict[str, Any]) -> str:
 def read_regular(path: str | Path) -> bytes:
     """Returns the content of a regular file, or of a link to one.
 
-    Raises ValueError for a folder, a FIFO, a socket or a device: reading these would fail, or wait for ever.
+    Raises ValueError for a folder, a FIFO, a socket or a device: reading these fails or never ends.
     Raises the system's OSError, which names the file, if there is none or it cannot be read.
     """
     check_regular(path)
@@ -36,18 +36,19 @@ def read_regular(path: str | Path) -> bytes:
 
 
 def check_regular(path: str | Path) -> None:
-    """Raises ValueError if something other than a regular file lies at `path`, OSError if nothing does."""
+    """Raises ValueError if `path` is something other than a regular file, OSError if it is nothing."""
     mode = os.stat(path).st_mode
     if not stat.S_ISREG(mode):
         kinds = {stat.S_IFDIR: "folder", stat.S_IFIFO: "FIFO", stat.S_IFSOCK: "socket"}
-        raise ValueError(f"{path} is a {kinds.get(stat.S_IFMT(mode), 'device')}, and must be a regular file")
+        kind = kinds.get(stat.S_IFMT(mode), "device")
+        raise ValueError(f"{path} is a {kind}, and must be a regular file")
 
 
 def parse_json(raw: bytes) -> Any:
     """Parses JSON in UTF-8; whatever is wrong with it becomes one ValueError."""
     try:
         content = json.loads(raw.decode("utf-8-sig"))
-        if rb"\ud" in raw.lower():  # half of a surrogate pair would fail when it is printed or written
+        if rb"\ud" in raw.lower():  # half of a surrogate pair cannot be printed or written
             json.dumps(content, ensure_ascii=False).encode()
     except UnicodeError as error:
         raise ValueError(f"is not UTF-8: {error.reason} at {error.start}") from error
@@ -66,8 +67,9 @@ def check_kind(content: Any, kind: Kind, field: str = "") -> None:
 
     Args:
       content: parsed JSON.
-      kind: a type or several; [kind] for a list of any length; {str: kind} for an object with any names; otherwise
-        {name: kind} for an object with at least these names. A name that ends in "?" may be missing.
+      kind: a type or several; [kind] for a list of any length; {str: kind} for an object with any
+        names; otherwise {name: kind} for an object with at least these names. A name that ends in
+        "?" may be missing.
       field: where `content` stands, for the message.
     """
     here = field or "its content"
@@ -97,8 +99,8 @@ def check_kind(content: Any, kind: Kind, field: str = "") -> None:
 def unsealed(path: Path, seal: str = "asked for", kind: Kind = dict) -> dict[str, Any]:
     """Returns what was sealed, checked to be of a `kind`; see `check_kind`.
 
-    Raises ValueError that says what is wrong if a bit has changed or the file cannot be read. With seal="if there" a
-    file without a digest, as older versions wrote it, is taken as it is.
+    Raises ValueError that says what is wrong if a bit has changed or the file cannot be read. With
+    seal="if there" a file without a digest, as older versions wrote it, is taken as it is.
     """
     try:
         raw = read_regular(path)
@@ -169,10 +171,14 @@ FILES = {str: [(int, str)]}  # the kind of a manifest's list of files
 
 
 def damage(folder: Path, files: dict[str, list[Any]], more: bool) -> str:
-    """Says what is wrong with the first file that is not as described; '' if all are. `more` allows other files."""
+    """Says what is wrong with the first file that is not as described; '' if all are.
+
+    `more` allows other files.
+    """
     for name, described in files.items():
         if [type(part) for part in described] != [int, str]:
-            return f"{MANIFEST} says {json.dumps(described)[:60]} of {name}, and not its size and sha256"
+            words = json.dumps(described)[:60]
+            return f"{MANIFEST} says {words} of {name}, and not its size and sha256"
     there = _file_names(folder)
     if missing := sorted(set(files) - set(there)):
         return f"{missing[0]} is missing"

@@ -15,14 +15,16 @@ from musicrl_jax.core.files import set_aside, write_text
 from musicrl_jax.core.manifest import parse_json, read_regular
 
 FILE_NAME = "metrics.jsonl"
-LARGEST = 2**63  # whole numbers from here on are damage: no counter gets there, and NumPy does not hold them
+LARGEST = (
+    2**63
+)  # whole numbers from here on are damage: no counter gets there, and NumPy does not hold them
 
 
 class MetricWriter:
     """Appends scalars to `directory`/metrics.jsonl, one JSON object a step, and to TensorBoard event files.
 
-    A run that resumes at `start_step` first drops the lines at and past it, so that no step stands twice. A damaged
-    file is set aside, and its good lines are kept. Of several hosts the first writes.
+    A run that resumes at `start_step` first drops the lines at and past it, so that no step stands
+    twice. A damaged file is set aside, and its good lines are kept. Of several hosts the first writes.
     """
 
     def __init__(self, directory: str | Path, start_step: int = 0):
@@ -32,7 +34,9 @@ class MetricWriter:
             path.parent.mkdir(parents=True, exist_ok=True)
             _drop_from(path, start_step)
             self._file = path.open("a")
-            self._board = tensorboardX.SummaryWriter(str(path.parent / "tensorboard"), purge_step=start_step)
+            self._board = tensorboardX.SummaryWriter(
+                str(path.parent / "tensorboard"), purge_step=start_step
+            )
         hosts.wait_for_all("metrics")  # who reads them must not see what was dropped
 
     def write(self, step: int, metrics: Mapping[str, float], prefix: str = "") -> None:
@@ -56,7 +60,10 @@ class MetricWriter:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.close()
 
@@ -65,9 +72,10 @@ def read_records(path: str | Path) -> tuple[list[dict[str, float]], str]:
     """Reads a metrics file, good lines only.
 
     Returns:
-      The records, {"step": 12, "loss": 0.3, ...}, in the order of the file, and what is wrong with the first line that
-      is no such record, "" if all are. A last line without its newline is what a killed run leaves: it is read if it
-      is whole and ignored otherwise, and is no fault. A step that was written again is none either.
+      The records, {"step": 12, "loss": 0.3, ...}, in the order of the file, and what is wrong with
+      the first line that is no such record, "" if all are. A last line without its newline is what
+      a killed run leaves: it is read if it is whole and ignored otherwise, and is no fault. A step
+      that was written again is none either.
 
     Raises ValueError or OSError, which name the file, if it cannot be read.
     """
@@ -94,7 +102,8 @@ def _record(line: bytes) -> dict[str, float]:
     except ValueError as error:
         raise ValueError(f"({line[:60]!r}) {error}") from error
     numbers = isinstance(record, dict) and all(
-        type(value) is float or (type(value) is int and abs(value) < LARGEST) for value in record.values()
+        type(value) is float or (type(value) is int and abs(value) < LARGEST)
+        for value in record.values()
     )
     if not numbers or type(record.get("step")) is not int or record["step"] < 0:
         raise ValueError(f'({line[:60]!r}) is no object of numbers with a whole number "step"')

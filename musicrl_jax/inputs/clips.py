@@ -5,7 +5,6 @@ Legend: B clips, N samples, L text pieces.
 
 import dataclasses
 import functools
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -17,6 +16,7 @@ import seqio
 import tensorflow as tf
 
 from musicrl_jax.core import tables
+from musicrl_jax.core.files import json_from
 from musicrl_jax.inputs import tasks
 
 RATING_COLUMNS = ("clip", "rater", "score")
@@ -102,7 +102,11 @@ class Clips:
 
     def attributes(self, split: str) -> dict[str, dict[str, Any]]:
         """What is known to be true of every clip, by its `id`; {} where a set does not say."""
-        return {text["id"]: json.loads(text.get("attributes") or "{}") for text in self._texts(split)}
+        known = {}
+        for text in self._texts(split):
+            where = f"the attributes of clip {text['id']!r} of {sorted(self.datasets)}"
+            known[text["id"]] = json_from((text.get("attributes") or "{}").encode(), where, dict, "build the set again")
+        return known
 
     def samples(self) -> int:
         """N, the samples of a clip in a batch; ValueError where the sets do not allow it."""
