@@ -430,7 +430,7 @@ def test_random_damage_gives_what_was_written_or_one_sentence(folder, reader):
             with contextlib.redirect_stdout(io.StringIO()):
                 result = read(folder)
         except (ValueError, OSError) as error:
-            where = {"model": "model", "pack": "pack", "header": "pack"}.get(
+            where = {"model": "model", "pack": "pack", "header": "pack", "tokens": "tokens"}.get(
                 reader, Path(name).name
             )
             assert where in str(error) and not isinstance(
