@@ -20,7 +20,10 @@ LENGTHS = {"staccato": 0.4, "natural": 0.88, "legato": 1.0}
 
 @dataclasses.dataclass(frozen=True)
 class Clip:
-    """What is to be rendered: `notes` are (onset s, duration s, MIDI pitch, part) as played, within the clip."""
+    """What is to be rendered: `notes` are (onset s, duration s, MIDI pitch, part) as played, within the clip.
+
+    Within a part no two notes of one pitch overlap.
+    """
 
     id: str
     notes: tuple[tuple[float, float, int, int], ...]
@@ -51,10 +54,7 @@ def draw_clip(piece: Piece, split: str, index: int, seed: int, seconds: float, i
     key = analysis.clear_key(written)
     # A few seconds can suggest a key that the piece is not in: name it only if the whole piece agrees.
     agreed = key and key == analysis.likely_key([(o, d, pitch + shift, part) for o, d, pitch, part in piece.notes])
-    notes = tuple(
-        (round(onset, 4), round(duration * LENGTHS[articulation], 4), pitch, part)
-        for onset, duration, pitch, part in written
-    )
+    notes = tuple(_as_played(note, LENGTHS[articulation]) for note in written)
     attributes = {
         "instrument": instrument.name,
         "family": instrument.family,
@@ -124,6 +124,16 @@ def _draw_excerpt(piece: Piece, length: float, rng: np.random.Generator):
     ]
     excerpt = sorted((begin, stop - begin, pitch, part) for begin, stop, pitch, part in inside if stop - begin > 0.01)
     return excerpt, start
+
+
+def _as_played(note: tuple[float, float, int, int], length: float) -> tuple[float, float, int, int]:
+    """Returns a written note as it sounds, rounded to 0.1 ms.
+
+    Its end is rounded, not its duration: it would else end up to 0.1 ms after a repetition of it has started.
+    """
+    onset, duration, pitch, part = note
+    start, end = round(onset, 4), round(onset + duration * length, 4)
+    return start, round(end - start, 4), pitch, part
 
 
 def _draw_transposition(low: int, high: int, floor: int, ceiling: int, rng: np.random.Generator) -> int:

@@ -53,7 +53,8 @@ def _midi(clip: Clip, seconds: float) -> bytes:
     for part in range(clip.attributes["parts"]):
         player = pretty_midi.Instrument(programs[part % len(programs)])
         player.notes = [
-            pretty_midi.Note(velocity, pitch, onset, onset + duration)
+            # Rounded to 0.1 ms as its onset is: floats would else part a note's end from the next one's start.
+            pretty_midi.Note(velocity, pitch, onset, round(onset + duration, 4))
             for onset, duration, pitch, of in clip.notes
             if of == part
         ]

@@ -63,8 +63,11 @@ class Builder(tfds.core.GeneratorBasedBuilder):
     alone, not on the machine's cores. Build with file_format="array_record" for random access.
     """
 
-    VERSION = tfds.core.Version("1.0.0")
-    RELEASE_NOTES = {"1.0.0": "First."}  # noqa: RUF012
+    VERSION = tfds.core.Version("1.1.0")
+    RELEASE_NOTES = {  # noqa: RUF012
+        "1.0.0": "First.",
+        "1.1.0": "A note that starts while its pitch sounds in the same part no longer ends with the earlier one.",
+    }
     BUILDER_CONFIGS = [  # noqa: RUF012
         ScoreClipsConfig(
             name="tiny",

@@ -30,6 +30,7 @@ _WEIGHTS = {
 
 _NO_CHORALES = ("bwv846",)  # all others in the bach folder are chorales
 
+_SHORTEST = 1e-3  # quarter notes; times closer than this are one
 _OPENING = 20  # intervals that identify a piece
 _COVERAGE = 0.98  # of a piece by its notes, so that clips without long rests can be found
 _SHARES = {"train": 0.8, "validation": 0.1, "test": 0.1}
@@ -53,7 +54,10 @@ _DANCES = {
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """A score reduced to what is played: `notes` are (offset, duration, pitch, part), sorted."""
+    """A score reduced to what is played: `notes` are (offset, duration, pitch, part), sorted.
+
+    Within a part no two notes of one pitch overlap.
+    """
 
     name: str
     collection: str
@@ -130,7 +134,7 @@ def _piece(name: str, text: str, score) -> Piece | None:
 
     notes, lowest_part = [], 0
     for part in score.getElementsByClass(stream.Part):
-        lines = _untied(part)
+        lines = struck_anew(_untied(part))
         notes += [(offset, duration, pitch, lowest_part) for offset, duration, pitch in lines]
         lowest_part += bool(lines)
     metre, pickup, bar = _bars(score)
@@ -140,23 +144,49 @@ def _piece(name: str, text: str, score) -> Piece | None:
 
 
 def _untied(part) -> list[tuple[float, float, int]]:
-    """(offset, duration, pitch) of each sounding note: tied notes made one, grace notes and drums left out."""
-    notes, held = [], {}
+    """Returns (offset, duration, pitch) of each sounding note of a part, in quarter notes.
+
+    Tied notes are one note. Grace notes and drums are left out.
+    """
+    notes, held = [], {}  # held: the place in `notes` of a note with a tie, by its pitch and end
     for element in part.flatten().notes:
         duration = float(element.quarterLength)
         for note in getattr(element, "notes", (element,)):
             if duration == 0 or not hasattr(note, "pitch"):
                 continue
             offset, pitch = float(element.offset), note.pitch.midi
-            at = held.pop(pitch, None)
-            if note.tie is not None and note.tie.type in ("stop", "continue") and at is not None:
+            tie = note.tie.type if note.tie is not None else None
+            # Voices of a part may share a pitch: a tie goes on where the note that it belongs to ends.
+            at = held.pop((pitch, round(offset, 3)), None) if tie in ("stop", "continue") else None
+            if at is not None:
                 notes[at] = (notes[at][0], offset + duration - notes[at][0], pitch)
             else:
                 at = len(notes)
                 notes.append((offset, duration, pitch))
-            if note.tie is not None and note.tie.type in ("start", "continue"):
-                held[pitch] = at
+            if tie in ("start", "continue"):
+                held[pitch, round(offset + duration, 3)] = at
     return notes
+
+
+def struck_anew(notes: list[tuple[float, float, int]]) -> list[tuple[float, float, int]]:
+    """Returns the notes of one player so that no two of the same pitch overlap.
+
+    A note that starts while its pitch sounds ends the sounding one, is struck anew and lasts until the later of their
+    ends. MIDI has one note of a pitch in a channel, so that the earlier end would silence both. Rows are
+    (offset, duration, pitch) in quarter notes.
+    """
+    played, last = [], {}  # last: the place in `played` of the latest note of each pitch
+    for offset, duration, pitch in sorted(notes):
+        before = played[last[pitch]] if pitch in last else None
+        if before is not None and offset < before[0] + before[1] - _SHORTEST:
+            duration = max(offset + duration, before[0] + before[1]) - offset
+            if offset - before[0] < _SHORTEST:
+                played[last[pitch]] = (before[0], duration, pitch)
+                continue
+            played[last[pitch]] = (before[0], offset - before[0], pitch)
+        last[pitch] = len(played)
+        played.append((offset, duration, pitch))
+    return played
 
 
 def _bars(score) -> tuple[str | None, float, float]:

@@ -2,6 +2,7 @@
 
 import collections
 import hashlib
+import io
 import itertools
 import json
 import os
@@ -12,6 +13,7 @@ import sys
 
 import hypothesis
 import joblib
+import mido
 import music21
 import numpy as np
 import pytest
@@ -245,6 +247,41 @@ def test_parse_by_hand(monkeypatch):
     assert scores.opening(piece)[:5] == (5, 2, 2, 3, 2)
 
 
+def _score(*voices: list[tuple[float, float, int, str | None]]) -> music21.stream.Score:
+    """A score of one part that holds the voices, (offset, quarters, pitch, tie) each, and then 24 quarters."""
+    part = music21.stream.Part()
+    part.insert(0, music21.meter.TimeSignature("4/4"))
+    end = max(offset + quarters for offset, quarters, _, _ in itertools.chain(*voices))
+    later = [(end + n, 1.0, 62 + n % 8, None) for n in range(24)]
+    for offset, quarters, pitch, tie in itertools.chain(*voices, later):
+        note = music21.note.Note(pitch, quarterLength=quarters)
+        note.tie = tie and music21.tie.Tie(tie)
+        part.insert(offset, note)
+    return music21.stream.Score([part])
+
+
+@pytest.mark.parametrize(
+    ("voices", "played"),
+    [
+        # struck while it sounds: struck anew, until the later end
+        (([(0.0, 4.0, 60, None)], [(1.0, 1.0, 60, None)]), [(0.0, 1.0, 60), (1.0, 3.0, 60)]),
+        (([(0.0, 2.0, 60, None)], [(1.0, 3.0, 60, None)]), [(0.0, 1.0, 60), (1.0, 3.0, 60)]),
+        (([(0.0, 1.0, 60, None)], [(0.0, 3.0, 60, None)]), [(0.0, 3.0, 60)]),
+        # other pitches and repetitions stay as they are
+        (([(0.0, 4.0, 60, None)], [(1.0, 1.0, 62, None)]), [(0.0, 4.0, 60), (1.0, 1.0, 62)]),
+        (([(0.0, 1.0, 60, None), (1.0, 1.0, 60, None)],), [(0.0, 1.0, 60), (1.0, 1.0, 60)]),
+        # another voice on the pitch of a tied note
+        (
+            ([(0.0, 4.0, 60, "start"), (4.0, 2.0, 60, "stop")], [(1.0, 1.0, 60, None)]),
+            [(0.0, 1.0, 60), (1.0, 5.0, 60)],
+        ),
+    ],
+)
+def test_notes_of_one_pitch_do_not_overlap_within_a_part(voices, played):
+    piece = scores._piece("bach/made-up", "", _score(*voices))
+    assert [note[:3] for note in piece.notes][:-24] == played
+
+
 @pytest.mark.parametrize(
     ("one", "other"),
     [
@@ -326,6 +363,42 @@ def test_the_soundfont_holds_every_note_of_an_instruments_range(name):
         assert np.abs(render.render(clip, 1.0, RATE_HZ).astype(np.int32)).max() > 300, pitch
 
 
+def _sounding(clip: clips.Clip) -> list[tuple[int, float, float, int]]:
+    """(part, start s, end s, pitch) of each note of the clip's MIDI file, in which a pitch ends at its first end."""
+    events, sounding, notes = [], {}, []
+    for track in mido.MidiFile(file=io.BytesIO(render._midi(clip, SECONDS))).tracks[1:]:
+        at = 0.0
+        for message in track:
+            at += message.time / 1920  # 960 ticks a beat at 120 beats a minute
+            events += [(at, message)] if message.type in ("note_on", "note_off") and message.channel != 9 else []
+    for at, message in events:
+        key = message.channel, message.note
+        if key in sounding:
+            notes.append((message.channel, sounding.pop(key), at, message.note))
+        if message.type == "note_on" and message.velocity:
+            sounding[key] = at
+    return sorted(notes)
+
+
+def test_each_note_of_a_clip_sounds_as_long_as_its_record_says(drawn):
+    quartet = scores.parse("haydn/opus74no1/movement1.mxl")
+    instruments = ("string orchestra", "organ")
+    for clip in drawn + [clips.draw_clip(quartet, "train", index, 0, SECONDS, instruments) for index in range(20)]:
+        told = sorted((part, onset, onset + duration, pitch) for onset, duration, pitch, part in clip.notes)
+        sounding = _sounding(clip)
+        assert [(part, pitch) for part, _, _, pitch in sounding] == [(part, pitch) for part, _, _, pitch in told]
+        np.testing.assert_allclose(np.array(sounding)[:, 1:3], np.array(told)[:, 1:3], atol=1e-3)
+
+
+def test_a_pitch_sounds_until_the_later_end():
+    """Of a long note and a short one on the same pitch, as two voices of a part may have them."""
+    played = scores.struck_anew([(0.0, 0.9, 72), (0.1, 0.1, 72)])
+    facts = {"instrument": "flute", "dynamics": "medium", "parts": 1}
+    sound = render.render(clips.Clip("a", tuple((*note, 0) for note in played), (), facts), 1.0, RATE_HZ) / 32767
+    late, early = (np.sqrt(np.mean(sound[int(at * RATE_HZ) : int((at + 0.1) * RATE_HZ)] ** 2)) for at in (0.7, 0.1))
+    assert late > 0.3 * early
+
+
 def test_loudness_is_what_the_word_says():
     for dynamics, level in {"quiet": -34, "medium": -27, "loud": -20}.items():
         samples = _tone(72, dynamics) / 32767
@@ -365,7 +438,7 @@ config = ScoreClipsConfig(name="built", **{built.info.metadata!r})
 Builder(config=config, data_dir={str(tmp_path)!r}).download_and_prepare(file_format="array_record")
 """
     subprocess.run([sys.executable, "-c", again], check=True, env=os.environ | {"PYTHONHASHSEED": "1"})
-    assert _bytes(tmp_path / "score_clips" / "built" / "1.0.0") == _bytes(built.data_dir)
+    assert _bytes(tmp_path / "score_clips" / "built" / str(Builder.VERSION)) == _bytes(built.data_dir)
 
 
 def test_an_interrupted_build_goes_on_where_it_was(built, tmp_path, monkeypatch):
@@ -382,7 +455,7 @@ def test_an_interrupted_build_goes_on_where_it_was(built, tmp_path, monkeypatch)
         _build(_config("built"), tmp_path)
     cache = tmp_path / "score_clips" / "built" / "cache"
     kept = list(cache.rglob("output.pkl"))
-    assert kept and not (tmp_path / "score_clips" / "built" / "1.0.0").exists()
+    assert kept and not (tmp_path / "score_clips" / "built" / str(Builder.VERSION)).exists()
 
     parsed, rendered = [], []
     parse, play = scores.parse, render.render
