@@ -23,6 +23,9 @@
 #   PAUSE_SECONDS          between two looks at a state, and before another attempt; 30 if not set
 #   DELETE_WHEN_DONE=1     deletes the TPU after a run that is done
 #
+# Ctrl-C or SIGTERM stops the run: the workers save, and the same command goes on. Started by nohup, cron or & of a
+# script, where SIGINT is ignored, it stops by SIGTERM alone: kill -TERM and its process id.
+#
 # By the worst exit status of its workers an attempt is: 0 done; 75 it saved and is resumed on the same TPU; 134, 137,
 # 143, 255 or a TPU that is not READY any more: lost, resumed on a new one; anything else a mistake, three of which end
 # this script with that status, unless an attempt in between got as far as 75.
@@ -467,5 +470,7 @@ exec 4> "$LOG_DIR/lock"
 flock --nonblock 4 || die "LOG_DIR=$LOG_DIR is another launcher's, which runs: end that, or set another TPU_NAME"
 trap 'interrupted INT' INT
 trap 'interrupted TERM' TERM
+[[ $(trap -p INT) == *interrupted* ]] ||  # bash cannot trap what was ignored when it started
+  say "SIGINT is ignored here, as nohup, cron and & have it: stop with kill -TERM $$"
 check
 main

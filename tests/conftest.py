@@ -11,10 +11,14 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backen
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for the builders in data/, which are not installed
 
+sys.path.append(str(Path(__file__).parent))  # for processes.py
+
 import jax
 import pytest
 import sentencepiece
+from processes import Processes, default_signals
 
+default_signals()
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -24,6 +28,13 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "error")
     for module in ("tensorflow", "keras", "seqio", "clu", "tensorflow_datasets", "google", "music21", "pretty_midi"):
         config.addinivalue_line("filterwarnings", rf"ignore:::{module}(\..*)?")
+
+
+@pytest.fixture
+def processes():
+    """Starts processes that are gone when the test ends; a fixture that lives longer takes `Processes` itself."""
+    with Processes() as started:
+        yield started
 
 
 @pytest.fixture(scope="session")

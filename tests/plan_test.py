@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -113,7 +112,7 @@ def test_an_estimate_adds_up():
     ("topology", "slices", "chips"),
     [("v5e:4x4", 1, 16), ("v5e:16x16", 1, 256), ("v5e:16x16", 2, 512), ("v5p:4x4x4", 1, 64), ("v6e:8x8", 1, 64)],
 )
-def test_four_chips_of_any_slice_share_a_weight(topology, slices, chips):
+def test_four_chips_of_any_slice_share_a_weight(topology, slices, chips, processes):
     """As the base size asks; the four are next to each other, in one slice."""
     code = f"""
 import json
@@ -122,13 +121,8 @@ mesh = plan._topology({topology!r}, {slices})[0](4, 1)
 near = [[(getattr(d, "slice_index", 0), d.coords) for d in group.flat] for group in mesh.devices[:, :, 0]]
 print("RESULT", json.dumps([dict(mesh.shape), near]))
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    done = processes.run([sys.executable, "-c", code], env=environment, capture_output=True)
     assert done.returncode == 0, done.stderr[-2000:]
     shape, near = json.loads(done.stdout.partition("RESULT ")[2])
     assert shape == {"data": chips // 4, "fsdp": 4, "tensor": 1}
@@ -140,7 +134,7 @@ print("RESULT", json.dumps([dict(mesh.shape), near]))
 
 @pytest.mark.slow
 @needs_libtpu
-def test_the_base_size_keeps_its_budget_on_sixteen_chips(tmp_path):
+def test_the_base_size_keeps_its_budget_on_sixteen_chips(tmp_path, processes):
     """Memory, traffic of the decoding and the compiler's cycles, within 5 % of what stands in plan_budgets.json."""
     budget = json.loads(BUDGETS.read_text()).get(jax.__version__)
     if budget is None:
@@ -148,7 +142,7 @@ def test_the_base_size_keeps_its_budget_on_sixteen_chips(tmp_path):
     command = [sys.executable, "-m", "musicrl_jax.cli", "plan", "--topology=v5e:4x4", "--only=r"]
     files = ["--gin_file=gin/experiments/musicrl_ru.gin", f"--json_file={tmp_path / 'plan.json'}"]
     environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run([*command, *files], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    done = processes.run([*command, *files], cwd=ROOT, env=environment, capture_output=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     rows = {row["name"]: row for row in json.loads((tmp_path / "plan.json").read_text())["functions"]}
     assert sum(rows["draw"]["wire"].values()) < 0.01e9

@@ -17,28 +17,28 @@ WORKER = Path(__file__).with_name("several_hosts_worker.py")
 LONGEST = 240  # seconds that a process may take
 
 
-def start(verb, folder, processes, devices, dies_at=99):
-    """The processes of one attempt."""
+def start(processes, verb, folder, count, devices, dies_at=99):
+    """The `count` processes of one attempt."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
     command = [sys.executable, str(WORKER), verb, str(folder), str(devices), str(dies_at)]
     started = []
-    for number in range(processes):
+    for number in range(count):
         environment = {**os.environ, "JAX_COORDINATOR_ADDRESS": address}
-        environment |= {"JAX_NUM_PROCESSES": str(processes), "JAX_PROCESS_ID": str(number)}
+        environment |= {"JAX_NUM_PROCESSES": str(count), "JAX_PROCESS_ID": str(number)}
         with (folder / f"log-{number}.txt").open("a") as log:
-            started.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
+            started.append(processes.start(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
     return started
 
 
-def ended(processes):
+def ended(started):
     """Their exit statuses."""
     deadline = time.monotonic() + LONGEST
     try:
-        return [process.wait(max(deadline - time.monotonic(), 1)) for process in processes]
+        return [process.wait(max(deadline - time.monotonic(), 1)) for process in started]
     finally:
-        for process in processes:
+        for process in started:
             process.kill()
 
 
@@ -58,27 +58,27 @@ def drawn(folder):
 @pytest.mark.slow
 @pytest.mark.exactness(17)
 @pytest.mark.parametrize("verb", ["train", "train_rl"])
-def test_a_run_survives_all_that_befalls_its_hosts(verb, tmp_path):
+def test_a_run_survives_all_that_befalls_its_hosts(verb, tmp_path, processes):
     """Uninterrupted on 2 processes of 2 devices; and with one of them killed, then told to stop, then on one of 4."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     whole.mkdir()
     cut.mkdir()
-    assert ended(start(verb, whole, 2, 2)) == [0, 0], (whole / "log-0.txt").read_text()[-3000:]
+    assert ended(start(processes, verb, whole, 2, 2)) == [0, 0], (whole / "log-0.txt").read_text()[-3000:]
 
-    lost = ended(start(verb, cut, 2, 2, dies_at=2))
+    lost = ended(start(processes, verb, cut, 2, 2, dies_at=2))
     assert lost[0] in (hosts.LOST, -signal.SIGABRT), (cut / "log-0.txt").read_text()[-3000:]  # ours, or JAX's own
     assert lost[1] == -signal.SIGKILL
     assert not checkpoint.has_model(cut) and not checkpoint.has_model(cut / "run")
 
-    processes = start(verb, cut, 2, 2, dies_at=-4)
-    while not (cut / "here-0").exists() and processes[0].poll() is None:
+    started = start(processes, verb, cut, 2, 2, dies_at=-4)
+    while not (cut / "here-0").exists() and started[0].poll() is None:
         time.sleep(0.1)
     since = time.monotonic()
-    processes[1].send_signal(signal.SIGTERM)  # one is told, both stop
-    assert ended(processes) == [hosts.AGAIN, hosts.AGAIN], (cut / "log-0.txt").read_text()[-3000:]
+    started[1].send_signal(signal.SIGTERM)  # one is told, both stop
+    assert ended(started) == [hosts.AGAIN, hosts.AGAIN], (cut / "log-0.txt").read_text()[-3000:]
     assert time.monotonic() - since < 30
 
-    assert ended(start(verb, cut, 1, 4)) == [0], (cut / "log-0.txt").read_text()[-3000:]
+    assert ended(start(processes, verb, cut, 1, 4)) == [0], (cut / "log-0.txt").read_text()[-3000:]
     assert told(cut) == told(whole)
     if verb == "train_rl":
         assert drawn(cut) == drawn(whole)

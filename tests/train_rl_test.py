@@ -5,7 +5,6 @@ import functools
 import json
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -221,7 +220,7 @@ def test_a_finetuned_policy_knows_its_anchor(tmp_path):
 
 
 @pytest.mark.exactness(17)
-def test_a_run_that_is_killed_goes_on_as_if_nothing_had_happened(tmp_path):
+def test_a_run_that_is_killed_goes_on_as_if_nothing_had_happened(tmp_path, processes):
     """kill -9 in the fourth of five steps, a checkpoint after every second: metrics and weights equal to the bit."""
     for name in ("whole", "cut"):
         (tmp_path / name).mkdir()
@@ -234,7 +233,7 @@ sys.path[:0] = [{str(Path(__file__).parents[1])!r}, {str(Path(__file__).parent)!
 import train_rl_test
 train_rl_test.loop(Path({str(tmp_path / "cut")!r}), writer=train_rl_test.Dying, **{settings!r})
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = processes.run([sys.executable, "-c", code], capture_output=True)
     assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
     assert not checkpoint.has_model(tmp_path / "cut/run")
     loop(tmp_path / "cut", **settings)

@@ -4,7 +4,6 @@ import dataclasses
 import itertools
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -133,7 +132,7 @@ def test_one_device_equals_eight_on_any_mesh():
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), gradients, found[0][1])
 
 
-def test_a_model_trained_on_eight_devices_loads_on_one(whole):
+def test_a_model_trained_on_eight_devices_loads_on_one(whole, processes):
     """In a process of its own, since the number of devices is fixed when JAX starts."""
     code = (
         "import sys; from musicrl_jax.core import checkpoint; from musicrl_jax.models.musiclm import MusicLMConfig;"
@@ -141,9 +140,7 @@ def test_a_model_trained_on_eight_devices_loads_on_one(whole):
         "model = checkpoint.load_model(sys.argv[1], MusicLMConfig); print(checkpoint.content_hash(model.variables))"
     )
     environment = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(Path(__file__).parents[1])}
-    done = subprocess.run(
-        [sys.executable, "-c", code, whole], env=environment, capture_output=True, text=True, timeout=300
-    )
+    done = processes.run([sys.executable, "-c", code, whole], env=environment, capture_output=True, timeout=300)
     assert done.stdout.strip() == checkpoint.model_hash(whole), done.stderr
 
 

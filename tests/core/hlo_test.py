@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import subprocess
 import sys
 
 import jax
@@ -432,7 +431,7 @@ print(json.dumps([scan, large]))
 """
 
 
-def test_a_program_compiled_for_tpus():
+def test_a_program_compiled_for_tpus(processes):
     """24 matmuls of 2048 rows a chip on gathered weights, and one of 8192 cubed, none of which fits into VMEM."""
     pytest.importorskip("libtpu")
     env = {
@@ -443,7 +442,7 @@ def test_a_program_compiled_for_tpus():
         "TPU_ACCELERATOR_TYPE": "v5litepod-16",
         "TPU_SKIP_MDS_QUERY": "1",
     }
-    done = subprocess.run([sys.executable, "-c", FOR_TPU], env=env, capture_output=True, text=True, timeout=300)
+    done = processes.run([sys.executable, "-c", FOR_TPU], env=env, capture_output=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     scan, large = json.loads(done.stdout.splitlines()[-1])
     assert scan["unknown"] == []

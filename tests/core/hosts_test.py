@@ -40,7 +40,7 @@ def test_who_is_alone_is_the_first_and_waits_for_no_one():
     ],
     ids=["at once", "at the end of a step"],
 )
-def test_sigterm_ends_a_process_that_has_joined_with_75(work, said):
+def test_sigterm_ends_a_process_that_has_joined_with_75(work, said, processes):
     code = f"""
 import time
 from musicrl_jax.core import hosts
@@ -51,7 +51,7 @@ except hosts.Preempted as stop:
     print(stop, flush=True)
     raise
 """
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    process = processes.start([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     with process:
         assert process.stdout.readline() == "joined\n"
         process.send_signal(signal.SIGTERM)

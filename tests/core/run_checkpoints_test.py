@@ -432,14 +432,14 @@ while True:
 """
 
 
-def test_a_killed_run_goes_on_from_a_whole_step(tmp_path):
+def test_a_killed_run_goes_on_from_a_whole_step(tmp_path, processes):
     """kill -9 at any time: of the steps whose save has begun, the newest or the one before is whole."""
     random = np.random.default_rng(0)
     paths = os.pathsep.join(str(path) for path in (Path(__file__).parent, Path(__file__).parents[2]))
     settings = {"env": {**os.environ, "PYTHONPATH": paths}, "stdout": subprocess.PIPE, "text": True}
     before = 0
     for _ in range(4):
-        with subprocess.Popen([sys.executable, "-c", WORKER, tmp_path], **settings) as worker:
+        with processes.start([sys.executable, "-c", WORKER, tmp_path], **settings) as worker:
             timer = threading.Timer(60, worker.kill)
             timer.start()
             begun = [before]

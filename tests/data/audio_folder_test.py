@@ -8,7 +8,6 @@ import random
 import re
 import shutil
 import struct
-import subprocess
 import sys
 import time
 import tracemalloc
@@ -624,7 +623,7 @@ def test_a_set_that_was_built_before_a_setting_had_its_default(three):
 
 
 @pytest.mark.slow
-def test_three_hours_are_built_in_little_memory(tmp_path):
+def test_three_hours_are_built_in_little_memory(tmp_path, processes):
     """In a process of its own: a build of three hours takes no more memory than one of three minutes, but for TFDS.
 
     TFDS sorts records by hash, and holds up to 1 GB of them in memory for that: here 345 MB.
@@ -648,7 +647,7 @@ print("MB", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1000)
         _say(tmp_path / name, "a.wav", "b.wav", "c.wav")
         root = str(pathlib.Path(__file__).parents[2])
         command = [sys.executable, "-c", code, root, str(tmp_path / name)]
-        told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        told = processes.run(command, check=True, capture_output=True).stdout
         peaks[name] = int(re.search(r"MB (\d+)", told)[1])
     assert peaks["long"] < peaks["short"] + 1.25 * 345 + 100
 

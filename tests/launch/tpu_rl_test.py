@@ -65,7 +65,8 @@ esac
 class Cloud:
     """A checkout to launch from, and the TPUs that its gcloud has."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, processes=None):
+        self.processes = processes
         self.fake, self.checkout, self.home = folder / "fake", folder / "a checkout", folder / "home"
         if not folder.exists():
             self.make()
@@ -119,13 +120,13 @@ class Cloud:
             asked = {"states": [queued], "nodes": nodes, "made": True}
             (self.fake / "queued/rl").write_text(json.dumps(asked))
 
-    def start(self, *arguments, **settings):
+    def start(self, *arguments, before=(), **settings):
         path = f"{self.fake / 'bin'}:{os.environ['PATH']}"
         environment = {"PATH": path, "HOME": str(self.home), "FAKE": str(self.fake), "HOST": "here"}
         environment |= {name: value for name, value in (SETTINGS | settings).items() if value is not None}
-        command = [str(self.checkout / "launch/tpu_rl.sh"), *(arguments or (f"--gin_file={GIN_FILE}",))]
+        command = [*before, str(self.checkout / "launch/tpu_rl.sh"), *(arguments or (f"--gin_file={GIN_FILE}",))]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        return subprocess.Popen(command, env=environment, cwd=self.home, start_new_session=True, **pipes)
+        return self.processes.start(command, env=environment, cwd=self.home, **pipes)
 
     def run(self, *arguments, **settings):
         """The exit status, and what it said on both streams."""
@@ -168,8 +169,8 @@ def made(tmp_path_factory):
 
 
 @pytest.fixture
-def cloud(made, tmp_path):
-    return Cloud(shutil.copytree(made, tmp_path / "cloud", symlinks=True))
+def cloud(made, tmp_path, processes):
+    return Cloud(shutil.copytree(made, tmp_path / "cloud", symlinks=True), processes)
 
 
 NEW = ["queued-resources create", "tpu-vm scp", "setup"]
@@ -354,6 +355,21 @@ def test_a_signal_stops_the_run_and_keeps_the_tpu(by, status, cloud):
     assert out.splitlines()[-1].startswith("gcloud compute tpus queued-resources delete rl ")
 
 
+def test_started_where_sigint_is_ignored_it_stops_by_sigterm_and_says_so(cloud):
+    """As nohup, cron and `&` of a script start it."""
+    cloud.ends_as("waits")
+    cloud.has()
+    process = cloud.start(before=["bash", "-c", "trap '' INT; exec \"$@\"", "bash"])
+    for number in range(2):
+        wait_for(cloud.fake / f"waits-rl-w-{number}")
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 143 and "Told to stop by SIGTERM" in out, out + err
+    assert f"SIGINT is ignored here, as nohup, cron and & have it: stop with kill -TERM {process.pid}" in out
+    assert cloud.run("--help") == 0 and "SIGTERM" in cloud.out
+
+
 def test_a_signal_before_there_is_a_tpu(cloud):
     """While it asks for the state, and while it waits for another one."""
     cloud.ends_as(describe_takes=0.5, queue=["WAITING_FOR_RESOURCES"])
@@ -433,7 +449,7 @@ def test_the_launcher_is_as_good_at_spaces_in_what_it_prints(cloud):
         shutil.copytree(cloud.checkout, home / "musicrl", ignore=shutil.ignore_patterns(".git"))
         cloud.write(home / "musicrl/.venv/bin/musicrl", MUSICRL)
     path = f"{cloud.fake / 'bin'}:{os.environ['PATH']}"
-    subprocess.run(["bash", "-c", pasted], env={"PATH": path, "FAKE": str(cloud.fake)}, check=True)
+    cloud.processes.run(["bash", "-c", pasted], env={"PATH": path, "FAKE": str(cloud.fake)}, check=True)
     assert all(words[1:-1] == [f"--gin_file={GIN_FILE}", *ODD] for _, words in cloud.argv())
     assert len(cloud.argv()) == 2
 
@@ -551,22 +567,22 @@ def test_shapes_have_as_many_chips_as_their_names_say(row):
         assert shape.count("x") == (2 if generation in ("v4", "v5p") else 1)
 
 
-def test_shapes_are_those_that_jax_knows():
+def test_shapes_are_those_that_jax_knows(processes):
     """In a process of their own: libtpu writes to its streams, and looks for TPUs."""
     pytest.importorskip("libtpu")
     names = [f"{row.split()[1]}:{size.split('=')[1]}" for row in SHAPES for size in row.split()[2:]]
     code = "import sys\nfrom jax.experimental import topologies\n"
     code += "for name in sys.argv[1:]: topologies.get_topology_desc(name, platform='tpu')"
     environment = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-    subprocess.run([sys.executable, "-c", code, *names], env=os.environ | environment, check=True, timeout=60)
+    processes.run([sys.executable, "-c", code, *names], env=os.environ | environment, check=True, timeout=60)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "launch").glob("*.sh")), ids=lambda path: path.name)
-def test_scripts_are_clean(path):
+def test_scripts_are_clean(path, processes):
     shellcheck = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     if shellcheck is None:
         pytest.skip("no shellcheck: launch/setup.sh installs it")
-    found = subprocess.run([shellcheck, str(path)], capture_output=True, text=True)
+    found = processes.run([shellcheck, str(path)], capture_output=True)
     assert found.returncode == 0, found.stdout
 
 

@@ -24,6 +24,7 @@ import schemathesis
 import soundfile
 from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, given, settings
+from processes import Processes
 from schemathesis.specs.openapi import checks
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service as ChromeService
@@ -547,11 +548,11 @@ def free_port():
         return free.getsockname()[1]
 
 
-def started(folder, port):
+def started(processes, folder, port):
     """`musicrl serve`, a process of its own, once it is ready."""
     command = [sys.executable, "-m", "musicrl_jax.cli", "serve", f"--bundle={folder}", f"--port={port}"]
     settings = "--rows=2", "--most_candidates=2", "--most_seconds=60"
-    process = subprocess.Popen([*command, *settings], stdout=subprocess.DEVNULL)
+    process = processes.start([*command, *settings], stdout=subprocess.DEVNULL)
 
     def ready():
         assert process.poll() is None
@@ -564,17 +565,19 @@ def started(folder, port):
 
 @pytest.fixture(scope="module")
 def served(exported):
-    """(address, [process]) of a service; who replaces the process puts it there."""
+    """(address, [process], start) of a service; who replaces the process puts it there, by start()."""
     port = free_port()
-    process = [started(exported[0], port)]
-    yield f"http://127.0.0.1:{port}", process
-    process[0].kill()
-    process[0].wait()
+    with Processes() as processes:
+
+        def start():
+            return started(processes, exported[0], port)
+
+        yield f"http://127.0.0.1:{port}", [start()], start
 
 
 def test_fuzzed_requests_by_its_own_description(served):
     """No 500, and no answer that the description does not name."""
-    address, _ = served
+    address, _, _ = served
     described, counts = schemathesis.openapi.from_url(f"{address}/openapi.json"), collections.Counter()
     for operation in described.get_all_operations():
 
@@ -595,8 +598,8 @@ def taken(client):
     return sum(map(float, re.findall(r"^musicrl_requests(?:_total{.*}|_in_progress) (.*)$", told, re.MULTILINE)))
 
 
-def test_a_killed_service_loses_what_it_was_drawing_and_starts_again_as_it_was(served, exported):
-    address, process = served
+def test_a_killed_service_loses_what_it_was_drawing_and_starts_again_as_it_was(served):
+    address, process, start = served
     with concurrent.futures.ThreadPoolExecutor(4) as pool, httpx.Client(base_url=address, timeout=300) as client:
         before, clip = taken(client), client.post("/v1/clips", json=ASKED)
         asked = [pool.submit(client.post, "/v1/clips", json={**ASKED, "seconds": 60}) for _ in range(4)]
@@ -604,14 +607,14 @@ def test_a_killed_service_loses_what_it_was_drawing_and_starts_again_as_it_was(s
         process[0].kill()
         assert all(isinstance(answer.exception(), httpx.TransportError) for answer in asked)  # none hangs
     process[0].wait()
-    process[0] = started(exported[0], int(address.rpartition(":")[2]))
+    process[0] = start()
     again = httpx.post(f"{address}/v1/clips", json=ASKED, timeout=300)
     assert again.content == clip.content and again.headers["x-seed"] == clip.headers["x-seed"]
 
 
 def test_sigterm_lets_finish_what_was_asked_for(served):
     """And waits for no request that is half sent. The last of this file: the service is gone then."""
-    address, (process,) = served
+    address, (process,), _ = served
     half = socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2])), timeout=300)
     half.sendall(b"POST /v1/clips HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{")
     with concurrent.futures.ThreadPoolExecutor(6) as pool, httpx.Client(base_url=address, timeout=300) as client:

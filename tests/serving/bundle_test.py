@@ -5,7 +5,6 @@ import importlib.metadata
 import json
 import os
 import shutil
-import subprocess
 import sys
 import venv
 
@@ -30,18 +29,18 @@ def test_it_was_drawn_again_without_the_model_code(exported):
     assert all(f"draw for {platform}" in told for platform in ("cpu", "cuda", "tpu"))
 
 
-def program(folder, *arguments, cwd=None):
+def program(processes, folder, *arguments, cwd=None):
     """Runs a bundle's own file, as the card says."""
     command = [sys.executable, str(folder / "bundle.py"), *arguments]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, check=False)
+    return processes.run(command, cwd=cwd, capture_output=True, timeout=300)
 
 
-def test_it_plays_as_a_program_of_its_own(exported, tmp_path):
+def test_it_plays_as_a_program_of_its_own(exported, tmp_path, processes):
     """What it plays is what `musicrl generate` plays, and it leaves no file in the bundle."""
     folder, _ = exported
     before = sorted(path for path in folder.rglob("*"))
     (tmp_path / "by_link").symlink_to(folder)
-    done = program(tmp_path / "by_link", "a slow piano", "--out=a.flac", "--seed=7", cwd=tmp_path)
+    done = program(processes, tmp_path / "by_link", "a slow piano", "--out=a.flac", "--seed=7", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (0, "a.flac\n"), done.stderr
     assert sorted(path for path in folder.rglob("*")) == before
     with soundfile.SoundFile(tmp_path / "a.flac") as file:
@@ -53,31 +52,31 @@ MARK = "import os\nopen(os.path.join(os.path.dirname(os.path.abspath(__file__)),
 
 
 @pytest.mark.parametrize("name", ["pieces", "manifest", "audio"])
-def test_a_changed_neighbour_is_refused_before_it_is_run(exported, tmp_path, name):
+def test_a_changed_neighbour_is_refused_before_it_is_run(exported, tmp_path, name, processes):
     copy = tmp_path / "copy"
     shutil.copytree(exported[0], copy)
     module = copy / f"{name}.py"
     module.write_text(MARK + module.read_text())
-    done = program(copy, "--check")
+    done = program(processes, copy, "--check")
     assert done.returncode == 1 and f"damaged: {name}.py does not have the sha256" in done.stderr
     assert "Traceback" not in done.stderr and not (copy / "MARK").exists()
 
 
-def test_a_file_beside_a_bundle_is_no_library_of_it(exported, tmp_path):
+def test_a_file_beside_a_bundle_is_no_library_of_it(exported, tmp_path, processes):
     """Neither in place of Python's own nor of others'."""
     copy = tmp_path / "copy"
     shutil.copytree(exported[0], copy)
     for name in ("argparse", "hashlib", "json", "pathlib", "jax", "numpy", "sentencepiece", "flatbuffers"):
         (copy / f"{name}.py").write_text(MARK)
-    done = program(copy, "--check", cwd=copy)
+    done = program(processes, copy, "--check", cwd=copy)
     assert done.returncode == 1 and "damaged: argparse.py does not belong to it" in done.stderr
     assert not (copy / "MARK").exists()
 
 
-def test_a_missing_library_is_named(exported):
+def test_a_missing_library_is_named(exported, processes):
     """And no other jax is advised where jax is there."""
     command = [sys.executable, "-c", export.WITHOUT, str(exported[0] / "bundle.py"), '["flatbuffers"]', "--check"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    done = processes.run(command, capture_output=True, timeout=300)
     assert (done.returncode, done.stderr) == (1, "a bundle needs flatbuffers: pip install flatbuffers\n")
 
 
@@ -100,15 +99,15 @@ def test_the_card_says_what_is_a_program(exported, run):
 
 
 @pytest.mark.slow
-def test_it_runs_with_the_named_packages_and_no_others(exported, tmp_path):
+def test_it_runs_with_the_named_packages_and_no_others(exported, tmp_path, processes):
     """In an environment of its own, with the versions of this one, and no import of anything else."""
     venv.create(tmp_path / "venv", with_pip=True)
     python = tmp_path / "venv/bin/python"
     versions = [f"{name}=={importlib.metadata.version(name)}" for name in bundles.NEEDED]
-    subprocess.run([python, "-m", "pip", "install", "--quiet", *versions], check=True, timeout=1200)
+    processes.run([python, "-m", "pip", "install", "--quiet", *versions], check=True, timeout=1200)
     environment = {name: text for name, text in os.environ.items() if not name.startswith("PYTHON")}
     command = [python, exported[0] / "bundle.py", "--check"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    done = processes.run(command, env=environment, capture_output=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["clips"] == 1
 
