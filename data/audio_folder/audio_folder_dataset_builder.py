@@ -17,7 +17,7 @@ import tensorflow_datasets as tfds
 
 from data.audio_folder import captions, recordings
 from data.audio_folder.streams import Unusable
-from data.records import RepeatableWriter
+from data.records import RepeatableBuilder
 from musicrl_jax.core.progress import Progress
 
 _AHEAD = 2**24  # samples of a file that are read before its turn, 32 MiB; the rest of a longer one comes in its turn
@@ -57,7 +57,7 @@ class AudioFolderConfig(tfds.core.BuilderConfig):
         return round(self.clip_seconds * self.sample_rate_hz)
 
 
-class Builder(tfds.core.GeneratorBasedBuilder):
+class Builder(RepeatableBuilder):
     """Clips of `audio` (int16 [N]) with `caption`, `id` ("<row's id>-<clip>") and `attributes` (JSON).
 
     Give a config: there is none built in. Files that cannot be used are named on stderr and, by reason, in
@@ -102,9 +102,6 @@ class Builder(tfds.core.GeneratorBasedBuilder):
             supervised_keys=None,
             metadata=tfds.core.MetadataDict({"sample_rate_hz": self.builder_config.sample_rate_hz}),
         )
-
-    def _example_writer(self) -> RepeatableWriter:
-        return RepeatableWriter(self.info.file_format)
 
     def _split_generators(self, dl_manager):
         """Checks every file first, so that what is wrong is said at the start and the splits hold usable files."""

@@ -12,7 +12,7 @@ import joblib
 import numpy as np
 import tensorflow_datasets as tfds
 
-from data.records import RepeatableWriter
+from data.records import RepeatableBuilder
 from data.score_clips import chunks, scores
 from data.score_clips.instruments import FEW, INSTRUMENTS
 from musicrl_jax.core.progress import Progress
@@ -56,7 +56,7 @@ class ScoreClipsConfig(tfds.core.BuilderConfig):
         return round(self.clip_seconds * self.sample_rate_hz)
 
 
-class Builder(tfds.core.GeneratorBasedBuilder):
+class Builder(RepeatableBuilder):
     """Clips of `audio` (int16 [N]) with `caption`, `id`, `attributes` and `notes` (both JSON).
 
     `notes` are rows [onset s, duration s, MIDI pitch, part]; without the drums. Bytes depend on the config
@@ -158,9 +158,6 @@ class Builder(tfds.core.GeneratorBasedBuilder):
             supervised_keys=None,
             metadata=tfds.core.MetadataDict(_as_json(self.builder_config)),
         )
-
-    def _example_writer(self) -> RepeatableWriter:
-        return RepeatableWriter(self.info.file_format)
 
     def _split_generators(self, dl_manager):
         del dl_manager  # nothing is downloaded: the scores come with music21

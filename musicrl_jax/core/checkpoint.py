@@ -20,6 +20,7 @@ import orbax.checkpoint as ocp
 
 from musicrl_jax.core import hosts, sharding
 from musicrl_jax.core.files import json_from
+from musicrl_jax.core.identity import CONTENT, HashedData
 from musicrl_jax.core.manifest import (
     FILES,
     MANIFEST,
@@ -160,11 +161,14 @@ def describe(value: Any) -> Any:
     their content's hash, another folder by its name.
 
     A run may then move to another disk, and is another run where a model or a file that it builds on changed. A field
-    of `field(metadata=NO_IDENTITY)`, such as a cache's folder, is left out.
+    of `field(metadata=NO_IDENTITY)`, such as a cache's folder, is left out. `HashedData` are described by their fields
+    and, under CONTENT, by their hashes; without hashes by their fields alone, as before there were any.
     """
     if dataclasses.is_dataclass(value):
         told = [field.name for field in dataclasses.fields(value) if field.metadata != NO_IDENTITY]
-        return {name: describe(getattr(value, name)) for name in told}
+        described = {name: describe(getattr(value, name)) for name in told}
+        hashes = value.content_hashes() if isinstance(value, HashedData) else {}
+        return described | ({CONTENT: hashes} if hashes else {})
     if isinstance(value, dict):
         return {str(name): describe(part) for name, part in value.items()}
     if isinstance(value, tuple | list):

@@ -16,6 +16,7 @@ from jax.experimental import multihost_utils
 
 from musicrl_jax.core import hosts
 from musicrl_jax.core.checkpoint import has_model
+from musicrl_jax.core.identity import CONTENT, changed_content
 from musicrl_jax.core.manifest import (
     MANIFEST,
     bytes_needed,
@@ -307,7 +308,12 @@ def _reason(error: Exception) -> str:
 def _check_identity(saved: Any, wanted: Any, where: Path, field: str = "") -> None:
     """ValueError at the first field that differs."""
     if isinstance(saved, dict) and isinstance(wanted, dict):
-        for name in sorted(set(saved) | set(wanted)):
+        if changes := changed_content(saved.get(CONTENT), wanted.get(CONTENT)):
+            raise ValueError(
+                f"{where} holds a run that learned from other data: {changes}; choose a new MODEL_DIR, or put back the "
+                "data that it learned from (of a set's versions the newest is read)"
+            )
+        for name in sorted((set(saved) | set(wanted)) - {CONTENT}):
             _check_identity(saved.get(name), wanted.get(name), where, f"{field}.{name}" if field else name)
     elif saved != wanted:
         raise ValueError(

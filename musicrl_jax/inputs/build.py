@@ -12,7 +12,7 @@ from typing import Any
 import tensorflow_datasets as tfds
 
 from musicrl_jax.core.files import remove_abandoned
-from musicrl_jax.inputs import tasks
+from musicrl_jax.inputs import content, tasks
 
 
 def prepare(builder: str, config: str | Mapping[str, Any], data_dir: str) -> str:
@@ -24,12 +24,17 @@ def prepare(builder: str, config: str | Mapping[str, Any], data_dir: str) -> str
 
     Raises FileNotFoundError where there is no builder, ValueError where there is no such config or field,
     and OSError where the disk is full; an unfinished data set is never taken for a finished one.
+
+    A set that is built here has a content.json with the hash of each split (`content.py`).
     """
     module = _module(builder)
     try:
         made = module.Builder(config=_config(module, config), data_dir=Path(data_dir).expanduser())
         remove_abandoned(Path(made.data_dir).parent, "incomplete.*")
+        there = made.data_path.exists()
         made.download_and_prepare(file_format="array_record")
+        if not there and not content.read(made.data_path):  # the builders in data/ hash while they write
+            content.write(made.data_path, content.of_splits(made))
     except Exception as error:
         if tasks.disk_is_full(error):
             raise OSError(

@@ -96,6 +96,10 @@ class Clips:
         """The splits that have clips: a small folder of recordings may have no validation or test."""
         return [split for split in tasks.SPLITS if any(split in self.records(name) for name in self.datasets)]
 
+    def content_hashes(self) -> dict[str, Any]:
+        """Returns {set: {split: hash}}; sets without hashes are left out. See `tasks.content_hashes`."""
+        return tasks.content_hashes(self.datasets, self.data_dir)
+
     def captions(self, split: str) -> list[str]:
         """The caption of every clip, set after set by name."""
         return [text["caption"] for text in self._texts(split)]

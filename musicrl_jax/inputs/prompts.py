@@ -8,6 +8,7 @@ import functools
 import hashlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -61,6 +62,10 @@ class Prompts:
     def count(self, split: str) -> int:
         """The number of prompts in a split."""
         return len(self.unique(split))
+
+    def content_hashes(self) -> dict[str, Any]:
+        """Returns {set: {split: hash}}; sets without hashes are left out. `files` are known by their own content."""
+        return tasks.content_hashes(self.datasets, self.data_dir)
 
     def unique(self, split: str) -> list[str]:
         """Every prompt of a split once, in the order of `datasets` and `files`; none that a split before it has."""

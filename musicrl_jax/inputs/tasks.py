@@ -10,7 +10,7 @@ Legend: B examples in a batch, C tasks in a mixture, N samples, L text pieces, P
 import errno
 import functools
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,7 +19,8 @@ import seqio
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
-from musicrl_jax.inputs import order, pieces
+from musicrl_jax.core.identity import ABSENT
+from musicrl_jax.inputs import content, order, pieces
 
 tf.config.set_visible_devices([], "GPU")  # the accelerators are JAX's
 
@@ -250,15 +251,38 @@ def _numpy(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     }
 
 
-def prepared(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
-    """The newest version of a prepared data set; FileNotFoundError that says how to build it where there is none."""
+def _newest(name: str, data_dir: str) -> Path | None:
+    """The folder of a prepared data set's newest version; None where there is none."""
     folder = Path(data_dir).expanduser() / name
     versions = [p.name for p in folder.glob("*") if tfds.core.Version.is_valid(p.name)]
-    if not versions:
+    return folder / str(max(map(tfds.core.Version, versions))) if versions else None
+
+
+def prepared(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
+    """The newest version of a prepared data set; FileNotFoundError that says how to build it where there is none."""
+    folder = _newest(name, data_dir)
+    if folder is None:
         raise FileNotFoundError(
-            f"datasets: no prepared data set {name!r} at {folder}; build it with `musicrl build`, or correct data_dir"
+            f"datasets: no prepared data set {name!r} at {Path(data_dir).expanduser() / name}; build it with "
+            "`musicrl build`, or correct data_dir"
         )
-    return _open(str(folder / str(max(map(tfds.core.Version, versions)))))
+    return _open(str(folder))
+
+
+def content_hashes(names: Iterable[str], data_dir: str) -> dict[str, Any]:
+    """Returns the hash of each split of the prepared data sets, for `checkpoint.describe`.
+
+    Hashes were made when a set was built, so that no record is read. A set that was built before there were hashes is
+    left out; one that is not there is ABSENT.
+    """
+    hashes = {}
+    for name in sorted(names):
+        folder = _newest(name, data_dir)
+        if folder is None:
+            hashes[name] = ABSENT
+        elif by_split := content.read(folder):
+            hashes[name] = by_split
+    return hashes
 
 
 @functools.lru_cache(maxsize=32)

@@ -1,8 +1,8 @@
 """Token data: clips that the frozen models have read once, on disk for the models that are trained on tokens.
 
 A token folder holds a TFDS data set a split (`train/`, in ArrayRecord shards) and `manifest.json`: the
-hashes of the models that wrote the tokens, their layout, the data that was read, and the number of examples
-of every split that is complete. A split that the manifest does not count is not there.
+hashes of the models that wrote the tokens, their layout, the data that was read, and the number and the hash of
+the examples of every split that is complete. A split that the manifest does not count is not there.
 
 Legend: B clips, F policy frames, T codec frames, Q codec levels, M MuLan levels.
 """
@@ -22,12 +22,20 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 
 from musicrl_jax.core.files import read_json
-from musicrl_jax.inputs import tasks
+from musicrl_jax.core.identity import CONTENT, changed_content
+from musicrl_jax.inputs import content, tasks
 
 SCHEMA = "1.1.0"  # of the examples and the manifest; a change of either needs a new one
 MANIFEST = "manifest.json"
 VOTES = "votes.jsonl"  # lies beside the manifest where the tokens are of clips that were voted on
-MANIFEST_KIND = {"schema": str, "models": {str: str}, "layout": dict, "data": dict, "counts": {str: int}}
+MANIFEST_KIND = {
+    "schema": str,
+    "models": {str: str},
+    "layout": dict,
+    "data": dict,
+    "counts": {str: int},
+    "content?": {str: str},
+}
 FIELDS = {"semantic": 1, "acoustic": 2, "mulan": 1}  # the rank of each token field of an example
 
 
@@ -81,6 +89,13 @@ class Tokens:
         """The splits that `musicrl encode` finished."""
         return list(read_manifest(self.directory, self.verb)["counts"])
 
+    def content_hashes(self) -> dict[str, Any]:
+        """Returns {'tokens': {split: hash}}; {} where there are no tokens, or older ones, which have no hashes."""
+        if not (Path(self.directory) / MANIFEST).is_file():
+            return {}
+        hashes = read_manifest(self.directory).get("content")
+        return {"tokens": hashes} if hashes else {}
+
     def count(self, split: str) -> int:
         """The number of examples in a split."""
         manifest = read_manifest(self.directory, self.verb)
@@ -100,6 +115,8 @@ class Tokens:
 
 def read_manifest(directory: str, verb: str = "encode") -> dict[str, Any]:
     """Reads {'schema', 'models': {name: hash}, 'layout': {}, 'data': {}, 'counts': {split: n}} of a token folder.
+
+    With 'content': {split: hash}, but for splits that were written before there were hashes.
 
     Raises FileNotFoundError or ValueError, which name the verb that writes such a folder: `verb`, or 'collect' where
     votes are there.
@@ -157,13 +174,14 @@ def write_tokens(
         raise ValueError(f"split {split!r}: there are no examples to write")
     manifest = _manifest(directory, models, layout, data)
     manifest["counts"].pop(split, None)
+    manifest.get("content", {}).pop(split, None)
     _write_manifest(directory, manifest)
 
     partial = folder.with_name(f"{split}.partial")
     for old in (folder, partial):
         shutil.rmtree(old, ignore_errors=True)
     try:
-        count = _write_shards(partial, split, first, examples, examples_per_shard)
+        count, content_hash = _write_shards(partial, split, first, examples, examples_per_shard)
     except Exception as error:
         if tasks.disk_is_full(error):
             shutil.rmtree(partial)
@@ -172,12 +190,15 @@ def write_tokens(
         raise
     os.replace(partial, folder)
     manifest["counts"][split] = count
+    manifest.setdefault("content", {})[split] = content_hash
     _write_manifest(directory, manifest)
     return count
 
 
-def _write_shards(folder: Path, split: str, first: Mapping, rest: Iterator[Mapping], examples_per_shard: int) -> int:
-    """Writes a TFDS data set with one split into a new folder; the number of examples."""
+def _write_shards(
+    folder: Path, split: str, first: Mapping, rest: Iterator[Mapping], examples_per_shard: int
+) -> tuple[int, str]:
+    """Writes a TFDS data set with one split into a new folder; the number of examples and their hash."""
     folder.mkdir()
     arrays = {
         name: tfds.features.Tensor(shape=np.shape(first[name]), dtype=np.int32, encoding="bytes") for name in FIELDS
@@ -188,13 +209,15 @@ def _write_shards(folder: Path, split: str, first: Mapping, rest: Iterator[Mappi
     )
     writer = tfds.core.SequentialWriter(info, examples_per_shard, file_format="array_record")
     writer.initialize_splits([split])
-    checked, count = _checked(first, rest), 0
+    checked, count, digest = _checked(first, rest), 0, content.ContentHash()
     # Each call writes the metadata anew, so examples are handed over by the shard.
     while shard := list(itertools.islice(checked, examples_per_shard)):
         writer.add_examples({split: shard})
         count += len(shard)
+        for example in shard:
+            digest.add(content.of_arrays(example))
     writer.close_all()
-    return count
+    return count, digest.hexdigest()
 
 
 def _checked(first: Mapping, rest: Iterator[Mapping]) -> Iterator[dict[str, Any]]:
@@ -227,7 +250,12 @@ def _manifest(
     old = read_json(path, MANIFEST_KIND, "restore a copy, or remove the folder to encode again")
     was, now = old["data"], new["data"]
     if changed := [name for name in was | now if was.get(name) != now.get(name)]:
-        difference = "; ".join(f"{name} {was.get(name)}, not {now.get(name)}" for name in changed)
+        difference = "; ".join(
+            changed_content(was.get(name), now.get(name))
+            if name == CONTENT
+            else f"{name} {was.get(name)}, not {now.get(name)}"
+            for name in changed
+        )
         raise ValueError(f"tokens in {directory} were encoded from {difference}: give another TOKENS folder")
     return old
 

@@ -95,6 +95,10 @@ class Votes:
         """As `Tokens.layout`."""
         return self._tokens.layout()
 
+    def content_hashes(self) -> dict[str, Any]:
+        """As `Tokens.content_hashes`: of the clips' tokens. The votes are known by the content of their file."""
+        return self._tokens.content_hashes()
+
     def splits(self) -> list[str]:
         """The splits that have votes."""
         return [split for split in self._tokens.splits() if self.count(split)]

@@ -8,7 +8,6 @@ import json
 import os
 import pathlib
 import re
-import subprocess
 import sys
 
 import hypothesis
@@ -23,6 +22,7 @@ from hypothesis import strategies as st
 from data.score_clips import analysis, captions, clips, render, score_clips_dataset_builder, scores
 from data.score_clips.instruments import FEW, INSTRUMENTS
 from data.score_clips.score_clips_dataset_builder import Builder, ScoreClipsConfig
+from musicrl_jax.inputs import content
 
 SECONDS, RATE_HZ = 4.0, 16000
 PIECES = (
@@ -428,7 +428,7 @@ def test_random_access_gives_what_was_drawn(built):
     np.testing.assert_array_equal(example["audio"], render.render(clip, 0.5, RATE_HZ))
 
 
-def test_bytes_are_the_same_in_another_process_with_one_worker(built, tmp_path):
+def test_bytes_are_the_same_in_another_process_with_one_worker(built, tmp_path, processes):
     again = f"""
 import sys, joblib
 sys.path.insert(0, {str(pathlib.Path(score_clips_dataset_builder.__file__).parents[2])!r})
@@ -437,8 +437,11 @@ from data.score_clips.score_clips_dataset_builder import Builder, ScoreClipsConf
 config = ScoreClipsConfig(name="built", **{built.info.metadata!r})
 Builder(config=config, data_dir={str(tmp_path)!r}).download_and_prepare(file_format="array_record")
 """
-    subprocess.run([sys.executable, "-c", again], check=True, env=os.environ | {"PYTHONHASHSEED": "1"})
-    assert _bytes(tmp_path / "score_clips" / "built" / str(Builder.VERSION)) == _bytes(built.data_dir)
+    processes.run([sys.executable, "-c", again], check=True, env=os.environ | {"PYTHONHASHSEED": "1"})
+    again = tmp_path / "score_clips" / "built" / str(Builder.VERSION)
+    assert _bytes(again) == _bytes(built.data_dir)
+    assert content.read(again) == content.read(built.data_dir) == content.of_splits(built)
+    assert set(content.read(again)) == {"train", "validation", "test"}
 
 
 def test_an_interrupted_build_goes_on_where_it_was(built, tmp_path, monkeypatch):

@@ -21,6 +21,7 @@ class RampConfig(tfds.core.BuilderConfig):
     sample_rate_hz: int = 100
     samples: int = 400
     full: bool = False
+    lowest: int = -200
 
 
 class Builder(tfds.core.GeneratorBasedBuilder):
@@ -49,9 +50,9 @@ class Builder(tfds.core.GeneratorBasedBuilder):
             raise OSError(28, "No space left on device")
         for i in range(getattr(self.builder_config, split)):
             name = f"{self.builder_config.name}-{split}-{i}"
-            # Sample n is n - 200, so that a crop tells where it starts. Captions repeat: three words in turn.
+            # Sample n is n + lowest, so that a crop tells where it starts. Captions repeat: three words in turn.
             yield name, {
-                "audio": np.arange(self.builder_config.samples, dtype=np.int16) - 200,
+                "audio": np.arange(self.builder_config.samples, dtype=np.int16) + self.builder_config.lowest,
                 "caption": f"A {('slow', 'fast', 'lively')[i % 3]} jig for {split if i >= 3 else 'all'}, größer",
                 "id": name,
                 "attributes": json.dumps({"number": i}),

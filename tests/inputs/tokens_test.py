@@ -1,6 +1,7 @@
 """Tokens come back as they were written, and only to the models that wrote them."""
 
 import errno
+import hashlib
 import itertools
 import json
 import os
@@ -9,7 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from musicrl_jax.inputs import tokens
+from musicrl_jax.core import checkpoint
+from musicrl_jax.core.run_checkpoints import RunCheckpoints
+from musicrl_jax.inputs import content, tokens
 from musicrl_jax.inputs.tokens import Tokens, write_tokens
 
 MODELS = {"mulan": "aa11", "semantic": "bb22", "codec": "cc33"}
@@ -81,6 +84,47 @@ def test_tokens_of_other_models_are_refused(folder, name):
     assert Tokens(folder).count("train") == 11
 
 
+def digest(written):
+    """The hash of examples, made from their arrays alone."""
+    made = content.ContentHash()
+    for example in written:
+        arrays = {name: np.asarray(example[name], np.int32) for name in tokens.FIELDS}
+        made.add(content.of_arrays({**arrays, "id": example["id"], "caption": example["caption"]}))
+    return made.hexdigest()
+
+
+def test_a_run_knows_its_tokens_by_their_content(folder, tmp_path):
+    """Other tokens under the same manifest are named; those of an older version, without hashes, are as they were."""
+    before = checkpoint.describe(Tokens(folder))
+    run = RunCheckpoints(tmp_path / "run", {"data": before})
+    run.save(1, {"w": np.zeros(1)})
+    run.close()
+    other = [{**example, "semantic": example["semantic"][::-1]} for example in examples(11)]
+    write_tokens(folder, "train", other, MODELS, LAYOUT, DATA)
+    with pytest.raises(ValueError, match=r"other data: tokens was built anew .* hash of train \w+, now \w+\); choose"):
+        RunCheckpoints(tmp_path / "run", {"data": checkpoint.describe(Tokens(folder))})
+    write_tokens(folder, "train", examples(11), MODELS, LAYOUT, DATA, examples_per_shard=3)
+    assert checkpoint.describe(Tokens(folder)) == before
+
+    path = Path(folder) / tokens.MANIFEST
+    manifest = json.loads(path.read_text())
+    del manifest["content"]
+    path.write_text(json.dumps(manifest))
+    old = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert checkpoint.describe(Tokens(folder)) == {"directory": old, "models": None}
+    assert tokens.complete(folder, "train", MODELS, LAYOUT, DATA)
+
+
+def test_tokens_of_a_set_that_was_built_anew_are_refused(folder):
+    old, new = ({**DATA, "content": {"score_clips/tiny": {"train": 64 * digit}}} for digit in "ab")
+    write_tokens(folder + "2", "train", examples(3), MODELS, LAYOUT, old)
+    message = r"score_clips/tiny was built anew with other examples \(content hash of train a{12}, now b{12}\): give"
+    with pytest.raises(ValueError, match=message):
+        tokens.complete(folder + "2", "train", MODELS, LAYOUT, new)
+    with pytest.raises(ValueError, match=r"/tiny was built anew .now it has a content hash, then it has none"):
+        tokens.complete(folder, "train", MODELS, LAYOUT, new)
+
+
 def test_the_manifest_says_what_is_complete(folder):
     assert tokens.complete(folder, "train", MODELS, LAYOUT, DATA)
     assert not tokens.complete(folder, "test", MODELS, LAYOUT, DATA)
@@ -94,6 +138,7 @@ def test_the_manifest_says_what_is_complete(folder):
         "layout": {**LAYOUT, "levels": [4, 8]},
         "data": DATA,
         "counts": {"train": 11, "test": 3},
+        "content": {"train": digest(examples(11)), "test": digest(examples(3, 100))},
     }
 
 
