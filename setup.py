@@ -7,6 +7,7 @@ setup(
     version="0.1.0",
     description="Finetune text-to-music models on what listeners like, in JAX and Flax",
     license="Apache-2.0",
+    license_files=["LICENSE", "NOTICE"],
     python_requires=">=3.11",
     packages=find_packages(include=["musicrl_jax", "musicrl_jax.*"]),
     package_data={"musicrl_jax.report": ["*.j2"], "musicrl_jax.serving": ["*.html"]},

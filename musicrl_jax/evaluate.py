@@ -213,6 +213,7 @@ def evaluate(
                 clips_of[f"{name}, last"] = bench.clip(policy, row)
 
     scores = {which: {n: r[n] for n in (*names, OPINION) if n in r} for which, r in results.items()}
+    licences = clips.licences()
     further = ("measured", "ratings", "kl")
     np.savez_compressed(
         directory / SCORES,
@@ -233,7 +234,7 @@ def evaluate(
         went,
         training,
         read_seconds(run_dir),
-        notes,
+        (*notes, *(f"Real clips are of {name}: {licence} None is on this page." for name, licence in licences.items())),
     )
     write_json(done, summary)
     shutil.rmtree(directory / PLAYED)

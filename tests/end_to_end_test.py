@@ -126,6 +126,7 @@ def test_ru_starts_from_r_and_is_anchored_to_it(folder):
 def test_the_page_holds_what_it_says(folder):
     """The policies' clips of the first two held-out prompts, of one that lost if any did, all terms and the notes."""
     page = (folder / "run/evaluation/page.html").read_text()
+    assert "Real clips are of score_clips/tiny: Clips contain samples of the soundfont TimGM6mb" in page
     prompts = Prompts("", ("score_clips/tiny",), data_dir=f"{folder}/data").unique("test")
     heard = re.findall(r'<audio [^>]*aria-label="([^,"]+), 1\.0 seconds: ([^"]*)"', page)
     asked = [(side, prompt) for prompt in prompts[:2] for side in ("MusicLM", "R", "RU", "best of 2")]

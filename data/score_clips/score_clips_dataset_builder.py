@@ -17,6 +17,10 @@ from data.score_clips import chunks, scores
 from data.score_clips.instruments import FEW, INSTRUMENTS
 from musicrl_jax.core.progress import Progress
 
+LICENCE = (
+    "Clips contain samples of the soundfont TimGM6mb by Tim Brechbill, which stands under GPL-2; the scores are "
+    "encodings of music in the public domain, from music21's corpus."
+)
 SPLITS = ("train", "validation", "test")
 _CHUNK = 8  # clips or pieces that a worker takes at once, and that a build started again need not redo
 _WAVE = 64  # pieces parsed before looking whether more are needed
@@ -157,6 +161,7 @@ class Builder(RepeatableBuilder):
             ),
             supervised_keys=None,
             metadata=tfds.core.MetadataDict(_as_json(self.builder_config)),
+            license=LICENCE,
         )
 
     def _split_generators(self, dl_manager):

@@ -100,6 +100,11 @@ class Clips:
         """Returns {set: {split: hash}}; sets without hashes are left out. See `tasks.content_hashes`."""
         return tasks.content_hashes(self.datasets, self.data_dir)
 
+    def licences(self) -> dict[str, str]:
+        """Returns what each set says of its licence, by its name; sets that say nothing are left out."""
+        said = {name: tasks.prepared(name, self.data_dir).info.redistribution_info.license for name in self.datasets}
+        return {name: licence for name, licence in said.items() if licence}
+
     def captions(self, split: str) -> list[str]:
         """The caption of every clip, set after set by name."""
         return [text["caption"] for text in self._texts(split)]

@@ -23,6 +23,7 @@ from data.score_clips import analysis, captions, clips, render, score_clips_data
 from data.score_clips.instruments import FEW, INSTRUMENTS
 from data.score_clips.score_clips_dataset_builder import Builder, ScoreClipsConfig
 from musicrl_jax.inputs import content
+from musicrl_jax.inputs.clips import Clips
 
 SECONDS, RATE_HZ = 4.0, 16000
 PIECES = (
@@ -442,6 +443,13 @@ Builder(config=config, data_dir={str(tmp_path)!r}).download_and_prepare(file_for
     assert _bytes(again) == _bytes(built.data_dir)
     assert content.read(again) == content.read(built.data_dir) == content.of_splits(built)
     assert set(content.read(again)) == {"train", "validation", "test"}
+
+
+def test_a_set_says_what_its_clips_contain(built):
+    assert "GPL-2" in (pathlib.Path(built.data_dir) / "LICENSE").read_text()
+    data_dir = str(pathlib.Path(built.data_dir).parents[2])
+    data = Clips({"score_clips/built": 1.0}, data_dir, RATE_HZ)
+    assert data.licences() == {"score_clips/built": score_clips_dataset_builder.LICENCE}
 
 
 def test_an_interrupted_build_goes_on_where_it_was(built, tmp_path, monkeypatch):

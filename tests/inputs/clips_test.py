@@ -121,6 +121,10 @@ def test_counts_captions_and_attributes(mixture):
         assert f" {('slow', 'fast', 'lively')[number % 3]} jig" in caption
 
 
+def test_a_set_that_says_nothing_of_its_licence_is_left_out(mixture):
+    assert mixture.licences() == {}
+
+
 def test_a_registered_task_is_an_ordinary_seqio_task(mixture):
     next(mixture.batches("train", 4, seed=0))
     task = seqio.get_mixture_or_task("ramp.ten")
