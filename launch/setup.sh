@@ -2,6 +2,8 @@
 # Makes .venv with the package, its extras and the versions that CI uses; does nothing where that is done already.
 #   launch/setup.sh                     takes `python3`; PYTHON=python3.12 launch/setup.sh another, 3.11 or newer
 #   launch/setup.sh parity benchmark    further extras of setup.py
+# Files are checked against the hashes in launch/requirements-PYTHON.txt, which launch/lock.py writes; PyTorch, of parity,
+# is not. A Python without such a file gets the newest versions, unchecked.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
@@ -10,24 +12,50 @@ version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
   echo "Python 3.11 or newer is needed, $python is $version: set PYTHON=..." >&2
   exit 1
 }
-what=(setup.py)
-pins=()
-if [ -e "launch/constraints-$version.txt" ]; then
-  what+=("launch/constraints-$version.txt")
-  pins=(--constraint "launch/constraints-$version.txt")
-fi
+pinned=launch/requirements-$version.txt
+what=(setup.py pyproject.toml)
+[ ! -e "$pinned" ] || what+=("$pinned")
 stamp=.venv/installed-$version-$(cat "${what[@]}" | sha256sum | cut -c1-16)
+
+for extra in "$@"; do
+  grep -q "\"$extra\": \[" setup.py || { echo "setup.sh: setup.py has no extra '$extra'" >&2 && exit 1; }
+done
+
+install() {
+  .venv/bin/python -m pip install --quiet "$@"
+}
+
+install_extra() {
+  if [ ! -e "$pinned" ]; then
+    install --editable ".[$1]"
+    return
+  fi
+  # pip leaves out what an extra alone needs, unless the marker holds.
+  sed "s/extra == '$1'/python_version > '3'/" "$pinned" > ".venv/requirements-$1.txt"
+  install --require-hashes --requirement ".venv/requirements-$1.txt"
+  if [ "$1" = parity ]; then
+    grep -o '^[A-Za-z0-9._-]*==[^ ]*' "$pinned" > .venv/versions.txt
+    install --constraint .venv/versions.txt torch
+  fi
+}
+
 if [ ! -e "$stamp" ]; then
   echo "Installing into .venv ..."
   "$python" -m venv --clear .venv
-  .venv/bin/python -m pip install --quiet --upgrade pip
-  .venv/bin/python -m pip install --quiet ${pins[@]+"${pins[@]}"} --editable '.[data,listeners,report,serve,test]'
+  if [ -e "$pinned" ]; then
+    install --require-hashes --requirement "$pinned"
+    # Editable and hashes exclude each other. setuptools is the one with a hash: a build of its own would fetch another.
+    install --no-deps --no-build-isolation --editable .
+  else
+    install --upgrade pip setuptools
+    install --editable '.[data,listeners,report,serve,test]'
+  fi
   touch "$stamp"
 fi
 for extra in "$@"; do
   if [ ! -e "$stamp-$extra" ]; then
     echo "Installing the extra '$extra' ..."
-    .venv/bin/python -m pip install --quiet ${pins[@]+"${pins[@]}"} --editable ".[$extra]"
+    install_extra "$extra"
     touch "$stamp-$extra"
   fi
 done

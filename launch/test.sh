@@ -5,17 +5,24 @@ cd "$(dirname "$0")/.."
 launch/setup.sh
 # Tests against PyTorch's implementations are left out where CI's versions do not name it: there it comes with CUDA, 3 GB.
 version=$(.venv/bin/python -c 'import sys; print("%d.%d" % sys.version_info[:2])')
-if grep -qs '^torch==' "launch/constraints-$version.txt"; then launch/setup.sh parity; fi
+if grep -qs '^torch==' "launch/requirements-$version.txt"; then launch/setup.sh parity; fi
 [ "${1:-}" = fast ] || launch/setup.sh plan  # the TPU compiler; no test needs a TPU
-# The page of `musicrl serve` is tried in Chromium. On Debian as root it is installed; where it is missing that test is skipped.
-if ! command -v chromedriver > /dev/null && command -v apt-get > /dev/null && [ "$(id -u)" = 0 ]; then
-  packages=(chromium chromium-driver)
+# The page of `musicrl serve` is tried in Chromium, and steps of the clock with libfaketime. On Debian as root both are
+# installed; the tests of what is missing are skipped.
+install() {
   apt-get update -qq &&
-    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${packages[@]}" > /dev/null ||
-    echo "no ${packages[*]}: the test of the page is skipped" >&2
+    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@" > /dev/null ||
+    echo "no $*: the tests that need it are skipped" >&2
+}
+if command -v apt-get > /dev/null && [ "$(id -u)" = 0 ]; then
+  command -v chromedriver > /dev/null || install chromium chromium-driver
+  command -v faketime > /dev/null || install faketime
 fi
 export JAX_PLATFORMS=cpu
 export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}  # XLA buffers on huge pages: fewer page faults
-.venv/bin/ruff check .
-.venv/bin/python -m pytest -m "not slow" --numprocesses=2 --dist=loadfile  # a file in one process: its fixtures are made once
-[ "${1:-}" = fast ] || .venv/bin/python -m pytest -m slow
+failed=0
+.venv/bin/ruff check . || failed=$?
+# A file in one process: its fixtures are made once. What fails here does not hide how the slow ones end.
+.venv/bin/python -m pytest -m "not slow" --numprocesses=2 --dist=loadfile || failed=$?
+[ "${1:-}" = fast ] || .venv/bin/python -m pytest -m slow || failed=$?
+exit "$failed"
