@@ -135,7 +135,8 @@ class Builder(RepeatableBuilder):
         cache = os.path.join(os.path.dirname(self.data_dir), "cache")
         if not self.data_path.exists():
             _check_space(self.data_path, 2 * self._bytes())  # the clips are in the cache and in the data set
-        self._memory = joblib.Memory(cache, verbose=0)
+        # joblib does not see a change of what the cached functions call: each version keeps what it made.
+        self._memory = joblib.Memory(os.path.join(cache, str(self.version)), verbose=0)
         tfds.disable_progress_bar()  # TFDS's bars know no totals and fill logs; Progress does better
         super().download_and_prepare(**options)
         shutil.rmtree(cache, ignore_errors=True)
