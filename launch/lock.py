@@ -82,15 +82,16 @@ def for_extras(entry: str, extras: list[str]) -> str:
 
 
 def compiled(python: str, extras: list[str] | tuple[str, ...], versions: dict[str, str], hashes: bool = False) -> str:
-    """Returns what `uv pip compile` says of setup.py with some extras, for all platforms; `versions` are kept."""
+    """Returns what `uv pip compile` says of setup.py with some extras, for all platforms; `versions` are preferred."""
     with tempfile.TemporaryDirectory() as folder:
-        wanted, constraints = Path(folder) / "wanted.in", Path(folder) / "constraints.txt"
+        wanted, output = Path(folder) / "wanted.in", Path(folder) / "locked.txt"
         wanted.write_text("\n".join([*TOOLS, *requirements(extras)]) + "\n")
-        constraints.write_text("".join(f"{name}=={version}\n" for name, version in versions.items()))
-        command = ["uv", "pip", "compile", str(wanted), f"--constraint={constraints}", f"--python-version={python}"]
+        output.write_text("".join(f"{name}=={version}\n" for name, version in versions.items()))  # uv keeps these
+        command = ["uv", "pip", "compile", str(wanted), f"--output-file={output}", f"--python-version={python}"]
         command += ["--universal", "--fork-strategy=fewest", "--no-header", "--no-annotate", "--quiet"]
         command += ["--generate-hashes"] if hashes else []
-        return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        return output.read_text()
 
 
 def requirements(extras: list[str] | tuple[str, ...]) -> list[str]:
