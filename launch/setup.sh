@@ -25,6 +25,11 @@ install() {
   .venv/bin/python -m pip install --quiet "$@"
 }
 
+# What comes as source is built by the pinned setuptools: a build of its own would fetch another, unchecked.
+install_pinned() {
+  install --require-hashes --no-build-isolation --requirement "$1"
+}
+
 install_extra() {
   if [ ! -e "$pinned" ]; then
     install --editable ".[$1]"
@@ -32,7 +37,7 @@ install_extra() {
   fi
   # pip leaves out what an extra alone needs, unless the marker holds.
   sed "s/extra == '$1'/python_version > '3'/" "$pinned" > ".venv/requirements-$1.txt"
-  install --require-hashes --requirement ".venv/requirements-$1.txt"
+  install_pinned ".venv/requirements-$1.txt"
   if [ "$1" = parity ]; then
     grep -o '^[A-Za-z0-9._-]*==[^ ]*' "$pinned" > .venv/versions.txt
     install --constraint .venv/versions.txt torch
@@ -43,8 +48,10 @@ if [ ! -e "$stamp" ]; then
   echo "Installing into .venv ..."
   "$python" -m venv --clear .venv
   if [ -e "$pinned" ]; then
-    install --require-hashes --requirement "$pinned"
-    # Editable and hashes exclude each other. setuptools is the one with a hash: a build of its own would fetch another.
+    sed -nE '/^(pip|setuptools)==/,/[^\]$/p' "$pinned" > .venv/requirements-tools.txt
+    install --require-hashes --requirement .venv/requirements-tools.txt
+    install_pinned "$pinned"
+    # Apart from the others: pip refuses what is editable among hashes.
     install --no-deps --no-build-isolation --editable .
   else
     install --upgrade pip setuptools

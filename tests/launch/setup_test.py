@@ -136,20 +136,24 @@ def checkout(tmp_path, processes):
 def test_setup_installs_what_is_hashed_first_and_then_the_project_alone(checkout):
     folder, run = checkout
     install = "-m pip install --quiet"
+    pinned = f"{install} --require-hashes --no-build-isolation --requirement"
     assert run("launch/setup.sh") == (
         0,
         [
             "-m venv --clear .venv",
-            f"{install} --require-hashes --requirement launch/requirements-3.11.txt",
+            f"{install} --require-hashes --requirement .venv/requirements-tools.txt",
+            f"{pinned} launch/requirements-3.11.txt",
             f"{install} --no-deps --no-build-isolation --editable .",
         ],
         "",
     )
     assert run("launch/setup.sh") == (0, [], "")
+    tools = entries(folder / ".venv/requirements-tools.txt")
+    assert set(tools) == set(LOCK["TOOLS"]) and all(hashes for _, hashes in tools.values())
 
     assert run("launch/setup.sh", "plan", "parity")[1] == [
-        f"{install} --require-hashes --requirement .venv/requirements-plan.txt",
-        f"{install} --require-hashes --requirement .venv/requirements-parity.txt",
+        f"{pinned} .venv/requirements-plan.txt",
+        f"{pinned} .venv/requirements-parity.txt",
         f"{install} --constraint .venv/versions.txt torch",
     ]
     assert run("launch/setup.sh", "plan", "parity") == (0, [], "")
@@ -165,7 +169,7 @@ def test_setup_installs_what_is_hashed_first_and_then_the_project_alone(checkout
 def test_setup_that_fails_is_done_again(checkout):
     _, run = checkout
     assert run("launch/setup.sh", fails="--require-hashes")[0] == 3
-    assert len(run("launch/setup.sh")[1]) == 3
+    assert len(run("launch/setup.sh")[1]) == 4
 
 
 @pytest.mark.parametrize(("fails", "status"), [("not slow", 3), ("-m slow", 3), ("nothing", 0)])
