@@ -20,6 +20,7 @@ if command -v apt-get > /dev/null && [ "$(id -u)" = 0 ]; then
 fi
 export JAX_PLATFORMS=cpu
 export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}  # XLA buffers on huge pages: fewer page faults
+trap 'exit 130' INT  # Ctrl-C ends both halves
 failed=0
 .venv/bin/ruff check . || failed=$?
 # A file in one process: its fixtures are made once. What fails here does not hide how the slow ones end.
