@@ -6,7 +6,6 @@ order of their names.
 """
 
 import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import numpy as np
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
-from musicrl_jax.core.files import write_json
+from musicrl_jax.core.files import read_json, write_json
 
 CONTENT = "content.json"  # in the folder of a set's version: {split: hash}
 
@@ -91,12 +90,6 @@ def read(folder: str | Path) -> dict[str, str]:
     Raises ValueError where the file is damaged.
     """
     path = Path(folder) / CONTENT
-    if not path.is_file():
+    if not path.exists():
         return {}
-    try:
-        hashes = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}; build the data set anew") from error
-    if not isinstance(hashes, dict) or not all(isinstance(value, str) for value in hashes.values()):
-        raise ValueError(f"{path} must hold a hash for each split: build the data set anew")
-    return hashes
+    return read_json(path, {str: str}, "build the data set anew")
