@@ -7,12 +7,13 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any
-
-import tensorflow_datasets as tfds
+from typing import TYPE_CHECKING, Any
 
 from musicrl_jax.core.files import remove_abandoned
-from musicrl_jax.inputs import content, tasks
+from musicrl_jax.inputs import content
+
+if TYPE_CHECKING:
+    import tensorflow_datasets as tfds
 
 
 def prepare(builder: str, config: str | Mapping[str, Any], data_dir: str) -> str:
@@ -27,6 +28,8 @@ def prepare(builder: str, config: str | Mapping[str, Any], data_dir: str) -> str
 
     A set that is built here has a content.json with the hash of each split (`content.py`).
     """
+    from musicrl_jax.inputs import tasks  # before the builder, which imports TensorFlow too
+
     module = _module(builder)
     try:
         made = module.Builder(config=_config(module, config), data_dir=Path(data_dir).expanduser())
@@ -55,7 +58,9 @@ def _module(builder: str) -> ModuleType:
     return importlib.import_module(f"{folder.parent.name}.{folder.name}.{name}")
 
 
-def _config(module: ModuleType, config: str | Mapping[str, Any]) -> tfds.core.BuilderConfig:
+def _config(module: ModuleType, config: str | Mapping[str, Any]) -> "tfds.core.BuilderConfig":
+    from musicrl_jax.inputs.libraries import tensorflow_datasets as tfds
+
     known = module.Builder.builder_configs
     if isinstance(config, str):
         if config not in known:

@@ -9,15 +9,16 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import seqio
-import tensorflow as tf
 
 from musicrl_jax.core import tables
 from musicrl_jax.core.files import json_from
-from musicrl_jax.inputs import tasks
+from musicrl_jax.inputs.records import SPLITS, Records
+
+if TYPE_CHECKING:
+    import seqio
 
 RATING_COLUMNS = ("clip", "rater", "score")
 LOWEST_SCORE, HIGHEST_SCORE = 1.0, 5.0
@@ -70,6 +71,8 @@ class Clips:
         missing, the sample rate is another, a crop is longer than a clip, or batch_size is more than the
         split of endless data has.
         """
+        from musicrl_jax.inputs import tasks
+
         if epochs is None and batch_size > self.count(split):
             raise ValueError(
                 f"batch_size {batch_size} is more than the {self.count(split)} clips of split {split!r} in "
@@ -94,14 +97,18 @@ class Clips:
 
     def splits(self) -> list[str]:
         """The splits that have clips: a small folder of recordings may have no validation or test."""
-        return [split for split in tasks.SPLITS if any(split in self.records(name) for name in self.datasets)]
+        return [split for split in SPLITS if any(split in self.records(name) for name in self.datasets)]
 
     def content_hashes(self) -> dict[str, Any]:
         """Returns {set: {split: hash}}; sets without hashes are left out. See `tasks.content_hashes`."""
+        from musicrl_jax.inputs import tasks
+
         return tasks.content_hashes(self.datasets, self.data_dir)
 
     def licences(self) -> dict[str, str]:
         """Returns what each set says of its licence, by its name; sets that say nothing are left out."""
+        from musicrl_jax.inputs import tasks
+
         said = {name: tasks.prepared(name, self.data_dir).info.redistribution_info.license for name in self.datasets}
         return {name: licence for name, licence in said.items() if licence}
 
@@ -133,8 +140,10 @@ class Clips:
                 )
         return crop
 
-    def records(self, name: str) -> dict[str, tasks.Records]:
+    def records(self, name: str) -> dict[str, Records]:
         """The records of one set, by split."""
+        from musicrl_jax.inputs import tasks
+
         return tasks.filled_splits(tasks.prepared(name, self.data_dir))
 
     def _sets(self, split: str) -> list[str]:
@@ -149,10 +158,12 @@ class Clips:
 
     def _clip_samples(self, name: str) -> int:
         """The length of a set's clips, after a check that it is a clip set of the right rate."""
+        from musicrl_jax.inputs import tasks
+
         info = tasks.prepared(name, self.data_dir).info
         spec = info.features.get_tensor_spec()
         audio = spec.get("audio")
-        if audio is None or audio.dtype != tf.int16 or audio.shape.rank != 1 or audio.shape[0] is None:
+        if audio is None or audio.dtype != np.int16 or audio.shape.rank != 1 or audio.shape[0] is None:
             raise ValueError(f"datasets: {name!r} is no clip set; `audio` must be int16 of a fixed length, not {audio}")
         if missing := {"caption", "id"} - set(spec):
             raise ValueError(f"datasets: {name!r} is no clip set; it lacks the text features {sorted(missing)}")
@@ -166,11 +177,13 @@ class Clips:
             )
         return int(audio.shape[0])
 
-    def _task(self, name: str) -> seqio.Task:
+    def _task(self, name: str) -> "seqio.Task":
         """The SeqIO task of one set, registered under the set's name."""
+        from musicrl_jax.inputs import tasks
+
         spec = tasks.prepared(name, self.data_dir).info.features.get_tensor_spec()
         source = tasks.RecordSource(self.records(name), {field: spec[field] for field in ("audio", "caption", "id")})
-        features = {"audio": tasks.number_feature(tf.float32, rank=1)}
+        features = {"audio": tasks.number_feature(np.float32, rank=1)}
         steps = [tasks.crop_audio]
         if self.vocabulary is not None:
             features["text"] = tasks.text_feature()
@@ -178,6 +191,8 @@ class Clips:
         return tasks.register(name, source, steps, features)
 
     def _texts(self, split: str) -> list[dict[str, str]]:
+        from musicrl_jax.inputs import tasks
+
         return [text for name in self._sets(split) for text in tasks.texts(name, self.data_dir, split)]
 
 
@@ -206,14 +221,16 @@ class Ratings:
 
         Otherwise as `Clips.batches`; ValueError or FileNotFoundError too where the table is missing or a row is wrong.
         """
+        from musicrl_jax.inputs import tasks
+
         if not (count := self.count(split)) or (epochs is None and batch_size > count):
             raise ValueError(
                 f"batch_size {batch_size} is more than the {count} ratings of split {split!r} in {self.ratings_csv}"
             )
-        spec = {"audio": tf.TensorSpec([None], tf.int16), "score": tf.TensorSpec([], tf.float32)}
+        spec = {"audio": tasks.spec([None], np.int16), "score": tasks.spec([], np.float32)}
         features = {
-            "audio": tasks.number_feature(tf.float32, rank=1),
-            "score": tasks.number_feature(tf.float32, rank=0),
+            "audio": tasks.number_feature(np.float32, rank=1),
+            "score": tasks.number_feature(np.float32, rank=0),
         }
         source = tasks.RecordSource({split: self._rated(split)}, spec)
         task = tasks.register("ratings", source, [tasks.crop_audio], features)
@@ -242,6 +259,8 @@ class Ratings:
 
     def _places(self) -> dict[str, tuple[str, str, int]]:
         """(set, split, number) of every clip, by id."""
+        from musicrl_jax.inputs import tasks
+
         places = {}
         for name in self.clips.datasets:
             for split in self.clips.records(name):

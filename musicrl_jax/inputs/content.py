@@ -8,12 +8,15 @@ order of their names.
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import tensorflow as tf
-import tensorflow_datasets as tfds
 
 from musicrl_jax.core.files import read_json, write_json
+
+if TYPE_CHECKING:
+    import tensorflow as tf
+    import tensorflow_datasets as tfds
 
 CONTENT = "content.json"  # in the folder of a set's version: {split: hash}
 
@@ -32,7 +35,7 @@ class ContentHash:
                 self._digest.update(len(part).to_bytes(8, "little"))  # where one part ends and the next one starts
                 self._digest.update(part)
 
-    def add_example(self, example: tf.train.Example) -> None:
+    def add_example(self, example: "tf.train.Example") -> None:
         """Adds an example as TFDS keeps it in a record."""
         self.add({name: _values(feature) for name, feature in example.features.feature.items()})
 
@@ -41,7 +44,7 @@ class ContentHash:
         return self._digest.hexdigest()
 
 
-def _values(feature: tf.train.Feature) -> bytes:
+def _values(feature: "tf.train.Feature") -> bytes:
     """The values of a feature, with their kind and their number."""
     kind = feature.WhichOneof("kind") or "none"
     if kind == "bytes_list":
@@ -66,8 +69,11 @@ def of_arrays(example: Mapping[str, np.ndarray | str]) -> dict[str, bytes]:
     return features
 
 
-def of_splits(builder: tfds.core.DatasetBuilder) -> dict[str, str]:
+def of_splits(builder: "tfds.core.DatasetBuilder") -> dict[str, str]:
     """Reads a whole data set that was built just now, and returns the hash of each split."""
+    from musicrl_jax.inputs.libraries import tensorflow as tf
+    from musicrl_jax.inputs.libraries import tensorflow_datasets as tfds
+
     hashes = {}
     for split, info in builder.info.splits.items():
         digest = ContentHash()

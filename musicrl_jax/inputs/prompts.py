@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tensorflow as tf
 
 from musicrl_jax.core.files import read_text
-from musicrl_jax.inputs import tasks
+from musicrl_jax.inputs.records import SPLITS, ListRecords
 
 TRAIN_PERCENT, VALIDATION_PERCENT = 90, 5  # of the lines of text files; the rest is test
 
@@ -48,12 +47,14 @@ class Prompts:
         or ValueError, before the first batch, where a file, a set or the vocabulary is missing or the split
         has no prompts.
         """
-        records = tasks.ListRecords({"prompt": prompt.encode()} for prompt in self.unique(split))
+        from musicrl_jax.inputs import tasks
+
+        records = ListRecords({"prompt": prompt.encode()} for prompt in self.unique(split))
         if not records:
             raise ValueError(
                 f"split {split!r} of {[*self.datasets, *self.files]} has no prompts that earlier splits lack"
             )
-        source = tasks.RecordSource({split: records}, {"prompt": tf.TensorSpec([], tf.string)})
+        source = tasks.RecordSource({split: records}, {"prompt": tasks.spec([], bytes)})
         tokenize = functools.partial(tasks.tokenize, vocabulary=self.vocabulary, field="prompt")
         task = tasks.register("prompts", source, [tokenize], {"text": tasks.text_feature()})
         length = {"text": self.text_length}
@@ -65,16 +66,20 @@ class Prompts:
 
     def content_hashes(self) -> dict[str, Any]:
         """Returns {set: {split: hash}}; sets without hashes are left out. `files` are known by their own content."""
+        if not self.datasets:
+            return {}
+        from musicrl_jax.inputs import tasks
+
         return tasks.content_hashes(self.datasets, self.data_dir)
 
     def unique(self, split: str) -> list[str]:
         """Every prompt of a split once, in the order of `datasets` and `files`; none that a split before it has."""
-        if split not in tasks.SPLITS:
-            raise ValueError(f"split {split!r} is none of {', '.join(tasks.SPLITS)}")
+        if split not in SPLITS:
+            raise ValueError(f"split {split!r} is none of {', '.join(SPLITS)}")
         if not self.datasets and not self.files:
             raise ValueError("datasets and files are both empty: name a clip set or a file of prompts")
         seen: set[str] = set()
-        for earlier in tasks.SPLITS[: tasks.SPLITS.index(split)]:
+        for earlier in SPLITS[: SPLITS.index(split)]:
             seen.update(map(_words, self._all(earlier)))
         prompts = []
         for prompt in self._all(split):
@@ -85,6 +90,8 @@ class Prompts:
 
     def _all(self, split: str) -> Iterator[str]:
         for name in self.datasets:
+            from musicrl_jax.inputs import tasks
+
             yield from (text["caption"] for text in tasks.texts(name, self.data_dir, split))
         for file in self.files:
             yield from (line for line in _lines(file) if _split(line) == split)

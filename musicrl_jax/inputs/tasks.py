@@ -12,40 +12,23 @@ import functools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-import seqio
-import tensorflow as tf
-import tensorflow_datasets as tfds
 
 from musicrl_jax.core.identity import ABSENT
 from musicrl_jax.inputs import content, order, pieces
-
-tf.config.set_visible_devices([], "GPU")  # the accelerators are JAX's
+from musicrl_jax.inputs.libraries import seqio
+from musicrl_jax.inputs.libraries import tensorflow as tf
+from musicrl_jax.inputs.libraries import tensorflow_datasets as tfds
+from musicrl_jax.inputs.records import Records
 
 READ_AHEAD = 16  # records that one call of the reader fetches
-SPLITS = ("train", "validation", "test")
 TEXT_FIELDS = ("id", "caption", "attributes")
 
 Preprocessor = Callable[..., tf.data.Dataset]
 Ordinals = Callable[[], Iterator[np.ndarray]]  # int64 [P] at a time: which examples of a component, 0, 1, ... its first
 Turns = Callable[[], Iterator[tuple[np.ndarray, np.ndarray]]]  # (component, ordinal) of a mixture's examples, [P] each
-
-
-class Records(Protocol):
-    """Records by number, as TFDS's `as_data_source` gives them."""
-
-    def __len__(self) -> int: ...
-
-    def __getitems__(self, indices: list[int]) -> Sequence[Mapping[str, Any]]: ...
-
-
-class ListRecords(list):
-    """Records that are in memory."""
-
-    def __getitems__(self, indices: list[int]) -> list[Mapping[str, Any]]:
-        return [self[i] for i in indices]
 
 
 class RecordSource(seqio.DataSource):
@@ -152,9 +135,14 @@ def text_feature() -> seqio.Feature:
     return seqio.Feature(seqio.PassThroughVocabulary(0), add_eos=False, dtype=tf.int32)
 
 
-def number_feature(dtype: tf.DType, rank: int) -> seqio.Feature:
-    """An output feature that is an array of numbers."""
-    return seqio.Feature(seqio.PassThroughVocabulary(0), add_eos=False, dtype=dtype, rank=rank)
+def number_feature(dtype: type[np.number], rank: int) -> seqio.Feature:
+    """Returns an output feature that is an array of numbers."""
+    return seqio.Feature(seqio.PassThroughVocabulary(0), add_eos=False, dtype=tf.as_dtype(dtype), rank=rank)
+
+
+def spec(shape: Sequence[int | None], dtype: type) -> tf.TensorSpec:
+    """Returns the spec of a feature of a record; dtype is NumPy's, or bytes for a text."""
+    return tf.TensorSpec(shape, tf.string if dtype is bytes else dtype)
 
 
 def register(

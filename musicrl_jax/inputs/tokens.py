@@ -15,15 +15,17 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-import tensorflow as tf
-import tensorflow_datasets as tfds
 
 from musicrl_jax.core.files import read_json
 from musicrl_jax.core.identity import CONTENT, changed_content
-from musicrl_jax.inputs import content, tasks
+from musicrl_jax.inputs import content
+from musicrl_jax.inputs.records import Records
+
+if TYPE_CHECKING:
+    import tensorflow as tf
 
 SCHEMA = "1.1.0"  # of the examples and the manifest; a change of either needs a new one
 MANIFEST = "manifest.json"
@@ -68,6 +70,8 @@ class Tokens:
         that many passes, the last batch perhaps smaller. Raises FileNotFoundError or ValueError, before the
         first batch, where tokens are missing or other models wrote them.
         """
+        from musicrl_jax.inputs import tasks
+
         count = self.count(split)  # also a check of the models
         if epochs is None and batch_size > count:
             raise ValueError(
@@ -76,7 +80,7 @@ class Tokens:
             )
         records, spec = read(self.directory, split)
         source = tasks.RecordSource({split: records}, {name: spec[name] for name in FIELDS})
-        features = {name: tasks.number_feature(tf.int32, rank) for name, rank in FIELDS.items()}
+        features = {name: tasks.number_feature(np.int32, rank) for name, rank in FIELDS.items()}
         task = tasks.register("tokens", source, [], features)
         length = {name: spec[name].shape[0] for name in FIELDS}
         return tasks.batches([(task, 1.0)], split, length, batch_size, seed, start_step, epochs, rows)
@@ -136,8 +140,10 @@ def read_manifest(directory: str, verb: str = "encode") -> dict[str, Any]:
     return read_json(path, MANIFEST_KIND, remedy)
 
 
-def read(directory: str, split: str) -> tuple[tasks.Records, dict[str, tf.TensorSpec]]:
+def read(directory: str, split: str) -> tuple[Records, dict[str, "tf.TensorSpec"]]:
     """The examples of a split, with `id` and `caption`, in the order they were written; and each feature's spec."""
+    from musicrl_jax.inputs import tasks
+
     builder = tasks.open_builder(str(Path(directory) / split), "run the verb that wrote it again")
     return builder.as_data_source(split), builder.info.features.get_tensor_spec()
 
@@ -166,6 +172,8 @@ def write_tokens(
     OSError where the disk is full, and ValueError where there are no examples, one is no array of codes of the
     shape of the first, or the folder holds splits that the same models wrote from other data.
     """
+    from musicrl_jax.inputs import tasks
+
     folder = Path(directory) / split
     if folder.exists() and not (Path(directory) / MANIFEST).is_file():
         raise ValueError(f"directory: {directory} is no token folder, and has a {split!r} of its own: choose another")
@@ -199,6 +207,8 @@ def _write_shards(
     folder: Path, split: str, first: Mapping, rest: Iterator[Mapping], examples_per_shard: int
 ) -> tuple[int, str]:
     """Writes a TFDS data set with one split into a new folder; the number of examples and their hash."""
+    from musicrl_jax.inputs.libraries import tensorflow_datasets as tfds
+
     folder.mkdir()
     arrays = {
         name: tfds.features.Tensor(shape=np.shape(first[name]), dtype=np.int32, encoding="bytes") for name in FIELDS

@@ -15,15 +15,17 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import tensorflow as tf
 
 from musicrl_jax.core import tables
 from musicrl_jax.core.files import read_json, set_aside, write_text
-from musicrl_jax.inputs import tasks
+from musicrl_jax.inputs.records import Records
 from musicrl_jax.inputs.tokens import VOTES, Tokens, read
+
+if TYPE_CHECKING:
+    import tensorflow as tf
 
 FIGURES = "agreement.json"  # how far the simulated listeners who voted agree
 SIMULATED = "simulated listener"  # how the name of each begins
@@ -76,6 +78,8 @@ class Votes:
         'vote' is the share of the first clip. Otherwise as `Tokens.batches`; ValueError, naming the line, where a vote
         is damaged or its clips are missing.
         """
+        from musicrl_jax.inputs import tasks
+
         pairs, spec = self._pairs(split)
         if epochs is None and batch_size > len(pairs):
             raise ValueError(
@@ -83,9 +87,9 @@ class Votes:
                 "lower it, or collect more"
             )
         source = tasks.RecordSource({split: pairs}, spec)
-        features = {name: tasks.number_feature(tf.int32, rank + 1) for name, rank in PAIRED.items()} | {
-            "mulan": tasks.number_feature(tf.int32, 1),
-            "vote": tasks.number_feature(tf.float32, 0),
+        features = {name: tasks.number_feature(np.int32, rank + 1) for name, rank in PAIRED.items()} | {
+            "mulan": tasks.number_feature(np.int32, 1),
+            "vote": tasks.number_feature(np.float32, 0),
         }
         task = tasks.register("votes", source, [], features)
         length = {name: spec[name].shape[0] for name in features if spec[name].shape.rank}
@@ -130,7 +134,9 @@ class Votes:
         self._tokens.count(split)  # a check of the models
         return {record["id"].decode(): number for number, record in enumerate(read(self.directory, split)[0])}
 
-    def _pairs(self, split: str) -> tuple["_Pairs", dict[str, tf.TensorSpec]]:
+    def _pairs(self, split: str) -> tuple["_Pairs", dict[str, "tf.TensorSpec"]]:
+        from musicrl_jax.inputs import tasks
+
         places = self._places(split)
         pairs = _Pairs(read(self.directory, split)[0])
         for vote in self.votes(split):
@@ -138,8 +144,8 @@ class Votes:
                 raise self._error(vote, "b", f"in split {split!r}")
             pairs.append((places[vote.a], places[vote.b], CHOICES[vote.vote]))
         spec = read(self.directory, split)[1]
-        paired = {name: tf.TensorSpec([2, *spec[name].shape], tf.int32) for name in PAIRED}
-        return pairs, {**paired, "mulan": spec["mulan"], "vote": tf.TensorSpec([], tf.float32)}
+        paired = {name: tasks.spec([2, *spec[name].shape], np.int32) for name in PAIRED}
+        return pairs, {**paired, "mulan": spec["mulan"], "vote": tasks.spec([], np.float32)}
 
 
 class _VotedTokens(Tokens):
@@ -151,7 +157,7 @@ class _VotedTokens(Tokens):
 class _Pairs(list):
     """(number of clip a, number of clip b, share of a) as records."""
 
-    def __init__(self, clips: tasks.Records):
+    def __init__(self, clips: Records):
         super().__init__()
         self._clips = clips
 

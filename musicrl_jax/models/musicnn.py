@@ -16,7 +16,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.signal
 from flax import linen as nn
 
 from musicrl_jax.core import spectral
@@ -62,6 +61,8 @@ def at_16_khz(wav: jax.Array, sample_rate_hz: int) -> jax.Array:
     """
     if sample_rate_hz == SAMPLE_RATE_HZ:
         return wav
+    import scipy.signal  # takes as long to import as JAX, and many a system has no use for it
+
     divisor = math.gcd(sample_rate_hz, SAMPLE_RATE_HZ)
     up, down = SAMPLE_RATE_HZ // divisor, sample_rate_hz // divisor
     half = CROSSINGS * max(up, down)
