@@ -7,7 +7,6 @@ D width of the semantic features, M measurements.
 
 import dataclasses
 import functools
-import importlib.util
 import itertools
 import os
 import shutil
@@ -23,7 +22,7 @@ import scipy.stats
 from musicrl_jax.arena.audience import Audience, Hearing
 from musicrl_jax.arena.listeners import MEASUREMENTS
 from musicrl_jax.arena.monitor import RULE
-from musicrl_jax.core import checkpoint
+from musicrl_jax.core import checkpoint, extras
 from musicrl_jax.core.files import kept, provide_caches, read_json, set_aside, write_json
 from musicrl_jax.core.keys import row_keys, step_key
 from musicrl_jax.core.progress import Progress
@@ -113,8 +112,7 @@ def evaluate(
     Returns:
       What `report.comparison.write_comparison` says of its summary.
     """
-    if missing := [name for name in ("jinja2", "matplotlib", "pyloudnorm") if importlib.util.find_spec(name) is None]:
-        raise ModuleNotFoundError(f"the page needs {', '.join(missing)}: pip install 'musicrl-jax[report]'")
+    extras.check("the page", "report", "jinja2", "matplotlib")
     provide_caches()
     from musicrl_jax.report.comparison import write_comparison  # drawing is an extra; training hosts go without
 

@@ -7,8 +7,6 @@ Legend: B clips of a step over all chips, N samples, F frames, T codec frames, Q
 """
 
 import dataclasses
-import functools
-import importlib.util
 import inspect
 import json
 import math
@@ -17,7 +15,6 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 from unittest import mock
@@ -26,7 +23,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
-from musicrl_jax.core import checkpoint, sharding
+from musicrl_jax.core import checkpoint, extras, sharding
+from musicrl_jax.core.calls import PLANNED, Call, recorded
 from musicrl_jax.core.chips import CHIPS, Chip
 from musicrl_jax.core.estimate import bytes_a_chip, estimate, refused
 from musicrl_jax.core.files import write_json
@@ -49,7 +47,6 @@ from musicrl_jax.rl.steps import build
 
 GIB = 1 << 30
 AT_ONCE = 3  # functions: the two that take minutes, and the short ones beside them
-PLANNED = "planned"  # the content hash of every model that is not there yet
 # libtpu looks for a TPU, for its neighbours and for a place to log to, and takes one process at a time, unless told.
 WITHOUT_TPU = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -61,47 +58,6 @@ WITHOUT_TPU = {
 # expects of one stand before. Only the program itself comes out larger, by 0.2 GiB at most.
 UNPACKED = {"xla_jf_vliw_scheduler": "false"}
 Stages = Sequence[Mapping[str, Callable[[], Any]]]
-
-
-class Call(NamedTuple):
-    """A stage that was asked for and not done: which verb, with which arguments."""
-
-    verb: str
-    arguments: dict[str, Any]
-
-
-_recording = False
-
-
-@contextmanager
-def _recorded() -> Iterator[None]:
-    """In the block verbs say how they were called, and do nothing."""
-    global _recording
-    _recording = True
-    try:
-        yield
-    finally:
-        _recording = False
-
-
-def recordable(verb: Callable) -> Callable:
-    """A verb that, while a run is planned, returns a Call and does nothing."""
-
-    @functools.wraps(verb)
-    def call(*given: Any, **named: Any) -> Any:
-        if not _recording:
-            return verb(*given, **named)
-        bound = inspect.signature(verb).bind(*given, **named)
-        bound.apply_defaults()
-        return Call(verb.__name__, bound.arguments)
-
-    call.__signature__ = inspect.signature(verb)  # gin asks for it, and does not look behind a decorator
-    return call
-
-
-def model_hash(directory: str) -> str:
-    """`checkpoint.model_hash`; while a run is planned, that of any model."""
-    return PLANNED if _recording else checkpoint.model_hash(directory)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -319,7 +275,7 @@ def plan(
 ) -> None:
     """Compiles every function of the stages that train for TPU slices, and prints what each takes.
 
-    Needs libtpu (`pip install 'musicrl-jax[plan]'`) and no TPU, no data, no checkpoint. A table says of each function
+    Needs libtpu (the extra `plan`) and no TPU, no data, no checkpoint. A table says of each function
     how much HBM a chip needs, the time of a call at the limits of the matrix units, of the memory and of the network,
     and by the compiler's schedule, and which limit is the highest; then how many clips a second a step of RL makes.
     All of it is the compiler's estimate.
@@ -337,7 +293,7 @@ def plan(
       ValueError: where something does not fit, a setting is out of range or the topology is unknown.
     """
     mesh_of, chip = _topology(topology, slices)
-    with _recorded():
+    with recorded():
         calls = {name: stage() for group in stages for name, stage in group.items()}
     wanted = [name for name in only.split(",") if name] or list(calls)
     if unknown := sorted(set(wanted) - set(calls)):
@@ -376,8 +332,7 @@ def _topology(topology: str, slices: int) -> tuple[Callable[[int, int], Mesh], C
             f"plan.topology={topology!r}, plan.slices={slices}: give one such as v5e:4x4 or v5p:4x4x4, of "
             f"{', '.join(CHIPS)}, and 1 slice or more"
         )
-    if importlib.util.find_spec("libtpu") is None:
-        raise ModuleNotFoundError("plan needs the TPU compiler: pip install 'musicrl-jax[plan]'")
+    extras.check("plan", "plan", "libtpu")
     chips = math.prod(map(int, shape.split("x")))
     accelerator = {"v5e": f"v5litepod-{chips}", "v4": f"v4-{2 * chips}", "v5p": f"v5p-{2 * chips}"}
     os.environ.update({**WITHOUT_TPU, "TPU_ACCELERATOR_TYPE": accelerator.get(kind, f"{kind}-{chips}"), **os.environ})

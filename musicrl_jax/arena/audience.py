@@ -4,7 +4,6 @@ Legend: P clips, N samples, M measurements.
 """
 
 import dataclasses
-import importlib.util
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from musicrl_jax.arena.listeners import Panel
+from musicrl_jax.core import extras
 from musicrl_jax.core.files import provide_caches
 from musicrl_jax.inputs.clips import Clips
 
@@ -48,8 +48,7 @@ class Audience:
 
     def check(self, rate_hz: int) -> None:
         """ModuleNotFoundError where the ears are not installed, ValueError where they hear at another rate."""
-        if missing := [name for name in ("librosa", "sklearn") if importlib.util.find_spec(name) is None]:
-            raise ModuleNotFoundError(f"listening needs {', '.join(missing)}: pip install 'musicrl-jax[listeners]'")
+        extras.check("listening", "listeners", "librosa", "sklearn")
         provide_caches()
         from musicrl_jax.arena.ears import RATE_HZ  # an extra; training hosts go without
 

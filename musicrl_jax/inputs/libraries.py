@@ -12,7 +12,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 # "I0000 00:00:1796022448.10 6258 port.cc:153] ..." and what absl says before the first of them.
-START_UP_LINE = re.compile(rb"[IW]\d{4} [\d:. ]+\w+\.cc:\d+\] |\d{4}-\d\d-\d\d .*\.cc:\d+\] |WARNING: All log messages")
+START_UP_LINE = re.compile(
+    rb"[IW]\d{4} [\d:. ]+\w+\.cc:\d+\] |\d{4}-\d\d-\d\d .*\.cc:\d+\] |WARNING: All log messages"
+)
 
 
 @contextmanager
