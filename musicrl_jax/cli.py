@@ -98,8 +98,15 @@ CONFIGS = {
     for name in names
 }
 
-# Macros that a run needs and a plan does not, and the one that every size binds.
-NEEDED_BY_A_RUN = "MODEL_DIR", "DATA_DIR", "DATA_CONFIG", "DATASETS", "PROMPT_DATASETS"
+# Macros that a run needs and a plan does not, with what a plan takes for them, and the one that every
+# size binds.
+NEEDED_BY_A_RUN = {
+    "MODEL_DIR": "'model_dir'",
+    "DATA_DIR": "'data_dir'",
+    "DATA_CONFIG": "'data_config'",
+    "DATASETS": "{'datasets': 1.0}",
+    "PROMPT_DATASETS": "('datasets',)",
+}
 SIZE, BASE_SIZE = "SAMPLE_RATE_HZ", "gin/sizes/base.gin"
 
 # Of a flag that takes a text: a macro or a call, and not the text itself.
@@ -659,7 +666,7 @@ def what_a_plan_leaves_open(files: Sequence[str], bindings: list[str]) -> list[s
     gin.parse_config_files_and_bindings(files, bindings, finalize_config=False)
     bound = {name for name in (*NEEDED_BY_A_RUN, SIZE) if gin.get_bindings(f"{name}/macro")}
     gin.clear_config()
-    bindings.extend(f"{name} = '{name.lower()}'" for name in NEEDED_BY_A_RUN if name not in bound)
+    bindings.extend(f"{name} = {value}" for name, value in NEEDED_BY_A_RUN.items() if name not in bound)
     return [] if SIZE in bound else [BASE_SIZE]
 
 

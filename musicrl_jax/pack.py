@@ -22,7 +22,7 @@ import safetensors
 import safetensors.numpy
 
 from musicrl_jax.core import checkpoint, tensors
-from musicrl_jax.core.files import json_from, read_json, write_json
+from musicrl_jax.core.files import in_checkout, json_from, read_json, write_json
 from musicrl_jax.core.manifest import MANIFEST, read_regular
 from musicrl_jax.models.mulan import MuLanConfig
 from musicrl_jax.models.musiclm import MusicLMConfig
@@ -141,6 +141,7 @@ def unpack(
         there already.
       FileNotFoundError: where a file is missing.
     """
+    source = str(in_checkout(source))
     index = _index(source)
     if unknown := set(changed) - index.keys():
         raise ValueError(f"unpack.changed: {min(unknown)!r} is none of {', '.join(index)}")

@@ -5,6 +5,7 @@ from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 
+from musicrl_jax.core import extras
 from musicrl_jax.serving import settings
 from musicrl_jax.serving.settings import ServiceLimits
 
@@ -56,6 +57,7 @@ def serve(
       FileNotFoundError: there is no bundle or no token.
     """
     # Settings and the address, before anything is loaded.
+    extras.check("serving", "serve", "fastapi", "fastapi_offline", "prometheus_client", "uvicorn")
     _check(bundle, port, rows, most_waiting, most_seconds, most_candidates, public_status, limits)
     token = settings.read_token(token_file) if token_file else ""
     hosts, origins = settings.read_hosts(allowed_hosts), settings.read_origins(allowed_origins)
@@ -96,9 +98,8 @@ def serve(
             give_up,
         )
         server = edge.server(application, limits)
-        before = signal.signal(
-            signal.SIGTERM, signal.SIG_IGN
-        )  # uvicorn hears it first, and then raises it once more
+        # uvicorn handles SIGTERM first, and then raises it once more.
+        before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
         try:
             with suppress(KeyboardInterrupt):
                 server.run(sockets)

@@ -72,9 +72,9 @@ def test_a_topology_that_is_none_is_refused(topology):
 
 
 def test_a_verb_is_recorded_only_while_a_run_is_planned():
-    verb = plan.recordable(lambda a, b=2: a + b)
+    verb = calls.recordable(lambda a, b=2: a + b)
     assert verb(1) == 3
-    with plan._recorded():
+    with calls.recorded():
         assert verb(1).arguments == {"a": 1, "b": 2}
 
 

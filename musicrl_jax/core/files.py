@@ -224,3 +224,13 @@ def _private_folder() -> Path:
     except OSError:
         pass
     return Path(tempfile.mkdtemp(prefix="musicrl-cache-"))
+
+
+def in_checkout(path: str) -> Path:
+    """Returns a path as it is, or where nothing is there, in this checkout if something is there.
+
+    Shipped gin files name what ships beside them, and are read from any working folder.
+    """
+    here = Path(path).expanduser()
+    shipped = Path(__file__).resolve().parents[2] / here
+    return shipped if not here.exists() and shipped.exists() else here

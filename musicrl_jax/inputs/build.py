@@ -9,11 +9,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from musicrl_jax.core.files import remove_abandoned
+from musicrl_jax.core import extras
+from musicrl_jax.core.files import in_checkout, remove_abandoned
 from musicrl_jax.inputs import content
 
 if TYPE_CHECKING:
     import tensorflow_datasets as tfds
+
+NEEDED_BY_BUILDERS = "joblib", "midirenderer", "music21", "pretty_midi", "soxr"  # of data/ in the checkout
 
 
 def prepare(builder: str, config: str | Mapping[str, Any], data_dir: str) -> str:
@@ -48,14 +51,19 @@ def prepare(builder: str, config: str | Mapping[str, Any], data_dir: str) -> str
 
 
 def _module(builder: str) -> ModuleType:
-    folder = Path(builder).expanduser().resolve()
+    folder = in_checkout(builder).resolve()
     name = f"{folder.name}_dataset_builder"
     if not (folder / f"{name}.py").is_file():
         raise FileNotFoundError(f"builder: {builder!r} is no TFDS builder; {folder / name}.py is not there")
     root = str(folder.parent.parent)
     if root not in sys.path:
         sys.path.insert(0, root)
-    return importlib.import_module(f"{folder.parent.name}.{folder.name}.{name}")
+    try:
+        return importlib.import_module(f"{folder.parent.name}.{folder.name}.{name}")
+    except ModuleNotFoundError as error:
+        if error.name in NEEDED_BY_BUILDERS:
+            extras.check("building data", "data", error.name)
+        raise
 
 
 def _config(module: ModuleType, config: str | Mapping[str, Any]) -> "tfds.core.BuilderConfig":

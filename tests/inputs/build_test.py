@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import soundfile
 import tensorflow_datasets as tfds
 
+from musicrl_jax.core import extras
 from musicrl_jax.inputs import build
 from musicrl_jax.inputs.clips import Clips
 
@@ -117,3 +119,17 @@ def test_a_folder_of_recordings_can_be_built_and_read(tmp_path):
         tone = 0.1 * np.sin(np.arange(8000) * (0.1 + 0.01 * i))
         start = 4000 * int(np.abs(batch["audio"][0] - tone[:4000]).max() > 1e-3)
         np.testing.assert_allclose(batch["audio"][0], tone[start : start + 4000], atol=1e-4)
+
+
+def test_a_builder_that_ships_is_found_from_any_folder_and_says_what_it_lacks(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert build._module("data/score_clips").__name__ == "data.score_clips.score_clips_dataset_builder"
+    (tmp_path / "mine/lacking").mkdir(parents=True)
+    source = tmp_path / "mine/lacking/lacking_dataset_builder.py"
+    monkeypatch.setattr(extras.importlib.util, "find_spec", lambda name: None)
+    lacking = "building data needs music21: pip install"
+    for missing, why in (("music21", lacking), ("mine_too", "mine_too")):
+        source.write_text(f"import {missing}\n")
+        monkeypatch.setitem(sys.modules, missing, None)
+        with pytest.raises(ModuleNotFoundError, match=why):
+            build._module("mine/lacking")
