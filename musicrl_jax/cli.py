@@ -116,9 +116,9 @@ GIN_CALL = re.compile(r"\n *In call to configurable [^\n]*")
 GIN_PLACE = re.compile(
     r'\n  In (?:file "([^"]*)",|bindings string) line (\d+)\n    ([^\n]*)(?:\n *\^)?'
 )
-# Errors of the user while settings are read; a verb raises the first of them.
+# Errors of the user that a verb raises, and of settings; what a gin file imports may be broken.
 WRONG_USE = ValueError, OSError, FloatingPointError, ModuleNotFoundError
-WRONG_SETTING = *WRONG_USE, ImportError, SyntaxError, TypeError, tokenize.TokenError
+WRONG_SETTING = *WRONG_USE, ImportError
 
 
 def folder(root: str, name: str) -> str:
@@ -201,7 +201,7 @@ def _gin_value(text: str) -> tuple[bool, Any]:
     """Returns whether a text reads as one gin value, and that value, references by their names."""
     try:
         (statement,) = config_parser.ConfigParser(f"x = {text}", _References())
-    except (SyntaxError, ValueError, tokenize.TokenError):
+    except (SyntaxError, ValueError, TypeError, tokenize.TokenError):
         return False, None
     return True, statement.value
 
@@ -279,9 +279,10 @@ def read_sources(files: Sequence[str], within: tuple[str, ...] = ()) -> list[Sou
         references = _References()
         try:
             statements = list(config_parser.ConfigParser(text, references))
-        except (SyntaxError, tokenize.TokenError) as error:
-            line = error.lineno if isinstance(error, SyntaxError) else error.args[1][0]
-            raise ValueError(f"gin file {path} line {line}: {_first_line(error)}") from None
+        except (SyntaxError, TypeError, tokenize.TokenError) as error:  # TypeError: a key of a dict
+            raise ValueError(
+                f"gin file {path}{_line_of(error)}: {_first_line(error.args[0])}"
+            ) from None
         sources.append(Source(path, text, statements, references))
         includes = [
             each.filename for each in statements if isinstance(each, config_parser.IncludeStatement)
@@ -290,8 +291,15 @@ def read_sources(files: Sequence[str], within: tuple[str, ...] = ()) -> list[Sou
     return sources
 
 
-def _first_line(error: Exception) -> str:
-    return str(error.args[0]).split("\n")[0]
+def _first_line(text: Any) -> str:
+    return str(text).split("\n")[0]
+
+
+def _line_of(error: Exception) -> str:
+    """' line 3', where the error of a parser says so."""
+    if isinstance(error, tokenize.TokenError):
+        return f" line {error.args[1][0]}"
+    return f" line {error.lineno}" if isinstance(error, SyntaxError) else ""
 
 
 def check_bindings(text: str, files: Sequence[str] = ()) -> None:
@@ -372,6 +380,7 @@ def _known_names() -> set[str]:
 # --- types -----------------------------------------------------------------------------------------------------------
 
 SEQUENCES = list, tuple, Sequence
+UNIONS = typing.Union, types.UnionType
 WORDS = {
     int: "a whole number",
     float: "a number",
@@ -382,65 +391,60 @@ WORDS = {
 
 
 def fits(value: Any, annotation: Any) -> bool:
-    """Whether a value is of an annotation's type; what cannot be told by looking, a protocol's, is taken as fitting.
+    """Whether a value is of an annotation's type; what cannot be told by looking counts as fitting.
 
-    Stricter than Python where Python's rules let mistakes through: a bool is no number, a text is no sequence.
+    Stricter than Python where Python lets mistakes through: a bool is no number, a text no sequence.
     """
     kind, parts = typing.get_origin(annotation) or annotation, typing.get_args(annotation)
     if isinstance(value, _Reference) or annotation is Any:
         return True
     if isinstance(value, gin_config.ConfigurableReference):
         return _reference_fits(value, annotation)
-    if kind in (typing.Union, types.UnionType):
+    if kind in UNIONS:
         return any(fits(value, part) for part in parts)
     if kind is typing.Literal:
         return value in parts
-    if annotation is None:
-        return value is None
+    if kind in SEQUENCES:
+        return _sequence_fits(value, kind, parts)
+    if kind in (dict, Mapping):
+        return isinstance(value, Mapping) and all(
+            fits(key, parts[0]) and fits(each, parts[1]) for key, each in value.items() if parts
+        )
     if kind in (int, float):
         return isinstance(value, (int, kind)) and not isinstance(value, bool)
-    if kind in SEQUENCES:
-        if not isinstance(value, tuple if kind is tuple else (list, tuple)):
-            return False
-        if kind is tuple and parts and parts[-1] is not Ellipsis:
-            return len(value) == len(parts) and all(map(fits, value, parts))
-        return not parts or all(fits(each, parts[0]) for each in value)
-    if kind in (dict, Mapping):
-        items = value.items() if isinstance(value, Mapping) else [(None, None)]
-        return isinstance(value, Mapping) and (
-            not parts or all(fits(key, parts[0]) and fits(each, parts[1]) for key, each in items)
-        )
-    if (
-        not isinstance(kind, type)
-        or kind is inspect.Parameter.empty
-        or getattr(kind, "_is_protocol", False)
-    ):
-        return True
-    return isinstance(value, kind)
+    return not _is_class(kind) or isinstance(value, kind)
+
+
+def _sequence_fits(value: Any, kind: Any, parts: tuple[Any, ...]) -> bool:
+    """Whether a value is a list or a tuple, and a tuple where that is wanted, of such elements."""
+    if not isinstance(value, tuple if kind is tuple else (list, tuple)):
+        return False
+    if kind is tuple and parts and parts[-1] is not Ellipsis:
+        return len(value) == len(parts) and all(map(fits, value, parts))
+    return all(fits(each, parts[0]) for each in value if parts)
+
+
+def _is_class(kind: Any) -> bool:
+    """Whether isinstance tells something about it: no protocol, no missing annotation."""
+    missing = kind in (inspect.Parameter.empty, Any)
+    return isinstance(kind, type) and not missing and not getattr(kind, "_is_protocol", False)
 
 
 def _reference_fits(reference: gin_config.ConfigurableReference, annotation: Any) -> bool:
-    """Whether what a called config class gives is of the annotation's type; of functions nothing is said."""
+    """Whether what a called config class gives is of the type; of functions nothing is said."""
     made = reference.configurable.wrapped
-    kinds = (
-        typing.get_args(annotation)
-        if typing.get_origin(annotation) in (typing.Union, types.UnionType)
-        else ()
-    )
-    kinds = [typing.get_origin(kind) or kind for kind in kinds or (annotation,)]
-    if Any in kinds or not (
-        reference.evaluate
-        and isinstance(made, type)
-        and all(isinstance(kind, type) for kind in kinds)
-    ):
+    union = typing.get_origin(annotation) in UNIONS
+    kinds = typing.get_args(annotation) if union else (annotation,)
+    kinds = tuple(typing.get_origin(kind) or kind for kind in kinds)
+    if not reference.evaluate or not isinstance(made, type) or not all(map(_is_class, kinds)):
         return True
-    return any(getattr(kind, "_is_protocol", False) or issubclass(made, kind) for kind in kinds)
+    return issubclass(made, kinds)
 
 
 def _described(annotation: Any) -> str:
     """An annotation in words, such as 'a number or None'."""
     kind, parts = typing.get_origin(annotation) or annotation, typing.get_args(annotation)
-    if kind in (typing.Union, types.UnionType):
+    if kind in UNIONS:
         return " or ".join(map(_described, parts))
     if kind in WORDS:
         return WORDS[kind]
@@ -453,8 +457,11 @@ def _described(annotation: Any) -> str:
 
 
 def _types(called: Callable) -> dict[str, Any]:
-    """The annotation of each parameter."""
-    return typing.get_type_hints(called)
+    """The annotation of each parameter; {} where somebody's own config has some that cannot be read."""
+    try:
+        return typing.get_type_hints(called)
+    except NameError:  # a name that only type checkers import
+        return {}
 
 
 def _check_type(name: str, value: Any, annotation: Any) -> None:
@@ -548,7 +555,7 @@ def _one(name: str, texts: list[str]) -> str:
 
 def _flag_value(name: str, texts: list[str], annotation: Any) -> str:
     """The gin text of a parameter's flag; several flags are the elements of one list or tuple."""
-    union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
+    union = typing.get_origin(annotation) in UNIONS
     kinds = typing.get_args(annotation) if union else (annotation,)
     (sequence,) = [kind for kind in kinds if typing.get_origin(kind) in SEQUENCES][:1] or [None]
     element = (*typing.get_args(sequence), Any)[0]
@@ -666,7 +673,9 @@ def what_a_plan_leaves_open(files: Sequence[str], bindings: list[str]) -> list[s
     gin.parse_config_files_and_bindings(files, bindings, finalize_config=False)
     bound = {name for name in (*NEEDED_BY_A_RUN, SIZE) if gin.get_bindings(f"{name}/macro")}
     gin.clear_config()
-    bindings.extend(f"{name} = {value}" for name, value in NEEDED_BY_A_RUN.items() if name not in bound)
+    bindings.extend(
+        f"{name} = {value}" for name, value in NEEDED_BY_A_RUN.items() if name not in bound
+    )
     return [] if SIZE in bound else [BASE_SIZE]
 
 
