@@ -10,7 +10,6 @@ sizes and random weights; this checkout makes them.
 """
 
 import argparse
-import io
 import json
 import os
 import socket
@@ -21,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.error import URLError
 from urllib.request import urlopen
 
@@ -34,12 +34,12 @@ def make_models(folder: Path) -> None:
     sys.path.insert(0, str(ROOT))
     import jax
     import jax.numpy as jnp
-    import sentencepiece
     from flax.linen import meta
 
     from musicrl_jax import export
     from musicrl_jax.core import checkpoint
     from musicrl_jax.core.tokens import TokenLayout
+    from musicrl_jax.inputs import vocabulary
     from musicrl_jax.models.bert import BertConfig
     from musicrl_jax.models.conformer import ConformerConfig
     from musicrl_jax.models.mulan import MuLan, MuLanConfig
@@ -50,19 +50,9 @@ def make_models(folder: Path) -> None:
     from musicrl_jax.models.transformer import TransformerConfig
     from musicrl_jax.objectives.mulan import VOCABULARY
 
-    words = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["a slow piano piece", "a fast reel on a harp"] * 20),
-        model_writer=words,
-        vocab_size=300,
-        hard_vocab_limit=False,
-        byte_fallback=True,
-        pad_id=0,
-        eos_id=1,
-        unk_id=2,
-        bos_id=-1,
-        minloglevel=2,
-    )
+    captions = SimpleNamespace(captions=lambda split: ["a slow piano", "a fast reel on a harp"] * 20)
+    folder.mkdir(parents=True, exist_ok=True)
+    vocabulary.build(captions, str(folder / "words.model"), 300)
     rate, key = 16_000, jax.random.key(0)
     wav, codes = jnp.zeros((1, rate)), jnp.zeros((1, 4, 8), jnp.int32)
     text = BertConfig(layers=1, heads=4, embed=64, mlp=128, positions=64, pieces=1024)
@@ -98,7 +88,7 @@ def make_models(folder: Path) -> None:
         variables = meta.unbox(
             jax.jit(lambda key, module=module, inputs=inputs: module.init(key, *inputs))(key)
         )
-        assets = {VOCABULARY: words.getvalue()} if name == "mulan" else {}
+        assets = {VOCABULARY: (folder / "words.model").read_bytes()} if name == "mulan" else {}
         if name in ("policy", "fine"):
             assets = {checkpoint.LINEAGE: json.dumps(hashes).encode()}
         hashes[name] = checkpoint.save_model(folder / name, module.config, variables, assets)
