@@ -1,10 +1,11 @@
 """The `musicrl` command: `musicrl VERB [--gin_file=FILE] [--gin.NAME=VALUE] [--PARAMETER=VALUE]`.
 
-A space does for the equals sign, and a hyphen for an underscore in a flag's name. A flag is given once; one that takes
-several values, as `--prompt` of `generate`, may be repeated.
+A space does for the equals sign, and a hyphen for an underscore in a flag's name. A flag is given
+once; one that takes several values, as `--prompt` of `generate`, may be repeated.
 
-This file alone imports gin. Verbs and configs are named here, so that they stay plain functions and dataclasses for
-whoever calls them from Python; a module is imported when its verb is called or a config of it is mentioned.
+This file alone imports gin. Verbs and configs are named here, so that they stay plain functions and
+dataclasses for whoever calls them from Python; a module is imported when its verb is called or a
+config of it is mentioned.
 """
 
 import argparse
@@ -98,8 +99,8 @@ CONFIGS = {
     for name in names
 }
 
-# Macros that a run needs and a plan does not, with what a plan takes for them, and the one that every
-# size binds.
+# Macros that a run needs and a plan does not, with what a plan takes for them, and the one that
+# every size binds.
 NEEDED_BY_A_RUN = {
     "MODEL_DIR": "'model_dir'",
     "DATA_DIR": "'data_dir'",
@@ -127,13 +128,15 @@ def folder(root: str, name: str) -> str:
 
 
 def scaled(steps: int, by: float) -> int:
-    """Returns so many steps of the paper's, at least one: a size shortens all schedules of a recipe alike."""
+    """Returns so many steps of the paper's, at least one: a size shortens all schedules of a recipe
+    alike.
+    """
     if not by > 0:
         raise ValueError(f"scaled.by={by} must be above 0")
     return max(1, round(steps * by))
 
 
-# --- verbs and configs -----------------------------------------------------------------------------------------------
+# --- verbs and configs ----------------------------------------------------------------------------
 
 
 def _imported(place: str) -> Any:
@@ -164,7 +167,7 @@ def register(names: Iterable[str]) -> None:
             gin.external_configurable(_imported(CONFIGS[name]), module="musicrl")
 
 
-# --- gin's syntax ----------------------------------------------------------------------------------------------------
+# --- gin's syntax ---------------------------------------------------------------------------------
 
 
 class _Reference(str):
@@ -234,12 +237,16 @@ class Source(NamedTuple):
 
 
 def _open_gin(path: str) -> TextIO:
-    """Opens a gin file as UTF-8 whatever the locale; editors of Windows begin it with a byte order mark."""
+    """Opens a gin file as UTF-8 whatever the locale; editors of Windows begin it with a byte order
+    mark.
+    """
     return open(path, encoding="utf-8-sig")
 
 
 def search_in(folders: Sequence[str]) -> None:
-    """Lets gin look for a file by its name as it is, then in these folders, then in the checkout; by `_open_gin`."""
+    """Lets gin look for a file by its name as it is, then in these folders, then in the checkout;
+    by `_open_gin`.
+    """
     gin_config._LOCATION_PREFIXES[:] = [
         "",
         *folders,
@@ -263,8 +270,8 @@ def _located(name: str) -> str:
 def read_sources(files: Sequence[str], within: tuple[str, ...] = ()) -> list[Source]:
     """Reads gin files, and after each what it includes, and runs nothing.
 
-    Raises FileNotFoundError or ValueError, by the file's name, where one is missing, is no UTF-8 or includes itself,
-    SyntaxError where it is no gin.
+    Raises FileNotFoundError or ValueError, by the file's name, where one is missing, is no UTF-8 or
+    includes itself, SyntaxError where it is no gin.
     """
     sources = []
     for file in files:
@@ -305,9 +312,10 @@ def _line_of(error: Exception) -> str:
 def check_bindings(text: str, files: Sequence[str] = ()) -> None:
     """Raises ValueError where a gin config has a macro or a scope too many, or a macro too few.
 
-    gin itself refuses an unknown configurable or parameter, but takes a misspelt macro or scope in silence: a macro
-    without a use, a scope that no reference opens. What one of the `files`, as texts, reads counts as read, also where
-    a later one binds something else in its place: a run that leaves out stages need not unbind what is theirs.
+    gin itself refuses an unknown configurable or parameter, but takes a misspelt macro or scope in
+    silence: a macro without a use, a scope that no reference opens. What one of the `files`, as
+    texts, reads counts as read, also where a later one binds something else in its place: a run
+    that leaves out stages need not unbind what is theirs.
     """
     references = _References()
     for file in files:
@@ -335,7 +343,8 @@ def check_bindings(text: str, files: Sequence[str] = ()) -> None:
     read = references.macros | here.macros
     for macro in sorted(macros - read):
         raise ValueError(f"gin: nothing reads the macro {macro}; remove it, or mend its name")
-    # A folder's name has no reader where its macro names a folder elsewhere: --gin.CODEC="'elsewhere'".
+    # A folder's name has no reader where its macro names a folder elsewhere:
+    # --gin.CODEC="'elsewhere'".
     named = references.folders | here.folders | {macro.lower() for macro in macros}
     for places, known in ((scoped, references.scopes | here.scopes), (folders, named)):
         for scope in sorted(set(places) - known):
@@ -345,10 +354,11 @@ def check_bindings(text: str, files: Sequence[str] = ()) -> None:
 
 
 def warn_of_code(sources: Sequence[Source]) -> bool:
-    """Says on stderr what gin files from outside of the checkout would run; whether reading them alone would.
+    """Says on stderr what gin files from outside of the checkout would run; whether reading them
+    alone would.
 
-    A file's `import` runs the module when the file is read; a reference to something of that module, and a folder
-    with a TFDS builder, are called by a verb.
+    A file's `import` runs the module when the file is read; a reference to something of that
+    module, and a folder with a TFDS builder, are called by a verb.
     """
     runs = False
     for source in sources:
@@ -377,7 +387,7 @@ def _known_names() -> set[str]:
     return {*VERBS, *CONFIGS, folder.__name__, scaled.__name__}
 
 
-# --- types -----------------------------------------------------------------------------------------------------------
+# --- types ----------------------------------------------------------------------------------------
 
 SEQUENCES = list, tuple, Sequence
 UNIONS = typing.Union, types.UnionType
@@ -393,7 +403,8 @@ WORDS = {
 def fits(value: Any, annotation: Any) -> bool:
     """Whether a value is of an annotation's type; what cannot be told by looking counts as fitting.
 
-    Stricter than Python where Python lets mistakes through: a bool is no number, a text no sequence.
+    Stricter than Python where Python lets mistakes through: a bool is no number, a text no
+    sequence.
     """
     kind, parts = typing.get_origin(annotation) or annotation, typing.get_args(annotation)
     if isinstance(value, _Reference) or annotation is Any:
@@ -457,7 +468,9 @@ def _described(annotation: Any) -> str:
 
 
 def _types(called: Callable) -> dict[str, Any]:
-    """The annotation of each parameter; {} where somebody's own config has some that cannot be read."""
+    """The annotation of each parameter; {} where somebody's own config has some that cannot be
+    read.
+    """
     try:
         return typing.get_type_hints(called)
     except NameError:  # a name that only type checkers import
@@ -469,14 +482,15 @@ def _check_type(name: str, value: Any, annotation: Any) -> None:
         raise ValueError(f"{name} = {reprlib.repr(value)} must be {_described(annotation)}")
 
 
-# --- flags -----------------------------------------------------------------------------------------------------------
+# --- flags ----------------------------------------------------------------------------------------
 
 
 def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Reads the verb and the flags; the second part are gin bindings from --gin.NAME=VALUE and --PARAMETER=VALUE.
+    """Reads the verb and the flags; the second part are gin bindings from --gin.NAME=VALUE and
+    --PARAMETER=VALUE.
 
-    Raises SystemExit where something is no flag, ValueError where a flag is unknown to the verb, given twice or not
-    of its parameter's type.
+    Raises SystemExit where something is no flag, ValueError where a flag is unknown to the verb,
+    given twice or not of its parameter's type.
     """
     parser = argparse.ArgumentParser(
         prog="musicrl",
@@ -578,8 +592,9 @@ def _flag_value(name: str, texts: list[str], annotation: Any) -> str:
 def _typed(text: str, annotation: Any) -> str | None:
     """The gin text of a value of the annotation's type; None where the text is none.
 
-    A text that reads as a value of that type is that value, also a list, a tuple or a dict; else, where the parameter
-    takes texts, it is the text itself: "3" is a prompt, and so are "@jazz" and "80's pop".
+    A text that reads as a value of that type is that value, also a list, a tuple or a dict; else,
+    where the parameter takes texts, it is the text itself: "3" is a prompt, and so are "@jazz" and
+    "80's pop".
     """
     is_value, value = _gin_value(text)
     takes_text = fits("", annotation)
@@ -590,13 +605,15 @@ def _typed(text: str, annotation: Any) -> str | None:
     return repr(text) if takes_text else None
 
 
-# --- settings --------------------------------------------------------------------------------------------------------
+# --- settings -------------------------------------------------------------------------------------
 
 
 def check_settings(verb: str) -> None:
-    """Checks the verb's settings, and those of all that they refer to: nothing is missing, all are of their type.
+    """Checks the verb's settings, and those of all that they refer to: nothing is missing, all are
+    of their type.
 
-    gin itself finds that out when the configurable is called, which in a run may be after an hour. Raises ValueError.
+    gin itself finds that out when the configurable is called, which in a run may be after an hour.
+    Raises ValueError.
     """
     called = load_verb(verb)
     waiting: list[tuple[tuple[str, ...], str, Callable]] = [((), f"musicrl.{verb}", called)]
@@ -668,8 +685,9 @@ def _references(value: Any) -> Iterator[gin_config.ConfigurableReference]:
 
 
 def what_a_plan_leaves_open(files: Sequence[str], bindings: list[str]) -> list[str]:
-    """The gin files to add to those of a plan, which is the paper's size where none is given; the names of folders and
-    data, which it does without, are added to the bindings."""
+    """The gin files to add to those of a plan, which is the paper's size where none is given; the
+    names of folders and data, which it does without, are added to the bindings.
+    """
     gin.parse_config_files_and_bindings(files, bindings, finalize_config=False)
     bound = {name for name in (*NEEDED_BY_A_RUN, SIZE) if gin.get_bindings(f"{name}/macro")}
     gin.clear_config()
@@ -702,7 +720,8 @@ def configure(flags: argparse.Namespace, bindings: list[str]) -> bool:
 
 
 def _save_config(begun: bool) -> None:
-    """Leaves in MODEL_DIR, if there is one, config.gin: what was asked for; and at the end what of it was used.
+    """Leaves in MODEL_DIR, if there is one, config.gin: what was asked for; and at the end what of
+    it was used.
 
     At the beginning an older config stays: the run may yet be refused.
     """
@@ -721,11 +740,13 @@ def _save_config(begun: bool) -> None:
         (folder / "operative_config.gin").write_text(gin.operative_config_str(), encoding="utf-8")
 
 
-# --- the command -----------------------------------------------------------------------------------------------------
+# --- the command ----------------------------------------------------------------------------------
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one verb; the exit status. As a command, without arguments of its own, this is one process of a run."""
+    """Runs one verb; the exit status. As a command, without arguments of its own, this is one
+    process of a run.
+    """
     words = sys.argv[1:] if arguments is None else arguments
     gin.clear_config()  # what an earlier call in this process asked for is no part of this one
     try:

@@ -1,7 +1,8 @@
 """Compiled functions, kept on disk between processes: a second `generate` finds those of the first.
 
-JAX's own persistent cache, in the user's cache folder and bounded in size. JAX's environment variables win:
-JAX_COMPILATION_CACHE_DIR names another folder, JAX_ENABLE_COMPILATION_CACHE=false does without, and so on.
+JAX's own persistent cache, in the user's cache folder and bounded in size. JAX's environment
+variables win: JAX_COMPILATION_CACHE_DIR names another folder, JAX_ENABLE_COMPILATION_CACHE=false
+does without, and so on.
 """
 
 import contextlib
@@ -20,9 +21,11 @@ LOCK_SECONDS = 10
 
 
 def folder() -> Path:
-    """Returns the cache's folder for this machine: $XDG_CACHE_HOME/musicrl-jax/xla-..., or ~/.cache in its place.
+    """Returns the cache's folder for this machine: $XDG_CACHE_HOME/musicrl-jax/xla-..., or ~/.cache
+    in its place.
 
-    Code for one CPU may not run on another, and homes are shared between machines, so that each kind has its own.
+    Code for one CPU may not run on another, and homes are shared between machines, so that each
+    kind has its own.
     """
     named = Path(os.environ.get("XDG_CACHE_HOME", ""))
     home = named if named.is_absolute() else Path("~/.cache").expanduser()
@@ -42,7 +45,9 @@ def _cpu() -> str:
 
 
 def keep() -> None:
-    """Turns the cache on in this process; leaves it off where its folder cannot be written, which is no error."""
+    """Turns the cache on in this process; leaves it off where its folder cannot be written, which
+    is no error.
+    """
     settings = {
         "jax_compilation_cache_max_size": MOST_BYTES,
         "jax_persistent_cache_min_compile_time_secs": LEAST_SECONDS,
@@ -67,8 +72,8 @@ def keep() -> None:
 def _remove_halves(directory: Path) -> None:
     """Removes entries of processes that were killed while they wrote.
 
-    JAX writes an entry in place and then the time of its use. Half an entry would never be replaced, and one without a
-    time makes each later one fail (jax 0.10 to 0.12).
+    JAX writes an entry in place and then the time of its use. Half an entry would never be
+    replaced, and one without a time makes each later one fail (jax 0.10 to 0.12).
     """
     with (
         contextlib.suppress(filelock.Timeout),

@@ -4,9 +4,11 @@ import importlib.util
 
 
 def check(what: str, extra: str, *modules: str) -> None:
-    """Raises ModuleNotFoundError, which says how to install the extra, where one of the modules is missing.
+    """Raises ModuleNotFoundError, which says how to install the extra, where one of the modules is
+    missing.
 
-    The package is on no registry, so the words name what works: the checkout's folder, or a wheel's file.
+    The package is on no registry, so the words name what works: the checkout's folder, or a wheel's
+    file.
     """
     if missing := [name for name in modules if importlib.util.find_spec(name) is None]:
         raise ModuleNotFoundError(

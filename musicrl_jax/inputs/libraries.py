@@ -1,7 +1,9 @@
-"""TensorFlow, SeqIO and TFDS: imported through here, so that nothing is heard of them before there is data to read.
+"""TensorFlow, SeqIO and TFDS: imported through here, so that nothing is heard of them before there
+is data to read.
 
-They take seconds to import and write to the process's stderr while they start, from C++ and before any setting of
-theirs is read. Those lines are left out; whatever else stands there meanwhile is passed on.
+They take seconds to import and write to the process's stderr while they start, from C++ and before
+any setting of theirs is read. Those lines are left out; whatever else stands there meanwhile is
+passed on.
 """
 
 import os
@@ -19,7 +21,8 @@ START_UP_LINE = re.compile(
 
 @contextmanager
 def _without_start_up_lines() -> Iterator[None]:
-    """Drops from the process's stderr, in the block, the lines that TensorFlow writes as it starts."""
+    """Drops from the process's stderr, in the block, the lines that TensorFlow writes as it starts.
+    """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # read once, at the import
     sys.stderr.flush()
     stderr = os.dup(2)

@@ -1,4 +1,6 @@
-"""Records by number, and the splits that they come in: what data configs need before anything is read."""
+"""Records by number, and the splits that they come in: what data configs need before anything is
+read.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol

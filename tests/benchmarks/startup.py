@@ -1,7 +1,8 @@
 """Processor seconds of short commands, of one or two checkouts in turns: what a user waits for.
 
     python tests/benchmarks/startup.py                      this checkout
-    python tests/benchmarks/startup.py f1186c7 .            a git revision and a folder; ratios first
+    python tests/benchmarks/startup.py f1186c7 .            a git revision and a folder; ratios
+    first
 
 `musicrl --help`; `generate` of one clip by a checkpoint and by a bundle, cold (no compiled function
 is kept) and warm (once more); `serve` until it is ready, cold and warm. Seconds are of user and
@@ -106,7 +107,9 @@ def checkout(name: str, folder: Path) -> Path:
 
 
 def environment(root: Path, cache: Path) -> dict[str, str]:
-    """Returns an environment in which `root` is imported, and compiled functions are kept in `cache`."""
+    """Returns an environment in which `root` is imported, and compiled functions are kept in
+    `cache`.
+    """
     left = {
         name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_"))
     }
