@@ -1,8 +1,7 @@
 """Processor seconds of short commands, of one or two checkouts in turns: what a user waits for.
 
     python tests/benchmarks/startup.py                      this checkout
-    python tests/benchmarks/startup.py f1186c7 .            a git revision and a folder; ratios
-    first
+    python tests/benchmarks/startup.py f1186c7 .            a revision and a folder; ratios first
 
 `musicrl --help`; `generate` of one clip by a checkpoint and by a bundle, cold (no compiled function
 is kept) and warm (once more); `serve` until it is ready, cold and warm. Seconds are of user and
