@@ -478,5 +478,5 @@ A frame of 40 ms is {about["places"]} codes: one semantic code of {layout["seman
 {layout["coarse_levels"]} coarse codes of {layout["acoustic_codes"]} each; of {layout["codec_levels"]}.
 `manifest.json` has all of this and the sha256 of every file. `config.gin`, if there, is what the run that trained the
 policy was asked for. Nothing here reads it. **A gin file is a program too**: its imports and references run code when
-`musicrl --gin_file` reads it, also with `--dry_run`. Read one from elsewhere before you use it.
+`musicrl` reads it, also with `--dry_run`. Read one from elsewhere before you use it.
 """
