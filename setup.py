@@ -15,7 +15,7 @@ setup(
     # T5X is on no package registry; its contracts (logical axes, SeqIO tasks, gin) are followed without it.
     install_requires=[
         "array_record>=0.8",
-        "filelock>=3.20",  # JAX asks for it where its cache of compiled functions has a limit
+        "filelock>=4.2",  # also for JAX, where its cache of compiled functions has a limit
         "flatbuffers>=25.1",
         "flax>=0.12.8",
         "gin-config>=0.5",
