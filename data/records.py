@@ -7,6 +7,7 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core.naming import FilenameInfo
 
+from musicrl_jax.core import hosts
 from musicrl_jax.inputs import content
 
 
@@ -27,6 +28,7 @@ class RepeatableWriter(tfds.core.writer.ExampleWriter):
 
         def in_order() -> Iterator[tuple[int, bytes]]:
             for key, record in examples:
+                hosts.stop_point()
                 example = tf.train.Example.FromString(record)
                 digest.add_example(example)
                 yield key, example.SerializeToString(deterministic=True)

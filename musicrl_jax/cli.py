@@ -786,13 +786,16 @@ def _do(name: str, as_command: bool) -> int:
         return 1
     except hosts.Preempted as stop:
         print(f"musicrl {name}: {stop}", file=sys.stderr)
+        if as_command:
+            hosts.end(hosts.AGAIN)
         return hosts.AGAIN
     except jax.errors.JaxRuntimeError as error:
         if not hosts.lost(error):
             raise
         told = f"musicrl {name}: another host is lost; start all of them again: {error}"
         print(told, file=sys.stderr, flush=True)
-        os._exit(hosts.LOST)  # what is left to do at an exit would wait for the other host
+        # What is left to do at an exit would wait for the other host.
+        os._exit(hosts.AGAIN if hosts.stop_requested() else hosts.LOST)
     return 0
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from musicrl_jax.arena.audience import Audience
 from musicrl_jax.arena.listeners import Panel
-from musicrl_jax.core import checkpoint
+from musicrl_jax.core import checkpoint, lock
 from musicrl_jax.core.files import kept, read_json, set_aside, write_json
 from musicrl_jax.core.keys import row_keys, step_key
 from musicrl_jax.core.progress import Progress
@@ -30,6 +30,7 @@ PLAYED = "played"
 SPLITS = ("train", "validation")
 
 
+@lock.holds("votes_dir")
 def collect(
     votes_dir: str,
     policy: str,

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from musicrl_jax.core import checkpoint
+from musicrl_jax.core import checkpoint, lock
 from musicrl_jax.core.progress import Progress
 from musicrl_jax.inputs import tokens
 from musicrl_jax.inputs.clips import Clips
@@ -19,6 +19,7 @@ from musicrl_jax.models.semantic import SemanticConfig, SemanticEncoder
 from musicrl_jax.models.soundstream import SoundStream, SoundStreamConfig
 
 
+@lock.holds("tokens_dir")
 def encode(data: Clips, codec: str, semantic: str, mulan: str, tokens_dir: str, batch_size: int = 32) -> None:
     """Writes the tokens of every clip of every split to `tokens_dir`, with a manifest; leaves finished splits alone.
 

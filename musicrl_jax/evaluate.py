@@ -22,7 +22,7 @@ import scipy.stats
 from musicrl_jax.arena.audience import Audience, Hearing
 from musicrl_jax.arena.listeners import MEASUREMENTS
 from musicrl_jax.arena.monitor import RULE
-from musicrl_jax.core import checkpoint, extras
+from musicrl_jax.core import checkpoint, extras, hosts, lock
 from musicrl_jax.core.files import kept, provide_caches, read_json, set_aside, write_json
 from musicrl_jax.core.keys import row_keys, step_key
 from musicrl_jax.core.progress import Progress
@@ -55,6 +55,7 @@ WATCHED = {"watched?": (dict, type(None))}
 Found = dict[str, np.ndarray]
 
 
+@lock.holds("model_dir")
 def evaluate(
     model_dir: str,
     run_dir: str,
@@ -489,6 +490,7 @@ def _real(
     found, wavs, asked = [], [], []
     clips = dataclasses.replace(clips, with_captions=True)
     for batch in clips.batches("test", batch_size, seed=0, epochs=1):
+        hosts.stop_point()
         missing = batch_size - len(batch["audio"])
         wav = jnp.pad(batch["audio"], ((0, missing), (0, 0)))
         found.append(np.asarray(features(listener.variables, wav))[: batch_size - missing])

@@ -25,7 +25,7 @@ from jax import export as jax_export
 from jax.extend.backend import clear_backends
 from jax.sharding import Mesh
 
-from musicrl_jax.core import audio, checkpoint, manifest, memory, sharding, tensors
+from musicrl_jax.core import audio, checkpoint, hosts, lock, manifest, memory, sharding, tensors
 from musicrl_jax.core.files import read_json
 from musicrl_jax.core.state import in_dtype
 from musicrl_jax.core.tokens import FRAMES_PER_SECOND
@@ -52,6 +52,7 @@ runpy.run_path(program, run_name="__main__")
 """
 
 
+@lock.holds("out", beside=True)
 def export(
     checkpoint: str,
     out: str,
@@ -133,6 +134,7 @@ def export(
     manifest.check_space(partial, stored)
     functions: dict[str, dict[str, Any]] = {name: {} for name in trees}
     for platform in platforms:
+        hosts.stop_point()
         for name, exported in _functions(loaded, mixture, trees, layouts, frames, top_k, platform):
             file = partial / "functions" / platform / f"{name}.stablehlo"
             file.parent.mkdir(parents=True, exist_ok=True)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import soundfile
 
-from musicrl_jax.core import audio, memory
+from musicrl_jax.core import audio, lock, memory
 from musicrl_jax.core import checkpoint as checkpoints
 from musicrl_jax.core.files import read_text
 from musicrl_jax.core.progress import Progress
@@ -33,6 +33,7 @@ ROWS = 8  # candidates that are drawn at a time, at most
 LOUDNESS_LUFS = -16.0  # of the files; about as loud as streamed music
 
 
+@lock.holds("out", when="prompts_file")
 def generate(
     checkpoint: str,
     prompt: str | list[str] = "",

@@ -21,7 +21,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from musicrl_jax.core import checkpoint, tensors
+from musicrl_jax.core import checkpoint, hosts, lock, tensors
 from musicrl_jax.core.files import in_checkout, json_from, read_json, write_json
 from musicrl_jax.core.manifest import MANIFEST, read_regular
 from musicrl_jax.models.mulan import MuLanConfig
@@ -53,6 +53,7 @@ TOWERS = "params/towers/"
 RESTORE = "restore the pack"
 
 
+@lock.holds("out")
 def pack(
     models: Mapping[str, str],
     out: str,
@@ -78,6 +79,7 @@ def pack(
     whole = {name: _load(folder) for name, folder in models.items()}
     kept, hashes = {}, {}
     for name, model in whole.items():
+        hosts.stop_point()
         exact, left_out = _flat(model.variables), {}
         if audio_weights and isinstance(model.config, MuLanConfig):
             left_out = _towers(model.config, audio_weights, text_weights)
@@ -118,6 +120,7 @@ def pack(
     write_json(Path(out) / INDEX, described)
 
 
+@lock.holds("out")
 def unpack(
     source: str,
     out: str,
@@ -146,6 +149,7 @@ def unpack(
     if unknown := set(changed) - index.keys():
         raise ValueError(f"unpack.changed: {min(unknown)!r} is none of {', '.join(index)}")
     for name, told in index.items():
+        hosts.stop_point()
         folder, other = Path(out) / name, name in changed
         model = load(source, name, audio_weights, text_weights, vocabulary, other) if other else None
         wanted = model.hash if other else told["hash"]

@@ -42,6 +42,7 @@ def run(model_dir: str, stages: Sequence[Stages], only: str = "", skip: str = ""
     directory = Path(model_dir)
     result: Any = None
     for number, name in enumerate(chosen, start=1):
+        hosts.stop_point()
         print(f"\n[{number}/{len(chosen)}] {name}", flush=True)
         start = time.monotonic()
         try:

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from musicrl_jax.core import checkpoint, hosts, sharding
+from musicrl_jax.core import checkpoint, hosts, lock, sharding
 from musicrl_jax.core.keys import step_key
 from musicrl_jax.core.metrics import MetricWriter
 from musicrl_jax.core.progress import Progress
@@ -25,6 +25,7 @@ from musicrl_jax.objectives.objective import Objective
 from musicrl_jax.objectives.step import first_state, training_step
 
 
+@lock.holds("model_dir")
 def train(
     objective: Objective,
     model_dir: str,
@@ -98,9 +99,9 @@ def train(
     batches = objective.data.batches("train", batch_size, seed, start_step=start, rows=rows)
     progress = Progress(range(start, steps), directory.name, steps, start)
     with closing(checkpoints), jax.set_mesh(mesh), MetricWriter(directory, start) as writer:
-        with hosts.stopping_together() as told:
+        with hosts.stopping_together() as stopping:
             for step in progress:
-                if told():
+                if stopping():
                     checkpoints.leave(step, state)
                 state, metrics = step_function(state, frozen, sharding.put_batch(mesh, next(batches), batch_size))
                 saved = (step + 1) % save_every == 0
@@ -112,6 +113,9 @@ def train(
                     progress.note(f"loss {numbers['loss']:.3f}")
                 if saved:
                     checkpoints.save(step + 1, state)
+
+            if start < steps:  # what follows may be stopped, and takes no state with it
+                checkpoints.save(steps, state)
 
         # What follows the last step, and the figures on data that was not trained on.
         def epoch() -> Iterator[dict[str, np.ndarray]]:
@@ -146,6 +150,7 @@ def _validate(
     batches = objective.data.batches("validation", batch_size, seed, rows=sharding.own_rows(mesh, batch_size))
     found = []
     for i in range(count):
+        hosts.stop_point()
         batch = sharding.put_batch(mesh, next(batches), batch_size)
         found.append(evaluate(params, state, frozen, batch, step_key(seed, i, stream=2)))
     means = {name: float(np.mean([metrics[name] for metrics in found])) for name in found[0]}

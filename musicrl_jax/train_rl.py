@@ -24,7 +24,7 @@ import jax
 import numpy as np
 
 from musicrl_jax.arena.monitor import Judge, Monitor
-from musicrl_jax.core import checkpoint, hosts, sharding
+from musicrl_jax.core import checkpoint, hosts, lock, sharding
 from musicrl_jax.core.metrics import FILE_NAME, MetricWriter
 from musicrl_jax.core.progress import Progress
 from musicrl_jax.core.run_checkpoints import RunCheckpoints
@@ -46,6 +46,7 @@ LOOKS = "looks"  # the policies that the held-out judge looked at, until one is 
 JUDGED = "judge_gain", "judge_error"  # the held-out judge's metrics
 
 
+@lock.holds("model_dir")
 def train_rl(
     model_dir: str,
     base: str,
@@ -216,12 +217,7 @@ def train_rl(
 
     # The loop.
     per_prompt = gradient.clips_per_prompt
-    with (
-        closing(checkpoints),
-        jax.set_mesh(mesh),
-        MetricWriter(directory, start) as writer,
-        hosts.stopping_together() as told,
-    ):
+    with closing(checkpoints), jax.set_mesh(mesh), MetricWriter(directory, start) as writer:
         units = {term.name: (0.0, 1.0) for term in rewards.terms}
         if start:
             units = {name: tuple(unit) for name, unit in about["units"].items()}
@@ -235,38 +231,39 @@ def train_rl(
         batches = prompts.batches("train", batch_size // per_prompt, seed, start_step=start)
         progress = Progress(range(start, steps), directory.name, steps, start)
         kept, in_a_row, skipped = None, 0, int(state.skipped)
-        for step in progress:
-            if told():
-                checkpoints.leave(step, state, about)
-            seen = {}
-            if judge is not None and step and step % monitor.every(steps) == 0:
-                seen = dict(zip(JUDGED, judge.look(partial(heard, state.policy)), strict=True))
-                heard_now = {"params": unstacked(sharding.fetch(state.policy))}
-                checkpoint.save_model(directory / LOOKS / f"{step}", config, heard_now)
-            asked = np.repeat(next(batches)["text"], per_prompt, axis=0)  # clips of a prompt stand together
-            rollout = played(state.policy, asked, step)
-            reward, terms = scored(rollout, units)
-            if step == 0:
-                state = jax.jit(learner.with_baseline, out_shardings=shardings)(state, reward)
-            state, metrics = functions.update(state, functions.gather_learner(state, anchor), rollout, reward)
-            reward, terms, metrics = sharding.fetch((reward, terms, metrics))
-            mixture.check(terms)
-            numbers = {name: score.mean() for name, score in terms.items()}
-            numbers |= {"reward": reward.mean(), "reward_std": reward.std(), **metrics, **seen}
-            numbers["kl_per_second"] = numbers["kl"] / clip_seconds
-            writer.write(step, numbers)
-            in_a_row, skipped = in_a_row + 1 if metrics["skipped"] > skipped else 0, metrics["skipped"]
-            if in_a_row > MOST_SKIPPED:
-                raise FloatingPointError(
-                    f"{directory.name}: {in_a_row} updates in a row had a reward or gradient that is not finite, the "
-                    f"last at step {step}; mend the reward or lower the learning rate"
-                )
-            progress.note(f"reward {numbers['reward']:.3f}  kl {numbers['kl']:.2f}")
-            if seen and (kept := judge.alarmed(step, float(metrics["kl"]), *seen.values())) is not None:
-                print(f"{directory.name}: the held-out judge has passed its peak; stops, and keeps step {kept}")
-                break
-            if (step + 1) % save_every == 0:
-                checkpoints.save(step + 1, state, about)
+        with hosts.stopping_together() as stopping:
+            for step in progress:
+                if stopping():
+                    checkpoints.leave(step, state, about)
+                seen = {}
+                if judge is not None and step and step % monitor.every(steps) == 0:
+                    seen = dict(zip(JUDGED, judge.look(partial(heard, state.policy)), strict=True))
+                    heard_now = {"params": unstacked(sharding.fetch(state.policy))}
+                    checkpoint.save_model(directory / LOOKS / f"{step}", config, heard_now)
+                asked = np.repeat(next(batches)["text"], per_prompt, axis=0)  # clips of a prompt stand together
+                rollout = played(state.policy, asked, step)
+                reward, terms = scored(rollout, units)
+                if step == 0:
+                    state = jax.jit(learner.with_baseline, out_shardings=shardings)(state, reward)
+                state, metrics = functions.update(state, functions.gather_learner(state, anchor), rollout, reward)
+                reward, terms, metrics = sharding.fetch((reward, terms, metrics))
+                mixture.check(terms)
+                numbers = {name: score.mean() for name, score in terms.items()}
+                numbers |= {"reward": reward.mean(), "reward_std": reward.std(), **metrics, **seen}
+                numbers["kl_per_second"] = numbers["kl"] / clip_seconds
+                writer.write(step, numbers)
+                in_a_row, skipped = in_a_row + 1 if metrics["skipped"] > skipped else 0, metrics["skipped"]
+                if in_a_row > MOST_SKIPPED:
+                    raise FloatingPointError(
+                        f"{directory.name}: {in_a_row} updates in a row had a reward or gradient that is not "
+                        f"finite, the last at step {step}; mend the reward or lower the learning rate"
+                    )
+                progress.note(f"reward {numbers['reward']:.3f}  kl {numbers['kl']:.2f}")
+                if seen and (kept := judge.alarmed(step, float(metrics["kl"]), *seen.values())) is not None:
+                    print(f"{directory.name}: the held-out judge has passed its peak; stops, and keeps step {kept}")
+                    break
+                if (step + 1) % save_every == 0:
+                    checkpoints.save(step + 1, state, about)
     watched = None if judge is None else {"looks": len(judge.seen), "kept": kept}
     if watched and kept is not None:
         watched["kl"] = {0: 0.0, **{step: kl for step, kl, *_ in judge.seen}}[kept]

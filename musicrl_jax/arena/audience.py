@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from musicrl_jax.arena.listeners import Panel
-from musicrl_jax.core import extras
+from musicrl_jax.core import extras, hosts
 from musicrl_jax.core.files import provide_caches
 from musicrl_jax.inputs.clips import Clips
 
@@ -68,6 +68,7 @@ class Audience:
         batch_size = min(self.ears_clips, self.clips.count("train"))
         clips = dataclasses.replace(self.clips, with_captions=True)  # and their ids
         for batch in clips.batches("train", batch_size, seed=self.seed, epochs=1):
+            hosts.stop_point()
             wavs += list(batch["audio"])
             true += [known[name] for name in batch["id"]]
             if len(wavs) >= self.ears_clips:

@@ -1,31 +1,42 @@
 """The processes of a run, one on each host: how they find each other, stop together and leave work to the first.
 
-`join` comes before everything else, also for a process that is alone: only then does JAX see SIGTERM coming. Who does
-not join is alone and is stopped as any process is.
+SIGTERM sets a flag and does no more. Training loops look at it through `stopping_together`, save and leave; every other
+loop looks at it through `core.progress.Progress` or `stop_point`, which raise Preempted from ordinary code. A second
+SIGTERM ends the process at once. Whoever does not `join` is stopped as any process is.
 """
 
+import atexit
 import ctypes
 import functools
 import inspect
 import itertools
 import os
 import signal
-import socket
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import ParamSpec, TypeVar
+from contextlib import contextmanager, suppress
+from typing import NoReturn, ParamSpec, TypeVar
 
 import jax
-from jax._src import distributed  # for its key-value store, which has no public name
+from jax._src import clusters, distributed  # cluster detection and key-value store, which have no public names
 from jax.experimental import multihost_utils
 
 AGAIN = 75  # EX_TEMPFAIL, the exit status of a run that saved its state and wants to be started again
 LOST = 134  # that of a process that lost another one; the same as JAX's own end in that case
-HEARTBEAT_SECONDS = 60
+TICK_SECONDS = 2.0  # between two heartbeats
+LOST_TICKS = 30  # heartbeats of this host without one of another, after which that one counts as lost
+LEFT_TICKS = 5  # the same once the run is told to stop: the other one has left, and nothing more will be saved
+NO_HEARTBEAT_SECONDS = 2**31 - 1  # JAX's own heartbeats count by the wall clock, which may be set forward by years
+SHUTDOWN_SECONDS = 60
 BARRIER_SECONDS = 600
 POLL_SECONDS = 0.2
-WHO = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
+HANDLER_SECONDS = 10.0  # JAX sets its handler of SIGTERM in a thread, soon after `initialize`
+ADDRESS = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
+ALIVE = "musicrl/alive/"
+TOLD = "told to stop; what is done is kept, and the same command goes on"
+STOP = "stop"  # in the heartbeat of a host that got SIGTERM
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -42,61 +53,192 @@ class Preempted(SystemExit):
         return self.told
 
 
-_native: ctypes.Array | None = None  # JAX's handler of SIGTERM, which agrees with the other hosts on a step
+_stop = threading.Event()  # this host, or another one of the run, got SIGTERM
+_saving = False  # inside `stopping_together`
+_native: Callable[[int], None] | None = None  # JAX's handler of SIGTERM, which agrees with the other hosts on a step
 _asked = itertools.count()  # over all loops of a run
 _barriers = itertools.count()
 _waits, _alone = 0, False
 
 
 def join() -> None:
-    """Meets the other processes of this run.
+    """Meets the other processes of this run, and has SIGTERM set a flag from here on.
 
     On a TPU slice, in Slurm and in a GKE job JAX finds them itself; elsewhere JAX_COORDINATOR_ADDRESS,
-    JAX_NUM_PROCESSES and JAX_PROCESS_ID say who they are. A process with none of these is alone.
+    JAX_NUM_PROCESSES and JAX_PROCESS_ID say who they are. A process with none of these is alone, and starts no
+    coordination service: nobody waits for its heartbeats.
+
+    Raises ValueError where some of the three variables are set and others are not.
     """
     global _native
-    limits = {"heartbeat_timeout_seconds": HEARTBEAT_SECONDS, "shutdown_timeout_seconds": HEARTBEAT_SECONDS}
-    told = [os.environ.get(name) for name in WHO]
-    if any(told) and not all(told):
-        raise ValueError(f"{', '.join(WHO)} belong together: set all three or none, not {told}")
-    if all(told):
-        jax.distributed.initialize(told[0], int(told[1]), int(told[2]), **limits)
+    values = [os.environ.get(name) for name in ADDRESS]
+    if any(values) and not all(values):
+        raise ValueError(f"{', '.join(ADDRESS)} belong together: set all three or none, not {values}")
+    if all(values):
+        address, count, number = values[0], int(values[1]), int(values[2])
     else:
-        try:
-            jax.distributed.initialize(**limits)
-        except ValueError:  # no cluster that JAX knows
-            with socket.socket() as free:
-                free.bind(("localhost", 0))
-                address = f"localhost:{free.getsockname()[1]}"
-            jax.distributed.initialize(address, 1, 0, **limits)
-    _native = _handler()
-    signal.signal(signal.SIGTERM, _leave)
+        detect = clusters.ClusterEnv.auto_detect_unset_distributed_params
+        address, count, number, _ = detect(None, None, None, None, None, 300)
+    if (count or 1) > 1:
+        before = _c_handler()
+        jax.distributed.initialize(
+            *((address, count, number) if all(values) else ()),
+            heartbeat_timeout_seconds=NO_HEARTBEAT_SECONDS,
+            shutdown_timeout_seconds=SHUTDOWN_SECONDS,
+        )
+        _native = _set_by_jax(before)
+        _Heartbeat(count, number).start()
+    signal.signal(signal.SIGTERM, _request_stop)
+    _end_at_second_signal()
 
 
-def _handler(other: ctypes.Array | None = None) -> ctypes.Array:
-    """What handles SIGTERM, as the C library keeps it; `other` takes its place. Python sees its own handlers alone."""
-    old = ctypes.create_string_buffer(512)  # more than any platform's struct sigaction
-    if ctypes.CDLL(None).sigaction(signal.SIGTERM, other, old):
+def _request_stop(*_: object) -> None:
+    _stop.set()
+    if _native is not None:
+        _native(signal.SIGTERM)
+
+
+class _SigAction(ctypes.Structure):
+    """`struct sigaction` of the C library on 64-bit Linux."""
+
+    _fields_ = (
+        ("handler", ctypes.c_void_p),
+        ("mask", ctypes.c_char * 128),
+        ("flags", ctypes.c_int),
+        ("restorer", ctypes.c_void_p),
+    )
+
+
+SA_RESETHAND = 0x80000000 - 2**32  # as a C int
+
+
+def _sigaction(new: _SigAction | None = None) -> _SigAction:
+    """What handles SIGTERM in the C library; `new` takes its place. Python sees its own handlers alone."""
+    old = _SigAction()
+    if ctypes.CDLL(None).sigaction(signal.SIGTERM, None if new is None else ctypes.byref(new), ctypes.byref(old)):
         raise OSError("SIGTERM's handler cannot be read")
     return old
 
 
-def _leave(*_: object) -> None:
-    raise Preempted("told to stop; what is done is kept, and the same command goes on")
+def _c_handler() -> int | None:
+    return _sigaction().handler if sys.platform == "linux" else None
+
+
+def _set_by_jax(before: int | None) -> Callable[[int], None] | None:
+    """JAX's handler of SIGTERM, as soon as it is in the place of `before`; None where its service is turned off."""
+    if distributed.global_state.preemption_sync_manager is None:
+        return None
+    deadline = time.monotonic() + HANDLER_SECONDS
+    while (handler := _c_handler()) == before:
+        if time.monotonic() > deadline:
+            raise OSError("JAX does not handle SIGTERM, so hosts could not stop together: check jax's version")
+        time.sleep(0.01)
+    return ctypes.CFUNCTYPE(None, ctypes.c_int)(handler)
+
+
+def _end_at_second_signal() -> None:
+    """Gives the next SIGTERM but one its default action, already in the C library: Python's own handlers wait for the
+    end of a compilation."""
+    if sys.platform == "linux":
+        action = _sigaction()
+        action.flags |= SA_RESETHAND
+        _sigaction(action)
+
+
+def stop_requested() -> bool:
+    """Whether this run got SIGTERM, on this host or, as known a few seconds later, on another."""
+    return _stop.is_set()
+
+
+def stop_point() -> None:
+    """Raises Preempted where the run got SIGTERM, unless a training loop is about to save and leave.
+
+    For loops that leave nothing behind but what they have finished; `core.progress.Progress` calls it for its own.
+    """
+    if _stop.is_set() and not _saving:
+        raise Preempted(TOLD)
+
+
+def end(status: int) -> NoReturn:
+    """Ends this process as `sys.exit` does, but without Python's finalisation: to clear what TensorFlow and JAX leave
+    in memory takes ten seconds, in which a pre-empted machine may go."""
+    threading._shutdown()  # waits for threads, as the interpreter itself does; neither has a public name
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 @contextmanager
 def stopping_together() -> Iterator[Callable[[], bool]]:
-    """In the block SIGTERM does not end the process: `told()`, called by all hosts in every step, turns true in one
-    and the same step for all of them, soon after one of them got the signal."""
-    if _native is None:
-        yield lambda: False
-        return
-    ours = _handler(_native)
+    """In the block `stop_point` does not raise. `stopping()`, called by all hosts in every step, turns true in one and
+    the same step for all of them, soon after one of them got SIGTERM."""
+    global _saving
+    before, _saving = _saving, True
     try:
-        yield lambda: multihost_utils.reached_preemption_sync_point(next(_asked))
+        if jax.process_count() > 1:
+            yield lambda: multihost_utils.reached_preemption_sync_point(next(_asked))
+        else:
+            yield _stop.is_set
     finally:
-        _handler(ours)
+        _saving = before
+
+
+class _Heartbeat(threading.Thread):
+    """Tells the other hosts that this one is alive, and looks whether they are.
+
+    Time is counted in this thread's own ticks: neither a step of the wall clock nor a pause of this process makes
+    another host look lost. Ends the process, with LOST, where another host is gone; with AGAIN where the run was told
+    to stop and another host has left already, as from a loop whose steps this one waits in.
+    """
+
+    def __init__(self, count: int, number: int):
+        super().__init__(name="heartbeat", daemon=True)
+        self._count, self._number, self._ticks = count, number, 0
+        self._client = distributed.global_state.client
+        self._last: dict[str, str] = {}
+        self._silent = dict.fromkeys(range(count), 0)
+        self._ended = threading.Event()
+        atexit.register(self.end)  # before JAX's own, which closes the client
+
+    def run(self) -> None:
+        """Beats until `end`."""
+        while not self._ended.wait(TICK_SECONDS):
+            with suppress(jax.errors.JaxRuntimeError):  # the service is gone; then all others are silent
+                self._beat()
+            self._leave_if_lost()
+
+    def end(self) -> None:
+        """Stops; the others hear whether this host was told to stop."""
+        self._ended.set()
+        self.join()
+        with suppress(jax.errors.JaxRuntimeError):
+            self._beat()
+
+    def _beat(self) -> None:
+        self._ticks += 1
+        for number in self._silent:
+            self._silent[number] += number != self._number
+        word = f"{self._ticks} {STOP}" if _stop.is_set() else f"{self._ticks}"
+        self._client.key_value_set(f"{ALIVE}{self._number}", word, allow_overwrite=True)
+        for key, word in self._client.key_value_dir_get(ALIVE):
+            if self._last.get(key) != word:
+                self._silent[int(key.rsplit("/", 1)[1])] = 0
+            self._last[key] = word
+            if word.endswith(STOP):
+                _stop.set()
+
+    def _leave_if_lost(self) -> None:
+        silent = max(self._silent, key=self._silent.get)
+        ticks = self._silent[silent]
+        if _stop.is_set() and not _saving and ticks >= LEFT_TICKS:
+            print(f"host {silent} has left; what is done is kept, and the same command goes on", file=sys.stderr)
+            sys.stderr.flush()
+            os._exit(AGAIN)
+        if ticks >= LOST_TICKS:
+            print(f"host {silent} is lost: silent for {ticks * TICK_SECONDS:.0f} s; start all again", file=sys.stderr)
+            sys.stderr.flush()
+            os._exit(LOST)
 
 
 def first() -> bool:
@@ -124,10 +266,10 @@ def first_alone(work: Callable[P, T]) -> Callable[P, T | None]:
         client = distributed.global_state.client
         if not first():
             while not (ended := client.key_value_dir_get(told)):
-                time.sleep(POLL_SECONDS)  # in Python, where a signal is heard
+                time.sleep(POLL_SECONDS)  # SIGTERM here reaches the first host by the heartbeat
             how = ended[0][1]
             if how == "preempted":
-                _leave()
+                raise Preempted(TOLD)
             if how != "done":
                 raise ValueError(f"the first host failed: {how}")
             return None

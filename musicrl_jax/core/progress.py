@@ -7,12 +7,17 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
+from musicrl_jax.core import hosts
+
 T = TypeVar("T")
 LOG_SECONDS = 10.0
 
 
 class Progress:
-    """An iterator over `items` that shows where it is; `note` adds figures behind the count."""
+    """An iterator over `items` that shows where it is; `note` adds figures behind the count.
+
+    It raises `hosts.Preempted` between two items where the run got SIGTERM; see `hosts.stop_point`.
+    """
 
     def __init__(self, items: Iterable[T], label: str, total: int, initial: int = 0):
         self._items, self._label, self._total, self._done = items, label, total, initial
@@ -33,12 +38,14 @@ class Progress:
     def __iter__(self) -> Iterator[T]:
         try:
             for item in self._items:
+                hosts.stop_point()  # making the item may have taken long
                 yield item
                 self._done += 1
                 self._bar.update(1)
                 if not self._terminal and time.monotonic() - self._last > LOG_SECONDS:
                     self._last = time.monotonic()
                     self._line()
+                hosts.stop_point()
             if not self._terminal and self._told != self._done:
                 self._line()
         finally:

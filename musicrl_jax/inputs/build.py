@@ -9,7 +9,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from musicrl_jax.core import extras
+from musicrl_jax.core import extras, hosts, lock
 from musicrl_jax.core.files import in_checkout, remove_abandoned
 from musicrl_jax.inputs import content
 
@@ -36,12 +36,14 @@ def prepare(builder: str, config: str | Mapping[str, Any], data_dir: str) -> str
     module = _module(builder)
     try:
         made = module.Builder(config=_config(module, config), data_dir=Path(data_dir).expanduser())
-        remove_abandoned(Path(made.data_dir).parent, "incomplete.*")
-        there = made.data_path.exists()
-        made.download_and_prepare(file_format="array_record")
-        if not there and not content.read(made.data_path):  # the builders in data/ hash while they write
-            content.write(made.data_path, content.of_splits(made))
+        with lock.locked(made.data_path.parent):
+            remove_abandoned(Path(made.data_dir).parent, "incomplete.*")
+            there = made.data_path.exists()
+            made.download_and_prepare(file_format="array_record")
+            if not there and not content.read(made.data_path):  # the builders in data/ hash while they write
+                content.write(made.data_path, content.of_splits(made))
     except Exception as error:
+        hosts.stop_point()  # a signal to the whole process group ends the workers too
         if tasks.disk_is_full(error):
             raise OSError(
                 errno.ENOSPC, f"data_dir: no space left for {builder}: free some, or choose another disk", str(data_dir)

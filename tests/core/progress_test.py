@@ -1,6 +1,10 @@
 """A log tells how far a stage is, and the last line once."""
 
-from musicrl_jax.core import progress
+import threading
+
+import pytest
+
+from musicrl_jax.core import hosts, progress
 
 
 def lines(capsys):
@@ -20,3 +24,24 @@ def test_a_note_stands_behind_the_count(capsys):
     for _ in shown:
         shown.note("loss 0.5")
     assert capsys.readouterr().out.rstrip().endswith("loss 0.5")
+
+
+def test_a_stop_ends_the_loop_between_two_items(monkeypatch):
+    monkeypatch.setattr(hosts, "_stop", threading.Event())
+    done = []
+    with pytest.raises(hosts.Preempted):
+        for item in progress.Progress(range(9), "stopped", 9):
+            done.append(item)
+            if item == 4:
+                hosts._request_stop()
+    assert done == [0, 1, 2, 3, 4]
+
+    def slow():
+        yield "made before the signal"
+        hosts._request_stop()
+        yield "made while it came"
+
+    hosts._stop.clear()
+    with pytest.raises(hosts.Preempted):
+        done.extend(progress.Progress(slow(), "stopped", 2))
+    assert done[5:] == ["made before the signal"]
