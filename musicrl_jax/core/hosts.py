@@ -28,15 +28,17 @@ LOST = 134  # that of a process that lost another one; the same as JAX's own end
 TICK_SECONDS = 2.0  # between two heartbeats
 LOST_TICKS = 30  # heartbeats of this host without one of another, after which that one counts as lost
 LEFT_TICKS = 5  # the same once the run is told to stop: the other one has left, and nothing more will be saved
-NO_HEARTBEAT_SECONDS = 2**31 - 1  # JAX's own heartbeats count by the wall clock, which may be set forward by years
+NO_HEARTBEAT_SECONDS = 2**31 - 1
 SHUTDOWN_SECONDS = 60
+STOPPED_SECONDS = 15  # the same once the run is told to stop; the others leave LEFT_TICKS after the first at the latest
+CLOSING_SECONDS = 3  # that the service is there for the others to close their clients, which no message can tell of
 BARRIER_SECONDS = 600
 POLL_SECONDS = 0.2
 HANDLER_SECONDS = 10.0  # JAX sets its handler of SIGTERM in a thread, soon after `initialize`
 ADDRESS = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 ALIVE = "musicrl/alive/"
 TOLD = "told to stop; what is done is kept, and the same command goes on"
-STOP = "stop"  # in the heartbeat of a host that got SIGTERM
+STOP, END = "stop", "end"  # in the heartbeat of a host that got SIGTERM, and in the last one
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -80,6 +82,9 @@ def join() -> None:
         detect = clusters.ClusterEnv.auto_detect_unset_distributed_params
         address, count, number, _ = detect(None, None, None, None, None, 300)
     if (count or 1) > 1:
+        # JAX's service counts heartbeats by the wall clock, and takes all hosts for lost when that is set back,
+        # whatever the limit is. One of "recoverable" hosts ends none for it; `_Heartbeat` does, by its own clock.
+        jax.config.update("jax_enable_recoverability", True)
         before = _c_handler()
         jax.distributed.initialize(
             *((address, count, number) if all(values) else ()),
@@ -94,7 +99,13 @@ def join() -> None:
 
 def _request_stop(*_: object) -> None:
     _stop.set()
-    if _native is not None:
+    _tell_jax()
+
+
+def _tell_jax() -> None:
+    """Has JAX agree on a step with the other hosts, in a training loop alone: elsewhere its thread would wait for the
+    steps of hosts that do not count any, and with it the end of this process."""
+    if _native is not None and _saving and _stop.is_set():
         _native(signal.SIGTERM)
 
 
@@ -175,6 +186,7 @@ def stopping_together() -> Iterator[Callable[[], bool]]:
     the same step for all of them, soon after one of them got SIGTERM."""
     global _saving
     before, _saving = _saving, True
+    _tell_jax()
     try:
         if jax.process_count() > 1:
             yield lambda: multihost_utils.reached_preemption_sync_point(next(_asked))
@@ -209,23 +221,36 @@ class _Heartbeat(threading.Thread):
             self._leave_if_lost()
 
     def end(self) -> None:
-        """Stops; the others hear whether this host was told to stop."""
+        """Stops, says so to the others, and closes JAX's client; the first host, whose service must outlive all other
+        clients, waits for their last words."""
         self._ended.set()
         self.join()
         with suppress(jax.errors.JaxRuntimeError):
             self._beat()
+            deadline = time.monotonic() + (STOPPED_SECONDS if _stop.is_set() else SHUTDOWN_SECONDS)
+            while self._number == 0 and not self._all_ended() and time.monotonic() < deadline:
+                time.sleep(POLL_SECONDS)
+                self._beat()
+        if self._number == 0:
+            time.sleep(CLOSING_SECONDS)
+        with suppress(jax.errors.JaxRuntimeError):
+            distributed.global_state.shutdown()
+
+    def _all_ended(self) -> bool:
+        return sum(END in word.split() for word in self._last.values()) == self._count
 
     def _beat(self) -> None:
         self._ticks += 1
         for number in self._silent:
             self._silent[number] += number != self._number
-        word = f"{self._ticks} {STOP}" if _stop.is_set() else f"{self._ticks}"
+        said = {STOP: _stop.is_set(), END: self._ended.is_set()}
+        word = " ".join([f"{self._ticks}", *(name for name, true in said.items() if true)])
         self._client.key_value_set(f"{ALIVE}{self._number}", word, allow_overwrite=True)
         for key, word in self._client.key_value_dir_get(ALIVE):
             if self._last.get(key) != word:
                 self._silent[int(key.rsplit("/", 1)[1])] = 0
             self._last[key] = word
-            if word.endswith(STOP):
+            if STOP in word.split():
                 _stop.set()
 
     def _leave_if_lost(self) -> None:

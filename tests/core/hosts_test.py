@@ -1,11 +1,14 @@
 """A process that is alone: it joins, hears SIGTERM and does what the first of several would do."""
 
 import inspect
+import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -27,7 +30,7 @@ def test_who_is_alone_is_the_first_and_waits_for_no_one():
 
 
 PRELUDE = """
-import gc, signal, time
+import gc, select, signal, time
 from musicrl_jax.core import hosts
 from musicrl_jax.core.progress import Progress
 hosts.join()
@@ -208,3 +211,115 @@ def test_half_an_address_is_refused(monkeypatch):
 def test_what_counts_as_a_lost_host(monkeypatch, processes, message, lost):
     monkeypatch.setattr(hosts.jax, "process_count", lambda: processes)
     assert hosts.lost(RuntimeError(message)) == lost
+
+
+FAKETIME = next(iter(sorted(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"))), None)
+WAITS = """
+print("ready", flush=True)
+for _ in Progress(range(10**6), "items", 1):
+    time.sleep(0.05)
+"""
+STEPS_TOGETHER = """
+import jax
+print("ready", flush=True)
+with hosts.stopping_together() as stopping:
+    while not stopping():
+        time.sleep(0.05)
+hosts.wait_for_all("saved")
+raise hosts.Preempted("saved")
+"""
+FIRST_ALONE = """
+import jax
+
+@hosts.first_alone
+def work():
+    for _ in Progress(range(10**6), "items", 1):
+        time.sleep(0.05)
+
+print("ready", flush=True)
+work()
+"""
+
+
+def processes_of(code, count, folder, environment=None):
+    """So many processes of one run that have met, or one that is alone; what they say lies in folder/NUMBER."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    started = []
+    for number in range(count):
+        who = dict(zip(hosts.ADDRESS, (address, f"{count}", f"{number}"), strict=True)) if count > 1 else {}
+        with (folder / f"{number}").open("w") as file:
+            command = [sys.executable, "-c", PRELUDE + code]
+            settings = {**os.environ, **(environment or {}), **who}
+            started.append(subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=settings))
+    deadline = time.monotonic() + 120
+    while not all("ready" in (folder / f"{number}").read_text() for number in range(count)):
+        assert time.monotonic() < deadline and not any(process.poll() for process in started), said(folder)
+        time.sleep(0.05)
+    return started
+
+
+def said(folder):
+    return "\n".join(path.read_text()[-2000:] for path in sorted(folder.glob("[0-9]")))
+
+
+def ended(processes, seconds):
+    """Their exit statuses; those that are still there after so many seconds are killed."""
+    deadline = time.monotonic() + seconds
+    try:
+        return [process.wait(max(deadline - time.monotonic(), 0.1)) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(FAKETIME is None, reason="needs libfaketime: apt-get install libfaketime")
+@pytest.mark.parametrize(("code", "count"), [(WAITS, 1), (STEPS_TOGETHER, 2)], ids=["alone", "two hosts"])
+def test_a_step_of_the_wall_clock_ends_no_run(tmp_path, code, count):
+    clock = tmp_path / "clock"
+    clock.write_text("+0")
+    faked = {
+        "LD_PRELOAD": str(FAKETIME),
+        "FAKETIME_TIMESTAMP_FILE": str(clock),
+        "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+        "FAKETIME_NO_CACHE": "1",
+    }
+    code = code.replace("time.sleep(", "select.select([], [], [], ")  # libfaketime breaks the former
+    processes = processes_of(code, count, tmp_path, faked)
+    for step in ("-3600", "+60", "+3600", "+315360000", "+0"):
+        (tmp_path / "next").write_text(step)
+        (tmp_path / "next").rename(clock)
+        time.sleep(3 * hosts.TICK_SECONDS)
+        assert not any(process.poll() for process in processes), (step, said(tmp_path))
+    processes[-1].send_signal(signal.SIGTERM)
+    assert ended(processes, 30) == [hosts.AGAIN] * count, said(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("told", [0, 1])
+@pytest.mark.parametrize("code", [STEPS_TOGETHER, FIRST_ALONE, WAITS], ids=["steps", "work of the first", "loops"])
+def test_two_hosts_stop_together_whichever_is_told(tmp_path, code, told):
+    processes = processes_of(code, 2, tmp_path)
+    time.sleep(1)
+    processes[told].send_signal(signal.SIGTERM)
+    assert ended(processes, 30) == [hosts.AGAIN] * 2, said(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gone", [0, 1])
+def test_a_host_that_is_lost_ends_the_other_within_about_a_minute(tmp_path, gone):
+    processes = processes_of(STEPS_TOGETHER, 2, tmp_path)
+    processes[gone].kill()
+    status = ended(processes, 90)[1 - gone]
+    assert status in (hosts.LOST, -signal.SIGABRT), said(tmp_path)  # ours, or JAX's own where the first is gone
+
+
+@pytest.mark.slow
+def test_whoever_is_done_first_waits_for_the_others(tmp_path):
+    code = 'import jax\nprint("ready", flush=True)\ntime.sleep(8 * jax.process_index())\nprint("done", flush=True)\n'
+    processes = processes_of(code, 2, tmp_path)
+    assert ended(processes, 60) == [0, 0], said(tmp_path)
+    assert said(tmp_path).count("done") == 2
