@@ -29,6 +29,9 @@
 # By the worst exit status of its workers an attempt is: 0 done; 75 it saved and is resumed on the same TPU; 134, 137,
 # 143, 255 or a TPU that is not READY any more: lost, resumed on a new one; anything else a mistake, three of which end
 # this script with that status, unless an attempt in between got as far as 75.
+#
+# SIGTERM or Ctrl-C has the workers save and ends this script; started by nohup, cron or `&`, which ignore SIGINT, it
+# stops by SIGTERM.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

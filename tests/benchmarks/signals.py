@@ -33,7 +33,7 @@ STAGES = {"vocabulary": "vocabulary.model", "encode": "tokens", **TRAINED, "vote
 OTHERS = "build", "generate", "pack", "unpack", "export"
 MODELS = "{'codec': '%s/codec', 'semantic': '%s/semantic', 'policy': '%s/policy'}"
 PROMPTS = "\n".join(f"{mood} music with {what}" for mood in ("slow", "loud", "sad") for what in ("drums", "a flute"))
-LONGEST_EXIT, LONGEST_START, LONGEST_RUN = 60.0, 120.0, 400.0
+LONGEST_EXIT, LONGEST_START, LONGEST_RUN = 120.0, 300.0, 600.0
 LATEST = 20.0  # seconds from the first progress line to the signal
 NOISE = re.compile(r"$|WARNING|[IWEF]\d{4} ")  # of libraries, before a verb says anything
 
@@ -144,7 +144,7 @@ def attempt(verb, folder, delay):
         ends = time.monotonic() + delay
         while time.monotonic() < ends and process.poll() is None:
             time.sleep(0.02)
-        told = process.poll() is None
+        told = begun.is_set() and process.poll() is None  # before that it may die by the signal
         sent = time.monotonic()
         if told:
             process.send_signal(signal.SIGTERM)
