@@ -608,11 +608,12 @@ def _typed(text: str, annotation: Any) -> str | None:
 # --- settings -------------------------------------------------------------------------------------
 
 
-def check_settings(verb: str) -> None:
+def check_settings(verb: str, bindings: Sequence[str] = ()) -> None:
     """Checks the verb's settings, and those of all that they refer to: nothing is missing, all are
     of their type.
 
     gin itself finds that out when the configurable is called, which in a run may be after an hour.
+    `bindings` are those of flags: one that no setting of the verb refers to would change nothing.
     Raises ValueError.
     """
     called = load_verb(verb)
@@ -635,10 +636,27 @@ def check_settings(verb: str) -> None:
                     f"{name}.{parameter.name} is not set: give --gin.{name}.{parameter.name}=VALUE"
                 )
         for reference in _references(list(bound.values())):
-            part = (
-                tuple(reference.scopes) or scope
-            )  # gin passes a scope on to references that open none
+            # gin passes a scope on to references that open none
+            part = tuple(reference.scopes) or scope
             waiting.append((part, reference.configurable.selector, reference.configurable.wrapped))
+    _check_used(verb, bindings, seen)
+
+
+def _check_used(
+    verb: str, bindings: Sequence[str], used: set[tuple[tuple[str, ...], str]]
+) -> None:
+    """Raises ValueError where a flag binds a parameter of what no setting of the verb refers to."""
+    for binding in bindings:
+        key = binding.partition(" = ")[0]
+        *scope, name = key.split("/")
+        selector, _, parameter = name.rpartition(".")
+        selector = selector.split(".")[-1]
+        reached = [set(part) for part, place in used if place.split(".")[-1] == selector]
+        if parameter and selector and not any(set(scope) <= part for part in reached):
+            raise ValueError(
+                f"--gin.{key} changes nothing: no setting of {verb} refers to @{selector}(); bind "
+                f"it to a parameter, as --PARAMETER=@{selector}(), or remove the flag"
+            )
 
 
 def check_given(verb: str) -> None:
@@ -753,7 +771,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         flags, bindings = parse(words)
         if not configure(flags, bindings):
             return 1
-        check_settings(flags.verb)
+        check_settings(flags.verb, bindings)
         if flags.dry_run:
             print(gin.config_str())
     except WRONG_SETTING as error:
@@ -790,6 +808,13 @@ def _do(name: str, as_command: bool) -> int:
             hosts.end(hosts.AGAIN)
         return hosts.AGAIN
     except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" in str(error):
+            print(
+                f"musicrl {name}: the device's memory is too small: {_first_line(error.args[0])}; "
+                "lower batch_size, rows or clip_seconds, or take a device with more",
+                file=sys.stderr,
+            )
+            return 1
         if not hosts.lost(error):
             raise
         told = f"musicrl {name}: another host is lost; start all of them again: {error}"

@@ -294,6 +294,10 @@ CLIP = "--checkpoint=x", "--prompt=y"
             ["build", "--builder=x", "--config=y", "--data_dir=z", "--gin_file=nowhere.gin"],
             "no gin file 'nowhere.gin'",
         ),
+        (
+            ["serve", "--bundle=x", "--gin.ServiceLimits.connections=9"],
+            "--gin.ServiceLimits.connections changes nothing: no setting of serve refers to",
+        ),
         (["run"], "model_dir is not set: give --gin_file=FILE"),
         (["plan"], "stages is not set: give --gin_file=FILE"),
         (["plan", "--topology=v5e:4x4", "--slices=many"], "slices must be a whole number"),
@@ -344,6 +348,19 @@ def test_an_unbound_macro_is_named_with_its_reader_and_nothing_else(capsys):
 def test_an_error_of_a_verb_comes_without_gins_own_words(capsys, tmp_path):
     error = refused(capsys, "generate", f"--checkpoint={tmp_path}/nowhere", "--prompt=x")
     assert "no MusicLMConfig checkpoint" in error and "configurable" not in error
+
+
+def test_a_device_without_memory_is_one_sentence(capsys, monkeypatch):
+    import jax
+
+    def exhausted():
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nBuffers: ...")
+
+    monkeypatch.setattr(cli.gin, "get_configurable", lambda _: exhausted)
+    assert cli._do("generate", as_command=False) == 1
+    error = capsys.readouterr().err
+    assert "memory is too small: RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.; lower" in error
+    assert error.count("\n") == 1
 
 
 def test_a_hyphen_does_for_an_underscore_in_every_flag():
