@@ -24,7 +24,8 @@ def write_text(path: str | Path, content: str) -> None:
     """Writes UTF-8 in one move: whoever reads the file, or kills the writer, sees the old one or the new one."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
+    # Of two processes that write the file at once, each has a partial file of its own.
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     partial.write_text(content, encoding="utf-8")
     os.replace(partial, path)
 
@@ -142,7 +143,7 @@ def kept_at(path: Path, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, 
             set_aside(path, str(error).removeprefix(f"{path} ").removesuffix(f": {REMEDY}"))
     arrays = make()
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial.npz")
+    partial = path.with_suffix(f".{os.getpid()}.partial.npz")
     np.savez(partial, **arrays)
     os.replace(partial, path)
     return arrays

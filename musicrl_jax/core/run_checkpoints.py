@@ -18,6 +18,7 @@ from musicrl_jax.core import hosts
 from musicrl_jax.core.checkpoint import has_model
 from musicrl_jax.core.identity import CONTENT, changed_content
 from musicrl_jax.core.manifest import (
+    FILES,
     MANIFEST,
     bytes_needed,
     check_space,
@@ -32,6 +33,7 @@ from musicrl_jax.core.manifest import (
 CHECKPOINTS, STATE, RUN = "checkpoints", "state", "run.json"
 STATE_BEFORE = "default"  # where versions without a manifest had the state
 DAMAGED = ".damaged"  # the ending of a step that is set aside
+KIND = {"step": int, "about": dict, "identity": dict, "arrays": {str: str}, "files": FILES}  # of a step's manifest
 
 
 def _arrays(tree: Any) -> dict[str, str]:
@@ -125,7 +127,7 @@ class RunCheckpoints:
         if not step:
             raise ValueError(f"{self._directory} holds no step to go on from: save one first")
         folder = self._directory / f"{step}"
-        there, here = unsealed(folder / MANIFEST)["arrays"], _arrays(tree)
+        there, here = unsealed(folder / MANIFEST, kind=KIND)["arrays"], _arrays(tree)
         for name in sorted(set(there) | set(here)):
             if there.get(name) != here.get(name):
                 raise ValueError(
@@ -140,7 +142,7 @@ class RunCheckpoints:
     def about(self) -> dict[str, Any]:
         """What was told to `save` with `latest_step`; {} where there is no step."""
         step = self.latest_step()
-        return unsealed(self._directory / f"{step}" / MANIFEST)["about"] if step else {}
+        return unsealed(self._directory / f"{step}" / MANIFEST, kind=KIND)["about"] if step else {}
 
     def leave(self, step: int, tree: Any, about: dict[str, Any] | None = None) -> NoReturn:
         """Saves, waits until that is done on all hosts, and raises `hosts.Preempted`."""
@@ -188,7 +190,7 @@ class RunCheckpoints:
         steps = self.steps()
         for step in reversed(steps):
             with contextlib.suppress(ValueError):
-                return unsealed(self._directory / f"{step}" / MANIFEST)["identity"]
+                return unsealed(self._directory / f"{step}" / MANIFEST, kind=KIND)["identity"]
         path = self._directory / RUN
         before = any((self._directory / f"{step}" / STATE_BEFORE).is_dir() for step in self._folders())
         if not path.exists() or not (steps or before or has_model(self._model_dir)):
@@ -220,7 +222,7 @@ class RunCheckpoints:
             for step in reversed(self.steps()):
                 folder = self._directory / f"{step}"
                 try:
-                    wrong = damage(folder, unsealed(folder / MANIFEST)["files"], more=False)
+                    wrong = damage(folder, unsealed(folder / MANIFEST, kind=KIND)["files"], more=False)
                 except ValueError as error:
                     wrong = str(error)
                 if not wrong:

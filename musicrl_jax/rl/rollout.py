@@ -232,14 +232,14 @@ def load(policy: str, fine: str | None = None, codec: str | None = None, mulan: 
         models["mulan"].assets["vocabulary"],
         {name: model.hash for name, model in models.items()},
         models["policy"].assets[checkpoint.LINEAGE],
-        _trained_seconds(policy, models["policy"].assets),
+        _trained_seconds(policy, models["policy"]),
     )
 
 
-def _trained_seconds(policy: str, assets: dict[str, bytes]) -> float | None:
+def _trained_seconds(policy: str, model: checkpoint.Model) -> float | None:
     """Returns the length of the clips that a policy was trained on; None where nothing in its folder records it."""
-    if checkpoint.CLIP in assets:
-        return float(json.loads(assets[checkpoint.CLIP])["seconds"])
+    if checkpoint.CLIP in model.assets:
+        return float(model.json_asset(checkpoint.CLIP, {"seconds": float})["seconds"])
     run = Path(policy) / CHECKPOINTS / RUN  # an older finetuning recorded it in the identity of its run alone
     try:
         return float(unsealed(run, "if there")["clip_seconds"])

@@ -35,6 +35,22 @@ def test_work_that_failed_leaves_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_two_writers_of_a_file_do_not_share_what_is_half_written(tmp_path, monkeypatch):
+    """Two processes that do other stages of one run both write seconds.json; each move must find its own file."""
+    path, move = tmp_path / "seconds.json", os.replace
+
+    def interrupted(partial, target):
+        monkeypatch.setattr(files.os, "replace", move)
+        monkeypatch.setattr(files.os, "getpid", lambda: 2)
+        files.write_text(path, "second")  # another process, in between
+        move(partial, target)
+
+    monkeypatch.setattr(files.os, "getpid", lambda: 1)
+    monkeypatch.setattr(files.os, "replace", interrupted)
+    files.write_text(path, "first")
+    assert path.read_text() == "first" and list(tmp_path.iterdir()) == [path]
+
+
 def test_unfinished_work_of_dead_writers_is_removed_and_other_work_is_named(tmp_path, capsys):
     old, young, finished = (tmp_path / name for name in ("incomplete.A_1.0.0", "incomplete.B_1.0.0", "1.0.0"))
     for path in (old, young, finished):

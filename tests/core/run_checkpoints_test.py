@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from musicrl_jax.core import checkpoint, hosts, run_checkpoints
+from musicrl_jax.core import checkpoint, hosts, manifest, run_checkpoints
 from musicrl_jax.core.run_checkpoints import RunCheckpoints
 from musicrl_jax.core.tokens import TokenLayout
 
@@ -167,6 +167,19 @@ def test_where_all_are_damaged_the_run_begins_anew(folder, capsys):
     run.close()
     assert (step, run.steps(), run.about()) == (0, [], {})
     assert len(capsys.readouterr().out.splitlines()) == 2
+
+
+@pytest.mark.parametrize("field", ["files", "about", "identity", "arrays"])
+def test_a_manifest_without_a_field_is_damaged(folder, field, capsys):
+    """Sealed as it is: what another version or a script left out is no KeyError."""
+    path = folder / "checkpoints/2/manifest.json"
+    content = json.loads(path.read_text())
+    del content["sha256"], content[field]
+    path.write_text(manifest.sealed(content))
+    step, run = opened(folder)
+    run.close()
+    assert (step, run.steps()) == (1, [1])
+    assert f"is damaged: manifest.json: {field} is missing; set aside as 2.damaged" in capsys.readouterr().out
 
 
 def test_a_leftover_without_a_manifest_is_removed(folder, capsys):
