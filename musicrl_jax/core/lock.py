@@ -77,8 +77,8 @@ def holds(parameter: str, beside: bool = False, when: str = "") -> Callable[[Cal
 
 def _take(path: Path, held: contextlib.ExitStack) -> None:
     """Takes the lock until `held` is closed."""
-    with contextlib.suppress(OSError):  # what writes there next says it better
-        path.parent.mkdir(parents=True, exist_ok=True)
+    made = _make_folders(path.parent)
+    held.callback(_remove_empty, made)  # a run that was refused leaves no folder behind
     if not os.access(path.parent, os.W_OK):
         return
     taken = functools.partial(_end_if_taken, path)
@@ -93,6 +93,21 @@ def _take(path: Path, held: contextlib.ExitStack) -> None:
     about = _about(path)
     write_json(about, {"machine": _machine(), "host": socket.gethostname(), "process": os.getpid(), "since": _now()})
     held.callback(about.unlink, missing_ok=True)
+
+
+def _make_folders(folder: Path) -> list[Path]:
+    """Makes a folder, and returns what was made for it, the innermost first."""
+    missing = [each for each in (folder, *folder.parents) if not each.exists()]
+    with contextlib.suppress(OSError):  # what writes there next says it better
+        folder.mkdir(parents=True, exist_ok=True)
+    return missing
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    """Removes those of the folders that are empty, up to the first that is not."""
+    with contextlib.suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
 
 
 def _wait(lock: filelock.SoftFileLease, path: Path) -> None:

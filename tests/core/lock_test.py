@@ -77,6 +77,17 @@ def test_the_lock_is_released_whatever_ends_the_work(tmp_path):
         assert not list(tmp_path.iterdir())
 
 
+def test_work_that_wrote_nothing_leaves_no_folder(tmp_path):
+    """A verb refuses bad settings inside its lock."""
+    with pytest.raises(ZeroDivisionError), lock.locked(tmp_path / "runs/votes"):
+        1 / 0  # noqa: B018
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "there").mkdir()
+    with lock.locked(tmp_path / "there"), lock.locked(tmp_path / "runs/votes"):
+        (tmp_path / "runs/votes/file").touch()
+    assert (tmp_path / "there").exists() and (tmp_path / "runs/votes/file").exists()
+
+
 def test_a_lock_of_a_recycled_process_number_is_taken_over(tmp_path):
     with lock.locked(tmp_path):
         marker, about = ((tmp_path / f".musicrl.lock{end}").read_text() for end in ("", ".json"))
