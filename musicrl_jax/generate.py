@@ -33,7 +33,7 @@ ROWS = 8  # candidates that are drawn at a time, at most
 LOUDNESS_LUFS = -16.0  # of the files; about as loud as streamed music
 
 
-@lock.holds("out", when="prompts_file")
+@lock.holds("out", beside=True, when="prompts_file")
 def generate(
     checkpoint: str,
     prompt: str | list[str] = "",

@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 import gin
 from musicrl_jax import cli, plan
 from musicrl_jax.core import checkpoint, estimate, sharding
+from musicrl_jax.core.calls import recordable, recorded
 from musicrl_jax.core.chips import CHIPS
 from musicrl_jax.models.musiclm import MusicLMConfig
 
@@ -72,9 +73,9 @@ def test_a_topology_that_is_none_is_refused(topology):
 
 
 def test_a_verb_is_recorded_only_while_a_run_is_planned():
-    verb = calls.recordable(lambda a, b=2: a + b)
+    verb = recordable(lambda a, b=2: a + b)
     assert verb(1) == 3
-    with calls.recorded():
+    with recorded():
         assert verb(1).arguments == {"a": 1, "b": 2}
 
 

@@ -106,7 +106,8 @@ class FakeBundle:
     """A bundle that draws nothing, of clips of one second."""
 
     def __init__(self):
-        names = {"version": "0", "licence": "CC0-1.0", "models": {}, "rewards": {}, "golden": {"prompts": ["jazz"]}}
+        names = {"version": "0", "sha256": "0" * 64, "licence": "CC0-1.0", "models": {}, "rewards": {}}
+        names["golden"] = {"prompts": ["jazz"]}
         self.about = {**names, "clip_seconds": 1.0, "frames": 25, "sample_rate_hz": RATE, "temperature": 1.0}
 
     def encode(self, prompts):
