@@ -225,14 +225,15 @@ class _Heartbeat(threading.Thread):
         clients, waits for their last words."""
         self._ended.set()
         self.join()
+        pause = threading.Event()  # never set; as `run` waits, which a step of the clock does not disturb
         with suppress(jax.errors.JaxRuntimeError):
             self._beat()
             deadline = time.monotonic() + (STOPPED_SECONDS if _stop.is_set() else SHUTDOWN_SECONDS)
             while self._number == 0 and not self._all_ended() and time.monotonic() < deadline:
-                time.sleep(POLL_SECONDS)
+                pause.wait(POLL_SECONDS)
                 self._beat()
         if self._number == 0:
-            time.sleep(CLOSING_SECONDS)
+            pause.wait(CLOSING_SECONDS)
         with suppress(jax.errors.JaxRuntimeError):
             distributed.global_state.shutdown()
 
