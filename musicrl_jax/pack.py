@@ -48,7 +48,8 @@ KINDS = {
 INDEX = "models.json"
 HEADER, FORMAT = "musicrl", "musicrl-jax 1"
 LARGEST = 6e4  # what half precision holds
-HEADER_KIND = {"config": dict, "shapes": {str: str}, "orders?": dict, "assets": {str: str}}
+# Packs of older versions, as those that ship, have no shapes and orders.
+HEADER_KIND = {"config": dict, "shapes?": {str: str}, "orders?": dict, "assets": {str: str}}
 TOWERS = "params/towers/"
 RESTORE = "restore the pack"
 
@@ -76,6 +77,10 @@ def pack(
     """
     if dtype not in ("float16", "float32"):
         raise ValueError(f"pack.dtype={dtype!r} is none of float16, float32")
+    if not models:
+        raise ValueError("pack.models is empty: name a model and its folder, as {'ru': 'runs/mine/ru'}")
+    for name in models:
+        checkpoint.check_name(name, "pack.models")
     whole = {name: _load(folder) for name, folder in models.items()}
     kept, hashes = {}, {}
     for name, model in whole.items():

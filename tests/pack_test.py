@@ -163,6 +163,9 @@ def test_a_pack_of_someone_else_writes_nowhere_else(run, name):
     with pytest.raises(ValueError, match=r"which would lead out of the folder"):
         unpacked(run)
     with pytest.raises(ValueError, match=r"which would lead out of the folder"):
+        pack.pack({name: str(run / "policy")}, str(run / "mine"))
+    assert not (run / "mine").exists()
+    with pytest.raises(ValueError, match=r"which would lead out of the folder"):
         checkpoint.save_model(run / "other", MusicLMConfig(), {"params": weights()}, {name: b"content"})
     assert not checkpoint.has_model(run / "other") and not (run / "escaped").exists()
 
@@ -267,12 +270,20 @@ def test_a_model_of_no_known_kind_is_refused(run):
         packed(run, names=("odd",))
 
 
+def test_an_empty_pack_is_refused(run):
+    with pytest.raises(ValueError, match=r"pack.models is empty: name a model and its folder"):
+        pack.pack({}, str(run / "mine"))
+    assert not (run / "mine").exists()
+
+
 def test_what_ships_is_small_whole_and_described():
-    """The models of the demo: every file is the one in the index, the card names its hash, and all fit into 24 MB."""
+    """The models of the demo: every file is the one in the index and can be read, the card names its hash, and all fit
+    into 24 MB."""
     told, card = json.loads((SHIPPED / pack.INDEX).read_text()), (SHIPPED / "README.md").read_text()
     files = sorted(SHIPPED.glob("*.safetensors"))
     assert [path.stem for path in files] == sorted(told)
     assert sum(path.stat().st_size for path in files) <= 24e6
     for path in files:
         assert hashlib.sha256(path.read_bytes()).hexdigest() == told[path.stem]["sha256"]
+        assert pack._read(path, told[path.stem], changed=False)[1]
         assert f"`{path.name}`" in card and told[path.stem]["hash"][:12] in card
