@@ -16,6 +16,7 @@ from musicrl_jax.inputs import content
 if TYPE_CHECKING:
     import tensorflow_datasets as tfds
 
+TYPES = {str: str, bool: bool, int: int, float: (int, float)}  # of a builder's fields: what may be given for each
 NEEDED_BY_BUILDERS = "joblib", "midirenderer", "music21", "pretty_midi", "soxr"  # of data/ in the checkout
 
 
@@ -73,6 +74,11 @@ def _config(module: ModuleType, config: str | Mapping[str, Any]) -> "tfds.core.B
 
     known = module.Builder.builder_configs
     if isinstance(config, str):
+        if not known:
+            raise ValueError(
+                f"config {config!r}: {module.__name__} has no configs of its own; give the fields of one, as "
+                "{'name': 'mine', ...}"
+            )
         if config not in known:
             raise ValueError(f"config {config!r} of {module.__name__} does not exist; there are {sorted(known)}")
         return known[config]
@@ -96,4 +102,10 @@ def _config(module: ModuleType, config: str | Mapping[str, Any]) -> "tfds.core.B
     ]
     if missing := sorted(set(needed) - set(config)):
         raise ValueError(f"config lacks {', '.join(missing)}, which {config_class.__name__} needs")
+    for name, value in config.items():
+        kind = fields[name].type
+        if kind in TYPES and (not isinstance(value, TYPES[kind]) or (isinstance(value, bool) and kind is not bool)):
+            raise ValueError(f"config: {name} = {value!r} must be of type {kind.__name__}")
+    if not config["name"] or "/" in config["name"]:
+        raise ValueError(f"config: name = {config['name']!r} must be the name of a folder, without /")
     return config_class(**config)

@@ -77,6 +77,9 @@ def test_what_is_no_clip_set_is_refused(tmp_path):
         ("eleven", r"config 'eleven' of .* does not exist; there are \['five', 'ten'\]"),
         ({"name": "mine", "train": 1, "trian": 2}, "config has no field trian; RampConfig has"),
         ({"name": "mine"}, "config lacks train, which RampConfig needs"),
+        ({"name": "mine", "train": "1"}, "config: train = '1' must be of type int"),
+        ({"name": "mine", "train": True}, "config: train = True must be of type int"),
+        ({"name": "a/b", "train": 1}, "config: name = 'a/b' must be the name of a folder"),
     ],
 )
 def test_unknown_configs_and_fields_are_refused(ramp_builder, tmp_path, config, message):
