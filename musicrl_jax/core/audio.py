@@ -48,6 +48,7 @@ def encoded(wav: np.ndarray, rate: int, form: str, tags: Mapping[str, str] | Non
     file = io.BytesIO()
     with soundfile.SoundFile(file, "w", rate, 1, format=form.upper(), subtype=SUBTYPES[form]) as written:
         for name, text in (tags or {}).items():
+            text = text.replace("\0", " ")  # which would end the text in C, and libsndfile refuses an empty one
             short = text.encode()[:LONGEST_TAG].decode(errors="ignore")
             setattr(written, name, short if form == "wav" else text)
         for start in range(0, len(wav), rate):  # Vorbis puts what it is given on the stack: a minute overflows it
