@@ -114,7 +114,7 @@ def test_a_clip_does_not_see_the_batch(model):
     apply, params, x = model
     together = apply({"params": params}, x)
     alone = apply({"params": params}, x[1:2])
-    np.testing.assert_allclose(together[1], alone[0], atol=1e-6)
+    np.testing.assert_allclose(together[1], alone[0], atol=1e-5)  # sums of another batch have another order
 
 
 def test_every_position_sees_both_directions(model):
