@@ -401,7 +401,7 @@ WORDS = {
 
 
 def fits(value: Any, annotation: Any) -> bool:
-    """Whether a value is of an annotation's type; what cannot be told by looking counts as fitting.
+    """Tells whether a value is of an annotation's type. A type that cannot be checked counts as fitting.
 
     Stricter than Python where Python lets mistakes through: a bool is no number, a text no
     sequence.
@@ -427,7 +427,7 @@ def fits(value: Any, annotation: Any) -> bool:
 
 
 def _sequence_fits(value: Any, kind: Any, parts: tuple[Any, ...]) -> bool:
-    """Whether a value is a list or a tuple, and a tuple where that is wanted, of such elements."""
+    """Tells whether a value is a list or a tuple, as `kind` asks, whose elements fit `parts`."""
     if not isinstance(value, tuple if kind is tuple else (list, tuple)):
         return False
     if kind is tuple and parts and parts[-1] is not Ellipsis:
@@ -436,7 +436,7 @@ def _sequence_fits(value: Any, kind: Any, parts: tuple[Any, ...]) -> bool:
 
 
 def _is_class(kind: Any) -> bool:
-    """Whether isinstance tells something about it: no protocol, no missing annotation."""
+    """Tells whether isinstance can check it: it is a class, and neither a protocol nor Any."""
     missing = kind in (inspect.Parameter.empty, Any)
     return isinstance(kind, type) and not missing and not getattr(kind, "_is_protocol", False)
 

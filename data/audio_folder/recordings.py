@@ -35,7 +35,7 @@ _OTHER_SIZE = re.compile(r"(?m)^\s*(?:SSND|Data Size|riff)\s*: (\d+) \(should be
 
 
 class Recording(NamedTuple):
-    """What a file holds, at the rate of the data set.
+    """Measurements of a file, at the sample rate of the data set.
 
     Attributes:
       peak: the greatest magnitude, in full scales.

@@ -303,7 +303,7 @@ _KILOBITS = {
 
 
 class _Kind(NamedTuple):
-    """What all frames of a stream have in common."""
+    """Fields that all frames of a stream share."""
 
     version: int
     layer: int
@@ -319,7 +319,7 @@ class _Kind(NamedTuple):
 
     @property
     def count_at(self) -> int:
-        """Where the name of an Info frame lies: behind the header and the side information."""
+        """Returns the place of an Info frame's name: behind the header and the side information."""
         return 4 + (32, 17, 9)[(self.version != _V1) + (self.channels == 1)]
 
 

@@ -20,7 +20,7 @@ LENGTHS = {"staccato": 0.4, "natural": 0.88, "legato": 1.0}
 
 @dataclasses.dataclass(frozen=True)
 class Clip:
-    """What is to be rendered: `notes` are (onset s, duration s, MIDI pitch, part) as played, within the clip.
+    """A clip before it is rendered: `notes` are (onset s, duration s, MIDI pitch, part) as played, within the clip.
 
     Within a part no two notes of one pitch overlap.
     """

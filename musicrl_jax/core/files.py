@@ -223,7 +223,7 @@ def _private_folder() -> Path:
         ):
             return folder
     except OSError:
-        pass
+        pass  # it cannot be made or looked at: a new folder of this process alone takes its place
     return Path(tempfile.mkdtemp(prefix="musicrl-cache-"))
 
 
