@@ -87,7 +87,8 @@ def written(verb, folder):
         steps = [json.loads(line)["step"] for line in (place / "metrics.jsonl").read_text().splitlines()]
         return json.dumps([checkpoint.model_hash(place), steps])
     if verb == "unpack":
-        return json.dumps({path.parent.name: checkpoint.model_hash(path.parent) for path in place.glob("*/model")})
+        models = {path.parent.name: checkpoint.model_hash(path.parent) for path in place.glob("*/model")}
+        return json.dumps(models) if models else None
     if verb == "evaluate":
         if not (place / "summary.json").exists():
             return None
