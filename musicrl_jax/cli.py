@@ -62,8 +62,8 @@ CONFIGS = {
     name: f"musicrl_jax.{module}:{name}"
     for module, names in {
         "core.calls": ("model_hash",),
-        "core.state": ("Optimiser",),
-        "core.tokens": ("TokenLayout",),
+        "losses.optimiser": ("Optimiser",),
+        "models.tokens": ("TokenLayout",),
         "inputs.clips": ("Clips", "Ratings"),
         "inputs.prompts": ("Prompts",),
         "inputs.tokens": ("Tokens",),

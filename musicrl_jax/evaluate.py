@@ -35,7 +35,7 @@ from musicrl_jax.core.statistics import (
     ratio_interval,
     too_small,
 )
-from musicrl_jax.core.tokens import FRAMES_PER_SECOND
+from musicrl_jax.models.tokens import FRAMES_PER_SECOND
 from musicrl_jax.inputs import pieces
 from musicrl_jax.inputs.clips import Clips
 from musicrl_jax.inputs.prompts import Prompts

@@ -25,11 +25,11 @@ from jax.sharding import Mesh, NamedSharding
 
 from musicrl_jax.core import checkpoint, extras, sharding
 from musicrl_jax.core.calls import PLANNED, Call, recorded
-from musicrl_jax.core.chips import CHIPS, Chip
-from musicrl_jax.core.estimate import bytes_a_chip, estimate, refused
+from musicrl_jax.planning.chips import CHIPS, Chip
+from musicrl_jax.planning.estimate import bytes_a_chip, estimate, refused
 from musicrl_jax.core.files import write_json
-from musicrl_jax.core.flops import Flops, flops
-from musicrl_jax.core.tokens import CODEC_FRAMES_PER_FRAME, FRAMES_PER_SECOND
+from musicrl_jax.planning.flops import Flops, flops
+from musicrl_jax.models.tokens import CODEC_FRAMES_PER_FRAME, FRAMES_PER_SECOND
 from musicrl_jax.inputs.clips import Clips, Ratings
 from musicrl_jax.inputs.tokens import Tokens
 from musicrl_jax.inputs.votes import Votes

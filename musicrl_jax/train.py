@@ -19,7 +19,7 @@ from musicrl_jax.core.keys import step_key
 from musicrl_jax.core.metrics import MetricWriter
 from musicrl_jax.core.progress import Progress
 from musicrl_jax.core.run_checkpoints import RunCheckpoints
-from musicrl_jax.core.state import MOST_SKIPPED, Optimiser
+from musicrl_jax.losses.optimiser import MOST_SKIPPED, Optimiser
 from musicrl_jax.core.statistics import too_small
 from musicrl_jax.objectives.objective import Objective
 from musicrl_jax.objectives.step import first_state, training_step

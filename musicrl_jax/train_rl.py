@@ -28,7 +28,7 @@ from musicrl_jax.core import checkpoint, hosts, lock, sharding
 from musicrl_jax.core.metrics import FILE_NAME, MetricWriter
 from musicrl_jax.core.progress import Progress
 from musicrl_jax.core.run_checkpoints import RunCheckpoints
-from musicrl_jax.core.state import MOST_SKIPPED, Optimiser, in_dtype
+from musicrl_jax.losses.optimiser import MOST_SKIPPED, Optimiser, in_dtype
 from musicrl_jax.inputs import pieces
 from musicrl_jax.inputs.prompts import Prompts
 from musicrl_jax.losses.policy_gradient import PolicyGradient

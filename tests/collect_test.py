@@ -14,7 +14,7 @@ from musicrl_jax import collect
 from musicrl_jax.arena import ears
 from musicrl_jax.arena.audience import Audience
 from musicrl_jax.arena.listeners import training_panel
-from musicrl_jax.core.tokens import TokenLayout
+from musicrl_jax.models.tokens import TokenLayout
 from musicrl_jax.inputs.votes import FIGURES, Vote, Votes, read_votes, write_votes
 from musicrl_jax.models.musiclm import MusicLM, MusicLMConfig
 from musicrl_jax.models.soundstream import SoundStream, SoundStreamConfig

@@ -14,9 +14,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import gin
 from musicrl_jax import cli, plan
-from musicrl_jax.core import checkpoint, estimate, sharding
+from musicrl_jax.core import checkpoint, sharding
+from musicrl_jax.planning import estimate
 from musicrl_jax.core.calls import recordable, recorded
-from musicrl_jax.core.chips import CHIPS
+from musicrl_jax.planning.chips import CHIPS
 from musicrl_jax.models.musiclm import MusicLMConfig
 
 ROOT = Path(__file__).parents[1]

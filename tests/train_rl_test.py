@@ -20,7 +20,7 @@ from musicrl_jax.arena import monitor
 from musicrl_jax.core import checkpoint, sharding
 from musicrl_jax.core.metrics import MetricWriter
 from musicrl_jax.core.run_checkpoints import RunCheckpoints
-from musicrl_jax.core.tokens import TokenLayout
+from musicrl_jax.models.tokens import TokenLayout
 from musicrl_jax.losses.policy_gradient import PolicyGradient
 from musicrl_jax.models.musiclm import MusicLM, MusicLMConfig
 from musicrl_jax.models.transformer import TransformerConfig

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from musicrl_jax.core import checkpoint, sharding
-from musicrl_jax.core.state import Optimiser, create_state
-from musicrl_jax.core.tokens import TokenLayout
+from musicrl_jax.losses.optimiser import Optimiser, create_state
+from musicrl_jax.models.tokens import TokenLayout
 from musicrl_jax.models.musiclm import MusicLMConfig
 from musicrl_jax.models.transformer import TransformerConfig
 from musicrl_jax.objectives.mulan import MuLanObjective

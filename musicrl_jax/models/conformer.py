@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from musicrl_jax.core import sharding
-from musicrl_jax.core.state import LAYERS
+from musicrl_jax.losses.optimiser import LAYERS
 from musicrl_jax.models.layers import BLOCK, in_a_loop
 from musicrl_jax.models.transformer import at_least_float32
 

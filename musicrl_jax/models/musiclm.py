@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from musicrl_jax.core import sharding
-from musicrl_jax.core.tokens import TokenLayout
+from musicrl_jax.models.tokens import TokenLayout
 from musicrl_jax.models.transformer import (
     NEVER,
     Cache,

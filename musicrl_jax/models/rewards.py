@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from musicrl_jax.core.tokens import FRAMES_PER_SECOND
+from musicrl_jax.models.tokens import FRAMES_PER_SECOND
 from musicrl_jax.models import resnet
 from musicrl_jax.models.musiclm import MusicLMConfig, Trunk
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from musicrl_jax.core import sharding
-from musicrl_jax.core.state import LAYERS
+from musicrl_jax.losses.optimiser import LAYERS
 from musicrl_jax.models.layers import BLOCK, in_a_loop
 
 Cache = list[tuple[jax.Array, jax.Array]]  # for each layer its keys and values, [B, G, P, g E] each; g is mostly 1

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from musicrl_jax.core import sharding
 from musicrl_jax.core.keys import step_key
-from musicrl_jax.core.state import TrainState, create_state, moved
+from musicrl_jax.losses.optimiser import TrainState, create_state, moved
 from musicrl_jax.objectives.objective import Batch, Metrics, Objective
 
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from musicrl_jax.core.state import in_dtype, moved
+from musicrl_jax.losses.optimiser import in_dtype, moved
 from musicrl_jax.losses.policy_gradient import (
     Advantage,
     PolicyGradient,
@@ -72,7 +72,7 @@ class Learner:
       kl_target: KL in nats a clip that the strength is adapted to, or None.
       microbatches: parts of a batch that are scored and differentiated one after the other, to save memory; the
         update is the same.
-      dtype: of products with the weights, as in `core.state.in_dtype`, and so of gradients while they are added over
+      dtype: of products with the weights, as in `losses.optimiser.in_dtype`, and so of gradients while they are added over
         devices; over microbatches they are in float32.
     """
 

@@ -16,7 +16,7 @@ from musicrl_jax.core import checkpoint
 from musicrl_jax.core.keys import step_key
 from musicrl_jax.core.manifest import unsealed
 from musicrl_jax.core.run_checkpoints import CHECKPOINTS, RUN
-from musicrl_jax.core.tokens import FRAMES_PER_SECOND, deinterleave
+from musicrl_jax.models.tokens import FRAMES_PER_SECOND, deinterleave
 from musicrl_jax.models.mulan import MuLan, MuLanConfig
 from musicrl_jax.models.musiclm import MusicLM, MusicLMConfig
 from musicrl_jax.models.soundstorm import SoundStorm, SoundStormConfig, fill_fine

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from musicrl_jax.core import sharding
 from musicrl_jax.core.keys import row_keys, step_key
-from musicrl_jax.core.state import Optimiser, in_dtype
+from musicrl_jax.losses.optimiser import Optimiser, in_dtype
 from musicrl_jax.losses.policy_gradient import PolicyGradient
 from musicrl_jax.models.layers import stacked, unstacked
 from musicrl_jax.models.musiclm import MusicLM, Value

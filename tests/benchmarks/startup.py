@@ -38,7 +38,7 @@ def make_models(folder: Path) -> None:
 
     from musicrl_jax import export
     from musicrl_jax.core import checkpoint
-    from musicrl_jax.core.tokens import TokenLayout
+    from musicrl_jax.models.tokens import TokenLayout
     from musicrl_jax.inputs import vocabulary
     from musicrl_jax.models.bert import BertConfig
     from musicrl_jax.models.conformer import ConformerConfig

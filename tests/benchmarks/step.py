@@ -24,9 +24,9 @@ from flax.linen import meta
 from jax.sharding import Mesh
 
 from musicrl_jax.core import sharding
-from musicrl_jax.core.flops import flops
-from musicrl_jax.core.state import Optimiser
-from musicrl_jax.core.tokens import TokenLayout
+from musicrl_jax.planning.flops import flops
+from musicrl_jax.losses.optimiser import Optimiser
+from musicrl_jax.models.tokens import TokenLayout
 from musicrl_jax.losses.policy_gradient import PolicyGradient
 from musicrl_jax.models.conformer import ConformerConfig
 from musicrl_jax.models.mulan import MuLan, MuLanConfig

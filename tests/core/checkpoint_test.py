@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from musicrl_jax.core import checkpoint
-from musicrl_jax.core.tokens import TokenLayout
+from musicrl_jax.models.tokens import TokenLayout
 from musicrl_jax.models.musiclm import MusicLMConfig
 from musicrl_jax.models.transformer import TransformerConfig
 

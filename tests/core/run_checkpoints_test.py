@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from musicrl_jax.core import checkpoint, hosts, manifest, run_checkpoints
 from musicrl_jax.core.run_checkpoints import RunCheckpoints
-from musicrl_jax.core.tokens import TokenLayout
+from musicrl_jax.models.tokens import TokenLayout
 
 IDENTITY = {"model": {"width": 8}, "data": "ab12", "seed": 0}
 FLIPS = 200

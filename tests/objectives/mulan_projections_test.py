@@ -11,7 +11,7 @@ import safetensors.numpy
 from flax import linen as nn
 
 from musicrl_jax.core import checkpoint
-from musicrl_jax.core.state import Optimiser
+from musicrl_jax.losses.optimiser import Optimiser
 from musicrl_jax.inputs import order, pieces
 from musicrl_jax.models import bert, mulan, musicnn
 from musicrl_jax.objectives import mulan_projections

@@ -9,7 +9,7 @@ import pytest
 from flax.linen import meta
 
 from musicrl_jax.core import checkpoint
-from musicrl_jax.core.tokens import TokenLayout, interleave
+from musicrl_jax.models.tokens import TokenLayout, interleave
 from musicrl_jax.models.musiclm import MusicLM, MusicLMConfig
 from musicrl_jax.models.rewards import Preference, PreferenceConfig
 from musicrl_jax.models.transformer import TransformerConfig

@@ -11,7 +11,7 @@ import pytest
 from flax.linen import meta
 
 from musicrl_jax.core.keys import row_keys
-from musicrl_jax.core.tokens import TokenLayout
+from musicrl_jax.models.tokens import TokenLayout
 from musicrl_jax.losses.policy_gradient import PolicyGradient
 from musicrl_jax.models.layers import unstacked
 from musicrl_jax.models.musiclm import MusicLM, MusicLMConfig, Value

@@ -11,7 +11,7 @@ import pytest
 from flax.linen import meta
 
 from musicrl_jax.core import checkpoint
-from musicrl_jax.core.tokens import TokenLayout
+from musicrl_jax.models.tokens import TokenLayout
 from musicrl_jax.models.bert import BertConfig
 from musicrl_jax.models.mulan import MuLan, MuLanConfig
 from musicrl_jax.models.musiclm import MusicLMConfig

@@ -9,7 +9,7 @@ import pytest
 
 from musicrl_jax.core import checkpoint
 from musicrl_jax.core.manifest import sealed
-from musicrl_jax.core.tokens import TokenLayout
+from musicrl_jax.models.tokens import TokenLayout
 from musicrl_jax.models.conformer import ConformerConfig
 from musicrl_jax.models.mulan import MuLanConfig
 from musicrl_jax.models.musiclm import MusicLMConfig

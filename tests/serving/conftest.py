@@ -16,7 +16,7 @@ from flax.linen import meta
 
 from musicrl_jax import export
 from musicrl_jax.core import checkpoint
-from musicrl_jax.core.tokens import TokenLayout
+from musicrl_jax.models.tokens import TokenLayout
 from musicrl_jax.models.bert import BertConfig
 from musicrl_jax.models.conformer import ConformerConfig
 from musicrl_jax.models.mulan import MuLan, MuLanConfig

@@ -10,9 +10,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from musicrl_jax.core import hlo
-from musicrl_jax.core.chips import Chip
-from musicrl_jax.core.flops import Flops
+from musicrl_jax.planning import hlo
+from musicrl_jax.planning.chips import Chip
+from musicrl_jax.planning.flops import Flops
 
 # How XLA says that a program does not fit.
 REFUSED = re.compile(r"(?:Used |HLO temporaries \()([\d.]+)([KMG])\)? (?:of|exceeds available HBM)")

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from musicrl_jax.core.tokens import TokenLayout, deinterleave, interleave
+from musicrl_jax.models.tokens import TokenLayout, deinterleave, interleave
 
 sizes = st.integers(1, 5)
 

@@ -12,8 +12,8 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from musicrl_jax.core import hlo
-from musicrl_jax.core.chips import CHIPS
+from musicrl_jax.planning import hlo
+from musicrl_jax.planning.chips import CHIPS
 
 HEAD = "HloModule jit_f, is_scheduled=true, num_partitions=16\n\nFileNames\n"
 HEAD += '1 "f.py"\n\nFileLocations\n1 {file_name_id=1 line=3}\n\n'
@@ -403,7 +403,7 @@ import json, sys
 import jax, jax.numpy as jnp, numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
-from musicrl_jax.core import hlo
+from musicrl_jax.planning import hlo
 
 devices = topologies.get_topology_desc("v5e:4x4", platform="tpu").devices
 mesh = Mesh(np.array(devices).reshape(4, 4), ("data", "fsdp"))

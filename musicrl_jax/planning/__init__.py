@@ -1,0 +1,1 @@
+"""Sampling, rewards and the rollout that joins them."""
