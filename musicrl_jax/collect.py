@@ -19,9 +19,9 @@ from musicrl_jax.core.files import kept, read_json, set_aside, write_json
 from musicrl_jax.core.keys import row_keys, step_key
 from musicrl_jax.core.progress import Progress
 from musicrl_jax.core.statistics import LEAST_INTERVAL, too_small
-from musicrl_jax.models.tokens import deinterleave
 from musicrl_jax.inputs import pieces, tokens, votes
 from musicrl_jax.inputs.prompts import Prompts
+from musicrl_jax.models.tokens import deinterleave
 from musicrl_jax.rl import rollout as rollouts
 from musicrl_jax.rl.rollout import Rollout
 from musicrl_jax.rl.sample import Sampling

@@ -35,13 +35,13 @@ from musicrl_jax.core.statistics import (
     ratio_interval,
     too_small,
 )
-from musicrl_jax.models.tokens import FRAMES_PER_SECOND
 from musicrl_jax.inputs import pieces
 from musicrl_jax.inputs.clips import Clips
 from musicrl_jax.inputs.prompts import Prompts
 from musicrl_jax.losses.policy_gradient import full_kl
 from musicrl_jax.models.musiclm import MusicLMConfig
 from musicrl_jax.models.semantic import SemanticConfig, SemanticEncoder
+from musicrl_jax.models.tokens import FRAMES_PER_SECOND
 from musicrl_jax.rl import rollout as rollouts
 from musicrl_jax.rl.rewards import Mixture
 from musicrl_jax.rl.sample import Sampling, log_probs

@@ -27,10 +27,10 @@ from jax.sharding import Mesh
 
 from musicrl_jax.core import audio, checkpoint, hosts, lock, manifest, memory, sharding, tensors
 from musicrl_jax.core.files import read_json
-from musicrl_jax.losses.optimiser import in_dtype
-from musicrl_jax.models.tokens import FRAMES_PER_SECOND
+from musicrl_jax.core.precision import in_dtype
 from musicrl_jax.inputs import pieces
 from musicrl_jax.models.musiclm import MusicLM
+from musicrl_jax.models.tokens import FRAMES_PER_SECOND
 from musicrl_jax.models.transformer import LANES
 from musicrl_jax.rl import rollout as rollouts
 from musicrl_jax.rl.rewards import LoadedMixture, Mixture

@@ -25,11 +25,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from musicrl_jax.core import checkpoint, extras, sharding
 from musicrl_jax.core.calls import PLANNED, Call, recorded
-from musicrl_jax.planning.chips import CHIPS, Chip
-from musicrl_jax.planning.estimate import bytes_a_chip, estimate, refused
 from musicrl_jax.core.files import write_json
-from musicrl_jax.planning.flops import Flops, flops
-from musicrl_jax.models.tokens import CODEC_FRAMES_PER_FRAME, FRAMES_PER_SECOND
 from musicrl_jax.inputs.clips import Clips, Ratings
 from musicrl_jax.inputs.tokens import Tokens
 from musicrl_jax.inputs.votes import Votes
@@ -39,9 +35,13 @@ from musicrl_jax.models.rewards import Preference, PreferenceConfig, Quality, Qu
 from musicrl_jax.models.semantic import SemanticConfig
 from musicrl_jax.models.soundstorm import SoundStorm, SoundStormConfig
 from musicrl_jax.models.soundstream import SoundStream, SoundStreamConfig
+from musicrl_jax.models.tokens import CODEC_FRAMES_PER_FRAME, FRAMES_PER_SECOND
 from musicrl_jax.models.transformer import LANES
 from musicrl_jax.objectives.mulan import VOCABULARY, MuLanObjective
 from musicrl_jax.objectives.step import first_state, training_step
+from musicrl_jax.planning.chips import CHIPS, Chip
+from musicrl_jax.planning.estimate import bytes_a_chip, estimate, refused
+from musicrl_jax.planning.flops import Flops, flops
 from musicrl_jax.rl import rollout as rollouts
 from musicrl_jax.rl.steps import build
 

@@ -15,12 +15,12 @@ import jax
 import numpy as np
 
 from musicrl_jax.core import checkpoint, hosts, lock, sharding
-from musicrl_jax.core.keys import step_key
+from musicrl_jax.core.keys import Stream, step_key
 from musicrl_jax.core.metrics import MetricWriter
 from musicrl_jax.core.progress import Progress
 from musicrl_jax.core.run_checkpoints import RunCheckpoints
-from musicrl_jax.losses.optimiser import MOST_SKIPPED, Optimiser
 from musicrl_jax.core.statistics import too_small
+from musicrl_jax.losses.optimiser import MOST_SKIPPED, Optimiser
 from musicrl_jax.objectives.objective import Objective
 from musicrl_jax.objectives.step import first_state, training_step
 
@@ -152,7 +152,7 @@ def _validate(
     for i in range(count):
         hosts.stop_point()
         batch = sharding.put_batch(mesh, next(batches), batch_size)
-        found.append(evaluate(params, state, frozen, batch, step_key(seed, i, stream=2)))
+        found.append(evaluate(params, state, frozen, batch, step_key(seed, i, Stream.VALIDATION)))
     means = {name: float(np.mean([metrics[name] for metrics in found])) for name in found[0]}
     for name, least in objective.LEAST_EXAMPLES.items():
         words = too_small(batch_size, least)

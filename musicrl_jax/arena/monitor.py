@@ -5,14 +5,21 @@ says decides which checkpoint is kept, by RULE, and nothing else.
 """
 
 import dataclasses
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from musicrl_jax.arena.audience import Audience, Hearing
+from musicrl_jax.core import checkpoint
 from musicrl_jax.core.statistics import over_optimised
-from musicrl_jax.inputs import pieces
 from musicrl_jax.inputs.prompts import Prompts
+
+LOOKS = "looks"  # in a run's folder: the policies that the judge looked at, until one is kept
+JUDGED = "judge_gain", "judge_error"  # the judge's metrics
+Draw = Callable[[Sequence[str]], np.ndarray]  # n prompts -> clips f32 [n, N]
 
 RULE = (
     "Training stops at the alarm, and of the policies that the judge looked at the one nearest to the peak of its "
@@ -49,46 +56,106 @@ class Monitor:
         """Steps between two looks in a run of so many."""
         return max(1, steps // (self.looks + 1))
 
-    def load(self, vocabulary: bytes, draw: Callable[[np.ndarray], np.ndarray]) -> "Judge":
-        """Fits the ears and hears the base: `draw` plays it, pieces int32 [n, L] -> f32 [n, N]."""
-        asked = self.prompts.unique("validation")[: self.count]
-        if len(asked) < 2:
-            raise ValueError(f"Monitor.prompts: split 'validation' has {len(asked)} prompts, and a mean needs two")
-        judge = Judge(self, self.audience.load(), asked, pieces.encode(vocabulary, asked, self.prompts.text_length))
-        judge.base = judge.hear(draw)
+    def load(
+        self, directory: Path, draw_base: Draw, metrics: Mapping[str, tuple[Any, Any]]
+    ) -> "Judge":
+        """Fits the ears, hears the base, and recalls what earlier attempts of the run let it see.
+
+        Args:
+          directory: of the run.
+          draw_base: draws clips by the base.
+          metrics: (steps, values) by name, of the run so far.
+        """
+        prompts = self.prompts.unique("validation")[: self.count]
+        if len(prompts) < 2:
+            raise ValueError(
+                f"Monitor.prompts: split 'validation' has {len(prompts)} prompts, and a mean needs two"
+            )
+        hearing = self.audience.load()
+        base = hearing.utilities(draw_base(prompts), prompts)
+        judge = Judge(self, hearing, directory / LOOKS, prompts, base)
+        by_step = [
+            dict(zip(*metrics.get(name, ((), ())), strict=True)) for name in ("kl", *JUDGED)
+        ]
+        # A damaged line may have lost one of the three.
+        for step in sorted(set.intersection(*map(set, by_step))):
+            judge.alarm(int(step), *(float(values[step]) for values in by_step))
         return judge
 
 
 @dataclasses.dataclass
 class Judge:
-    """A monitor at work: it knows how the base sounded, and remembers what it saw."""
+    """A monitor at work: it knows how the base sounded, and remembers what it saw.
+
+    Attributes:
+      monitor: its settings.
+      hearing: what the listeners hear.
+      folder: where copies of the policies go that it looked at.
+      prompts: n of them.
+      base: worth of the base's clips to the listeners, f64 [n].
+      looks: step, KL, gain over the base and its standard error, of each look.
+      kept: step of the policy that an alarm keeps, 0 for the base; None without an alarm.
+    """
 
     monitor: Monitor
     hearing: Hearing
-    asked: list[str]
-    text: np.ndarray  # int32 [n, L]
-    base: np.ndarray = dataclasses.field(default_factory=lambda: np.empty(0))  # f64 [n]
-    seen: list[tuple[int, float, float, float]] = dataclasses.field(default_factory=list)  # step, KL, gain, error
+    folder: Path
+    prompts: list[str]
+    base: np.ndarray
+    looks: list[tuple[int, float, float, float]] = dataclasses.field(default_factory=list)
+    kept: int | None = None
 
-    def hear(self, draw: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-        """What a policy is worth to the listeners, clip by clip, f64 [n]."""
-        return self.hearing.utilities(draw(self.text), self.asked)
+    def due(self, step: int, steps: int) -> bool:
+        """Tells whether the judge looks before this step of a run of so many."""
+        return step > 0 and step % self.monitor.every(steps) == 0
 
-    def look(self, draw: Callable[[np.ndarray], np.ndarray]) -> tuple[float, float]:
-        """(mean gain over the base, its standard error), prompt by prompt with the same random keys."""
-        gains = self.hear(draw) - self.base
-        return float(gains.mean()), float(gains.std(ddof=1) / np.sqrt(len(gains)))
+    def look(self, step: int, draw: Draw, config: Any, variables: Any) -> dict[str, float]:
+        """Hears the policy, keeps a copy of it, and returns the metrics of the look.
 
-    def alarmed(self, step: int, kl: float, gain: float, error: float) -> int | None:
-        """Remembers a look at the policy after `step` updates, at a KL in nats a clip from the base; where that sets
-        off the alarm, the step of the look that is nearest to the peak, 0 for the base. A look that says nothing, at
-        no distance or without an error, is left out."""
+        The mean gain over the base and its standard error are taken prompt by prompt, with the same
+        random keys at every look.
+        """
+        gains = self.hearing.utilities(draw(self.prompts), self.prompts) - self.base
+        checkpoint.save_model(self.folder / f"{step}", config, variables)
+        error = gains.std(ddof=1) / np.sqrt(len(gains))
+        return dict(zip(JUDGED, (float(gains.mean()), float(error)), strict=True))
+
+    def alarm(self, step: int, kl: float, gain: float, error: float) -> bool:
+        """Remembers a look, and tells whether training has to stop.
+
+        A look that says nothing, at no distance from the base or without an error, is left out.
+
+        Args:
+          step: updates of the policy that was looked at.
+          kl: of that policy to the base, in nats a clip.
+          gain, error: as `look` returned them.
+        """
         if kl > 0 and error > 0:
-            self.seen.append((step, kl, gain, error))
-        if len(self.seen) < 4:
-            return None
-        steps, kls, gains, errors = map(np.array, zip(*self.seen, strict=True))
+            self.looks.append((step, kl, gain, error))
+        if len(self.looks) < 4:
+            return False
+        steps, kls, gains, errors = map(np.array, zip(*self.looks, strict=True))
         peak = over_optimised(np.sqrt(kls), gains, errors, self.monitor.z)
         if peak is None:
+            return False
+        distances = np.abs(np.array([0.0, *np.sqrt(kls)]) - peak)
+        self.kept = int([0, *steps][np.argmin(distances)])
+        return True
+
+    def kept_policy(self, config_class: type) -> checkpoint.Model | None:
+        """Returns the policy that an alarm keeps; None if that is the base."""
+        if not self.kept:
             return None
-        return int([0, *steps][np.argmin(np.abs(np.array([0.0, *np.sqrt(kls)]) - peak))])
+        return checkpoint.load_model(self.folder / f"{self.kept}", config_class)
+
+    def describe(self) -> dict[str, Any]:
+        """Returns how often it looked, the step it keeps and how far that is from the base."""
+        described: dict[str, Any] = {"looks": len(self.looks), "kept": self.kept}
+        if self.kept is not None:
+            described["kl"] = {0: 0.0, **{step: kl for step, kl, *_ in self.looks}}[self.kept]
+        return described
+
+
+def forget(directory: Path) -> None:
+    """Removes the copies of policies that a run's judge looked at."""
+    shutil.rmtree(directory / LOOKS, ignore_errors=True)

@@ -11,6 +11,7 @@ import logging
 import os
 import shutil
 import typing
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,9 @@ class Model:
             raise ValueError(f"{where} has no {name}: train it again with this version")
         remedy = "train it again, or restore a copy"
         return json_from(self.assets[name], f"{name} of {where}", kind, remedy)
+
+
+Reader = Callable[[str | Path, type], Model]  # as `load_model`; a planner's reads shapes alone
 
 
 def content_hash(tree: Any) -> str:

@@ -1,19 +1,19 @@
 """Prompts for RL: the captions of clip sets and lines of text files. No audio comes with them.
 
-Legend: B prompts, L text pieces.
+Prompts are strings: each system and each reward reads them in its own way.
+
+Legend: B prompts.
 """
 
 import dataclasses
-import functools
 import hashlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from musicrl_jax.core.files import read_text
-from musicrl_jax.inputs.records import SPLITS, ListRecords
+from musicrl_jax.inputs import order
+from musicrl_jax.inputs.records import SPLITS
 
 TRAIN_PERCENT, VALIDATION_PERCENT = 90, 5  # of the lines of text files; the rest is test
 
@@ -27,38 +27,43 @@ class Prompts:
     case and spacing.
 
     Attributes:
-      vocabulary: path of a SentencePiece model or of a BERT's tokenizer.json.
       datasets: clip sets, by their folders under data_dir.
       files: text files in UTF-8; blank lines are skipped.
       data_dir: where prepared sets lie.
-      text_length: L, pieces of a prompt; longer ones are cut, shorter ones are filled with 0.
     """
 
-    vocabulary: str
     datasets: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
     data_dir: str = "."
-    text_length: int = 64
 
-    def batches(self, split: str, batch_size: int, seed: int, start_step: int = 0) -> Iterator[dict[str, np.ndarray]]:
-        """Endless {'prompt': object array of str [B], 'text': i32 [B, L]}, a pure function of (seed, step).
+    def batches(
+        self, split: str, batch_size: int, seed: int, start_step: int = 0
+    ) -> Iterator[list[str]]:
+        """Yields B prompts a step, endlessly; a pure function of (seed, step).
 
-        Where there are fewer prompts than a batch holds, the batch repeats some. Raises FileNotFoundError
-        or ValueError, before the first batch, where a file, a set or the vocabulary is missing or the split
-        has no prompts.
+        If there are fewer prompts than B, a batch repeats some. Raises FileNotFoundError or
+        ValueError, before the first batch, if a file or a set is missing, the split has no prompts
+        or a number is out of range.
         """
-        from musicrl_jax.inputs import tasks
-
-        records = ListRecords({"prompt": prompt.encode()} for prompt in self.unique(split))
-        if not records:
+        if batch_size < 1 or start_step < 0 or seed < 0:
             raise ValueError(
-                f"split {split!r} of {[*self.datasets, *self.files]} has no prompts that earlier splits lack"
+                f"batch_size {batch_size} must be at least 1, start_step {start_step} and seed "
+                f"{seed} at least 0"
             )
-        source = tasks.RecordSource({split: records}, {"prompt": tasks.spec([], bytes)})
-        tokenize = functools.partial(tasks.tokenize, vocabulary=self.vocabulary, field="prompt")
-        task = tasks.register("prompts", source, [tokenize], {"text": tasks.text_feature()})
-        length = {"text": self.text_length}
-        return tasks.batches([(task, 1.0)], split, length, batch_size, seed, start_step, passthrough=("prompt",))
+        prompts = self.unique(split)
+        if not prompts:
+            raise ValueError(
+                f"split {split!r} of {[*self.datasets, *self.files]} has no prompts that earlier "
+                "splits lack"
+            )
+        return self._shuffled(prompts, batch_size, seed, start_step)
+
+    def _shuffled(
+        self, prompts: list[str], batch_size: int, seed: int, start_step: int
+    ) -> Iterator[list[str]]:
+        for position in order.positions(batch_size, start_step):
+            _, index = order.example_at(seed, position, [len(prompts)], [1.0])
+            yield [prompts[i] for i in index]
 
     def count(self, split: str) -> int:
         """The number of prompts in a split."""

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-LOOKED_UP = "table", "place", "relative"  # the ends of names of weights that are indexed and not multiplied
-LAYERS = "layers"  # the name over weights that hold those of all layers, one behind the other along a first axis
+from musicrl_jax.core.precision import layer_axes
+
 MOST_SKIPPED = 10  # updates in a row without a finite gradient, before a run gives up
 
 
@@ -40,26 +40,6 @@ def create_state(variables: Any, optimiser: optax.GradientTransformation) -> Tra
     params = state.pop("params")
     zero = jnp.zeros((), jnp.int32)
     return TrainState(zero, zero, zero, params, state, optimiser.init(params))
-
-
-def in_dtype(weights: Any, dtype: str) -> Any:
-    """The weights as a forward pass takes them: what is multiplied in `dtype`, 'float32' or 'bfloat16'.
-
-    What has fewer than two axes in a layer (scales, biases) and what is LOOKED_UP stays as it is: gradients of a row
-    that is looked up often add up in float32. Gradients through it come back in the weights' own dtype.
-
-    ValueError where it is another.
-    """
-    if dtype not in ("float32", "bfloat16"):
-        raise ValueError(f"dtype={dtype!r} must be 'float32' or 'bfloat16'")
-    if dtype == "float32":
-        return weights
-
-    def cast(path: Any, array: Any) -> Any:
-        stays = _axes(path, array) < 2 or any(name.endswith(LOOKED_UP) for name in _names(path))
-        return array if stays else array.astype(dtype)
-
-    return jax.tree_util.tree_map_with_path(cast, weights)
 
 
 def moved(optimiser: optax.GradientTransformation, gradients: Any, opt_state: Any, params: Any) -> tuple[Any, Any]:
@@ -109,14 +89,4 @@ class Optimiser:
 
 
 def _matrices(params: Any) -> Any:
-    return jax.tree_util.tree_map_with_path(lambda path, leaf: _axes(path, leaf) > 1, params)
-
-
-def _names(path: tuple[Any, ...]) -> list[str]:
-    """Of the dictionaries' keys on a path."""
-    return [str(getattr(key, "key", "")) for key in path]
-
-
-def _axes(path: tuple[Any, ...], array: Any) -> int:
-    """How many the array has, or those of one layer where it holds many."""
-    return array.ndim - (LAYERS in _names(path))
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: layer_axes(path, leaf) > 1, params)

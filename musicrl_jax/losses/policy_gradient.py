@@ -182,34 +182,34 @@ def advantage(
 
 def policy_loss(
     choice: PolicyGradient,
-    log_policy: jax.Array,
-    log_anchor: jax.Array,
-    tokens: jax.Array,
+    current: Scores,
     advantage: Advantage,
     kl_strength: jax.Array | float,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """A scalar whose gradient is minus an estimate of grad J, unbiased in the first update after a rollout where
-    `choice` says so; its value means nothing by itself.
+    """Returns a scalar whose gradient is minus an estimate of grad J; its value means nothing.
+
+    The estimate is unbiased in the first update after a rollout where `choice` says so.
 
     Args:
       choice: which policy gradient.
-      log_policy: f32 [B, S, V], of the policy that is moved. Gradients flow here alone.
-      log_anchor, tokens, kl_strength: as in `advantage`.
+      current: scores by the policy that is updated. Gradients flow through its log_probs and kl.
       advantage: of the rollout.
+      kl_strength: a in [0, 1), f32 [].
 
     Returns:
-      (loss f32 [], metrics: log_prob of the tokens; clipped, the share of tokens whose ratio left 1 -+ clip).
+      (loss f32 [], metrics: log_prob of the tokens; clipped, the share of tokens whose ratio left
+      1 -+ clip).
     """
-    log_probs = token_log_probs(log_policy, tokens)  # [B, S]
-    ratio = jnp.exp(log_probs - advantage.log_probs)
+    ratio = jnp.exp(current.log_probs - advantage.log_probs)
     near = jnp.clip(ratio, 1 - choice.clip, 1 + choice.clip)
     if choice.surrogate == "reinforce":
-        surrogate = log_probs * advantage.weight
+        surrogate = current.log_probs * advantage.weight
     else:
         surrogate = jnp.minimum(ratio * advantage.weight, near * advantage.weight)
     if choice.kl != "sampled":
-        surrogate -= kl_strength * full_kl(log_policy, log_anchor)
-    metrics = {"log_prob": log_probs.mean(), "clipped": jnp.mean(ratio != near, dtype=jnp.float32)}
+        surrogate -= kl_strength * current.kl
+    clipped = jnp.mean(ratio != near, dtype=jnp.float32)
+    metrics = {"log_prob": current.log_probs.mean(), "clipped": clipped}
     return -surrogate.sum(axis=1).mean(), metrics
 
 

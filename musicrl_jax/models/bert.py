@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from musicrl_jax.losses.optimiser import LAYERS
+from musicrl_jax.core.precision import LAYERS
 from musicrl_jax.models.layers import BLOCK, in_a_loop
 
 PADDING = 0

@@ -16,9 +16,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from musicrl_jax.core import sharding
-from musicrl_jax.losses.optimiser import LAYERS
+from musicrl_jax.core.precision import LAYERS, at_least_float32
 from musicrl_jax.models.layers import BLOCK, in_a_loop
-from musicrl_jax.models.transformer import at_least_float32
 
 ROTARY_BASE = 10_000.0
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.linen import meta
 
-from musicrl_jax.losses.optimiser import LAYERS
+from musicrl_jax.core.precision import LAYERS
 
 BLOCK = "block_"  # before a layer's number in its name
 UNNAMED = {nn.PARTITION_NAME: None}  # of an axis that no rule of the mesh splits

@@ -13,13 +13,13 @@ import jax
 import jax.numpy as jnp
 
 from musicrl_jax.core import sharding
+from musicrl_jax.core.precision import at_least_float32
 from musicrl_jax.models.tokens import TokenLayout
 from musicrl_jax.models.transformer import (
     NEVER,
     Cache,
     Transformer,
     TransformerConfig,
-    at_least_float32,
     partitioned,
 )
 

@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from musicrl_jax.models.tokens import FRAMES_PER_SECOND
 from musicrl_jax.models import resnet
 from musicrl_jax.models.musiclm import MusicLMConfig, Trunk
+from musicrl_jax.models.tokens import FRAMES_PER_SECOND
 
 LOWEST_MOS = 1.0
 MOS_RANGE = 4.0

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from musicrl_jax.core import sharding
-from musicrl_jax.losses.optimiser import LAYERS
+from musicrl_jax.core.precision import LAYERS, at_least_float32
 from musicrl_jax.models.layers import BLOCK, in_a_loop
 
 Cache = list[tuple[jax.Array, jax.Array]]  # for each layer its keys and values, [B, G, P, g E] each; g is mostly 1
@@ -78,11 +78,6 @@ def partitioned(names: tuple[str | None, ...], fan_in_axes: int = 1) -> nn.initi
     return nn.with_logical_partitioning(
         nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", in_axis=in_axis, out_axis=out_axis), names
     )
-
-
-def at_least_float32(x: jax.Array) -> jax.Array:
-    """x in float32, or in float64 where it is that already: what goes into a softmax, whatever the activations are."""
-    return x if jnp.finfo(x.dtype).bits >= 32 else x.astype(jnp.float32)
 
 
 def rms_norm(x: jax.Array, scale: jax.Array) -> jax.Array:

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 
 from musicrl_jax.core import checkpoint
-from musicrl_jax.losses.optimiser import in_dtype
+from musicrl_jax.core.precision import in_dtype
 from musicrl_jax.losses.lm import cross_entropy
 from musicrl_jax.models.musiclm import MusicLM, MusicLMConfig
 from musicrl_jax.objectives.objective import Batch, Metrics
@@ -19,7 +19,7 @@ class PolicyObjective(TokenObjective):
 
     Attributes:
       remat: saves memory for time, as in `models.transformer.Transformer`.
-      dtype: of the products with the weights in training, as in `losses.optimiser.in_dtype`; judged in float32.
+      dtype: of the products with the weights in training, as in `core.precision.in_dtype`; judged in float32.
     """
 
     model: MusicLMConfig

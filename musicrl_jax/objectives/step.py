@@ -9,7 +9,7 @@ import optax
 from jax.sharding import Mesh
 
 from musicrl_jax.core import sharding
-from musicrl_jax.core.keys import step_key
+from musicrl_jax.core.keys import Stream, step_key
 from musicrl_jax.losses.optimiser import TrainState, create_state, moved
 from musicrl_jax.objectives.objective import Batch, Metrics, Objective
 
@@ -30,7 +30,7 @@ def training_step(
     """
 
     def step(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, Metrics]:
-        key = step_key(seed, state.step, stream=1)
+        key = step_key(seed, state.step, Stream.TRAINING)
         gradient = jax.value_and_grad(objective.loss, has_aux=True)
         (loss, (other, metrics)), gradients = gradient(state.params, state.state, frozen, batch, key)
         params, opt_state = moved(transform, gradients, state.opt_state, state.params)

@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 
 from musicrl_jax.core import checkpoint
-from musicrl_jax.models.tokens import FRAMES_PER_SECOND, interleave
 from musicrl_jax.inputs.tokens import Tokens, read, read_manifest
 from musicrl_jax.inputs.votes import Votes
 from musicrl_jax.models.musiclm import MusicLMConfig
+from musicrl_jax.models.tokens import FRAMES_PER_SECOND, interleave
 from musicrl_jax.objectives.objective import Batch, Objective
 
 

@@ -1,1 +1,1 @@
-"""Sampling, rewards and the rollout that joins them."""
+"""Runs compiled for chips that are not there: what they need and how fast they can be."""

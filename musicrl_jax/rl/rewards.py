@@ -1,15 +1,14 @@
 """Reward terms and their mixture.
 
-A term says what it is called, in which range it lies, under which licence its model stands, what of a clip that hears
-and which weights it needs; `score` is a pure function (weights, Rollout) -> f32 [B] on the device. A user's own term is
-a frozen dataclass with the same members.
+A term is a frozen dataclass; a user's own has the members of `Term`. `systems/scorers.py` has those
+of this project's models.
 
 Legend: B clips.
 """
 
 import dataclasses
-import json
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -17,116 +16,43 @@ import jax.numpy as jnp
 import numpy as np
 
 from musicrl_jax.core import checkpoint
-from musicrl_jax.models.mulan import MuLan, MuLanConfig
-from musicrl_jax.models.rewards import Preference, PreferenceConfig, Quality, QualityConfig
-from musicrl_jax.rl.rollout import Loaded, Rollout
-
-FIRST_AND_LAST = "the first and the last {:g} s; the mean"
-Units = dict[str, tuple[jax.Array | float, jax.Array | float]]  # centre and spread of each term
+from musicrl_jax.systems.folder import LoadedSystem
+from musicrl_jax.systems.player import Units
+from musicrl_jax.systems.system import Rollout, Text, Tree
 
 
 class Term(Protocol):
-    """What a reward term offers."""
+    """What a reward term offers.
+
+    Attributes:
+      name: of the term; a mixture has each once.
+      low, high: range of its scores.
+      licence: that its model stands under.
+    """
 
     name: str
     low: float
     high: float
     licence: str
 
-    def load(self) -> checkpoint.Model:
-        """The term's model, read once."""
+    def load(self, read: checkpoint.Reader = checkpoint.load_model) -> checkpoint.Model:
+        """Returns the term's model; `read` reads a checkpoint's folder."""
 
     def windows(self, model: Any) -> str:
-        """In words, what of a clip is heard."""
+        """Says in words which part of a clip is judged."""
 
-    def score(self, model: Any, variables: Any, rollout: Rollout) -> jax.Array:
-        """f32 [B] in [low, high]; `model` is the config that `load` gave, `variables` its weights."""
+    def lineage(self, model: checkpoint.Model) -> dict[str, str]:
+        """Returns the hashes of the models whose tokens or embeddings the term works with."""
 
+    def read(self, model: checkpoint.Model, prompts: Sequence[str]) -> Text:
+        """Reads prompts on the host, arrays [B, ...]; {} if the term does not need them."""
 
-@dataclasses.dataclass(frozen=True)
-class TextAdherence:
-    """Cosine of MuLan's embeddings of the prompt and of the clip, as it is; the mean over the clip's windows, three of
-    10 s in 30 s (MusicRL 3.2).
+    def score(self, model: Any, variables: Tree, rollout: Rollout, text: Text) -> jax.Array:
+        """Returns scores in [low, high], f32 [B]; traced under jit.
 
-    Attributes:
-      mulan: folder of the MuLan checkpoint.
-      licence: that its weights stand under.
-    """
-
-    mulan: str
-    licence: str = dataclasses.field(metadata=checkpoint.NO_IDENTITY)
-    name = "text_adherence"
-    low = -1.0
-    high = 1.0
-
-    def load(self) -> checkpoint.Model:
-        """MuLan."""
-        return checkpoint.load_model(self.mulan, MuLanConfig)
-
-    def windows(self, model: MuLanConfig) -> str:
-        """One after the other."""
-        return f"windows of {model.window_seconds:g} s, one after the other; the mean"
-
-    def score(self, model: MuLanConfig, variables: Any, rollout: Rollout) -> jax.Array:
-        """f32 [B]."""
-        audio = MuLan(model).apply(variables, rollout.wav, method="embed_windows")  # [B, V, E]
-        return jnp.sum(audio * rollout.embedding[:, None], axis=-1).mean(axis=1)
-
-
-@dataclasses.dataclass(frozen=True)
-class AcousticQuality:
-    """(q - 1) / 4 for a mean opinion score q in [1, 5] (MusicRL 3.2); pseudo-MOS where the regressor learned that.
-
-    Attributes:
-      quality: folder of the quality regressor's checkpoint.
-      licence: that its weights stand under.
-    """
-
-    quality: str
-    licence: str = dataclasses.field(metadata=checkpoint.NO_IDENTITY)
-    name = "acoustic_quality"
-    low = 0.0
-    high = 1.0
-
-    def load(self) -> checkpoint.Model:
-        """The regressor."""
-        return checkpoint.load_model(self.quality, QualityConfig)
-
-    def windows(self, model: QualityConfig) -> str:
-        """Both ends."""
-        return FIRST_AND_LAST.format(model.window_seconds)
-
-    def score(self, model: QualityConfig, variables: Any, rollout: Rollout) -> jax.Array:
-        """f32 [B]."""
-        return (Quality(model).apply(variables, rollout.wav) - 1) / 4
-
-
-@dataclasses.dataclass(frozen=True)
-class UserPreference:
-    """The score of a preference model trained on votes, as it is (MusicRL 3.2); unbounded.
-
-    Attributes:
-      preference: folder of the preference model's checkpoint.
-      licence: that its weights stand under.
-    """
-
-    preference: str
-    licence: str = dataclasses.field(metadata=checkpoint.NO_IDENTITY)
-    name = "user_preference"
-    low = -math.inf
-    high = math.inf
-
-    def load(self) -> checkpoint.Model:
-        """The preference model."""
-        return checkpoint.load_model(self.preference, PreferenceConfig)
-
-    def windows(self, model: PreferenceConfig) -> str:
-        """Both ends."""
-        return FIRST_AND_LAST.format(model.window_seconds)
-
-    def score(self, model: PreferenceConfig, variables: Any, rollout: Rollout) -> jax.Array:
-        """f32 [B]."""
-        return Preference(model).apply(variables, rollout.tokens, rollout.mulan)
+        `model` is the config of the model that `load` returned, `variables` its weights, and `text`
+        what `read` returned.
+        """
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,51 +83,58 @@ class Mixture:
                 f"Mixture.weights is for {sorted(self.weights)}, Mixture.terms are {sorted(names)}; make them match"
             )
 
-    def load(self) -> "LoadedMixture":
+    def load(self, read: checkpoint.Reader = checkpoint.load_model) -> "LoadedMixture":
         """Reads every term's model."""
-        return LoadedMixture(self, {term.name: term.load() for term in self.terms})
+        return LoadedMixture(self, {term.name: term.load(read) for term in self.terms})
 
 
 @dataclasses.dataclass(frozen=True)
 class LoadedMixture:
-    """A mixture with its models."""
+    """A mixture with its models, by the name of their term."""
 
     mixture: Mixture
     models: dict[str, checkpoint.Model]
 
     @property
-    def variables(self) -> dict[str, Any]:
-        """The weights, an argument of the jitted reward step."""
+    def variables(self) -> dict[str, Tree]:
+        """Weights of the models, an argument of the jitted reward."""
         return {name: model.variables for name, model in self.models.items()}
 
     @property
     def hashes(self) -> dict[str, str]:
-        """Each term's checkpoint, by content."""
+        """Content hash of each term's model."""
         return {name: model.hash for name, model in self.models.items()}
 
-    def check_models(self, loaded: Loaded) -> None:
-        """ValueError where a term's model does not belong to the policy's: it reads tokens of other models, compares
-        with another MuLan's embedding, or hears at another rate."""
-        spoken = json.loads(loaded.lineage)
-        for name, model in self.models.items():
-            read = model.json_asset(checkpoint.LINEAGE, {str: str}, default={})
-            if isinstance(model.config, MuLanConfig):
-                read = {"mulan": model.hash}
-            for other, found in read.items():
-                if found != spoken.get(other, found):
+    @property
+    def names(self) -> list[str]:
+        """Names of the terms."""
+        return [term.name for term in self.mixture.terms]
+
+    def check_models(self, loaded: LoadedSystem) -> None:
+        """Raises ValueError if a term's model does not belong to the system.
+
+        It may work with the tokens or embeddings of other models, or at another sample rate.
+        """
+        rate = loaded.system.sample_rate_hz
+        for term in self.mixture.terms:
+            model = self.models[term.name]
+            for name, hash_ in term.lineage(model).items():
+                spoken = loaded.lineage.get(name, hash_)
+                if hash_ != spoken:
                     raise ValueError(
-                        f"the model of reward {name} works with {other} {found[:12]}, and the policy speaks the tokens "
-                        f"of {spoken[other][:12]}: give that one's folder, or train on votes for clips of this policy"
+                        f"the model of reward {term.name} works with {name} {hash_[:12]}, and the "
+                        f"policy speaks the tokens of {spoken[:12]}: give that one's folder, or "
+                        "train on votes for clips of this policy"
                     )
-            rate = getattr(model.config, "sample_rate_hz", loaded.studio.sample_rate_hz)
-            if rate != loaded.studio.sample_rate_hz:
+            heard = getattr(model.config, "sample_rate_hz", rate)
+            if heard != rate:
                 raise ValueError(
-                    f"the model of reward {name} hears at {rate} Hz, and the codec decodes at "
-                    f"{loaded.studio.sample_rate_hz} Hz: train it for that"
+                    f"the model of reward {term.name} hears at {heard} Hz, and the codec decodes at "
+                    f"{rate} Hz: train it for that"
                 )
 
     def describe(self) -> dict[str, dict[str, Any]]:
-        """What each term declares, for whoever gets a policy that it trained."""
+        """Returns what each term declares, for users of a policy that was trained on it."""
         return {
             term.name: {
                 "weight": self.mixture.weights[term.name],
@@ -213,35 +146,48 @@ class LoadedMixture:
             for term in self.mixture.terms
         }
 
-    def score(self, variables: dict[str, Any], rollout: Rollout) -> dict[str, jax.Array]:
-        """Each term, f32 [B]."""
+    def read(self, prompts: Sequence[str]) -> dict[str, Text]:
+        """Reads prompts on the host, for each term in its own way."""
         return {
-            term.name: term.score(self.models[term.name].config, variables[term.name], rollout).astype(jnp.float32)
-            for term in self.mixture.terms
+            term.name: term.read(self.models[term.name], prompts) for term in self.mixture.terms
         }
 
-    def units(self, scores: dict[str, np.ndarray]) -> Units:
-        """What the terms are measured in, from their scores f32 [B] of the base's clips; (0, 1) if not normalised.
+    def score(
+        self, variables: Mapping[str, Tree], rollout: Rollout, texts: Mapping[str, Text]
+    ) -> dict[str, jax.Array]:
+        """Returns each term's scores, f32 [B]."""
+        scores = {}
+        for term in self.mixture.terms:
+            name, config = term.name, self.models[term.name].config
+            score = term.score(config, variables[name], rollout, texts[name])
+            scores[name] = score.astype(jnp.float32)
+        return scores
 
-        ValueError where a term has no two finite scores that differ.
+    def units(self, scores: Mapping[str, np.ndarray]) -> Units:
+        """Returns centre and spread of each term's scores f32 [B] of the base's clips.
+
+        (0, 1) if not normalised. Raises ValueError if a term has no two finite scores that differ.
         """
         if not self.mixture.normalise:
             return {name: (0.0, 1.0) for name in scores}
-        found = {}
+        units = {}
         for name, score in scores.items():
             finite = np.asarray(score)[np.isfinite(score)]
             if len(finite) < 2 or finite.std() <= 1e-7 * max(np.abs(finite).max(), 1e-30):
                 raise ValueError(
-                    f"reward {name} is the same for all of {len(finite)} clips of the base and cannot be normalised: "
-                    "leave it out, or set Mixture.normalise=False"
+                    f"reward {name} is the same for all of {len(finite)} clips of the base and "
+                    "cannot be normalised: leave it out, or set Mixture.normalise=False"
                 )
-            found[name] = float(finite.mean()), float(finite.std())
-        return found
+            units[name] = float(finite.mean()), float(finite.std())
+        return units
 
-    def total(self, scores: dict[str, jax.Array], units: Units) -> jax.Array:
-        """The mixture, f32 [B]."""
+    def total(self, scores: Mapping[str, jax.Array], units: Units) -> jax.Array:
+        """Returns the mixture, f32 [B]."""
         weights = self.mixture.weights
-        return sum(weights[name] * ((score - units[name][0]) / units[name][1]) for name, score in scores.items())
+        return sum(
+            weights[name] * ((score - units[name][0]) / units[name][1])
+            for name, score in scores.items()
+        )
 
     def check(self, scores: dict[str, np.ndarray]) -> None:
         """ValueError where a term left its range; what is not finite is left to the update, which skips it."""

@@ -1,1 +1,1 @@
-"""Sampling, rewards and the rollout that joins them."""
+"""Text-to-music models behind one contract, and the player that draws clips with any of them."""

@@ -7,7 +7,8 @@ import pytest
 from flax.linen import meta
 
 from musicrl_jax.core.keys import row_keys
-from musicrl_jax.losses.optimiser import Optimiser, in_dtype, moved
+from musicrl_jax.core.precision import in_dtype
+from musicrl_jax.losses.optimiser import Optimiser, moved
 from musicrl_jax.models.tokens import TokenLayout
 from musicrl_jax.models import layers, transformer
 from musicrl_jax.models.musiclm import MusicLM, MusicLMConfig, Value

@@ -12,7 +12,7 @@ from scipy.special import log_softmax
 from scipy.stats import chisquare
 
 from musicrl_jax.core.keys import row_keys
-from musicrl_jax.losses.optimiser import in_dtype
+from musicrl_jax.core.precision import in_dtype
 from musicrl_jax.models.conformer import ConformerConfig
 from musicrl_jax.models.soundstorm import SoundStorm, SoundStormConfig, fill_fine, schedule, training_mask
 

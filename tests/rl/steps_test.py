@@ -10,7 +10,8 @@ from flax.core import meta
 
 from musicrl_jax.core import sharding
 from musicrl_jax.core.keys import row_keys, step_key
-from musicrl_jax.losses.optimiser import LAYERS, Optimiser
+from musicrl_jax.core.precision import LAYERS
+from musicrl_jax.losses.optimiser import Optimiser
 from musicrl_jax.models.tokens import TokenLayout
 from musicrl_jax.losses.policy_gradient import PolicyGradient
 from musicrl_jax.models.bert import BertConfig

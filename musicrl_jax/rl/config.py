@@ -1,0 +1,91 @@
+"""The settings of a run of RL, each in one place: default, check, docstring, identity."""
+
+import dataclasses
+import math
+
+from musicrl_jax.core import checkpoint
+from musicrl_jax.core.precision import in_dtype
+from musicrl_jax.losses.optimiser import Optimiser
+from musicrl_jax.losses.policy_gradient import PolicyGradient
+from musicrl_jax.systems.system import Sampling
+
+
+def _no_identity(default: int | bool) -> dataclasses.Field:
+    """Returns a field that changes how a run computes, and not what."""
+    return dataclasses.field(default=default, metadata=checkpoint.NO_IDENTITY)
+
+
+@dataclasses.dataclass(frozen=True)
+class RLConfig:
+    """How a policy is finetuned.
+
+    Attributes:
+      steps: rollouts in all, 1 or more.
+      batch_size: clips a step over all devices: prompts times `gradient.clips_per_prompt`.
+      clip_seconds: length of the clips, whole frames of the system.
+      kl_strength: a in J = (1 - a) E[R] - a KL, in [0, 1); KL in nats a clip. With a target it is
+        where the strength starts.
+      policy_optimiser: how the policy moves.
+      value_optimiser: how the value moves; not used without one.
+      gradient: which policy gradient; by default the paper's, with the exact gradient of its KL.
+      updates: of each rollout; more than 1 needs the clipped surrogate.
+      kl_target_per_second: KL in nats a second of music that kl_strength is adapted to; None keeps
+        the strength.
+      sampling: the distribution of the policy, the same in sampling and in scoring.
+      microbatches: parts of a batch that are differentiated one after the other, to save memory.
+      remat: recomputes activations in the backward pass, to save memory.
+      dtype: of products with weights in the update and in frozen token models, 'float32' or
+        'bfloat16'. Clips are sampled in float32 (on a TPU the compiler reads weights and caches as
+        bfloat16 even so); what is learned, softmaxes, losses, rewards and codec are in float32 too.
+        The metric sampler_drift says what that changes.
+      seed: of the prompts' order and of sampling.
+      fsdp: size of the mesh's axis that shares weights and batch.
+      tensor: size of the mesh's axis that shares heads and inner layers.
+      save_every: steps between two checkpoints.
+    """
+
+    steps: int
+    batch_size: int
+    clip_seconds: float
+    kl_strength: float
+    policy_optimiser: Optimiser
+    value_optimiser: Optimiser
+    gradient: PolicyGradient = dataclasses.field(default_factory=PolicyGradient)
+    updates: int = 1
+    kl_target_per_second: float | None = None
+    sampling: Sampling = dataclasses.field(default_factory=Sampling)
+    microbatches: int = _no_identity(1)
+    remat: bool = _no_identity(False)
+    dtype: str = "float32"
+    seed: int = 0
+    fsdp: int = _no_identity(1)
+    tensor: int = _no_identity(1)
+    save_every: int = _no_identity(10)
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "updates", "microbatches", "save_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"RLConfig.{name}={getattr(self, name)} must be 1 or more")
+        if not 0 <= self.kl_strength < 1:
+            raise ValueError(f"RLConfig.kl_strength={self.kl_strength} must lie in [0, 1)")
+        if self.updates > 1 and self.gradient.surrogate != "clipped":
+            raise ValueError(
+                f"RLConfig.updates={self.updates} must be 1, or more with "
+                f"PolicyGradient.surrogate='clipped', which is {self.gradient.surrogate!r}"
+            )
+        target = self.kl_target_per_second
+        if target is not None and not (0 < target < math.inf and self.kl_strength > 0):
+            raise ValueError(
+                f"RLConfig.kl_target_per_second={target} must be above 0 and finite, or None, and "
+                f"kl_strength={self.kl_strength}, where it starts, above 0"
+            )
+        if self.batch_size % self.gradient.clips_per_prompt:
+            raise ValueError(
+                f"RLConfig.batch_size={self.batch_size} is no multiple of "
+                f"PolicyGradient.group={self.gradient.group}"
+            )
+        if self.batch_size % self.microbatches:
+            raise ValueError(
+                f"RLConfig.microbatches={self.microbatches} must divide batch_size={self.batch_size}"
+            )
+        in_dtype({}, self.dtype)  # raises for any other dtype
