@@ -21,8 +21,8 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from musicrl_jax.core import checkpoint, hosts, lock, tensors
-from musicrl_jax.core.files import in_checkout, json_from, read_json, write_json
+from musicrl_jax.core import checkpoint, hosts, lock, shipped, tensors
+from musicrl_jax.core.files import json_from, read_json, write_json
 from musicrl_jax.core.manifest import MANIFEST, read_regular
 from musicrl_jax.models.mulan import MuLanConfig
 from musicrl_jax.models.musiclm import MusicLMConfig
@@ -149,7 +149,7 @@ def unpack(
         there already.
       FileNotFoundError: where a file is missing.
     """
-    source = str(in_checkout(source))
+    source = str(shipped.located(source))
     index = _index(source)
     if unknown := set(changed) - index.keys():
         raise ValueError(f"unpack.changed: {min(unknown)!r} is none of {', '.join(index)}")

@@ -15,10 +15,11 @@ import joblib
 import numpy as np
 import tensorflow_datasets as tfds
 
-from data.audio_folder import captions, recordings
-from data.audio_folder.streams import Unusable
-from data.records import RepeatableBuilder
 from musicrl_jax.core.progress import Progress
+
+from ..records import RepeatableBuilder
+from . import captions, recordings
+from .streams import Unusable
 
 _AHEAD = 2**24  # samples of a file that are read before its turn, 32 MiB; the rest of a longer one comes in its turn
 _NAMED = 5  # files of a fault that are named on stderr; skipped.json names all

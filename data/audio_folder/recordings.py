@@ -13,7 +13,7 @@ import numpy as np
 import soundfile
 import soxr
 
-from data.audio_folder.streams import (
+from .streams import (
     SLACK_SECONDS,
     Stream,
     StreamFile,

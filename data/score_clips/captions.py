@@ -5,7 +5,7 @@ Every word comes from an attribute: a caption never says what a listener may fee
 
 import numpy as np
 
-from data.score_clips.instruments import INSTRUMENTS
+from .instruments import INSTRUMENTS
 
 Attributes = dict[str, object]
 

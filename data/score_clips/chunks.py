@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from data.score_clips import captions, clips, render, scores
+from . import captions, clips, render, scores
 
 _WORDS = 1  # a clip's words are drawn apart from its music
 

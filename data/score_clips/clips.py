@@ -4,9 +4,9 @@ import dataclasses
 
 import numpy as np
 
-from data.score_clips import analysis
-from data.score_clips.instruments import suitable
-from data.score_clips.scores import TUNE_BOOKS, Piece
+from . import analysis
+from .instruments import suitable
+from .scores import TUNE_BOOKS, Piece
 
 _SLOWEST, _FASTEST = 50, 200  # beats a minute
 _ONSETS = (1.0, 9.0)  # a second; faster than that, notes blur

@@ -13,8 +13,8 @@ import pretty_midi
 import soundfile
 import soxr
 
-from data.score_clips.clips import Clip
-from data.score_clips.instruments import INSTRUMENTS
+from .clips import Clip
+from .instruments import INSTRUMENTS
 
 LEVELS = {"quiet": -34.0, "medium": -27.0, "loud": -20.0}
 """Root mean square of a clip's loudest 400 ms, dB below full scale."""

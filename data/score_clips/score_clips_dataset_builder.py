@@ -12,10 +12,11 @@ import joblib
 import numpy as np
 import tensorflow_datasets as tfds
 
-from data.records import RepeatableBuilder
-from data.score_clips import chunks, scores
-from data.score_clips.instruments import FEW, INSTRUMENTS
 from musicrl_jax.core.progress import Progress
+
+from ..records import RepeatableBuilder
+from . import chunks, scores
+from .instruments import FEW, INSTRUMENTS
 
 LICENCE = (
     "Clips contain samples of the soundfont TimGM6mb by Tim Brechbill, which stands under GPL-2; the scores are "

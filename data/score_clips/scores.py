@@ -11,7 +11,7 @@ import math
 import pathlib
 import re
 
-from data.score_clips.analysis import coverage
+from .analysis import coverage
 
 # Parts of music21's corpus that no licence keeps from being rendered locally; see README.md.
 COLLECTIONS = ("oneills1850", "airdsAirs", "ryansMammoth", "bach", "monteverdi", "mozart", "haydn")

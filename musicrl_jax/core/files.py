@@ -225,13 +225,3 @@ def _private_folder() -> Path:
     except OSError:
         pass  # it cannot be made or looked at: a new folder of this process alone takes its place
     return Path(tempfile.mkdtemp(prefix="musicrl-cache-"))
-
-
-def in_checkout(path: str) -> Path:
-    """Returns a path as it is, or where nothing is there, in this checkout if something is there.
-
-    Shipped gin files name what ships beside them, and are read from any working folder.
-    """
-    here = Path(path).expanduser()
-    shipped = Path(__file__).resolve().parents[2] / here
-    return shipped if not here.exists() and shipped.exists() else here

@@ -9,15 +9,15 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from musicrl_jax.core import extras, hosts, lock
-from musicrl_jax.core.files import in_checkout, remove_abandoned
+from musicrl_jax.core import extras, hosts, lock, shipped
+from musicrl_jax.core.files import remove_abandoned
 from musicrl_jax.inputs import content
 
 if TYPE_CHECKING:
     import tensorflow_datasets as tfds
 
 TYPES = {str: str, bool: bool, int: int, float: (int, float)}  # of a builder's fields: what may be given for each
-NEEDED_BY_BUILDERS = "joblib", "midirenderer", "music21", "pretty_midi", "soxr"  # of data/ in the checkout
+NEEDED_BY_BUILDERS = "joblib", "midirenderer", "music21", "pretty_midi", "soxr"  # of data/
 
 
 def prepare(builder: str, config: str | Mapping[str, Any], data_dir: str) -> str:
@@ -54,15 +54,17 @@ def prepare(builder: str, config: str | Mapping[str, Any], data_dir: str) -> str
 
 
 def _module(builder: str) -> ModuleType:
-    folder = in_checkout(builder).resolve()
+    folder = shipped.located(builder).resolve()
     name = f"{folder.name}_dataset_builder"
     if not (folder / f"{name}.py").is_file():
         raise FileNotFoundError(f"builder: {builder!r} is no TFDS builder; {folder / name}.py is not there")
-    root = str(folder.parent.parent)
-    if root not in sys.path:
-        sys.path.insert(0, root)
+    # Imported with the folder above it, for relative imports: as data.score_clips from a checkout,
+    # and from a wheel as a part of this package, whose root is on the path already.
+    root = shipped.PACKAGE.parent if folder.is_relative_to(shipped.PACKAGE) else folder.parents[1]
+    if str(root) not in sys.path:
+        sys.path.insert(0, str(root))
     try:
-        return importlib.import_module(f"{folder.parent.name}.{folder.name}.{name}")
+        return importlib.import_module(".".join((*folder.relative_to(root).parts, name)))
     except ModuleNotFoundError as error:
         if error.name in NEEDED_BY_BUILDERS:
             extras.check("building data", "data", error.name)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from musicrl_jax.core import files
-from musicrl_jax.core.files import in_checkout, kept
+from musicrl_jax.core.files import kept
 
 
 def test_work_is_done_once_and_anew_for_other_settings(tmp_path):
@@ -116,13 +116,3 @@ def test_listening_works_where_home_and_the_environment_are_read_only(tmp_path, 
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert ("heard" in done.stdout) == provided, done.stderr
     assert provided or "no locator available" in done.stderr
-
-
-def test_what_ships_is_found_from_any_folder(monkeypatch, tmp_path):
-    """What the working folder has comes first; what is nowhere stays as it was named."""
-    monkeypatch.chdir(tmp_path)
-    root = Path(__file__).parents[2]
-    assert in_checkout("data/pretrained/demo") == root / "data/pretrained/demo"
-    assert in_checkout("data/nothing") == Path("data/nothing")
-    (tmp_path / "data/pretrained/demo").mkdir(parents=True)
-    assert in_checkout("data/pretrained/demo") == Path("data/pretrained/demo")
