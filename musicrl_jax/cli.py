@@ -27,8 +27,7 @@ from typing import Any, NamedTuple, TextIO
 import gin
 from gin import config as gin_config
 from gin import config_parser
-
-ROOT = Path(__file__).resolve().parents[1]  # of the checkout, which has the gin files
+from musicrl_jax.core import shipped
 
 VERBS = {
     "run": "musicrl_jax.run:run",
@@ -244,15 +243,29 @@ def _open_gin(path: str) -> TextIO:
 
 
 def search_in(folders: Sequence[str]) -> None:
-    """Lets gin look for a file by its name as it is, then in these folders, then in the checkout;
+    """Lets gin look for a file by its name as it is, then in these folders, then in what ships;
     by `_open_gin`.
+
+    A file that ships is known as gin/runs/tiny.gin and as runs/tiny.gin.
     """
-    gin_config._LOCATION_PREFIXES[:] = [
-        "",
-        *folders,
-        str(ROOT),
-    ]  # its public function only adds to them
+    places = ["", *folders, str(shipped.ROOT), str(shipped.ROOT / "gin")]
+    gin_config._LOCATION_PREFIXES[:] = places  # its public function only adds to them
     gin_config._FILE_READERS[:] = [(_open_gin, os.path.isfile)]
+
+
+def full_name(name: str) -> str:
+    """Returns the path of a gin file that ships and is named by its stem; any other name as it is.
+
+    Of a run and a size with one stem it is the run. Raises ValueError if other files share it.
+    """
+    if "/" in name or name.endswith(".gin") or os.path.isfile(name):
+        return name
+    paths = sorted((shipped.ROOT / "gin").rglob(f"{name}.gin"))
+    paths = [path for path in paths if path.parent.name == "runs"] or paths
+    if len(paths) > 1:
+        names = " and ".join(f"{path.parent.name}/{path.name}" for path in paths)
+        raise ValueError(f"--gin_file={name} may be {names}: give one of them")
+    return str(paths[0]) if paths else name
 
 
 def _located(name: str) -> str:
@@ -354,15 +367,14 @@ def check_bindings(text: str, files: Sequence[str] = ()) -> None:
 
 
 def warn_of_code(sources: Sequence[Source]) -> bool:
-    """Says on stderr what gin files from outside of the checkout would run; whether reading them
-    alone would.
+    """Says on stderr what gin files that do not ship would run; whether reading them alone would.
 
     A file's `import` runs the module when the file is read; a reference to something of that
     module, and a folder with a TFDS builder, are called by a verb.
     """
     runs = False
     for source in sources:
-        if Path(source.path).resolve().is_relative_to(ROOT):
+        if Path(source.path).resolve().is_relative_to(shipped.ROOT):
             continue
         called = sorted(
             name for name in source.references.names if name.split(".")[-1] not in _known_names()
@@ -374,7 +386,7 @@ def warn_of_code(sources: Sequence[Source]) -> bool:
         warnings = [f"imports {', '.join(source.imports)}"] if source.imports else []
         warnings += [f"calls {', '.join(called)}"] if called else []
         if warnings:
-            message = f"{source.path} is not of this checkout and {' and '.join(warnings)}"
+            message = f"{source.path} is not of musicrl-jax and {' and '.join(warnings)}"
             print(
                 f"musicrl: {message}: a gin file can run any code, so read it first",
                 file=sys.stderr,
@@ -718,6 +730,7 @@ def what_a_plan_leaves_open(files: Sequence[str], bindings: list[str]) -> list[s
 def configure(flags: argparse.Namespace, bindings: list[str]) -> bool:
     """Reads and checks all settings into gin; False where that stops at a warning."""
     search_in([path for paths in flags.gin_search_paths for path in paths.split(",") if path])
+    flags.gin_file = [full_name(name) for name in flags.gin_file]
     references = _References()
     bound = list(config_parser.ConfigParser("\n".join(bindings), references))
     files = [*flags.gin_file, *([BASE_SIZE] if flags.verb == "plan" else [])]

@@ -431,17 +431,36 @@ def test_gin_files_are_found_from_any_folder(tmp_path, monkeypatch, capsys):
     ):
         assert musicrl("run", *flags, "--gin_file=a.gin", "--dry_run") == 0, capsys.readouterr().err
         assert "train.save_every = 7" in capsys.readouterr().out
-    assert musicrl("run", "--gin_file=gin/runs/tiny.gin", "--dry_run") == 0
+    for name in ("gin/runs/tiny.gin", "runs/tiny.gin", "tiny"):
+        assert musicrl("run", f"--gin_file={name}", "--dry_run") == 0
+        assert "train.save_every = 2" in capsys.readouterr().out
     assert musicrl("run", "--gin_file=here/a.gin", "--dry_run") == 1
     assert "no gin file 'away/b.gin'" in capsys.readouterr().err
 
 
+def test_a_stem_names_the_one_file_that_has_it(tmp_path, monkeypatch):
+    """A run before a size; a file of the working folder before both."""
+    for name in ("runs/a", "sizes/a", "sizes/b", "ablations/c", "experiments/c"):
+        path = tmp_path / f"gin/{name}.gin"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    (tmp_path / "b").touch()
+    monkeypatch.setattr(cli.shipped, "ROOT", tmp_path)
+    assert cli.full_name("a") == f"{tmp_path}/gin/runs/a.gin"
+    assert cli.full_name("b") == f"{tmp_path}/gin/sizes/b.gin"
+    assert [cli.full_name(name) for name in ("a.gin", "x/a", "d")] == ["a.gin", "x/a", "d"]
+    with pytest.raises(ValueError, match=r"--gin_file=c may be ablations/c\.gin and experiments/c\.gin"):
+        cli.full_name("c")
+    monkeypatch.chdir(tmp_path)
+    assert cli.full_name("b") == "b"
+
+
 def test_a_byte_order_mark_and_any_locale_are_read(tmp_path, capsys):
     path = tmp_path / "bom.gin"
-    path.write_bytes(b"\xef\xbb\xbf" + (RUN + "evaluate.notes = ('slåttemusikk',)\n").encode())
+    path.write_bytes(b"\xef\xbb\xbf" + (RUN + "PageConfig.notes = ('slåttemusikk',)\n").encode())
     assert musicrl("run", f"--gin_file={path}", "--dry_run") == 0
     assert "slåttemusikk" in capsys.readouterr().out
-    path.write_bytes((RUN + "evaluate.notes = ('slåttemusikk',)\n").encode("latin-1"))
+    path.write_bytes((RUN + "PageConfig.notes = ('slåttemusikk',)\n").encode("latin-1"))
     assert "bom.gin is not UTF-8" in refused(capsys, "run", f"--gin_file={path}")
 
 
@@ -475,7 +494,7 @@ def test_a_dry_run_imports_nothing_that_a_file_from_elsewhere_names(tmp_path, ca
     assert musicrl("run", f"--gin_file={path}", "--dry_run") == 1
     printed = capsys.readouterr()
     assert not (tmp_path / "ran").exists() and not printed.out
-    assert f"{tmp_path}/inner.gin is not of this checkout and imports evil_module" in printed.err
+    assert f"{tmp_path}/inner.gin is not of musicrl-jax and imports evil_module" in printed.err
     assert "calls evil_module.f, the builder '/elsewhere/builder'" in printed.err
     path.write_text(
         f"{RUN}build.builder = '/elsewhere/builder'\n"
@@ -507,7 +526,8 @@ import contextlib, json, sys, time
 from musicrl_jax import cli
 with contextlib.suppress(SystemExit):
     cli.main(["--help"])
-ours = [name for name in sys.modules if name.startswith("musicrl_jax.") and name != "musicrl_jax.cli"]
+needed = "musicrl_jax.cli", "musicrl_jax.core", "musicrl_jax.core.shipped"
+ours = [name for name in sys.modules if name.startswith("musicrl_jax.") and name not in needed]
 seconds = time.process_time()
 print(json.dumps({"ours": ours, "jax": "jax" in sys.modules, "numpy": "numpy" in sys.modules, "s": seconds}))
 """
