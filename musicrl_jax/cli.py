@@ -36,6 +36,7 @@ VERBS = {
     "fetch": "musicrl_jax.inputs.pretrained:fetch",
     "vocabulary": "musicrl_jax.inputs.vocabulary:build",
     "train": "musicrl_jax.train:train",
+    "assemble": "musicrl_jax.assemble:assemble",
     "encode": "musicrl_jax.encode:encode",
     "collect": "musicrl_jax.collect:collect",
     "train_rl": "musicrl_jax.train_rl:train_rl",
@@ -50,11 +51,10 @@ WITHOUT_A_RUN = {
     "plan",
     "serve",
 }  # of a run that may never be, or is over: no other hosts, no config to leave
+# What computes; all others are done by the first host, while the rest wait.
 ON_ALL_HOSTS = {
-    "run",
-    "train",
-    "train_rl",
-}  # all others are done by the first host, while the rest wait
+    *("run", "train", "encode", "collect", "train_rl", "evaluate", "generate", "export"),
+}
 PLANNING = {"run", "plan", "serve"}  # never stages of a run, so that a plan need not record them
 
 CONFIGS = {
@@ -92,7 +92,17 @@ CONFIGS = {
         "arena.audience": ("Audience",),
         "arena.monitor": ("Monitor",),
         "losses.policy_gradient": ("PolicyGradient",),
-        "rl.rewards": ("TextAdherence", "AcousticQuality", "UserPreference", "Mixture"),
+        "systems.system": ("Sampling",),
+        "systems.scorers": (
+            "TextAdherence",
+            "AcousticQuality",
+            "UserPreference",
+            "SemanticFeatures",
+        ),
+        "rl.config": ("RLConfig",),
+        "rl.rewards": ("Mixture",),
+        "collect": ("CollectConfig",),
+        "evaluate": ("EvaluationConfig", "PageConfig"),
         "serving.settings": ("ServiceLimits",),
     }.items()
     for name in names

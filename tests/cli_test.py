@@ -32,8 +32,11 @@ def test_every_run_resolves(path, capsys):
     printed = capsys.readouterr().out
     assert "run.stages" in printed
     for scope, name in re.findall(r"^((?:\w+/)?)(\w+Config)\.\w+ = ", printed, flags=re.MULTILINE):
-        with gin.config_scope(scope.rstrip("/") or None):
-            gin.get_configurable(f"musicrl.{name}")()  # its own checks pass
+        # The length of each finetuning stands in its stage's scope.
+        stages = re.findall(r"@(\w+)/train_rl\b", printed) if name == "RLConfig" else [scope.rstrip("/")]
+        for stage in stages:
+            with gin.config_scope(stage or None):
+                gin.get_configurable(f"musicrl.{name}")()  # its own checks pass
 
 
 @pytest.mark.parametrize("size", ["tiny", "demo", "base", None])
@@ -128,7 +131,7 @@ def without(name, tmp_path):
     [
         ("data/build.builder", "'data/score_clips'"),
         ("vocabulary/vocabulary.size", "1"),
-        ("votes/collect.pairs", "1"),
+        ("votes/collect.votes_dir", "'/votes'"),
     ],
 )
 def test_the_name_of_every_stage_is_its_scope(name, value, tmp_path, capsys):
@@ -140,14 +143,14 @@ def test_the_name_of_every_stage_is_its_scope(name, value, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "name", ["train_rl.kl_strength", "Clips.data_dir", "codec/train.objective", "MODEL_DIR"]
+    "name", ["RLConfig.kl_strength", "CollectConfig.pairs", "Clips.data_dir", "codec/train.objective", "MODEL_DIR"]
 )
 def test_what_a_later_stage_lacks_is_said_at_once(name, tmp_path, capsys):
     assert musicrl(*without(name, tmp_path)) == 1
     assert re.split("[./]", name)[-1] in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("macro", ["VOCABULARY", "CODEC", "TOKENS", "VOTES", "RU", "EVALUATION"])
+@pytest.mark.parametrize("macro", ["VOCABULARY", "CODEC", "TOKENIZER", "TOKENS", "BASE", "VOTES", "RU", "EVALUATION"])
 def test_any_folder_may_lie_elsewhere(macro):
     assert (
         musicrl(
@@ -251,7 +254,7 @@ def refused(capsys, *arguments):
     return printed.err
 
 
-CLIP = "--checkpoint=x", "--prompt=y"
+CLIP = "--system=x", "--prompt=y"
 
 
 @pytest.mark.parametrize(
@@ -278,11 +281,11 @@ CLIP = "--checkpoint=x", "--prompt=y"
             "generate.seed = '3' must be a whole number",
         ),
         (["serve", "--bundle=x", "--port=http"], "--port=http: port must be a whole number"),
-        (["export", "--checkpoint=x", "--chips=two"], "--chips=two: chips must be a whole number"),
+        (["export", "--system=x", "--chips=two"], "--chips=two: chips must be a whole number"),
         (
             [
                 "export",
-                "--checkpoint=x",
+                "--system=x",
                 "--out=y",
                 "--clip_seconds=4",
                 "--gin.export.platforms='cpu'",
@@ -346,8 +349,8 @@ def test_an_unbound_macro_is_named_with_its_reader_and_nothing_else(capsys):
 
 
 def test_an_error_of_a_verb_comes_without_gins_own_words(capsys, tmp_path):
-    error = refused(capsys, "generate", f"--checkpoint={tmp_path}/nowhere", "--prompt=x")
-    assert "no MusicLMConfig checkpoint" in error and "configurable" not in error
+    error = refused(capsys, "generate", f"--system={tmp_path}/nowhere", "--prompt=x")
+    assert "no system in" in error and "configurable" not in error
 
 
 def test_a_device_without_memory_is_one_sentence(capsys, monkeypatch):
@@ -396,7 +399,7 @@ def test_a_flag_that_takes_several_values_collects_them_in_order():
         (["unpack", "--changed=('ru',)"], ("ru",)),
         (["build", "--config={'name': 'mine'}"], {"name": "mine"}),
         (["build", "--config=tiny"], "tiny"),
-        (["generate", "--fine=None"], None),
+        (["generate", "--clip_seconds=None"], None),
         (["generate", "--prompt=None"], "None"),
         (["generate", "--prompt={jazz}"], "{jazz}"),
         (["generate", "--prompt=(slow)"], "(slow)"),

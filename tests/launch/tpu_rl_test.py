@@ -464,7 +464,7 @@ GOLDEN = {
 @pytest.mark.parametrize("name", GOLDEN)
 def test_a_dry_run_prints_what_it_would_do_and_does_nothing(name, cloud):
     before = sorted(cloud.checkout.parent.rglob("*"))
-    assert cloud.run("--dry-run", f"--gin_file={GIN_FILE}", "--gin.train_rl.steps=20", **GOLDEN[name]) == 0
+    assert cloud.run("--dry-run", f"--gin_file={GIN_FILE}", "--gin.RLConfig.steps=20", **GOLDEN[name]) == 0
     assert cloud.calls() == [] and cloud.lines("calls.jsonl") == [] and not cloud.err
     assert sorted(cloud.checkout.parent.rglob("*")) == before
     printed = re.sub(r"\b[0-9a-f]{40}\b", "TREE", cloud.out)
