@@ -108,6 +108,46 @@ CONFIGS = {
     for name in names
 }
 
+# Names of older versions: 'VERB.PARAMETER' or 'CONFIG.PARAMETER' -> the name that took its place, or
+# a sentence if none did.
+ONE_FOLDER = (
+    "a system is one folder with all its parts, which `musicrl assemble` and a run's stages "
+    "'tokenizer' and 'base' write: remove this, and name that folder"
+)
+READ_BY_SYSTEMS = "each system and each reward reads prompts in its own way: remove this"
+RENAMED = {
+    f"{verb}.{name}": f"{config}.{name}"
+    for verb, config, names in (
+        ("train_rl", "RLConfig", "steps batch_size clip_seconds kl_strength policy_optimiser"),
+        ("train_rl", "RLConfig", "value_optimiser gradient updates microbatches remat dtype seed"),
+        ("train_rl", "RLConfig", "fsdp tensor save_every"),
+        ("collect", "CollectConfig", "pairs clip_seconds validation_share votes_per_pair"),
+        ("collect", "CollectConfig", "batch_size seed"),
+        ("evaluate", "EvaluationConfig", "clip_seconds count seeds batch_size seed raters best_of"),
+        ("evaluate", "PageConfig", "run_dir training notes shown worst"),
+        *((verb, "Sampling", "temperature top_k") for verb in ("train_rl", "collect")),
+        *((verb, "Sampling", "temperature top_k") for verb in ("evaluate", "export")),
+    )
+    for name in names.split()
+}
+RENAMED |= {
+    f"{verb}.{part}": ONE_FOLDER
+    for verb in ("encode", "train_rl", "collect", "evaluate", "generate", "export")
+    for part in ("fine", "codec", "mulan")
+}
+RENAMED |= {
+    "train_rl.kl_target": "RLConfig.kl_target_per_second",
+    "train_rl.base": "train_rl.system",
+    "collect.policy": "collect.system",
+    "evaluate.policies": "evaluate.systems",
+    "evaluate.semantic": "SemanticFeatures.semantic",
+    "encode.semantic": ONE_FOLDER,
+    "generate.checkpoint": "generate.system",
+    "export.checkpoint": "export.system",
+    "Prompts.vocabulary": READ_BY_SYSTEMS,
+    "Prompts.text_length": READ_BY_SYSTEMS,
+}
+
 # Macros that a run needs and a plan does not, with what a plan takes for them, and the one that
 # every size binds.
 NEEDED_BY_A_RUN = {
@@ -330,6 +370,26 @@ def _line_of(error: Exception) -> str:
     if isinstance(error, tokenize.TokenError):
         return f" line {error.args[1][0]}"
     return f" line {error.lineno}" if isinstance(error, SyntaxError) else ""
+
+
+def check_renamed(sources: Sequence[Source]) -> None:
+    """Raises ValueError if a binding has a name of an older version, with what to write instead."""
+    for source in sources:
+        for statement in source.statements:
+            if not isinstance(statement, config_parser.BindingStatement):
+                continue
+            old = f"{statement.selector.split('.')[-1]}.{statement.arg_name}"
+            if old in RENAMED:
+                place = f"{source.path} line {statement.location.line_num}: " if source.path else ""
+                flag = "" if source.path else "--gin."
+                scope = f"{statement.scope}/" if statement.scope else ""
+                raise ValueError(place + _instead(flag + scope, old))
+
+
+def _instead(prefix: str, old: str) -> str:
+    """Says what took the place of a name of an older version."""
+    new = RENAMED[old]
+    return f"{prefix}{old} is gone: {new}" if " " in new else f"{prefix}{old} is now {prefix}{new}"
 
 
 def check_bindings(text: str, files: Sequence[str] = ()) -> None:
@@ -563,6 +623,10 @@ def _bindings(verb: str, values: Mapping[str, list[str]]) -> list[str]:
                     f"--{name}={value} is no gin binding: a number stands as it is, a text in quotes of its own, "
                     f"--{name}=\"'{value}'\""
                 )
+        elif name not in parameters and f"{verb}.{name}" in RENAMED:
+            raise ValueError(
+                _instead("--gin.", f"{verb}.{name}").replace(f"--gin.{verb}.", "--")
+            )
         elif name not in parameters:
             near = difflib.get_close_matches(name, parameters, 1)
             raise ValueError(
@@ -742,13 +806,15 @@ def configure(flags: argparse.Namespace, bindings: list[str]) -> bool:
     search_in([path for paths in flags.gin_search_paths for path in paths.split(",") if path])
     flags.gin_file = [full_name(name) for name in flags.gin_file]
     references = _References()
-    bound = list(config_parser.ConfigParser("\n".join(bindings), references))
+    text = "\n".join(bindings)
+    flags_source = Source("", text, list(config_parser.ConfigParser(text, references)), references)
     files = [*flags.gin_file, *([BASE_SIZE] if flags.verb == "plan" else [])]
     sources = read_sources(files)
+    check_renamed([*sources, flags_source])
     if flags.dry_run and warn_of_code(sources):
         print("musicrl: nothing was imported, so that nothing more can be checked", file=sys.stderr)
         return False
-    named = Source("", "", bound, references).names.union(*(source.names for source in sources))
+    named = flags_source.names.union(*(source.names for source in sources))
     register({flags.verb, *named})
     if flags.verb == "plan":
         flags.gin_file += what_a_plan_leaves_open(flags.gin_file, bindings)

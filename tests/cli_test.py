@@ -1,5 +1,6 @@
 """Every shipped gin file resolves, and what gin would take in silence is an error."""
 
+import inspect
 import json
 import re
 import subprocess
@@ -414,6 +415,65 @@ def test_what_a_flag_holds_is_told_by_its_parameters_type(arguments, value):
     _, (binding,) = cli.parse(arguments)
     gin.parse_config("X =" + binding.partition("=")[2])
     assert gin.query_parameter("X/macro.value") == value
+
+
+# --- names of older versions -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flag", "answer"),
+    [
+        ("--gin.train_rl.batch_size=8", "--gin.train_rl.batch_size is now --gin.RLConfig.batch_size"),
+        ("--gin.r/train_rl.steps=8", "--gin.r/train_rl.steps is now --gin.r/RLConfig.steps"),
+        (
+            "--gin.train_rl.kl_target=5.0",
+            "--gin.train_rl.kl_target is now --gin.RLConfig.kl_target_per_second",
+        ),
+        ("--gin.collect.policy='x'", "--gin.collect.policy is now --gin.collect.system"),
+        ("--gin.collect.fine='x'", "--gin.collect.fine is gone: a system is one folder"),
+        ("--gin.export.top_k=3", "--gin.export.top_k is now --gin.Sampling.top_k"),
+        ("--gin.Prompts.vocabulary='x'", "--gin.Prompts.vocabulary is gone: each system"),
+    ],
+)
+def test_an_old_name_is_answered_with_the_new_one(flag, answer, tmp_path, capsys):
+    """By a flag, and by a gin file with its line."""
+    assert answer in refused(capsys, "run", "--gin_file=tiny", flag)
+    path = tmp_path / "mine.gin"
+    path.write_text(RUN + flag.removeprefix("--gin.").replace("=", " = ") + "\n")
+    assert f"mine.gin line 2: {answer.replace('--gin.', '')}" in refused(
+        capsys, "run", f"--gin_file={path}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "answer"),
+    [
+        (["generate", "--checkpoint=x"], "--checkpoint is now --system"),
+        (["export", "--temperature=0.9"], "--temperature is now --gin.Sampling.temperature"),
+        (["train_rl", "--batch-size=8"], "--batch_size is now --gin.RLConfig.batch_size"),
+        (["evaluate", "--policies={'a': 'b'}"], "--policies is now --systems"),
+        (["evaluate", "--semantic=x"], "--semantic is now --gin.SemanticFeatures.semantic"),
+        (["encode", "--codec=x"], "--codec is gone: a system is one folder with all its parts"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_an_old_flag_is_answered_with_the_new_one(arguments, answer, capsys):
+    assert answer in refused(capsys, *arguments)
+
+
+def parameters_of(name):
+    """What a verb or a config takes."""
+    place = cli.VERBS.get(name) or cli.CONFIGS[name]
+    return inspect.signature(cli._imported(place)).parameters
+
+
+@pytest.mark.parametrize(("old", "new"), cli.RENAMED.items(), ids=cli.RENAMED.keys())
+def test_old_names_are_gone_and_new_ones_are_there(old, new):
+    name, _, parameter = old.partition(".")
+    assert parameter not in parameters_of(name)
+    if " " not in new:
+        name, _, parameter = new.partition(".")
+        assert parameter in parameters_of(name)
 
 
 # --- where gin files are, and what they may do -----------------------------------------------------------------------
