@@ -73,6 +73,11 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def named(array: jax.Array, axes: Sequence[str | None]) -> nn.LogicallyPartitioned:
+    """Returns a weight in a box with the names of its axes, which the rules lay on the mesh."""
+    return nn.LogicallyPartitioned(array, tuple(axes))
+
+
 def laid_out(mesh: Mesh, create: Callable[..., Any], *arguments: Any, rules: Rules = RULES) -> tuple[Any, Any]:
     """(shapes, shardings) of `create(*arguments)`, each array laid out as its axis names and the rules say.
 

@@ -31,7 +31,10 @@ KIND = {
     "kind": str,
     "parts": {str: {"folder": str, "hash": str}},
 }
-KINDS: dict[str, str | type[MusicSystem]] = {"musiclm": "musicrl_jax.systems.musiclm:MusicLMSystem"}
+KINDS: dict[str, str | type[MusicSystem]] = {
+    "musiclm": "musicrl_jax.systems.musiclm:MusicLMSystem",
+    "tiny": "musicrl_jax.systems.tiny:TinySystem",
+}
 # The folders that stood beside a policy's before there was a system.json.
 BESIDE = {"soundstorm": "fine", "soundstream": "codec", "mulan": "mulan", "semantic": "semantic"}
 

@@ -179,7 +179,7 @@ class Player:
           seed, step, stream: of the keys.
           first_row: number of the first clip in its step.
         """
-        keys = self.keys(*(np.int32(number) for number in (seed, step, stream, first_row)))
+        keys = self.keys(np.int32(seed), np.int32(step), np.int32(stream), np.uint32(first_row))
         return roll_out(self, weights, self.put(self.system.read(prompts)), keys)
 
     def score(
