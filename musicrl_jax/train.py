@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from musicrl_jax.core import checkpoint, hosts, lock, sharding
 from musicrl_jax.core.keys import Stream, step_key
@@ -20,9 +21,11 @@ from musicrl_jax.core.metrics import MetricWriter
 from musicrl_jax.core.progress import Progress
 from musicrl_jax.core.run_checkpoints import RunCheckpoints
 from musicrl_jax.core.statistics import too_small
-from musicrl_jax.losses.optimiser import MOST_SKIPPED, Optimiser
+from musicrl_jax.losses.optimiser import MOST_SKIPPED, Optimiser, TrainState
 from musicrl_jax.objectives.objective import Objective
 from musicrl_jax.objectives.step import first_state, training_step
+
+LOG_EVERY = 10  # steps between two lines of metrics; the last step and the saved ones have a line too
 
 
 @lock.holds("model_dir")
@@ -35,7 +38,6 @@ def train(
     seed: int = 0,
     fsdp: int = 1,
     tensor: int = 1,
-    log_every: int = 10,
     save_every: int = 1000,
     evaluation_batches: int = 2,
 ) -> dict[str, float]:
@@ -51,7 +53,6 @@ def train(
       optimiser: how weights move.
       seed: of the weights, the order of data and the noise.
       fsdp, tensor: sizes of the mesh's axes; data takes the other devices.
-      log_every: steps between two lines of metrics.
       save_every: steps between two checkpoints.
       evaluation_batches: validation batches at the end, if there are validation examples.
 
@@ -90,12 +91,9 @@ def train(
     state, shardings = sharding.born_sharded(mesh, create, jax.random.key(seed), example)
     step_function = training_step(objective, transform, seed, mesh, shardings)
     start = checkpoints.latest_step()
-    if start:
-        state = checkpoints.restore(state)
-    else:
-        params = objective.start(state.params)
-        state = state.replace(params=state.params if params is state.params else sharding.put(params, shardings.params))
+    state = checkpoints.restore(state) if start else _started(objective, state, shardings)
 
+    # The loop.
     batches = objective.data.batches("train", batch_size, seed, start_step=start, rows=rows)
     progress = Progress(range(start, steps), directory.name, steps, start)
     with closing(checkpoints), jax.set_mesh(mesh), MetricWriter(directory, start) as writer:
@@ -105,7 +103,7 @@ def train(
                     checkpoints.leave(step, state)
                 state, metrics = step_function(state, frozen, sharding.put_batch(mesh, next(batches), batch_size))
                 saved = (step + 1) % save_every == 0
-                if step % log_every == 0 or step == steps - 1 or saved:
+                if step % LOG_EVERY == 0 or step == steps - 1 or saved:
                     numbers = {name: float(value) for name, value in metrics.items()}
                     if numbers["in_a_row"] >= min(MOST_SKIPPED, steps):
                         _stop_unless_finite(numbers, step, directory)
@@ -131,8 +129,22 @@ def train(
     return metrics
 
 
+def _started(objective: Objective, state: TrainState, shardings: TrainState) -> TrainState:
+    """Returns the state before the first step, with the weights that the objective starts from."""
+    params = objective.start(state.params)
+    if params is state.params:
+        return state
+    return state.replace(params=sharding.put(params, shardings.params))
+
+
 def _validate(
-    objective: Objective, variables: Any, frozen: Any, mesh: Any, batch_size: int, seed: int, count: int
+    objective: Objective,
+    variables: Any,
+    frozen: Any,
+    mesh: Mesh,
+    batch_size: int,
+    seed: int,
+    count: int,
 ) -> dict[str, float]:
     """Returns means over `count` validation batches, smaller ones of few examples; {} if there are none.
 
@@ -148,12 +160,12 @@ def _validate(
     params = state.pop("params")
     evaluate = jax.jit(objective.evaluate)
     batches = objective.data.batches("validation", batch_size, seed, rows=sharding.own_rows(mesh, batch_size))
-    found = []
+    parts = []
     for i in range(count):
         hosts.stop_point()
         batch = sharding.put_batch(mesh, next(batches), batch_size)
-        found.append(evaluate(params, state, frozen, batch, step_key(seed, i, Stream.VALIDATION)))
-    means = {name: float(np.mean([metrics[name] for metrics in found])) for name in found[0]}
+        parts.append(evaluate(params, state, frozen, batch, step_key(seed, i, Stream.VALIDATION)))
+    means = {name: float(np.mean([part[name] for part in parts])) for name in parts[0]}
     for name, least in objective.LEAST_EXAMPLES.items():
         words = too_small(batch_size, least)
         if words and np.isfinite(means.get(name, np.nan)):  # what is not finite stops the run

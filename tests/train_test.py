@@ -13,10 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from musicrl_jax import train as trainer
 from musicrl_jax.core import checkpoint, sharding
 from musicrl_jax.losses.optimiser import Optimiser, create_state
-from musicrl_jax.models.tokens import TokenLayout
 from musicrl_jax.models.musiclm import MusicLMConfig
+from musicrl_jax.models.tokens import TokenLayout
 from musicrl_jax.models.transformer import TransformerConfig
 from musicrl_jax.objectives.mulan import MuLanObjective
 from musicrl_jax.objectives.policy import PolicyObjective
@@ -70,17 +71,19 @@ class Policy(PolicyObjective):
         return {}
 
 
-def run(folder, **changes):
+def run(folder, objective=None, **changes):
+    """Trains with a line of metrics for every step."""
     arguments = {
         "steps": 4,
         "batch_size": 8,
         "optimiser": Optimiser(1e-2, 1),
         "seed": 3,
-        "log_every": 1,
         "save_every": 2,
     }
-    data = changes.pop("data", RandomTokens())
-    return train(Policy(CONFIG, data), str(folder), **{**arguments, **changes})
+    objective = objective or Policy(CONFIG, changes.pop("data", RandomTokens()))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "LOG_EVERY", 1)
+        return train(objective, str(folder), **{**arguments, **changes})
 
 
 def losses(folder):
@@ -245,7 +248,7 @@ def test_an_update_that_is_not_finite_is_skipped_and_counted(tmp_path, loss_too)
     first = [next(broken.data.batches("train", 8, 3, start_step=i))["semantic"][0, 0] for i in range(steps)]
     skipped = [int(code == 0) for code in first]
     assert 1 <= sum(skipped) < 10
-    train(broken, str(tmp_path), steps, 8, Optimiser(1e-2, 1), seed=3, log_every=1)
+    run(tmp_path, broken, steps=steps, save_every=1000)
     lines = losses(tmp_path)[:steps]
     assert [line["skipped"] for line in lines] == list(np.cumsum(skipped))
     assert all(
@@ -256,5 +259,11 @@ def test_an_update_that_is_not_finite_is_skipped_and_counted(tmp_path, loss_too)
 
 def test_a_run_of_nothing_but_such_updates_stops(tmp_path):
     with pytest.raises(FloatingPointError, match="is nan at step 9"):
-        train(Broken(CONFIG, RandomTokens(), always=True), str(tmp_path), 12, 8, Optimiser(), log_every=1)
+        run(
+            tmp_path,
+            Broken(CONFIG, RandomTokens(), always=True),
+            steps=12,
+            optimiser=Optimiser(),
+            save_every=1000,
+        )
     assert not checkpoint.has_model(tmp_path)

@@ -177,7 +177,7 @@ def test_the_loss_is_that_of_the_whole_model_and_moves_projections_alone(task, w
 
 
 def test_a_run_leaves_a_whole_mulan_and_resumes(task, weights, tmp_path, capsys):
-    arguments = {"steps": 30, "batch_size": 8, "optimiser": Optimiser(1e-2, 1), "save_every": 20, "log_every": 10}
+    arguments = {"steps": 30, "batch_size": 8, "optimiser": Optimiser(1e-2, 1), "save_every": 20}
     metrics = train(task, str(tmp_path / "run"), **arguments)
     assert "frozen" in capsys.readouterr().out
     assert metrics["loss"] < metrics["chance"]
