@@ -7,12 +7,13 @@ import shutil
 import stat
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from musicrl_jax.core import hosts
 from musicrl_jax.core.manifest import Kind, check_kind, check_regular, parse_json, read_regular
 
 DAMAGED = ".damaged"  # the ending of a file that was set aside
@@ -119,34 +120,55 @@ def kept(
 ) -> dict[str, np.ndarray]:
     """Returns the arrays of `make`, from the file of an earlier call if there is one.
 
-    A kill must not lose such work.
+    A kill must not lose such work. All hosts call it and return the same arrays; the first alone
+    looks for the file and writes it.
 
     Args:
-      folder: where such files are; whoever no longer needs them removes it.
+      folder: where such files are; whoever no longer needs them removes it, after all hosts.
       name: of the work.
       made_of: all that the arrays depend on, as JSON holds it; those of something else are not taken.
-      make: does the work.
+      make: does the work, on all hosts together.
     """
     settings = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:12]
-    return kept_at(Path(folder) / f"{settings}-{name}.npz", make)
+    path = Path(folder) / f"{settings}-{name}.npz"
+    if hosts.first_decides(lambda: _read_whole(path) is not None):
+        return read_arrays(path)
+    arrays = make()
+    if hosts.first():
+        _write_arrays(path, arrays)
+    return arrays
 
 
 def kept_at(path: Path, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """`kept` at a path that says what the arrays depend on.
+    """Returns the arrays of `make`, from the file if it is there; each host looks for itself.
 
-    A damaged file is named, set aside and made again.
+    Args:
+      path: says what the arrays depend on.
+      make: does the work, on this host alone.
     """
+    arrays = _read_whole(path)
+    if arrays is None:
+        arrays = make()
+        _write_arrays(path, arrays)
+    return arrays
+
+
+def _read_whole(path: Path) -> dict[str, np.ndarray] | None:
+    """Returns the arrays of a file; None without one. A damaged one is named and set aside."""
     if os.path.lexists(path):
         try:
             return read_arrays(path)
         except (ValueError, OSError) as error:
             set_aside(path, str(error).removeprefix(f"{path} ").removesuffix(f": {REMEDY}"))
-    arrays = make()
+    return None
+
+
+def _write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Writes an .npz in one move."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{os.getpid()}.partial.npz")
     np.savez(partial, **arrays)
     os.replace(partial, path)
-    return arrays
 
 
 def remove_abandoned(folder: str | Path, pattern: str) -> None:

@@ -20,6 +20,7 @@ from contextlib import contextmanager, suppress
 from typing import NoReturn, ParamSpec, TypeVar
 
 import jax
+import numpy as np
 from jax._src import clusters, distributed  # cluster detection and key-value store, which have no public names
 from jax.experimental import multihost_utils
 
@@ -316,6 +317,17 @@ def first_alone(work: Callable[P, T]) -> Callable[P, T | None]:
 
     done.__signature__ = inspect.signature(work)  # gin asks for it, and does not look behind a decorator
     return done
+
+
+def first_decides(question: Callable[[], bool]) -> bool:
+    """Returns the first host's answer on all hosts, which may then do different work together.
+
+    What is asked about files could have another answer a moment later on another host.
+    """
+    answer = first_alone(question)()
+    if jax.process_count() == 1 or _alone:
+        return answer
+    return bool(multihost_utils.broadcast_one_to_all(np.asarray(bool(answer))))
 
 
 def lost(error: Exception) -> bool:

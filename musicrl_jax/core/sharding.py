@@ -116,6 +116,33 @@ def own_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
     return np.unique(np.concatenate([np.arange(batch_size)[index] for index in held]))
 
 
+def whole_shards(mesh: Mesh, rows: int) -> int:
+    """Returns the least number of rows, from `rows` up, that divides among the data shards."""
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    return -(-rows // shards) * shards
+
+
+def held_rows(array: jax.Array) -> np.ndarray:
+    """Returns the rows of a batch that this process's devices hold, in the order of `own_rows`."""
+    shards = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
+    return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])
+
+
+def gather_rows(mesh: Mesh, rows: np.ndarray, batch_size: int) -> np.ndarray:
+    """Returns a whole batch on every process.
+
+    It travels as bytes, since JAX would round float64.
+
+    Args:
+      mesh: the mesh.
+      rows: what this process has computed of its `own_rows`, [n, ...].
+      batch_size: of the whole.
+    """
+    raw = np.frombuffer(rows.tobytes(), np.uint8).reshape(len(rows), -1)
+    whole = fetch(put_batch(mesh, {"rows": raw}, batch_size)["rows"])
+    return np.frombuffer(whole.tobytes(), rows.dtype).reshape(batch_size, *rows.shape[1:])
+
+
 def put_batch(mesh: Mesh, batch: dict[str, np.ndarray], batch_size: int | None = None) -> dict[str, jax.Array]:
     """The numeric arrays of a batch, split over the mesh; text stays with the host.
 
