@@ -1,30 +1,31 @@
-"""The judge: policies side by side on prompts that nothing was trained on. Rewards, what simulated listeners prefer,
-how far each policy went, and a page to listen to.
+"""The judge: systems side by side on prompts that nothing was trained on.
 
-Legend: P prompts, S clips (seeds) a prompt, R raters, B clips of a batch, N samples, F frames, K codes in a frame,
-D width of the semantic features, M measurements.
+It measures rewards, what simulated listeners prefer and how far each policy went, and writes a page
+to listen to.
+
+Legend: P prompts, S clips (seeds) a prompt, R raters, L listeners, B clips of a batch, T tokens of
+a clip, K tokens in a frame, N samples, F frames of the features, D their width, M measurements.
 """
 
 import dataclasses
-import functools
 import itertools
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import scipy.stats
 
 from musicrl_jax.arena.audience import Audience, Hearing
 from musicrl_jax.arena.listeners import MEASUREMENTS
 from musicrl_jax.arena.monitor import RULE
-from musicrl_jax.core import checkpoint, extras, hosts, lock
-from musicrl_jax.core.files import kept, provide_caches, read_json, set_aside, write_json
-from musicrl_jax.core.keys import row_keys, step_key
+from musicrl_jax.core import checkpoint, extras, hosts, lock, sharding
+from musicrl_jax.core.files import json_from, kept, provide_caches, read_json, set_aside, write_json
+from musicrl_jax.core.keys import Stream
 from musicrl_jax.core.progress import Progress
 from musicrl_jax.core.statistics import (
     LEAST_INTERVAL,
@@ -35,387 +36,608 @@ from musicrl_jax.core.statistics import (
     ratio_interval,
     too_small,
 )
-from musicrl_jax.inputs import pieces
 from musicrl_jax.inputs.clips import Clips
 from musicrl_jax.inputs.prompts import Prompts
-from musicrl_jax.losses.policy_gradient import full_kl
-from musicrl_jax.models.musiclm import MusicLMConfig
-from musicrl_jax.models.semantic import SemanticConfig, SemanticEncoder
-from musicrl_jax.models.tokens import FRAMES_PER_SECOND
-from musicrl_jax.rl import rollout as rollouts
-from musicrl_jax.rl.rewards import Mixture
-from musicrl_jax.rl.sample import Sampling, log_probs
+from musicrl_jax.rl.rewards import LoadedMixture, Mixture
 from musicrl_jax.run import read_seconds
+from musicrl_jax.systems import folder
+from musicrl_jax.systems.folder import LoadedSystem
+from musicrl_jax.systems.player import LITTLE_EFFORT, Player, Units
+from musicrl_jax.systems.system import MusicSystem, Rollout, Sampling, Tree, Weights
 
 LEAST_SPREAD = 1e-3  # of a feature over real clips; one that never moves is not blown up
-TOTAL, OPINION = "reward", "opinion"  # the mixture's name among the scores, and that of the raters' mean
+# The mixture's name among the scores, and that of the raters' mean.
+TOTAL, OPINION = "reward", "opinion"
 SUMMARY, SCORES, PLAYED = "summary.json", "scores.npz", "played"
-# The kind of what a finetuned policy says of its held-out judge.
+# The kind of what a finetuned policy records of its held-out judge.
 WATCHED = {"watched?": (dict, type(None))}
-Found = dict[str, np.ndarray]
+Arrays = dict[str, np.ndarray]
+Sides = list[tuple[int, dict[str, np.ndarray]]]  # (number of a prompt, clip f32 [N] by side)
+
+
+class Features(Protocol):
+    """Features by which sets of clips are compared; a frozen dataclass."""
+
+    def load(self) -> checkpoint.Model:
+        """Returns the model that finds them."""
+
+    def features(self, model: Any, variables: Tree, wav: jax.Array) -> jax.Array:
+        """Returns f32 [B, F, D] of f32 [B, N]; `model` is the config. Traced under jit."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+    """What is compared.
+
+    Attributes:
+      clip_seconds: length of the clips, as in training.
+      sampling: the distribution of the policies, as in training.
+      count: P, held-out prompts, or all if there are fewer.
+      seeds: S, clips a prompt and system.
+      batch_size: B, clips at a time, rounded up to a multiple of the devices.
+      seed: of the sampling and the raters; streams of their own, apart from training's.
+      raters: R, listeners that rate each prompt's clips, others for every prompt and seed.
+      best_of: if above 1, a further entry: of so many clips of the base the one with the highest
+        reward.
+    """
+
+    clip_seconds: float
+    sampling: Sampling = dataclasses.field(default_factory=Sampling)
+    count: int = 64
+    seeds: int = 1
+    batch_size: int = dataclasses.field(default=32, metadata=checkpoint.NO_IDENTITY)
+    seed: int = 0
+    raters: int = 3
+    best_of: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("count", "seeds", "batch_size", "raters", "best_of"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"EvaluationConfig.{name}={getattr(self, name)} must be 1 or more")
+
+
+@dataclasses.dataclass(frozen=True)
+class PageConfig:
+    """What stands on the page beside the comparison.
+
+    Attributes:
+      run_dir: folder of the whole run, for its name and its stages' times; by default the
+        evaluation's own.
+      training: folders of the supervised stages whose metrics are drawn.
+      notes: honest words.
+      shown: prompts on the page, the first ones.
+      worst: further prompts on the page, those that lost most.
+    """
+
+    run_dir: str = dataclasses.field(default="", metadata=checkpoint.NO_IDENTITY)
+    training: tuple[str, ...] = dataclasses.field(default=(), metadata=checkpoint.NO_IDENTITY)
+    notes: tuple[str, ...] = ()
+    shown: int = 8
+    worst: int = 4
 
 
 @lock.holds("model_dir")
 def evaluate(
     model_dir: str,
-    run_dir: str,
-    policies: Mapping[str, str],
-    fine: str,
-    codec: str,
-    mulan: str,
-    semantic: str,
+    systems: Mapping[str, str],
     rewards: Mixture,
     prompts: Prompts,
     clips: Clips,
-    training: tuple[str, ...],
-    notes: tuple[str, ...],
-    clip_seconds: float,
+    features: Features,
+    config: EvaluationConfig,
     audience: Audience | None = None,
-    raters: int = 3,
-    best_of: int = 1,
-    temperature: float = 0.99,
-    top_k: int | None = None,
-    count: int = 64,
-    seeds: int = 1,
-    batch_size: int = 32,
-    seed: int = 0,
-    shown: int = 8,
-    worst: int = 4,
+    page: PageConfig = PageConfig(),
 ) -> dict[str, Any]:
-    """Compares policies on the same held-out prompts; writes summary, scores and page, and returns the summary.
+    """Compares systems on the same held-out prompts; writes and returns a summary.
 
-    As in MusicRL (section 5), every rater gives the clips of a prompt 1 to 5 points; a policy wins a pair where its
-    clip has more, and its win rate is wins / (wins + losses). The raters are *simulated listeners*: `audience`'s.
-    Beside them and the rewards stand figures that nothing was trained on: the KL to the base, as a whole, by code of a
-    frame and by second; diversity, the mean distance between the semantic features of two clips; the Frechet distance
-    between those of generated and of real held-out clips, frame by frame.
+    As in MusicRL (section 5), every rater gives the clips of a prompt 1 to 5 points; a policy wins
+    a pair if its clip has more, and its win rate is wins / (wins + losses). The raters are
+    *simulated listeners*: `audience`'s. Beside them and the rewards stand figures that nothing was
+    trained on: the KL to the base, as a whole, by token of a frame and by second; diversity, the
+    mean distance between the features of two clips; the Frechet distance between those of generated
+    and of real held-out clips, frame by frame.
 
     Args:
-      model_dir: where summary, scores and page go; left alone where they are there, for the same models and settings.
-      run_dir: the folder of the whole run, for its name and its stages' times.
-      policies: the folder of each policy by its name; the first is the base.
-      fine, codec, mulan, semantic: folders of the other models.
+      model_dir: where summary, scores and page go; left alone if they are there, for the same
+        models and settings.
+      systems: folder of each system by its name; the first is the base, and the others have its
+        frozen parts.
       rewards: the terms to measure, and the mixture that best-of-n chooses by.
-      prompts: the first `count` of the 'test' split are used; none of them was trained on.
-      clips: real clips, 'test' split, for the Frechet distance and as what the raters compare with.
-      training: folders whose metrics are drawn on the page.
-      notes: honest words for the page.
-      clip_seconds, temperature, top_k: as in training.
+      prompts: the first ones of the 'test' split are used; none of them was trained on.
+      clips: real clips, 'test' split, for the Frechet distance and for the raters.
+      features: features of clips for diversity and the Frechet distance.
+      config: what is compared.
       audience: who judges; None leaves out all that needs listeners.
-      raters: R, listeners that rate each prompt's clips, different ones for every prompt and seed.
-      best_of: if above 1, a further entry: of so many clips of the base the one with the highest reward.
-      count: P, held-out prompts, or all where there are fewer.
-      seeds: S, clips a prompt and policy.
-      batch_size: clips at a time.
-      seed: of the sampling and the raters; streams of their own, apart from training's.
-      shown, worst: prompts on the page: the first ones, and those that lost most.
+      page: what else stands on the page.
 
     Returns:
-      What `report.comparison.write_comparison` says of its summary.
+      The summary, as `report.comparison.write_comparison` reads it.
     """
+    # Everything is checked before any work.
     extras.check("the page", "report", "jinja2", "matplotlib")
     provide_caches()
-    from musicrl_jax.report.comparison import write_comparison  # drawing is an extra; training hosts go without
-
-    if len(policies) < 2 and best_of < 2:
-        raise ValueError(f"evaluate.policies has {len(policies)}: nothing to compare the first with; name another")
-    if audience is not None and not 1 <= raters <= audience.panel.size:
-        raise ValueError(f"evaluate.raters={raters} must be from 1 to the panel's size, {audience.panel.size}")
-    if min(count, seeds, batch_size) < 1:
-        raise ValueError(f"evaluate: count={count}, seeds={seeds} and batch_size={batch_size} must be 1 or more")
     directory = Path(model_dir)
-    base = next(iter(policies))
-    loaded = {name: rollouts.load(folder, fine, codec, mulan) for name, folder in policies.items()}
-    if audience is not None:
-        audience.check(loaded[base].studio.sample_rate_hz)
-    mixture = rewards.load()
+    loaded = _load(systems, config, audience)
+    base, *finetuned = systems
+    mixture, encoder = rewards.load(), features.load()
     mixture.check_models(loaded[base])
-    listener = checkpoint.load_model(semantic, SemanticConfig)
-    others = {name: value for name, value in loaded[base].hashes.items() if name != "policy"}
-    hashes = {**others, "semantic": listener.hash, **mixture.hashes}
-    if taken := sorted({*hashes, "real", "real clips", f"best of {best_of}"} & set(policies)):
-        raise ValueError(f"evaluate.policies: {taken[0]!r} is the name of something else on the page; choose another")
+    best_name = f"best of {config.best_of}"
+    hashes = {"features": encoder.hash, **mixture.hashes}
     identity = {
-        "hashes": {**{name: found.hashes["policy"] for name, found in loaded.items()}, **hashes},
-        "policies": list(policies),  # the first is the base
-        "settings": [clip_seconds, temperature, top_k, count, seeds, seed, shown, worst, raters, best_of],
-        "data": checkpoint.describe([rewards, prompts, clips, audience, notes]),
+        "hashes": _hashes(loaded, hashes, {"real", "real clips", best_name}),
+        "systems": list(systems),  # the first is the base
+        "settings": checkpoint.describe(config),
+        "data": checkpoint.describe([rewards, features, prompts, clips, audience, page]),
     }
-    done = directory / SUMMARY
-    if (summary := _summary(done)).get("identity") == identity:
+    path = directory / SUMMARY
+    if hosts.first_decides(lambda: _summary(path).get("identity") == identity):
+        summary = _summary(path)
         print(f"{directory}: evaluated already")
-        shutil.rmtree(directory / PLAYED, ignore_errors=True)  # of a run that was killed just before its end
+        if hosts.first():  # a run that was killed just before its end left them
+            shutil.rmtree(directory / PLAYED, ignore_errors=True)
         _print(summary)
         return summary
 
-    asked = prompts.unique("test")[:count]
-    if len(asked) < 2:
-        raise ValueError(f"prompts: {len(asked)} held-out prompts that training did not see; an interval needs more")
-    if len(asked) < count:
-        print(f"only {len(asked)} held-out prompts exist, not {count}")
-        count = len(asked)
+    # Every system plays; real clips stand beside them.
+    texts = _held_out(prompts, config.count)
     hearing = None if audience is None else audience.load()
-    bench = _Bench(
-        loaded[base],
-        mixture,
-        listener,
-        hearing,
-        tuple(asked),
-        pieces.encode(loaded[base].vocabulary, asked, prompts.text_length),
-        loaded[base].studio.frames(clip_seconds),
-        Sampling(temperature, top_k),
-        seeds,
-        batch_size,
-        seed,
-    )
-    directory.mkdir(parents=True, exist_ok=True)
-    print(f"{directory}: {count} prompts, {seeds} clips of each by {', '.join(policies)}")
+    bench = _Bench(loaded[base], mixture, features, encoder, hearing, texts, config)
+    by = ", ".join(systems)
+    print(f"{directory}: {len(texts)} prompts, {config.seeds} clips of each by {by}")
 
-    def play(name: str, *how: Any) -> Found:
-        return kept(directory / PLAYED, name, identity, lambda: bench.play(name, *how))
+    def play(name: str, policy: Tree, *best: Any) -> Arrays:
+        return kept(directory / PLAYED, name, identity, lambda: bench.play(name, policy, *best))
 
-    results = {name: play(name, found.policy) for name, found in loaded.items()}
-    units = mixture.units({name: x.ravel() for name, x in _terms(mixture, results[base]).items()})
-    for result in results.values():
-        mixture.check(_terms(mixture, result))
-        result[TOTAL] = np.asarray(mixture.total(_terms(mixture, result), units))
-    if best_of > 1:
-        results[f"best of {best_of}"] = play(f"best of {best_of}", loaded[base].policy, best_of, units)
-    real, real_wavs, real_prompts = _real(clips, listener, batch_size, count if hearing is not None else 0)
+    with jax.set_mesh(bench.mesh):
+        results = {name: play(name, system.policy) for name, system in loaded.items()}
+        units = bench.add_totals(results, base)
+        if config.best_of > 1:
+            results[best_name] = play(best_name, loaded[base].policy, config.best_of, units)
+        real_features, real_measured = bench.real(clips)
+        sides = _sides(bench, results, {name: loaded[name] for name in finetuned}, systems, page)
 
-    names = [TOTAL, *mixture.models]
-    went = {name: folder for name, folder in policies.items() if name != base}
+    # Figures; the first host writes them.
     summary = {
         "policies": list(results),
-        **_figures(results, names, base, list(went), real, seed),
-        "watched": {name: _watched(folder) for name, folder in went.items()},
+        **_figures(results, [TOTAL, *mixture.names], base, finetuned, real_features, config.seed),
+        "watched": {name: _watched(loaded[name], systems[name]) for name in finetuned},
         "rule": RULE,
-        "seeds": seeds,
-        "seed": seed,
+        "token_names": loaded[base].system.token_names,
+        "seeds": config.seeds,
+        "seed": config.seed,
         "page": str(directory / "page.html"),
-        "checkpoint": str(list(policies.values())[-1]),
+        "checkpoint": str([*systems.values()][-1]),
         "identity": identity,
     }
     if hearing is not None:
-        summary |= _opinions(hearing, results, hearing.measure(real_wavs, real_prompts), raters, seed)
-
-    gains = np.min(
-        [results[name][TOTAL][:, 0] - results[base][TOTAL][:, 0] for name in results if name != base], axis=0
-    )
-    best = list(range(min(shown, count)))
-    lost = [int(row) for row in np.argsort(gains, kind="stable")[:worst] if gains[row] < 0]
-    heard = {row: {name: _float(result["heard"][row]) for name, result in results.items()} for row in {*best, *lost}}
-    for name, folder in went.items():  # the last weights of a run that kept earlier ones
-        if checkpoint.has_model(last := Path(folder) / rollouts.LAST):
-            policy = checkpoint.load_model(last, MusicLMConfig).variables["params"]
-            for row, clips_of in heard.items():
-                clips_of[f"{name}, last"] = bench.clip(policy, row)
-
-    scores = {which: {n: r[n] for n in (*names, OPINION) if n in r} for which, r in results.items()}
-    licences = clips.licences()
-    further = ("measured", "ratings", "kl")
-    np.savez_compressed(
-        directory / SCORES,
-        prompts=np.array(asked),
-        measurements=np.array(MEASUREMENTS),
-        **{f"{which}/{n}": x for which, each in scores.items() for n, x in each.items()},
-        **{f"{which}/{n}": r[n] for which, r in results.items() for n in further if n in r},
-    )
-    write_comparison(
-        directory / "page.html",
-        summary,
-        asked,
-        [(row, heard[row]) for row in best],
-        [(row, heard[row]) for row in lost],
-        scores,
-        bench.base.studio.sample_rate_hz,
-        run_dir,
-        went,
-        training,
-        read_seconds(run_dir),
-        (*notes, *(f"Real clips are of {name}: {licence} None is on this page." for name, licence in licences.items())),
-    )
-    write_json(done, summary)
-    shutil.rmtree(directory / PLAYED)
+        summary |= _opinions(hearing, results, real_measured, config.raters, config.seed)
+    hosts.wait_for_all("evaluate")  # until then one of them may read what played
+    runs = {name: systems[name] for name in finetuned}
+    hosts.first_alone(_write)(directory, summary, results, bench, sides, runs, clips, page)
     _print(summary)
     return summary
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+def _load(
+    systems: Mapping[str, str], config: EvaluationConfig, audience: Audience | None
+) -> dict[str, LoadedSystem]:
+    """Loads the systems; ValueError if they cannot be compared or heard."""
+    if len(systems) + (config.best_of > 1) < 2:
+        raise ValueError(
+            f"evaluate.systems has {len(systems)}: nothing to compare the first with; name another"
+        )
+    loaded = {name: folder.load(place) for name, place in systems.items()}
+    base = next(iter(loaded.values()))
+    for name, system in loaded.items():
+        different = {part for part in base.hashes if system.hashes.get(part) != base.hashes[part]}
+        if system.kind != base.kind or different - {"policy"}:
+            other = min(different - {"policy"}, default=f"kind, {system.kind}")
+            raise ValueError(
+                f"evaluate.systems[{name!r}] has another {other} than the first system: compare "
+                "policies with the same frozen parts"
+            )
+    if audience is not None:
+        if config.raters > audience.panel.size:
+            raise ValueError(
+                f"EvaluationConfig.raters={config.raters} must be at most the panel's size, "
+                f"{audience.panel.size}"
+            )
+        audience.check(base.system.sample_rate_hz)
+    return loaded
+
+
+def _hashes(
+    loaded: Mapping[str, LoadedSystem], others: Mapping[str, str], reserved: set[str]
+) -> dict[str, str]:
+    """Returns the hashes of policies by their system, and of all other models.
+
+    Raises ValueError if a system has a name that stands for something else.
+    """
+    base = next(iter(loaded.values()))
+    others = {name: value for name, value in base.hashes.items() if name != "policy"} | others
+    if taken := sorted((others.keys() | reserved) & loaded.keys()):
+        raise ValueError(
+            f"evaluate.systems: {taken[0]!r} names something else on the page; choose another"
+        )
+    return {name: system.hashes["policy"] for name, system in loaded.items()} | others
+
+
+def _held_out(prompts: Prompts, count: int) -> tuple[str, ...]:
+    """Returns the prompts; ValueError if there are too few for an interval."""
+    texts = prompts.unique("test")[:count]
+    if len(texts) < 2:
+        raise ValueError(
+            f"prompts: {len(texts)} held-out prompts that training did not see; an interval needs "
+            "two"
+        )
+    if len(texts) < count:
+        print(f"only {len(texts)} held-out prompts exist, not {count}")
+    return tuple(texts)
+
+
 class _Bench:
-    """Where every policy plays the same prompts with the same noise, and all is measured on what it played.
+    """Where every policy plays the same prompts with the same noise, and all is measured.
 
     Attributes:
-      base: the models; its policy is what KL is measured to.
-      mixture: the rewards, loaded.
-      listener: the semantic encoder.
-      hearing: what simulated listeners hear; None leaves their measurements out.
-      asked: P prompts.
-      text: int32 [P, L], their pieces.
-      frames: F.
-      sampling: of the policies.
-      seeds: S.
-      batch_size: B.
-      seed: of the sampling.
+      mesh: all devices of all hosts, over which rows are sharded.
+      system: the system that plays.
+      prompts: P of them.
     """
 
-    base: rollouts.Loaded
-    mixture: Any
-    listener: checkpoint.Model
-    hearing: Hearing | None
-    asked: tuple[str, ...]
-    text: np.ndarray
-    frames: int
-    sampling: Sampling
-    seeds: int
-    batch_size: int
-    seed: int
+    def __init__(
+        self,
+        base: LoadedSystem,
+        mixture: LoadedMixture,
+        features: Features,
+        encoder: checkpoint.Model,
+        hearing: Hearing | None,
+        prompts: Sequence[str],
+        config: EvaluationConfig,
+    ):
+        mesh = self.mesh = sharding.make_mesh()
+        platform = mesh.devices.flat[0].platform
+        self.system: MusicSystem = base.system.tuned(platform)
+        self.prompts, self._config = prompts, config
+        self._base, self._mixture, self._hearing = base, mixture, hearing
+        rows = sharding.whole_shards(mesh, config.batch_size)
+        self._player = Player(
+            self.system, mesh, rows, config.clip_seconds, config.sampling, mixture=mixture
+        )
+        self._features = jax.jit(
+            partial(features.features, encoder.config),
+            out_shardings=sharding.batch_sharding(mesh),
+            compiler_options=LITTLE_EFFORT.get(platform),
+        )
+        variables = mixture.variables, encoder.variables
+        self._scorers, self._encoder = sharding.put(variables, sharding.spread(mesh, variables))
+        self._anchor = self._weights(base.policy).policy
 
-    def play(self, name: str, policy: Any, draws: int = 1, units: dict[str, Any] | None = None) -> Found:
-        """All prompts, all seeds, of `draws` clips each the one with the highest reward.
+    def play(
+        self, name: str, policy: Tree, draws: int = 1, units: Units | None = None
+    ) -> Arrays:
+        """Plays all prompts with all seeds; of `draws` clips it takes that of the highest reward.
 
-        Returns:
-          Arrays [P, S, ...]; of 'heard', int16 [P, N], and 'features', [P, F, D], the first seed's alone.
+        Returns arrays [P, S, ...]; 'heard', int16 [P, N], and 'features', [P, F, D], are of the
+        first seed alone: one clip a prompt is enough for them.
         """
-        count, batch_size, rows = len(self.asked), self.batch_size, self._rows()
-        found = []
-        for first in Progress(range(0, len(rows), batch_size), name, len(rows) // batch_size):
-            best = None
-            for draw in range(draws):
-                part = self._batch(policy, first, draw if draws == 1 else 1 + draw)  # best-of-n has clips of its own
-                if draws > 1:
-                    part[TOTAL] = np.asarray(self.mixture.total(_terms(self.mixture, part), units))
-                    part = part if best is None else _better(best, part)
-                best = part
-            wav = best.pop("wav")
-            if self.hearing is not None:
-                here = rows[first : first + batch_size]
-                best["measured"] = self.hearing.measure(wav, [self.asked[row] for row in here])
-            best["heard"] = np.rint(np.clip(wav, -1, 1) * 32767).astype(np.int16)
-            if first >= count:  # pictures of one clip a prompt are enough
-                del best["heard"], best["features"]
-            found.append(best)
-        joined = {key: np.concatenate([part[key] for part in found if key in part]) for key in found[0]}
-        once = {key: joined.pop(key)[:count] for key in ("heard", "features")}
-        clips = self.seeds * count
-        shaped = {key: x[:clips].reshape(self.seeds, count, *x.shape[1:]) for key, x in joined.items()}
-        return {key: x.swapaxes(0, 1) for key, x in shaped.items()} | once
+        weights, rows = self._weights(policy), self._player.rows
+        count, clips = len(self.prompts), len(self.prompts) * self._config.seeds
+        parts = []
+        for first in Progress(range(0, clips, rows), name, -(-clips // rows)):
+            part = None
+            for draw in [0] if draws == 1 else range(1, draws + 1):  # best-of-n has its own clips
+                other = self._measure(weights, first, draw)
+                if units is not None:
+                    other[TOTAL] = self._total(other, units)
+                part = other if part is None else _better(part, other)
+            wav = part.pop("wav")
+            if self._hearing is not None:
+                part["measured"] = self._listen(wav, self._texts(first))
+            part["heard"] = np.rint(np.clip(wav, -1, 1) * 32767).astype(np.int16)
+            if first >= count:
+                del part["heard"], part["features"]
+            parts.append(part)
 
-    def clip(self, policy: Any, row: int) -> np.ndarray:
-        """f32 [N]: what the policy plays for a prompt with the first seed."""
-        first = row // self.batch_size * self.batch_size
-        return self._batch(policy, first, 0)["wav"][row - first]
+        # Seed by seed -> prompt by prompt.
+        joined = {}
+        for key in parts[0]:
+            array = np.concatenate([part[key] for part in parts if key in part])
+            if key in ("heard", "features"):
+                joined[key] = array[:count]
+            else:
+                array = array[:clips].reshape(self._config.seeds, count, *array.shape[1:])
+                joined[key] = array.swapaxes(0, 1)
+        return joined
 
-    def _rows(self) -> np.ndarray:
-        """The prompt of each clip, seed by seed; the last batch is filled up."""
-        rows = np.tile(np.arange(len(self.asked)), self.seeds)
-        return np.pad(rows, (0, -len(rows) % self.batch_size))
+    def add_totals(self, results: Mapping[str, Arrays], base: str) -> Units:
+        """Adds the reward to the results, and returns the units that the base's clips give."""
+        names = self._mixture.names
+        units = self._mixture.units({name: results[base][name].ravel() for name in names})
+        for result in results.values():
+            self._mixture.check({name: result[name] for name in names})
+            result[TOTAL] = self._total(result, units)
+        return units
 
-    def _batch(self, policy: Any, first: int, draw: int) -> Found:
-        here = self._rows()[first : first + self.batch_size]
-        keys = row_keys(step_key(self.seed, draw, stream=4), self.batch_size, first)
-        weights = (policy, self.base.policy, self.base.frozen, self.mixture.variables, self.listener.variables)
-        return jax.device_get(self._measure(*weights, self.text[here], keys))
+    def real(self, clips: Clips) -> tuple[np.ndarray, np.ndarray | None]:
+        """Returns features of the real test clips, [clips, F, D], and measurements of the first P.
 
-    @functools.partial(jax.jit, static_argnums=0)
-    def _measure(
-        self, policy: Any, anchor: Any, frozen: Any, scorers: Any, ears: Any, text: jax.Array, keys: jax.Array
-    ) -> dict[str, jax.Array]:
-        """One batch of rollouts with all that is measured on them."""
-        studio, sampling = self.base.studio, self.sampling
-        rollout = studio.rollout(policy, frozen, text, keys, self.frames, sampling)
-        ours = log_probs(studio.musiclm, policy, rollout.tokens, rollout.mulan, sampling, rollout.allowed)
-        theirs = log_probs(studio.musiclm, anchor, rollout.tokens, rollout.mulan, sampling, rollout.allowed)
-        kl = full_kl(ours, theirs)  # [B, F, K]
-        by_second = jnp.pad(kl.sum(axis=2), ((0, 0), (0, -self.frames % FRAMES_PER_SECOND)))
-        return {
-            "wav": rollout.wav,
-            **self.mixture.score(scorers, rollout),
-            "kl": kl.sum(axis=(1, 2)),
-            "kl_by_level": kl.sum(axis=1),
-            "kl_by_second": by_second.reshape(len(kl), -1, FRAMES_PER_SECOND).sum(axis=2),
-            "features": SemanticEncoder(self.listener.config).apply(ears, rollout.wav, method="features"),
-        }
+        Those are f64 [P, M]; None without listeners.
+        """
+        rows, count, parts, measured = self._player.rows, len(self.prompts), [], []
+        captioned = dataclasses.replace(clips, with_captions=True)
+        for batch in captioned.batches("test", rows, seed=0, epochs=1):
+            hosts.stop_point()
+            size = len(batch["audio"])
+            # Clips once more fill the last batch.
+            wav = np.resize(batch["audio"], (rows, batch["audio"].shape[1]))
+            features = self._features(self._encoder, self._player.put(wav))
+            if self._hearing is not None and len(parts) * rows < count:
+                measured.append(self._listen(wav, np.resize(batch["caption"], rows))[:size])
+            parts.append(sharding.fetch(features)[:size])
+        return np.concatenate(parts), np.concatenate(measured)[:count] if measured else None
+
+    def hear(self, policy: Tree, chosen: Iterable[int]) -> dict[int, np.ndarray]:
+        """Draws the first clips of some prompts, f32 [N] by the prompt's number."""
+        weights, rows, wavs = self._weights(policy), self._player.rows, {}
+        for first in sorted({row // rows * rows for row in chosen}):
+            wav = sharding.fetch(self._draw(weights, first, 0).mono)
+            wavs |= {row: wav[row - first] for row in chosen if first <= row < first + rows}
+        return wavs
+
+    def _weights(self, policy: Tree) -> Weights:
+        return self._player.place(policy, self._base.frozen)
+
+    def _texts(self, first: int) -> list[str]:
+        """Returns the prompts of a batch: all seed by seed, and again to fill the last batch."""
+        numbers = range(first, first + self._player.rows)
+        return [self.prompts[number % len(self.prompts)] for number in numbers]
+
+    def _draw(self, weights: Weights, first: int, draw: int) -> Rollout:
+        seed, texts = self._config.seed, self._texts(first)
+        return self._player.draw(weights, texts, seed, draw, Stream.EVALUATION, first)
+
+    def _measure(self, weights: Weights, first: int, draw: int) -> Arrays:
+        """Draws a batch and returns the clips, [B, N], with all that is measured on the devices."""
+        rollout = self._draw(weights, first, draw)
+        neutral = dict.fromkeys(self._mixture.names, (0.0, 1.0))
+        scores = self._player.score(self._scorers, rollout, self._texts(first), neutral)[1]
+        kl = self._player.kl(weights.policy, self._anchor, rollout)
+        features = self._features(self._encoder, rollout.mono)
+        arrays = sharding.fetch({"wav": rollout.mono, **scores, "kl": kl, "features": features})
+        return arrays | _kl_figures(arrays["kl"], self.system)
+
+    def _listen(self, wav: np.ndarray, texts: Sequence[str]) -> np.ndarray:
+        """Returns what listeners hear of a batch, f64 [B, M]; each host measures its own rows."""
+        own = sharding.own_rows(self.mesh, len(wav))
+        measured = self._hearing.measure(wav[own], [texts[row] for row in own])
+        return sharding.gather_rows(self.mesh, measured, len(wav))
+
+    def _total(self, result: Arrays, units: Units) -> np.ndarray:
+        terms = {name: result[name] for name in self._mixture.names}
+        return np.asarray(self._mixture.total(terms, units))
 
 
-def _figures(
-    results: dict[str, Found], names: list[str], base: str, went: list[str], real: np.ndarray, seed: int
-) -> dict[str, Any]:
-    """What was measured without listeners: means over seeds first, then intervals over prompts."""
-    per_prompt = {name: {which: result[name].mean(axis=1) for which, result in results.items()} for name in names}
-    # Semantic features, each dimension in units of its spread over real clips.
-    centre, spread = real.mean(axis=(0, 1)), np.maximum(real.std(axis=(0, 1)), LEAST_SPREAD)
-    felt = {name: result["features"] for name, result in results.items()} | {"real": real}
-    felt = {name: (features - centre) / spread for name, features in felt.items()}  # [clips, F, D]
-    few = too_small(len(next(iter(results.values()))["kl"]), LEAST_INTERVAL)  # prompts
-
-    def unless_few(figures: dict[str, float]) -> dict[str, Any]:
-        return {name: {"too_small": few} for name in figures} if few else figures
-
+def _kl_figures(kl: np.ndarray, system: MusicSystem) -> Arrays:
+    """Returns sums of KL f32 [B, T]: a clip's, by token of a frame, by second of its start."""
+    frames = kl.reshape(len(kl), -1, system.frame_tokens)
+    seconds = (np.arange(frames.shape[1]) * system.frame_seconds + 1e-6).astype(int)
+    by_second = [frames[:, seconds == n].sum(axis=(1, 2)) for n in range(seconds[-1] + 1)]
     return {
-        "rewards": {n: {which: mean_interval(x, seed) for which, x in each.items()} for n, each in per_prompt.items()},
-        "gains": {
-            n: {which: mean_interval(x - each[base], seed) for which, x in each.items() if which != base}
-            for n, each in per_prompt.items()
-        },
-        "kl": {name: mean_interval(results[name]["kl"].mean(axis=1), seed) for name in went},
-        **{
-            by: {} if few else {name: results[name][by].mean(axis=(0, 1)).tolist() for name in went}
-            for by in ("kl_by_level", "kl_by_second")
-        },
-        "diversity": unless_few(
-            {name: mean_pairwise_distance(features.mean(axis=1)) for name, features in felt.items()}
-        ),
-        "frechet": unless_few(
-            {name: frechet_distance(*(np.concatenate(felt[which]) for which in (name, "real"))) for name in results}
-        ),
+        "kl": kl.sum(axis=1),
+        "kl_by_level": frames.sum(axis=1),
+        "kl_by_second": np.stack(by_second, axis=1),
     }
 
 
-def _float(wav: np.ndarray) -> np.ndarray:
-    return wav.astype(np.float32) / 32767
-
-
-def _terms(mixture: Any, found: Found) -> Found:
-    return {name: found[name] for name in mixture.models}
-
-
-def _better(one: Found, other: Found) -> Found:
-    """Clip by clip the one with the higher reward."""
+def _better(one: Arrays, other: Arrays) -> Arrays:
+    """Returns, clip by clip, the one with the higher reward."""
     wins = other[TOTAL] > one[TOTAL]
-    return {key: np.where(wins.reshape(-1, *[1] * (x.ndim - 1)), other[key], x) for key, x in one.items()}
+    return {
+        key: np.where(wins.reshape(-1, *[1] * (x.ndim - 1)), other[key], x)
+        for key, x in one.items()
+    }
 
 
-def _watched(folder: str) -> dict[str, Any] | None:
-    """How often a held-out judge looked at a run, and which step was kept for its alarm, if any; None without one."""
-    told = checkpoint.load_model(folder, MusicLMConfig).json_asset(checkpoint.ANCHOR, WATCHED, default={})
-    return told.get("watched")
+def _sides(
+    bench: _Bench,
+    results: Mapping[str, Arrays],
+    finetuned: Mapping[str, LoadedSystem],
+    systems: Mapping[str, str],
+    page: PageConfig,
+) -> tuple[Sides, Sides]:
+    """Returns the clips on the page: of the first prompts, and of those that lost most."""
+    (_, base), *others = results.items()
+    gains = np.min([result[TOTAL][:, 0] - base[TOTAL][:, 0] for _, result in others], axis=0)
+    first = list(range(min(page.shown, len(gains))))
+    worst = [int(row) for row in np.argsort(gains, kind="stable")[: page.worst] if gains[row] < 0]
+    clips = {row: {} for row in (*first, *worst)}
+    for row, sides in clips.items():
+        sides |= {name: r["heard"][row].astype(np.float32) / 32767 for name, r in results.items()}
+    for name, system in finetuned.items():  # the last weights of a run that kept earlier ones
+        if checkpoint.has_model(last := Path(systems[name]) / folder.LAST):
+            policy = checkpoint.load_model(last, type(system.config)).variables
+            for row, wav in bench.hear(system.system.restored(policy), clips).items():
+                clips[row][f"{name}, last"] = wav
+    return [(row, clips[row]) for row in first], [(row, clips[row]) for row in worst]
 
 
-def _opinions(hearing: Hearing, results: dict[str, Found], real: np.ndarray, raters: int, seed: int) -> dict[str, Any]:
-    """What the panel says of all clips, and of real ones; puts ratings [P, S, R] and opinion [P, S] into results."""
-    panel = hearing.panel
-    rng = np.random.default_rng([seed, 7])
+def _write(
+    directory: Path,
+    summary: Mapping[str, Any],
+    results: Mapping[str, Arrays],
+    bench: _Bench,
+    sides: tuple[Sides, Sides],
+    finetuned: Mapping[str, str],
+    clips: Clips,
+    page: PageConfig,
+) -> None:
+    """Writes scores, page and summary, and removes what was kept of the systems that played."""
+    # Drawing is an extra; training hosts go without.
+    from musicrl_jax.report.comparison import Sounds, write_comparison
+
+    names = (*summary["rewards"], OPINION)
+    scores = {which: {n: r[n] for n in names if n in r} for which, r in results.items()}
+    arrays = {}
+    for which, result in results.items():
+        further = [name for name in ("measured", "ratings", "kl") if name in result]
+        arrays |= {f"{which}/{name}": result[name] for name in (*scores[which], *further)}
+    directory.mkdir(parents=True, exist_ok=True)
+    np.savez_compressed(
+        directory / SCORES,
+        prompts=np.array(bench.prompts),
+        measurements=np.array(MEASUREMENTS),
+        **arrays,
+    )
+    licences = [
+        f"Real clips are of {name}: {licence} None is on this page."
+        for name, licence in clips.licences().items()
+    ]
+    run_dir = page.run_dir or str(directory)
+    write_comparison(
+        directory / "page.html",
+        summary,
+        Sounds(bench.prompts, *sides, scores, bench.system.sample_rate_hz),
+        run_dir,
+        finetuned,
+        page.training,
+        read_seconds(run_dir),
+        (*page.notes, *licences),
+    )
+    write_json(directory / SUMMARY, summary)  # with it the evaluation is done
+    shutil.rmtree(directory / PLAYED)
+
+
+def _figures(
+    results: Mapping[str, Arrays],
+    names: Sequence[str],
+    base: str,
+    finetuned: Sequence[str],
+    real: np.ndarray,
+    seed: int,
+) -> dict[str, Any]:
+    """Returns what was measured without listeners: of means over seeds, intervals over prompts."""
+    rewards, gains = {}, {}
+    for name in names:
+        means = {which: result[name].mean(axis=1) for which, result in results.items()}
+        rewards[name] = {which: mean_interval(x, seed) for which, x in means.items()}
+        gains[name] = {
+            which: mean_interval(x - means[base], seed)
+            for which, x in means.items()
+            if which != base
+        }
+
+    # Features, each dimension in units of its spread over real clips: [clips, F, D].
+    centre, spread = real.mean(axis=(0, 1)), np.maximum(real.std(axis=(0, 1)), LEAST_SPREAD)
+    features = {name: result["features"] for name, result in results.items()} | {"real": real}
+    features = {name: (each - centre) / spread for name, each in features.items()}
+    frames = {name: np.concatenate(each) for name, each in features.items()}
+    diversity = {
+        name: mean_pairwise_distance(each.mean(axis=1)) for name, each in features.items()
+    }
+    frechet = {name: frechet_distance(frames[name], frames["real"]) for name in results}
+
+    # Of few prompts there are words in place of figures.
+    few = too_small(len(results[base]["kl"]), LEAST_INTERVAL)
+    if few:
+        diversity = {name: {"too_small": few} for name in diversity}
+        frechet = {name: {"too_small": few} for name in frechet}
+    kl = {}
+    for by in ("kl_by_level", "kl_by_second"):
+        means = {name: results[name][by].mean(axis=(0, 1)).tolist() for name in finetuned}
+        kl[by] = {} if few else means
+    return {
+        "rewards": rewards,
+        "gains": gains,
+        "kl": {name: mean_interval(results[name]["kl"].mean(axis=1), seed) for name in finetuned},
+        **kl,
+        "diversity": diversity,
+        "frechet": frechet,
+    }
+
+
+def _watched(system: LoadedSystem, place: str) -> dict[str, Any] | None:
+    """Returns how often a held-out judge looked at a run, and which step its alarm kept, if any.
+
+    None without a judge.
+    """
+    raw = system.assets.get(checkpoint.ANCHOR, b"{}")
+    where = f"{checkpoint.ANCHOR} of {place}"
+    return json_from(raw, where, WATCHED, "restore a copy, or finetune it again").get("watched")
+
+
+def _opinions(
+    hearing: Hearing, results: Mapping[str, Arrays], real: np.ndarray, raters: int, seed: int
+) -> dict[str, Any]:
+    """Returns what the panel says of all clips, and of real ones by their measurements [clips, M].
+
+    Puts ratings [P, S, R] and opinion [P, S] into the results.
+    """
+    # Every clip is rated by the raters of its prompt and seed.
+    panel, rng = hearing.panel, np.random.default_rng([seed, 7])
     measured = {name: result["measured"] for name, result in results.items()}
     shape = next(iter(measured.values())).shape[:2]
-    who = np.stack([rng.permutation(panel.size)[:raters] for _ in range(shape[0] * shape[1])]).reshape(*shape, raters)
-    asks = np.arange(shape[0])[:, None, None] + np.zeros_like(who)  # which prompt each rating is of
+    clips = shape[0] * shape[1]
+    chosen = np.stack([rng.permutation(panel.size)[:raters] for _ in range(clips)])
+    chosen = chosen.reshape(*shape, raters)
     for result in results.values():
-        worth = panel.utilities(result["measured"].reshape(-1, real.shape[1])).reshape(-1, *shape)  # [L, P, S]
-        result["ratings"] = panel.rate(np.take_along_axis(np.moveaxis(worth, 0, 2), who, axis=2), rng)
+        utilities = panel.utilities(result["measured"].reshape(clips, -1)).reshape(-1, *shape)
+        utilities = np.moveaxis(utilities, 0, 2)  # [P, S, L]
+        result["ratings"] = panel.rate(np.take_along_axis(utilities, chosen, axis=2), rng)
         result[OPINION] = result["ratings"].mean(axis=2)
-    flat = (asks.ravel(), who.ravel())
+    rows = np.arange(shape[0])[:, None, None] + np.zeros_like(chosen)  # a rating's prompt
+    places = (rows.ravel(), chosen.ravel())
+    ratings = {name: result["ratings"] for name, result in results.items()}
+    mos = {
+        name: ratio_interval(each.ravel(), np.ones(each.size), *places)
+        for name, each in ratings.items()
+    }
+    pairs, agreement = _pairs(ratings, places)
+
+    # Every listener rates each real clip.
+    rated = panel.rate(panel.utilities(real).T, rng)  # [clips, L]
+    rows, columns = (index.ravel() for index in np.indices(rated.shape))
+    return {
+        "panel": {
+            "name": panel.name,
+            "listeners": panel.size,
+            "raters": raters,
+            "agreement": too_small(shape[0], LEAST_INTERVAL) or agreement,
+            "measurements": [name for name in MEASUREMENTS if panel.weights.get(name)],
+        },
+        "mos": mos,
+        "pairs": pairs,
+        "real": {
+            "clips": len(real),
+            "mos": ratio_interval(rated.ravel(), np.ones(rated.size), rows, columns),
+            "measurements": _by_measurement(real.mean(axis=0)),
+        },
+        "measurements": {
+            name: _by_measurement(each.mean(axis=(0, 1))) for name, each in measured.items()
+        },
+    }
+
+
+def _by_measurement(values: np.ndarray) -> dict[str, float]:
+    return dict(zip(MEASUREMENTS, values.tolist(), strict=True))
+
+
+def _pairs(
+    ratings: Mapping[str, np.ndarray], places: tuple[np.ndarray, np.ndarray]
+) -> tuple[list[dict[str, Any]], float | None]:
+    """Returns the pairs of systems, and how often two raters who both choose agree.
+
+    Args:
+      ratings: [P, S, R] by system.
+      places: prompt and rater of each rating.
+    """
     pairs, same, decided = [], 0, 0
-    for first, second in itertools.combinations(reversed(results), 2):
-        gap = results[first]["ratings"] - results[second]["ratings"]
+    for first, second in itertools.combinations(reversed(ratings), 2):
+        gap = ratings[first] - ratings[second]
         win, loss = gap > 0, gap < 0
-        means = gap.mean(axis=(1, 2))  # a prompt's ratings belong together
-        pair = {
-            "first": first,
-            "second": second,
-            "win_rate": ratio_interval(win.ravel(), (win | loss).ravel(), *flat),
-        }
-        if "too_small" not in pair["win_rate"]:
+        rate = ratio_interval(win.ravel(), (win | loss).ravel(), *places)
+        pair = {"first": first, "second": second, "win_rate": rate}
+        if "too_small" not in rate:
+            means = gap.mean(axis=(1, 2))  # a prompt's ratings belong together
             pair |= {
                 "win": float(win.mean()),
                 "tie": float((gap == 0).mean()),
@@ -424,44 +646,24 @@ def _opinions(hearing: Hearing, results: dict[str, Found], real: np.ndarray, rat
             }
         pairs.append(pair)
         sides = np.sign(gap)
-        for one, other in itertools.combinations(range(raters), 2):
+        for one, other in itertools.combinations(range(gap.shape[2]), 2):
             both = (sides[..., one] != 0) & (sides[..., other] != 0)
-            decided, same = decided + both.sum(), same + (both & (sides[..., one] == sides[..., other])).sum()
-    listeners = np.tile(np.arange(panel.size), (len(real), 1))
-    rated = panel.rate(panel.utilities(real).T, rng)  # every listener, each real clip
-    clips = np.arange(len(real))[:, None] + np.zeros_like(listeners)
-    return {
-        "panel": {
-            "name": panel.name,
-            "listeners": panel.size,
-            "raters": raters,
-            "agreement": too_small(shape[0], LEAST_INTERVAL) or (float(same / decided) if decided else None),
-            "measurements": [name for name in MEASUREMENTS if panel.weights.get(name)],
-        },
-        "mos": {
-            name: ratio_interval(result["ratings"].ravel(), np.ones(who.size), *flat)
-            for name, result in results.items()
-        },
-        "pairs": pairs,
-        "real": {
-            "clips": len(real),
-            "mos": ratio_interval(rated.ravel(), np.ones(rated.size), clips.ravel(), listeners.ravel()),
-            "measurements": dict(zip(MEASUREMENTS, real.mean(axis=0).tolist(), strict=True)),
-        },
-        "measurements": {
-            name: dict(zip(MEASUREMENTS, each.mean(axis=(0, 1)).tolist(), strict=True))
-            for name, each in measured.items()
-        },
-    }
+            same += (both & (sides[..., one] == sides[..., other])).sum()
+            decided += both.sum()
+    return pairs, float(same / decided) if decided else None
 
 
 def _summary(path: Path) -> dict[str, Any]:
-    """Returns what an earlier evaluation wrote, {} if there is none; a damaged file is set aside and made again."""
+    """Returns what an earlier evaluation wrote, {} if there is none.
+
+    A damaged file is set aside and made again.
+    """
     if not os.path.lexists(path):
         return {}
     try:
         figures = {"rewards": {str: {str: dict}}, "kl": {str: dict}, "page": str, "identity": dict}
-        return read_json(path, {**figures, "pairs?": [{"first": str, "second": str, "win_rate": dict}]})
+        pair = {"first": str, "second": str, "win_rate": dict}
+        return read_json(path, {**figures, "pairs?": [pair]})
     except (ValueError, OSError) as error:
         set_aside(path, str(error).removeprefix(f"{path} "))
         return {}
@@ -479,22 +681,3 @@ def _print(summary: dict[str, Any]) -> None:
         print(f"{pair['first']:>16} {'- ' + pair['second']:>12}  {rate} by simulated listeners")
     kls = ", ".join(f"{name} {printed(kl, 2)}" for name, kl in summary["kl"].items())
     print(f"KL to the base in nats a clip: {kls}; page: {summary['page']}")
-
-
-def _real(
-    clips: Clips, listener: checkpoint.Model, batch_size: int, count: int
-) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """Semantic features of the real test clips, [clips, F, D]; the first `count` of them, f32 [count, N], and their
-    captions."""
-    features = jax.jit(lambda v, wav: SemanticEncoder(listener.config).apply(v, wav, method="features"))
-    found, wavs, asked = [], [], []
-    clips = dataclasses.replace(clips, with_captions=True)
-    for batch in clips.batches("test", batch_size, seed=0, epochs=1):
-        hosts.stop_point()
-        missing = batch_size - len(batch["audio"])
-        wav = jnp.pad(batch["audio"], ((0, missing), (0, 0)))
-        found.append(np.asarray(features(listener.variables, wav))[: batch_size - missing])
-        if len(wavs) < count:
-            wavs += list(batch["audio"])
-            asked += list(batch["caption"])
-    return np.concatenate(found), np.asarray(wavs[:count]), asked[:count]

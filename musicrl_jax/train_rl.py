@@ -39,7 +39,6 @@ from musicrl_jax.systems.player import Units
 from musicrl_jax.systems.system import Tree
 
 UNIT_BATCHES = 4  # of the base's clips, whose scores give the units of normalised rewards
-LAST = "last"  # folder of a finetuned policy's last weights, where the judge keeps earlier ones
 
 
 @lock.holds("model_dir")
@@ -212,7 +211,7 @@ def _finish(
     }
     policy = sharding.fetch(state.policy)
     if judge is not None and judge.kept is not None:
-        folder.save_policy(directory / LAST, loaded, policy, assets)
+        folder.save_policy(directory / folder.LAST, loaded, policy, assets)
         kept = judge.kept_policy(type(loaded.config))
         policy = loaded.policy if kept is None else loaded.system.restored(kept.variables)
     folder.save_policy(directory, loaded, policy, assets)

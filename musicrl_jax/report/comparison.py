@@ -1,8 +1,9 @@
-"""A base policy beside those finetuned from it: what `musicrl evaluate` measured, laid out as a page.
+"""A base policy beside those finetuned from it: the page of what `musicrl evaluate` measured.
 
-Letters: n prompts, s seeds, N samples, P points of a series.
+Legend: n prompts, s seeds, N samples, P points of a series.
 """
 
+import dataclasses
 import datetime
 import platform
 from collections.abc import Mapping, Sequence
@@ -34,20 +35,51 @@ NAMES = {"opinion": "opinion, simulated listeners"}
 LABELS = {
     TOTAL: "the weighted sum of the terms below",
     "text_adherence": "cosine of MuLan's embeddings of text and clip",
-    "acoustic_quality": "(q - 1) / 4 for the regressor's score q, a pseudo-MOS unless it learned people's ratings",
+    "acoustic_quality": "(q - 1) / 4 for the regressor's score q, a pseudo-MOS unless it learned "
+    "people's ratings",
 }
 
 Clips = Sequence[tuple[int, Mapping[str, np.ndarray]]]
+Log = Mapping[str, tuple[np.ndarray, np.ndarray]]  # metric -> (steps [P], values [P])
+
+
+@dataclasses.dataclass(frozen=True)
+class Sounds:
+    """The clips of a comparison.
+
+    Attributes:
+      prompts: n held-out prompts.
+      first: of the first prompts, (row in `prompts`, side -> wav f32 [N]); a side is a policy or
+        something beside it.
+      worst: the same of those whose reward fell the most, worst first.
+      scores: side -> term -> f32 [n, s], of which [row, 0] is the clip on the page; a side may have
+        none.
+      sample_rate_hz: of the clips.
+    """
+
+    prompts: Sequence[str]
+    first: Clips
+    worst: Clips
+    scores: Mapping[str, Mapping[str, np.ndarray]]
+    sample_rate_hz: int
+
+    def trials(self, clips: Clips) -> list[Trial]:
+        """Returns clips as they stand on the page, each with its scores."""
+        trials = []
+        for row, sides in clips:
+            side_clips = {}
+            for side, wav in sides.items():
+                terms = self.scores.get(side, {}).items()
+                scores = {NAMES.get(term, term): float(values[row, 0]) for term, values in terms}
+                side_clips[side] = Clip(wav, self.sample_rate_hz, scores)
+            trials.append(Trial(self.prompts[row], side_clips))
+        return trials
 
 
 def write_comparison(
     path: Path,
     summary: Mapping[str, Any],
-    prompts: Sequence[str],
-    heard: Clips,
-    lost: Clips,
-    scores: Mapping[str, Mapping[str, np.ndarray]],
-    sample_rate_hz: int,
+    sounds: Sounds,
     run_dir: str,
     finetuned: Mapping[str, str],
     training: Sequence[str],
@@ -59,11 +91,7 @@ def write_comparison(
     Args:
       path: of the HTML file.
       summary: what `musicrl_jax.evaluate` returns.
-      prompts: n held-out prompts.
-      heard: of the first prompts, (row in `prompts`, side -> wav f32 [N]); a side is a policy or something beside it.
-      lost: the same of those whose reward fell the most, worst first.
-      scores: side -> term -> f32 [n, s], of which [row, 0] is the clip that is heard; a side may have none.
-      sample_rate_hz: of the clips.
+      sounds: the clips.
       run_dir: the run's folder; its name is the title.
       finetuned: policy -> folder of its RL run, whose curves are drawn.
       training: folders of the supervised stages.
@@ -72,71 +100,27 @@ def write_comparison(
     """
     base, *others = summary["policies"]
     terms = [name for name in summary["rewards"] if name != TOTAL]
-
-    def trial(row: int, sides: Mapping[str, np.ndarray]) -> Trial:
-        return Trial(
-            prompts[row],
-            {
-                side: Clip(
-                    wav,
-                    sample_rate_hz,
-                    {NAMES.get(term, term): float(values[row, 0]) for term, values in scores.get(side, {}).items()},
-                )
-                for side, wav in sides.items()
-            },
-        )
-
-    def run(policy: str, folder: str) -> Run:
-        watched = summary["watched"].get(policy)
-        words = "" if watched is None else f"Alarm against over-optimisation: silent in {watched['looks']} looks."
-        if watched and watched["kept"] is not None:
-            kept = "went off in look {looks}; step {kept} is kept, at {kl:.1f} nats a clip from its anchor"
-            words = f"Alarm against over-optimisation: {kept.format(**watched)}."
-        kl = watched.get("kl") if watched else None
-        return Run(policy, _run_curves(policy, _history(folder), terms, kl), words)
-
-    diversity = summary["diversity"]
+    count, device = len(sounds.prompts), jax.devices()[0]
     report = Report(
         title=Path(run_dir).name,
         facts={
             "Date": datetime.date.today().isoformat(),
-            "Machine": f"{jax.device_count()} x {jax.devices()[0].device_kind}, {platform.machine()}",
+            "Machine": f"{jax.device_count()} x {device.device_kind}, {platform.machine()}",
             "Versions": f"Python {platform.python_version()}, jax {jax.__version__}",
             "Policies": f"{base}, the base; {listed(others)}",
-            "Held-out prompts": f"{len(prompts)}, {summary['seeds']} clip(s) of each policy",
+            "Held-out prompts": f"{count}, {summary['seeds']} clip(s) of each policy",
         },
         policies=summary["policies"],
         panel=_panel(summary) if "panel" in summary else None,
-        rewards=[
-            Reward(
-                NAMES.get(term, term),
-                _intervals(summary["rewards"][term]),
-                _intervals(summary["gains"][term]),
-                LABELS.get(term, ""),
-            )
-            for term in (TOTAL, *terms)
-        ],
-        interval_note=f"95 % bootstrap over {len(prompts)} prompts, {summary['seeds']} clip(s) each.",
-        measures=[
-            Measure("KL to the base, nats a clip", _intervals(summary["kl"]), "how far the policy moved"),
-            Measure(
-                "Diversity",
-                {policy: _words_or(diversity[policy]) for policy in summary["policies"]},
-                "mean distance between two clips' semantic features, 0 if all prompts gave one clip"
-                + (f"; of real clips it is {diversity['real']:.2f}" if isinstance(diversity["real"], float) else ""),
-            ),
-            Measure(
-                "Frechet distance to real clips",
-                {policy: _words_or(distance) for policy, distance in summary["frechet"].items()},
-                "between semantic features of generated and held-out real frames; not trained on; lower is nearer",
-            ),
-        ],
-        kl=_kl_curves(others, summary["kl_by_level"], summary["kl_by_second"]),
-        trials=[trial(row, sides) for row, sides in heard],
+        rewards=[_reward(summary, term) for term in (TOTAL, *terms)],
+        interval_note=f"95 % bootstrap over {count} prompts, {summary['seeds']} clip(s) each.",
+        measures=_measures(summary),
+        kl=_kl_curves(summary, others),
+        trials=sounds.trials(sounds.first),
         trials_rule="The first held-out prompts, as they come; the first seed of each.",
-        regressions=[trial(row, sides) for row, sides in lost],
+        regressions=sounds.trials(sounds.worst),
         regressions_rule="Of all held-out prompts, those whose reward fell most, worst first.",
-        runs=[run(policy, folder) for policy, folder in finetuned.items()],
+        runs=[_run(summary, policy, folder, terms) for policy, folder in finetuned.items()],
         runs_rule=summary["rule"],
         training=[
             Curve(Path(folder).name, "step", "loss", {"training": history["loss"]})
@@ -148,6 +132,49 @@ def write_comparison(
         notes=notes,
     )
     write_page(path, report)
+
+
+def _reward(summary: Mapping[str, Any], term: str) -> Reward:
+    means, gains = _intervals(summary["rewards"][term]), _intervals(summary["gains"][term])
+    return Reward(NAMES.get(term, term), means, gains, LABELS.get(term, ""))
+
+
+def _measures(summary: Mapping[str, Any]) -> list[Measure]:
+    """Returns the figures that nothing was trained on."""
+    diversity, frechet = (
+        {policy: _words_or(value) for policy, value in summary[name].items()}
+        for name in ("diversity", "frechet")
+    )
+    real = diversity.pop("real")
+    beside = f"; of real clips it is {real:.2f}" if isinstance(real, float) else ""
+    return [
+        Measure(
+            "KL to the base, nats a clip", _intervals(summary["kl"]), "how far the policy moved"
+        ),
+        Measure(
+            "Diversity",
+            diversity,
+            "mean distance between two clips' semantic features, 0 if all prompts gave one clip"
+            + beside,
+        ),
+        Measure(
+            "Frechet distance to real clips",
+            frechet,
+            "between semantic features of generated and held-out real frames; not trained on; "
+            "lower is nearer",
+        ),
+    ]
+
+
+def _run(summary: Mapping[str, Any], policy: str, folder: str, terms: Sequence[str]) -> Run:
+    """Returns an RL run: its curves, and what its alarm did."""
+    alarm = summary["watched"].get(policy)
+    words = "" if alarm is None else f"silent in {alarm['looks']} looks."
+    if alarm and alarm["kept"] is not None:
+        words = "went off in look {looks}; step {kept} is kept, at {kl:.1f} nats a clip from its anchor."
+        words = words.format(**alarm)
+    curves = _run_curves(policy, _history(folder), terms, alarm.get("kl") if alarm else None)
+    return Run(policy, curves, words and f"Alarm against over-optimisation: {words}")
 
 
 def _interval(figure: Mapping[str, Any]) -> Figure:
@@ -176,53 +203,52 @@ def _panel(summary: Mapping[str, Any]) -> Panel:
     return Panel(**summary["panel"], matches=matches, opinions=_intervals(opinions))
 
 
-def _history(folder: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """A run's metrics; {} where the model was brought without them."""
+def _history(folder: str) -> Log:
+    """Returns a run's metrics; {} if the model was brought without them."""
     path = Path(folder) / FILE_NAME
     return read_metrics(path) if path.exists() else {}
 
 
-def _kl_curves(
-    policies: Sequence[str], by_level: Mapping[str, Sequence[float]], by_second: Mapping[str, Sequence[float]]
-) -> list[Curve]:
-    """Where in a frame and when in a clip the policies left the base; those without figures keep their colours."""
+def _kl_curves(summary: Mapping[str, Any], policies: Sequence[str]) -> list[Curve]:
+    """Returns where in a frame and when in a clip the policies left the base.
 
-    def series(figures: Mapping[str, Sequence[float]], first: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        found = {policy: np.array(figures.get(policy, ()), np.float64) for policy in policies}
-        return {policy: (first + np.arange(len(values)), values) for policy, values in found.items()}
+    Policies without figures keep their colours.
+    """
 
-    codes = max(map(len, by_level.values()), default=1)  # 1 semantic, twice the coarse levels
-    coarse = [f"coarse {level + 1}" for level in range((codes - 1) // 2)]
-    curves = [
-        Curve(
-            "KL to the base by code",
-            "code of a frame",
-            "nats",
-            series(by_level, 0),
-            ticks=("semantic", *coarse, *coarse),
-        ),
-        Curve("KL to the base by second", "second of the clip", "nats", series(by_second, 1)),
-    ]
-    return [curve for curve, figures in zip(curves, (by_level, by_second), strict=True) if figures]
+    def series(figures: Mapping[str, Sequence[float]], first: int) -> Log:
+        values = {policy: np.array(figures.get(policy, ()), np.float64) for policy in policies}
+        return {policy: (first + np.arange(len(each)), each) for policy, each in values.items()}
+
+    by_level, by_second = summary["kl_by_level"], summary["kl_by_second"]
+    curves = []
+    if by_level:
+        names = tuple(summary["token_names"])
+        title = "KL to the base by code"
+        curves.append(Curve(title, "code of a frame", "nats", series(by_level, 0), ticks=names))
+    if by_second:
+        title = "KL to the base by second"
+        curves.append(Curve(title, "second of the clip", "nats", series(by_second, 1)))
+    return curves
 
 
 def _run_curves(
     policy: str,
-    log: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    log: Log,
     terms: Sequence[str],
     kept_kl: float | None,
 ) -> list[Curve]:
-    """Those for which there are metrics in the log, metric -> (steps [P], values [P])."""
+    """Returns the curves for which there are metrics in the log."""
     curves = []
 
     def by_step(title: str, unit: str, names: Sequence[str]) -> None:
-        if found := {name: log[name] for name in names if name in log}:
-            curves.append(Curve(f"{policy}: {title}", "step", unit, found))
+        if series := {name: log[name] for name in names if name in log}:
+            curves.append(Curve(f"{policy}: {title}", "step", unit, series))
 
     by_step("reward and its terms", "reward", (TOTAL, *terms))
     if TOTAL in log and "kl" in log:
         series = {TOTAL: _over("kl", TOTAL, log)}
-        curves.append(Curve(f"{policy}: reward against KL", "KL to the anchor, nats a clip", "reward", series))
+        title, x_label = f"{policy}: reward against KL", "KL to the anchor, nats a clip"
+        curves.append(Curve(title, x_label, "reward", series))
     if "judge_gain" in log and "kl" in log:
         kl, gain = _over("kl", "judge_gain", log)
         distance, error = np.sqrt(np.maximum(kl, 0.0)), _over("kl", "judge_error", log)[1]
@@ -230,16 +256,17 @@ def _run_curves(
         if kept_kl is not None:
             ends = np.array([np.min(gain - error), np.max(gain + error)])
             series["kept"] = (np.full(2, np.sqrt(kept_kl)), ends)  # an upright line
-        title, x_label = f"{policy}: a held-out judge's gain", "square root of the KL to the anchor"
-        curves.append(Curve(title, x_label, "gain over the base", series, {"gain": error}))
+        title = f"{policy}: a held-out judge's gain"
+        x_label, y_label = "square root of the KL to the anchor", "gain over the base"
+        curves.append(Curve(title, x_label, y_label, series, {"gain": error}))
     by_step("KL to the anchor", "nats a clip", ("kl",))
     by_step("value loss", "squared error", ("value_loss",))
     by_step("explained variance of the value", "share of Var R", ("explained_variance",))
     return curves
 
 
-def _over(x: str, y: str, log: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
-    """Two metrics at the steps that have both, in the order of x: f64 [P] each."""
+def _over(x: str, y: str, log: Log) -> tuple[np.ndarray, np.ndarray]:
+    """Returns two metrics at the steps that have both, in the order of x: f64 [P] each."""
     _, at_x, at_y = np.intersect1d(log[x][0], log[y][0], return_indices=True)
     x_values, y_values = log[x][1][at_x], log[y][1][at_y]
     order = np.argsort(x_values, kind="stable")

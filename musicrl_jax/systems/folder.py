@@ -25,6 +25,7 @@ from musicrl_jax.core.run_checkpoints import CHECKPOINTS, RUN
 from musicrl_jax.systems.system import MusicSystem, Tree
 
 FILE = "system.json"
+LAST = "last"  # in a finetuned system's folder: its last policy, if the judge keeps an earlier one
 FORMAT = 1
 KIND = {
     "format": int,
@@ -53,6 +54,7 @@ class LoadedSystem:
       lineage: hashes of the models whose tokens the policy speaks, by name.
       clip_seconds: length of the clips that the policy was trained on; None if it is not recorded.
       config: the policy's config.
+      assets: files that came with the policy.
     """
 
     kind: str
@@ -64,6 +66,7 @@ class LoadedSystem:
     lineage: dict[str, str]
     clip_seconds: float | None
     config: Any
+    assets: Mapping[str, bytes] = dataclasses.field(default_factory=dict)
 
 
 def register(kind: str) -> Callable[[type[MusicSystem]], type[MusicSystem]]:
@@ -141,6 +144,7 @@ def load(
         {} if policy is None else policy.json_asset(checkpoint.LINEAGE, {str: str}, default={}),
         None if policy is None else _trained_seconds(known["policy"]["folder"], policy),
         None if policy is None else policy.config,
+        {} if policy is None else policy.assets,
     )
 
 

@@ -106,6 +106,12 @@ class MusicLMSystem(MusicSystem):
         return self.music.layout.depth
 
     @property
+    def token_names(self) -> list[str]:
+        """The semantic code and the levels of both codec frames."""
+        levels = [f"coarse {level}" for level in range(1, self.music.layout.coarse_levels + 1)]
+        return ["semantic", *levels, *levels]
+
+    @property
     def _policy(self) -> MusicLM:
         return MusicLM(self.music, self.remat, self.lanes)
 

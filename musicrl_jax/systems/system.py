@@ -147,6 +147,11 @@ class MusicSystem(abc.ABC):
     frame_seconds: float
     frame_tokens: int
 
+    @property
+    def token_names(self) -> list[str]:
+        """Names of the tokens of a frame, as pages show them."""
+        return [str(number) for number in range(1, self.frame_tokens + 1)]
+
     # --- from and to disk ---
 
     @classmethod
