@@ -8,7 +8,6 @@ a clip, K tokens in a frame, N samples, F frames of the features, D their width,
 """
 
 import dataclasses
-import itertools
 import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,24 +17,17 @@ from typing import Any, Protocol
 
 import jax
 import numpy as np
-import scipy.stats
 
+from musicrl_jax.arena import figures
 from musicrl_jax.arena.audience import Audience, Hearing
+from musicrl_jax.arena.figures import OPINION, Arrays
 from musicrl_jax.arena.listeners import MEASUREMENTS
 from musicrl_jax.arena.monitor import RULE
 from musicrl_jax.core import checkpoint, extras, hosts, lock, sharding
 from musicrl_jax.core.files import json_from, kept, provide_caches, read_json, set_aside, write_json
 from musicrl_jax.core.keys import Stream
 from musicrl_jax.core.progress import Progress
-from musicrl_jax.core.statistics import (
-    LEAST_INTERVAL,
-    frechet_distance,
-    mean_interval,
-    mean_pairwise_distance,
-    printed,
-    ratio_interval,
-    too_small,
-)
+from musicrl_jax.core.statistics import printed
 from musicrl_jax.inputs.clips import Clips
 from musicrl_jax.inputs.prompts import Prompts
 from musicrl_jax.rl.rewards import LoadedMixture, Mixture
@@ -45,13 +37,10 @@ from musicrl_jax.systems.folder import LoadedSystem
 from musicrl_jax.systems.player import LITTLE_EFFORT, Player, Units
 from musicrl_jax.systems.system import MusicSystem, Rollout, Sampling, Tree, Weights
 
-LEAST_SPREAD = 1e-3  # of a feature over real clips; one that never moves is not blown up
-# The mixture's name among the scores, and that of the raters' mean.
-TOTAL, OPINION = "reward", "opinion"
+TOTAL = "reward"  # the mixture's name among the scores
 SUMMARY, SCORES, PLAYED = "summary.json", "scores.npz", "played"
 # The kind of what a finetuned policy records of its held-out judge.
 WATCHED = {"watched?": (dict, type(None))}
-Arrays = dict[str, np.ndarray]
 Sides = list[tuple[int, dict[str, np.ndarray]]]  # (number of a prompt, clip f32 [N] by side)
 
 
@@ -182,8 +171,7 @@ def evaluate(
     texts = _held_out(prompts, config.count)
     hearing = None if audience is None else audience.load()
     bench = _Bench(loaded[base], mixture, features, encoder, hearing, texts, config)
-    by = ", ".join(systems)
-    print(f"{directory}: {len(texts)} prompts, {config.seeds} clips of each by {by}")
+    print(f"{directory}: {len(texts)} prompts, {config.seeds} clips each by {', '.join(systems)}")
 
     def play(name: str, policy: Tree, *best: Any) -> Arrays:
         return kept(directory / PLAYED, name, identity, lambda: bench.play(name, policy, *best))
@@ -193,13 +181,14 @@ def evaluate(
         units = bench.add_totals(results, base)
         if config.best_of > 1:
             results[best_name] = play(best_name, loaded[base].policy, config.best_of, units)
-        real_features, real_measured = bench.real(clips)
+        real, measured = bench.real(clips)
         sides = _sides(bench, results, {name: loaded[name] for name in finetuned}, systems, page)
 
     # Figures; the first host writes them.
+    names = [TOTAL, *mixture.names]
     summary = {
         "policies": list(results),
-        **_figures(results, [TOTAL, *mixture.names], base, finetuned, real_features, config.seed),
+        **figures.measured(results, names, finetuned, real, config.seed),
         "watched": {name: _watched(loaded[name], systems[name]) for name in finetuned},
         "rule": RULE,
         "token_names": loaded[base].system.token_names,
@@ -210,7 +199,7 @@ def evaluate(
         "identity": identity,
     }
     if hearing is not None:
-        summary |= _opinions(hearing, results, real_measured, config.raters, config.seed)
+        summary |= figures.opinions(hearing.panel, results, measured, config.raters, config.seed)
     hosts.wait_for_all("evaluate")  # until then one of them may read what played
     runs = {name: systems[name] for name in finetuned}
     hosts.first_alone(_write)(directory, summary, results, bench, sides, runs, clips, page)
@@ -229,12 +218,11 @@ def _load(
     loaded = {name: folder.load(place) for name, place in systems.items()}
     base = next(iter(loaded.values()))
     for name, system in loaded.items():
-        different = {part for part in base.hashes if system.hashes.get(part) != base.hashes[part]}
-        if system.kind != base.kind or different - {"policy"}:
-            other = min(different - {"policy"}, default=f"kind, {system.kind}")
+        own, wanted = ({"kind": each.kind, **_frozen_hashes(each)} for each in (system, base))
+        if different := sorted(part for part in wanted if own.get(part) != wanted[part]):
             raise ValueError(
-                f"evaluate.systems[{name!r}] has another {other} than the first system: compare "
-                "policies with the same frozen parts"
+                f"evaluate.systems[{name!r}] has another {different[0]} than the first system: "
+                "compare policies with the same frozen parts"
             )
     if audience is not None:
         if config.raters > audience.panel.size:
@@ -246,6 +234,10 @@ def _load(
     return loaded
 
 
+def _frozen_hashes(system: LoadedSystem) -> dict[str, str]:
+    return {part: value for part, value in system.hashes.items() if part != "policy"}
+
+
 def _hashes(
     loaded: Mapping[str, LoadedSystem], others: Mapping[str, str], reserved: set[str]
 ) -> dict[str, str]:
@@ -253,8 +245,7 @@ def _hashes(
 
     Raises ValueError if a system has a name that stands for something else.
     """
-    base = next(iter(loaded.values()))
-    others = {name: value for name, value in base.hashes.items() if name != "policy"} | others
+    others = _frozen_hashes(next(iter(loaded.values()))) | others
     if taken := sorted((others.keys() | reserved) & loaded.keys()):
         raise ValueError(
             f"evaluate.systems: {taken[0]!r} names something else on the page; choose another"
@@ -312,9 +303,7 @@ class _Bench:
         self._scorers, self._encoder = sharding.put(variables, sharding.spread(mesh, variables))
         self._anchor = self._weights(base.policy).policy
 
-    def play(
-        self, name: str, policy: Tree, draws: int = 1, units: Units | None = None
-    ) -> Arrays:
+    def play(self, name: str, policy: Tree, draws: int = 1, units: Units | None = None) -> Arrays:
         """Plays all prompts with all seeds; of `draws` clips it takes that of the highest reward.
 
         Returns arrays [P, S, ...]; 'heard', int16 [P, N], and 'features', [P, F, D], are of the
@@ -507,54 +496,6 @@ def _write(
     shutil.rmtree(directory / PLAYED)
 
 
-def _figures(
-    results: Mapping[str, Arrays],
-    names: Sequence[str],
-    base: str,
-    finetuned: Sequence[str],
-    real: np.ndarray,
-    seed: int,
-) -> dict[str, Any]:
-    """Returns what was measured without listeners: of means over seeds, intervals over prompts."""
-    rewards, gains = {}, {}
-    for name in names:
-        means = {which: result[name].mean(axis=1) for which, result in results.items()}
-        rewards[name] = {which: mean_interval(x, seed) for which, x in means.items()}
-        gains[name] = {
-            which: mean_interval(x - means[base], seed)
-            for which, x in means.items()
-            if which != base
-        }
-
-    # Features, each dimension in units of its spread over real clips: [clips, F, D].
-    centre, spread = real.mean(axis=(0, 1)), np.maximum(real.std(axis=(0, 1)), LEAST_SPREAD)
-    features = {name: result["features"] for name, result in results.items()} | {"real": real}
-    features = {name: (each - centre) / spread for name, each in features.items()}
-    frames = {name: np.concatenate(each) for name, each in features.items()}
-    diversity = {
-        name: mean_pairwise_distance(each.mean(axis=1)) for name, each in features.items()
-    }
-    frechet = {name: frechet_distance(frames[name], frames["real"]) for name in results}
-
-    # Of few prompts there are words in place of figures.
-    few = too_small(len(results[base]["kl"]), LEAST_INTERVAL)
-    if few:
-        diversity = {name: {"too_small": few} for name in diversity}
-        frechet = {name: {"too_small": few} for name in frechet}
-    kl = {}
-    for by in ("kl_by_level", "kl_by_second"):
-        means = {name: results[name][by].mean(axis=(0, 1)).tolist() for name in finetuned}
-        kl[by] = {} if few else means
-    return {
-        "rewards": rewards,
-        "gains": gains,
-        "kl": {name: mean_interval(results[name]["kl"].mean(axis=1), seed) for name in finetuned},
-        **kl,
-        "diversity": diversity,
-        "frechet": frechet,
-    }
-
-
 def _watched(system: LoadedSystem, place: str) -> dict[str, Any] | None:
     """Returns how often a held-out judge looked at a run, and which step its alarm kept, if any.
 
@@ -565,94 +506,6 @@ def _watched(system: LoadedSystem, place: str) -> dict[str, Any] | None:
     return json_from(raw, where, WATCHED, "restore a copy, or finetune it again").get("watched")
 
 
-def _opinions(
-    hearing: Hearing, results: Mapping[str, Arrays], real: np.ndarray, raters: int, seed: int
-) -> dict[str, Any]:
-    """Returns what the panel says of all clips, and of real ones by their measurements [clips, M].
-
-    Puts ratings [P, S, R] and opinion [P, S] into the results.
-    """
-    # Every clip is rated by the raters of its prompt and seed.
-    panel, rng = hearing.panel, np.random.default_rng([seed, 7])
-    measured = {name: result["measured"] for name, result in results.items()}
-    shape = next(iter(measured.values())).shape[:2]
-    clips = shape[0] * shape[1]
-    chosen = np.stack([rng.permutation(panel.size)[:raters] for _ in range(clips)])
-    chosen = chosen.reshape(*shape, raters)
-    for result in results.values():
-        utilities = panel.utilities(result["measured"].reshape(clips, -1)).reshape(-1, *shape)
-        utilities = np.moveaxis(utilities, 0, 2)  # [P, S, L]
-        result["ratings"] = panel.rate(np.take_along_axis(utilities, chosen, axis=2), rng)
-        result[OPINION] = result["ratings"].mean(axis=2)
-    rows = np.arange(shape[0])[:, None, None] + np.zeros_like(chosen)  # a rating's prompt
-    places = (rows.ravel(), chosen.ravel())
-    ratings = {name: result["ratings"] for name, result in results.items()}
-    mos = {
-        name: ratio_interval(each.ravel(), np.ones(each.size), *places)
-        for name, each in ratings.items()
-    }
-    pairs, agreement = _pairs(ratings, places)
-
-    # Every listener rates each real clip.
-    rated = panel.rate(panel.utilities(real).T, rng)  # [clips, L]
-    rows, columns = (index.ravel() for index in np.indices(rated.shape))
-    return {
-        "panel": {
-            "name": panel.name,
-            "listeners": panel.size,
-            "raters": raters,
-            "agreement": too_small(shape[0], LEAST_INTERVAL) or agreement,
-            "measurements": [name for name in MEASUREMENTS if panel.weights.get(name)],
-        },
-        "mos": mos,
-        "pairs": pairs,
-        "real": {
-            "clips": len(real),
-            "mos": ratio_interval(rated.ravel(), np.ones(rated.size), rows, columns),
-            "measurements": _by_measurement(real.mean(axis=0)),
-        },
-        "measurements": {
-            name: _by_measurement(each.mean(axis=(0, 1))) for name, each in measured.items()
-        },
-    }
-
-
-def _by_measurement(values: np.ndarray) -> dict[str, float]:
-    return dict(zip(MEASUREMENTS, values.tolist(), strict=True))
-
-
-def _pairs(
-    ratings: Mapping[str, np.ndarray], places: tuple[np.ndarray, np.ndarray]
-) -> tuple[list[dict[str, Any]], float | None]:
-    """Returns the pairs of systems, and how often two raters who both choose agree.
-
-    Args:
-      ratings: [P, S, R] by system.
-      places: prompt and rater of each rating.
-    """
-    pairs, same, decided = [], 0, 0
-    for first, second in itertools.combinations(reversed(ratings), 2):
-        gap = ratings[first] - ratings[second]
-        win, loss = gap > 0, gap < 0
-        rate = ratio_interval(win.ravel(), (win | loss).ravel(), *places)
-        pair = {"first": first, "second": second, "win_rate": rate}
-        if "too_small" not in rate:
-            means = gap.mean(axis=(1, 2))  # a prompt's ratings belong together
-            pair |= {
-                "win": float(win.mean()),
-                "tie": float((gap == 0).mean()),
-                "loss": float(loss.mean()),
-                "wilcoxon_p": float(scipy.stats.wilcoxon(means).pvalue) if np.any(means) else 1.0,
-            }
-        pairs.append(pair)
-        sides = np.sign(gap)
-        for one, other in itertools.combinations(range(gap.shape[2]), 2):
-            both = (sides[..., one] != 0) & (sides[..., other] != 0)
-            same += (both & (sides[..., one] == sides[..., other])).sum()
-            decided += both.sum()
-    return pairs, float(same / decided) if decided else None
-
-
 def _summary(path: Path) -> dict[str, Any]:
     """Returns what an earlier evaluation wrote, {} if there is none.
 
@@ -661,9 +514,9 @@ def _summary(path: Path) -> dict[str, Any]:
     if not os.path.lexists(path):
         return {}
     try:
-        figures = {"rewards": {str: {str: dict}}, "kl": {str: dict}, "page": str, "identity": dict}
+        kind = {"rewards": {str: {str: dict}}, "kl": {str: dict}, "page": str, "identity": dict}
         pair = {"first": str, "second": str, "win_rate": dict}
-        return read_json(path, {**figures, "pairs?": [pair]})
+        return read_json(path, {**kind, "pairs?": [pair]})
     except (ValueError, OSError) as error:
         set_aside(path, str(error).removeprefix(f"{path} "))
         return {}
