@@ -83,6 +83,8 @@ class EvaluationConfig:
         for name in ("count", "seeds", "batch_size", "raters", "best_of"):
             if getattr(self, name) < 1:
                 raise ValueError(f"EvaluationConfig.{name}={getattr(self, name)} must be 1 or more")
+        if self.seed < 0:
+            raise ValueError(f"EvaluationConfig.seed={self.seed} must be 0 or more")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +105,12 @@ class PageConfig:
     notes: tuple[str, ...] = ()
     shown: int = 8
     worst: int = 4
+
+    def __post_init__(self) -> None:
+        if min(self.shown, self.worst) < 0:
+            raise ValueError(
+                f"PageConfig: shown={self.shown} and worst={self.worst} must be 0 or more"
+            )
 
 
 @lock.holds("model_dir")
@@ -217,6 +225,7 @@ def _load(
         )
     loaded = {name: folder.load(place) for name, place in systems.items()}
     base = next(iter(loaded.values()))
+    base.system.length(config.clip_seconds)
     for name, system in loaded.items():
         own, wanted = ({"kind": each.kind, **_frozen_hashes(each)} for each in (system, base))
         if different := sorted(part for part in wanted if own.get(part) != wanted[part]):

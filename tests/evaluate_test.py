@@ -259,6 +259,8 @@ def test_what_cannot_be_compared_is_named(judged, tmp_path):
         judge(place, "x", systems={"base": base, "real": base})
     with pytest.raises(ValueError, match=r"raters=99 must be at most the panel's size, 40"):
         judge(place, "x", dataclasses.replace(CONFIG, raters=99))
+    with pytest.raises(ValueError, match=r"clip_seconds=1\.23 must be a multiple of 0\.04 s"):
+        judge(place, "x", dataclasses.replace(CONFIG, clip_seconds=1.23))
     shutil.copytree(place / "base", tmp_path / "other")
     model = checkpoint.load_model(tmp_path / "other" / "decoder", tiny.TinyConfig)
     louder = jax.tree.map(lambda hz: 2 * hz, model.variables)
@@ -274,6 +276,10 @@ def test_what_cannot_be_compared_is_named(judged, tmp_path):
 def test_a_number_out_of_range_is_named(name):
     with pytest.raises(ValueError, match=f"EvaluationConfig.{name}=0 must be 1 or more"):
         evaluate.EvaluationConfig(1.0, **{name: 0})
+    with pytest.raises(ValueError, match=r"EvaluationConfig\.seed=-1 must be 0 or more"):
+        evaluate.EvaluationConfig(1.0, seed=-1)
+    with pytest.raises(ValueError, match="shown=8 and worst=-1 must be 0 or more"):
+        evaluate.PageConfig(worst=-1)
 
 
 @pytest.mark.parametrize(
