@@ -13,6 +13,7 @@ from musicrl_jax import evaluate
 from musicrl_jax.arena.audience import Hearing
 from musicrl_jax.arena.listeners import MEASUREMENTS, Panel, judging_panel
 from musicrl_jax.core import checkpoint, sharding
+from musicrl_jax.report import comparison
 from musicrl_jax.rl.rewards import Mixture
 from musicrl_jax.systems import folder, tiny
 from musicrl_jax.systems.player import Player
@@ -168,6 +169,7 @@ def test_one_device_and_another_batch_give_the_same_clips(judged, monkeypatch):
     place, summary = judged
     one = sharding.make_mesh(devices=jax.devices()[:1])
     monkeypatch.setattr(evaluate.sharding, "make_mesh", lambda: one)
+    monkeypatch.setattr(comparison, "write_page", lambda *page: None)  # drawing takes half the time
     config = dataclasses.replace(CONFIG, batch_size=7)
     other = judge(place, "one", config)
     assert_same(scores(place / "out"), scores(place / "one"))
@@ -222,6 +224,7 @@ def test_a_killed_comparison_goes_on_with_the_next_system(judged, monkeypatch):
         return play(bench, name, *how)
 
     monkeypatch.setattr(evaluate._Bench, "play", killed)
+    monkeypatch.setattr(comparison, "write_page", lambda *page: None)
     with pytest.raises(KeyboardInterrupt):
         judge(place, "cut")
     assert not (place / "cut" / "summary.json").exists()
