@@ -161,31 +161,50 @@ def _name(hint: Any) -> str:
 
 
 def describe(value: Any) -> Any:
-    """A setting as plain JSON, for the identity of a run: a model's folder, a folder of tokens or votes and a file by
-    their content's hash, another folder by its name.
+    """Returns a setting as plain JSON, for the identity of a run.
 
-    A run may then move to another disk, and is another run where a model or a file that it builds on changed. A field
-    of `field(metadata=NO_IDENTITY)`, such as a cache's folder, is left out. `HashedData` are described by their fields
-    and, under CONTENT, by their hashes; without hashes by their fields alone, as before there were any.
+    A text stands for itself, whatever lies in the working directory. Paths are described by
+    `describe_path`: those of the type Path, and fields of a dataclass that are marked
+    `field(metadata=PATH)`. A field of `field(metadata=NO_IDENTITY)`, such as a cache's folder, is
+    left out. `HashedData` are described by their fields and, under CONTENT, by their hashes;
+    without hashes by their fields alone, as before there were any.
     """
     if dataclasses.is_dataclass(value):
-        told = [field.name for field in dataclasses.fields(value) if field.metadata != NO_IDENTITY]
-        described = {name: describe(getattr(value, name)) for name in told}
+        described = {}
+        for field in dataclasses.fields(value):
+            if field.metadata != NO_IDENTITY:
+                described[field.name] = field.metadata.get("describe", describe)(getattr(value, field.name))
         hashes = value.content_hashes() if isinstance(value, HashedData) else {}
         return described | ({CONTENT: hashes} if hashes else {})
     if isinstance(value, dict):
         return {str(name): describe(part) for name, part in value.items()}
     if isinstance(value, tuple | list):
         return [describe(part) for part in value]
-    if isinstance(value, str | Path):
-        path = os.path.expanduser(value)
-        if os.path.isdir(path) and has_model(path):
-            return model_hash(path)
-        files = [path, *(os.path.join(path, name) for name in TOLD_BY)]
-        if told_by := [read_regular(file) for file in files if os.path.isfile(file)]:
-            return hashlib.sha256(b"".join(told_by)).hexdigest()
-        return os.path.basename(os.path.abspath(path)) if os.path.isdir(path) else str(value)  # '.' has a name too
-    return value
+    return describe_path(value) if isinstance(value, Path) else value
+
+
+def describe_path(path: Any) -> Any:
+    """Returns what lies at a path, for the identity of a run, which may move to another disk.
+
+    A model's folder is described by its hash, a folder of tokens or votes and a file by the hash of
+    their content, another folder by its name, and what is not there as it is written. Several paths
+    are described one by one; '' and None are no paths.
+    """
+    if isinstance(path, tuple | list):
+        return [describe_path(each) for each in path]
+    if not path:
+        return path
+    place = os.path.expanduser(path)
+    if os.path.isdir(place) and has_model(place):
+        return model_hash(place)
+    files = [place, *(os.path.join(place, name) for name in TOLD_BY)]
+    if contents := [read_regular(file) for file in files if os.path.isfile(file)]:
+        return hashlib.sha256(b"".join(contents)).hexdigest()
+    # '.' has a name too.
+    return os.path.basename(os.path.abspath(place)) if os.path.isdir(place) else str(path)
+
+
+PATH = {"describe": describe_path}  # metadata of a dataclass's field that holds a path, or several
 
 
 def _alone() -> ocp.options.MultiprocessingOptions:

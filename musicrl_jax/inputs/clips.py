@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from musicrl_jax.core import tables
+from musicrl_jax.core.checkpoint import PATH
 from musicrl_jax.core.files import json_from
 from musicrl_jax.inputs.records import SPLITS, Records
 
@@ -45,10 +46,10 @@ class Clips:
     """
 
     datasets: Mapping[str, float]
-    data_dir: str
+    data_dir: str = dataclasses.field(metadata=PATH)
     sample_rate_hz: int
     crop_seconds: float | None = None
-    vocabulary: str | None = None
+    vocabulary: str | None = dataclasses.field(default=None, metadata=PATH)
     text_length: int = 64
     with_captions: bool = False
 
@@ -206,7 +207,7 @@ class Ratings:
     """
 
     clips: Clips
-    ratings_csv: str
+    ratings_csv: str = dataclasses.field(metadata=PATH)
 
     def batches(
         self,

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from musicrl_jax.core.checkpoint import PATH
 from musicrl_jax.core.files import read_text
 from musicrl_jax.inputs import order
 from musicrl_jax.inputs.records import SPLITS
@@ -29,12 +30,12 @@ class Prompts:
     Attributes:
       datasets: clip sets, by their folders under data_dir.
       files: text files in UTF-8; blank lines are skipped.
-      data_dir: where prepared sets lie.
+      data_dir: where prepared sets lie; '' is the working directory.
     """
 
     datasets: tuple[str, ...] = ()
-    files: tuple[str, ...] = ()
-    data_dir: str = "."
+    files: tuple[str, ...] = dataclasses.field(default=(), metadata=PATH)
+    data_dir: str = dataclasses.field(default="", metadata=PATH)
 
     def batches(
         self, split: str, batch_size: int, seed: int, start_step: int = 0

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from musicrl_jax.core.checkpoint import PATH
 from musicrl_jax.core.files import read_json
 from musicrl_jax.core.identity import CONTENT, changed_content
 from musicrl_jax.inputs import content
@@ -51,7 +52,7 @@ class Tokens:
         other models are refused. None takes what is there.
     """
 
-    directory: str
+    directory: str = dataclasses.field(metadata=PATH)
     models: Mapping[str, str] | None = None
     verb: ClassVar[str] = "encode"  # writes such a folder
 

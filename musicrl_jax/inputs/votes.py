@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from musicrl_jax.core import tables
+from musicrl_jax.core.checkpoint import PATH
 from musicrl_jax.core.files import read_json, set_aside, write_text
 from musicrl_jax.inputs.records import Records
 from musicrl_jax.inputs.tokens import VOTES, Tokens, read
@@ -61,7 +62,7 @@ class Votes:
       models: as in `Tokens`: the hash of each model that this run uses.
     """
 
-    directory: str
+    directory: str = dataclasses.field(metadata=PATH)
     models: Mapping[str, str] | None = None
 
     def batches(

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from musicrl_jax.core import sharding
+from musicrl_jax.core.checkpoint import PATH
 from musicrl_jax.core.statistics import LEAST_INTERVAL, LEAST_RANKED
 from musicrl_jax.inputs import pieces
 from musicrl_jax.losses import contrastive
@@ -33,7 +34,7 @@ class MuLanObjective(Objective):
 
     model: mulan.MuLanConfig
     data: Data
-    vocabulary: str
+    vocabulary: str = dataclasses.field(metadata=PATH)
 
     # One clip alone has a loss of 0 and is always found.
     LEAST_EXAMPLES: ClassVar = dict.fromkeys(("loss", "chance"), LEAST_INTERVAL) | dict.fromkeys(

@@ -38,8 +38,8 @@ class PretrainedTowers:
     """Pretrained towers: musicnn's and a BERT's safetensors; config.json lies beside the latter."""
 
     model: mulan.MuLanConfig
-    audio_weights: str
-    text_weights: str
+    audio_weights: str = dataclasses.field(metadata=checkpoint.PATH)
+    text_weights: str = dataclasses.field(metadata=checkpoint.PATH)
 
     def params(self) -> dict[str, Any]:
         """Parameters of `mulan.Towers`; ValueError where a file does not fit the model's config."""
@@ -112,7 +112,7 @@ class Heard:
         Rows stand as `Clips.batches` gives them with seed 0.
         """
         clips = dataclasses.replace(self.clips, datasets={name: 1.0})
-        model, weights = self.towers.model, (self.towers.audio_weights, self.towers.text_weights)
+        model, towers = self.towers.model, self.towers
         settings = (
             clips,
             clips.captions(split),
@@ -120,7 +120,7 @@ class Heard:
             model.window_seconds,
             model.audio,
             model.text,
-            weights,
+            [Path(towers.audio_weights), Path(towers.text_weights)],
         )
         identity = json.dumps(checkpoint.describe(settings), sort_keys=True)
         short = hashlib.sha256(identity.encode()).hexdigest()[:12]

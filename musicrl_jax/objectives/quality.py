@@ -38,7 +38,7 @@ class QualityObjective(Objective):
 
     model: rewards.QualityConfig
     data: Data
-    codec: str = ""
+    codec: str = dataclasses.field(default="", metadata=checkpoint.PATH)
 
     LEAST_EXAMPLES: ClassVar = dict.fromkeys(("order", "clean_first"), LEAST_INTERVAL)
 

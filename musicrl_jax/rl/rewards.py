@@ -1,7 +1,8 @@
 """Reward terms and their mixture.
 
-A term is a frozen dataclass; a user's own has the members of `Term`. `systems/scorers.py` has those
-of this project's models.
+A term is a frozen dataclass; a user's own has the members of `Term`. A field of it that names a
+folder or a file is marked `dataclasses.field(metadata=checkpoint.PATH)`, so that a run is another
+one if their content changes. `systems/scorers.py` has the terms of this project's models.
 
 Legend: B clips.
 """

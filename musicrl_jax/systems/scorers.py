@@ -32,7 +32,7 @@ class TextAdherence:
       licence: that its weights stand under.
     """
 
-    mulan: str
+    mulan: str = dataclasses.field(metadata=checkpoint.PATH)
     licence: str = dataclasses.field(metadata=checkpoint.NO_IDENTITY)
     name = "text_adherence"
     low = -1.0
@@ -76,7 +76,7 @@ class AcousticQuality:
       licence: that its weights stand under.
     """
 
-    quality: str
+    quality: str = dataclasses.field(metadata=checkpoint.PATH)
     licence: str = dataclasses.field(metadata=checkpoint.NO_IDENTITY)
     name = "acoustic_quality"
     low = 0.0
@@ -114,7 +114,7 @@ class UserPreference:
       licence: that its weights stand under.
     """
 
-    preference: str
+    preference: str = dataclasses.field(metadata=checkpoint.PATH)
     licence: str = dataclasses.field(metadata=checkpoint.NO_IDENTITY)
     name = "user_preference"
     low = -math.inf
@@ -153,7 +153,7 @@ class SemanticFeatures:
       semantic: folder of the semantic encoder's checkpoint.
     """
 
-    semantic: str
+    semantic: str = dataclasses.field(metadata=checkpoint.PATH)
 
     def load(self, read: checkpoint.Reader = checkpoint.load_model) -> checkpoint.Model:
         """Returns the encoder."""

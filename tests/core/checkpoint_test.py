@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from musicrl_jax.core import checkpoint
-from musicrl_jax.models.tokens import TokenLayout
 from musicrl_jax.models.musiclm import MusicLMConfig
+from musicrl_jax.models.tokens import TokenLayout
 from musicrl_jax.models.transformer import TransformerConfig
 
 
@@ -84,7 +84,7 @@ def test_changed_arrays_are_noticed(tmp_path, tree):
 def test_a_setting_is_described_by_what_it_holds(tmp_path, tree, monkeypatch):
     checkpoint.save_model(tmp_path / "m", TokenLayout(), tree)
     (tmp_path / "votes.csv").write_text("clip,rater,score\n")
-    describe = checkpoint.describe
+    describe = checkpoint.describe_path
     first = describe(str(tmp_path / "votes.csv"))
     (tmp_path / "votes.csv").write_text("clip,rater,score\nx,y,3\n")
     assert describe(str(tmp_path / "votes.csv")) != first
@@ -96,8 +96,10 @@ def test_a_setting_is_described_by_what_it_holds(tmp_path, tree, monkeypatch):
     few = describe(tmp_path)
     (tmp_path / "votes.jsonl").write_text("one vote\nanother\n")
     assert tmp_path.name != few != describe(tmp_path)  # a reward learned from more votes is another reward
-    assert describe(("score_clips/mine", "x" * 5000)) != describe(("audio_folder/mine", "x" * 5000))
-    assert describe({"layout": TokenLayout(5, 6, 2)})["layout"]["semantic_codes"] == 5
+    assert describe(("score_clips/mine", "x" * 5000)) == ["score_clips/mine", "x" * 5000]
+    assert describe("") == "" and describe(None) is None  # not the working directory
+    assert checkpoint.describe({"layout": TokenLayout(5, 6, 2)})["layout"]["semantic_codes"] == 5
+    assert checkpoint.describe(["votes.jsonl", tmp_path / "m"]) == ["votes.jsonl", describe(str(tmp_path / "m"))]
 
 
 def test_full_disk_is_said_before_anything_is_written(tmp_path, tree, monkeypatch):
