@@ -19,10 +19,10 @@ import safetensors.numpy
 from musicrl_jax import cli, collect, evaluate, pack, run
 from musicrl_jax.core import checkpoint, files
 from musicrl_jax.core.manifest import MANIFEST, SEAL, sealed
-from musicrl_jax.models.tokens import TokenLayout
 from musicrl_jax.inputs import pieces, pretrained, tasks, tokens, vocabulary
 from musicrl_jax.inputs.prompts import Prompts
 from musicrl_jax.models.soundstream import SoundStreamConfig
+from musicrl_jax.models.tokens import TokenLayout
 from musicrl_jax.serving import bundle as bundles
 
 BUNDLE = {

@@ -19,6 +19,7 @@ from musicrl_jax.models.musiclm import MusicLM, MusicLMConfig
 from musicrl_jax.objectives.objective import Batch, Metrics
 from musicrl_jax.objectives.preference import load_policy
 from musicrl_jax.objectives.token_objective import TokenObjective, policy_tokens
+from musicrl_jax.systems import folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +27,7 @@ class DPOObjective(TokenObjective):
     """Nats per vote under the reward that the policy implies.
 
     Attributes:
-      policy: folder of the base, which is both start and anchor.
+      policy: folder of the base, a policy or a system with one, which is both start and anchor.
       kl_strength: a in J = (1 - a) E[R] - a KL, as in `train_rl`, so that both are anchored alike: DPO's beta is
         a / (1 - a).
       temperature: that the clips were drawn at; of all codes, since a clip does not say which ones a top-k had left.
@@ -34,7 +35,7 @@ class DPOObjective(TokenObjective):
 
     model: MusicLMConfig
     data: Votes
-    policy: str
+    policy: str = dataclasses.field(metadata=folder.POLICY)
     kl_strength: float
     temperature: float = 0.99
 
@@ -77,5 +78,5 @@ class DPOObjective(TokenObjective):
 
     def assets(self) -> dict[str, bytes]:
         """tokens.json, and anchor.json with the base's hash."""
-        anchor = {"anchor": checkpoint.model_hash(self.policy)}
+        anchor = {"anchor": folder.policy_hash(self.policy)}
         return super().assets() | {checkpoint.ANCHOR: json.dumps(anchor).encode()}

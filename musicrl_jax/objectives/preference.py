@@ -14,6 +14,8 @@ from musicrl_jax.models.musiclm import MusicLMConfig
 from musicrl_jax.models.rewards import Preference, PreferenceConfig
 from musicrl_jax.objectives.objective import Batch, Metrics
 from musicrl_jax.objectives.token_objective import TokenObjective, policy_tokens
+from musicrl_jax.systems import folder
+from musicrl_jax.systems.system import Tree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,14 +23,14 @@ class PreferenceObjective(TokenObjective):
     """Nats per vote.
 
     Attributes:
-      policy: folder of the policy whose weights the trunk starts from; '' starts from random ones, which the paper
-        found to learn nothing.
+      policy: folder of a policy or of a system, whose policy's weights the trunk starts from; ''
+        starts from random ones, which the paper found to learn nothing.
       crop: the share of a clip that is read, a window drawn at random; 1 is all of it.
     """
 
     model: PreferenceConfig
     data: Votes
-    policy: str = ""
+    policy: str = dataclasses.field(default="", metadata=folder.POLICY)
     crop: float = 1.0
 
     LEAST_EXAMPLES: ClassVar = dict.fromkeys(("accuracy",), LEAST_INTERVAL)
@@ -69,11 +71,11 @@ class PreferenceObjective(TokenObjective):
         return scores[:, 0] - scores[:, 1]
 
 
-def load_policy(folder: str, config: MusicLMConfig) -> Any:
-    """A policy's weights; ValueError where it is of another size than `config`."""
-    model = checkpoint.load_model(folder, MusicLMConfig)
+def load_policy(system: str, config: MusicLMConfig) -> Tree:
+    """Returns the weights of a system's policy; ValueError if it is of another size than `config`."""
+    model = folder.read_part(system, "policy")
     found, wanted = (checkpoint.config_to_json(each) for each in (model.config, config))
     for field in wanted:
         if found[field] != wanted[field]:
-            raise ValueError(f"policy {folder}: {field} is {found[field]}, and MusicLMConfig's is {wanted[field]}")
+            raise ValueError(f"policy {system}: {field} is {found[field]}, and MusicLMConfig's is {wanted[field]}")
     return model.variables["params"]

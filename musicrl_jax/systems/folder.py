@@ -115,20 +115,7 @@ def load(
     kind = system_class(described["kind"], folder)
     wanted = kind.PLAYING if parts is None else parts
     known = described["parts"]
-    if missing := [name for name in wanted if name not in known]:
-        raise ValueError(
-            f"{folder} has no part {missing[0]!r}, only {', '.join(known)}: add its folder with "
-            "`musicrl assemble`"
-        )
-    models = {}
-    for name in wanted:
-        models[name] = read(known[name]["folder"], kind.PARTS[name])
-        recorded = known[name]["hash"]
-        if recorded and models[name].hash != recorded:
-            raise ValueError(
-                f"{folder}: the part {name} in {known[name]['folder']} is "
-                f"{models[name].hash[:12]}, not {recorded[:12]}: restore it, or assemble the system again"
-            )
+    models = {name: read_part(folder, name, read, described) for name in wanted}
     try:
         system = kind.from_models(models)
     except ValueError as error:
@@ -146,6 +133,45 @@ def load(
         None if policy is None else policy.config,
         {} if policy is None else policy.assets,
     )
+
+
+def read_part(
+    folder: str,
+    name: str,
+    read: checkpoint.Reader = checkpoint.load_model,
+    described: Mapping[str, Any] | None = None,
+) -> checkpoint.Model:
+    """Reads one part of a system; arguments and errors are those of `load`."""
+    described = described or describe(folder)
+    known = described["parts"]
+    if name not in known:
+        raise ValueError(
+            f"{folder} has no part {name!r}, only {', '.join(known)}: add its folder with "
+            "`musicrl assemble`"
+        )
+    part, recorded = known[name]["folder"], known[name]["hash"]
+    model = read(part, system_class(described["kind"], folder).PARTS[name])
+    if recorded and model.hash != recorded:
+        raise ValueError(
+            f"{folder}: the part {name} in {part} is {model.hash[:12]}, not {recorded[:12]}: "
+            "restore it, or assemble the system again"
+        )
+    return model
+
+
+def policy_hash(folder: str) -> str:
+    """Returns the content hash of a system's policy, without reading its weights."""
+    policy = describe(folder)["parts"]["policy"]
+    return policy["hash"] or checkpoint.model_hash(policy["folder"])
+
+
+def describe_policy(folder: str) -> str:
+    """Returns what the policy of a system is, for the identity of a run that reads it alone."""
+    is_system = folder and (Path(folder) / FILE).is_file()
+    return policy_hash(folder) if is_system else checkpoint.describe_path(folder)
+
+
+POLICY = {"describe": describe_policy}  # metadata of a field that holds such a folder
 
 
 def describe(folder: str) -> dict[str, Any]:

@@ -11,8 +11,8 @@ import safetensors.numpy
 from flax import linen as nn
 
 from musicrl_jax.core import checkpoint
-from musicrl_jax.losses.optimiser import Optimiser
 from musicrl_jax.inputs import order, pieces
+from musicrl_jax.losses.optimiser import Optimiser
 from musicrl_jax.models import bert, mulan, musicnn
 from musicrl_jax.objectives import mulan_projections
 from musicrl_jax.train import train

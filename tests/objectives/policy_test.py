@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from scipy.special import log_softmax
 
-from musicrl_jax.models.tokens import TokenLayout
 from musicrl_jax.inputs.tokens import Tokens, write_tokens
 from musicrl_jax.models.musiclm import MusicLM, MusicLMConfig
+from musicrl_jax.models.tokens import TokenLayout
 from musicrl_jax.models.transformer import TransformerConfig
 from musicrl_jax.objectives.policy import PolicyObjective
 

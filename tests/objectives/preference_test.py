@@ -9,12 +9,13 @@ import pytest
 from flax.linen import meta
 
 from musicrl_jax.core import checkpoint
-from musicrl_jax.models.tokens import TokenLayout, interleave
 from musicrl_jax.models.musiclm import MusicLM, MusicLMConfig
 from musicrl_jax.models.rewards import Preference, PreferenceConfig
+from musicrl_jax.models.tokens import TokenLayout, interleave
 from musicrl_jax.models.transformer import TransformerConfig
 from musicrl_jax.objectives.dpo import DPOObjective
 from musicrl_jax.objectives.preference import PreferenceObjective
+from musicrl_jax.systems import folder as systems
 
 POLICY = MusicLMConfig(
     TransformerConfig(1, 16, 2, 32, dropout=0.1), TransformerConfig(1, 16, 2, 16), TokenLayout(5, 7, 2), 3, 4
@@ -105,6 +106,24 @@ def test_the_trunk_starts_from_the_policys_or_from_random_weights(tokens_of, bas
     assert started["score"] == random["score"]
     jax.tree.map(np.testing.assert_array_equal, started["trunk"], policy["trunk"])
     assert PreferenceObjective(PreferenceConfig(POLICY), tokens_of(**LAYOUT)).start(random) == random
+
+
+def test_a_system_stands_for_its_policy(tokens_of, base, tmp_path):
+    system, data = str(tmp_path / "system"), tokens_of(**LAYOUT)
+    systems.write(system, "musiclm", {"policy": base[0]})
+    for make in (
+        lambda folder: PreferenceObjective(PreferenceConfig(POLICY), data, folder),
+        lambda folder: DPOObjective(POLICY, data, folder, kl_strength=0.5),
+    ):
+        objective, same = make(system), make(base[0])
+        random = {"trunk": {"w": 1}, "score": {"kernel": 2}}
+        jax.tree.map(np.testing.assert_array_equal, objective.start(random), same.start(random))
+        assert objective.assets() == same.assets()
+        assert checkpoint.describe(objective) == checkpoint.describe(same)  # a run goes on with either
+    checkpoint.save_model(tmp_path / "other", POLICY, {"params": {"w": np.ones(3)}})
+    systems.write(system, "musiclm", {"policy": str(tmp_path / "other")}, {"policy": "0" * 64})
+    with pytest.raises(ValueError, match="the part policy in .*other is .*, not 000000000000: restore it"):
+        objective.start({})
 
 
 def test_a_policy_of_another_size_is_named(tokens_of, base):
