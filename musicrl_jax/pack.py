@@ -1,4 +1,4 @@
-"""The models of a run as small files that can be shipped, and back.
+"""The models of a run as small files that can be shipped, and back; or a system with all its parts in one folder.
 
 A packed model is one safetensors file: its arrays by their path ("params/trunk/begin"; the names are in the card of
 `data/pretrained/demo`), in half precision or as they are, and in the header the config that rebuilds the module and the
@@ -12,6 +12,9 @@ import base64
 import binascii
 import hashlib
 import json
+import os
+import shutil
+import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,106 +26,145 @@ import safetensors.numpy
 
 from musicrl_jax.core import checkpoint, hosts, lock, shipped, tensors
 from musicrl_jax.core.files import json_from, read_json, write_json
-from musicrl_jax.core.manifest import MANIFEST, read_regular
-from musicrl_jax.models.mulan import MuLanConfig
-from musicrl_jax.models.musiclm import MusicLMConfig
-from musicrl_jax.models.rewards import PreferenceConfig, QualityConfig
-from musicrl_jax.models.semantic import SemanticConfig
-from musicrl_jax.models.soundstorm import SoundStormConfig
-from musicrl_jax.models.soundstream import SoundStreamConfig
-from musicrl_jax.objectives.mulan import VOCABULARY
-from musicrl_jax.objectives.mulan_projections import PretrainedTowers
+from musicrl_jax.core.manifest import MANIFEST
+from musicrl_jax.objectives.mulan_projections import FetchedTowers, without_towers
+from musicrl_jax.systems import folder as systems
+from musicrl_jax.systems.kinds import config_class
 
-KINDS = {
-    kind.__name__: kind
-    for kind in (
-        SoundStreamConfig,
-        SemanticConfig,
-        MuLanConfig,
-        QualityConfig,
-        MusicLMConfig,
-        SoundStormConfig,
-        PreferenceConfig,
-    )
-}
+FORMATS = "safetensors", "system"
 INDEX = "models.json"
 HEADER, FORMAT = "musicrl", "musicrl-jax 1"
 LARGEST = 6e4  # what half precision holds
 # Packs of older versions, as those that ship, have no shapes and orders.
 HEADER_KIND = {"config": dict, "shapes?": {str: str}, "orders?": dict, "assets": {str: str}}
-TOWERS = "params/towers/"
 RESTORE = "restore the pack"
+NOT_FETCHED = FetchedTowers()
 
 
-@lock.holds("out")
+@lock.holds("out", beside=True)
 def pack(
-    models: Mapping[str, str],
     out: str,
+    models: Mapping[str, str] = types.MappingProxyType({}),
+    system: str = "",
+    format: str = "safetensors",
     audio_weights: str = "",
     text_weights: str = "",
     vocabulary: str = "",
     dtype: str = "float16",
 ) -> None:
-    """Writes `out`/NAME.safetensors for each model and `out`/models.json, which says what is in them.
+    """Writes models as small files that can be shipped, or a system as one folder with all its parts.
 
     Args:
+      out: the folder of the pack, or of the new system, which must not be there.
       models: the folder of each model by the name that it is packed under.
-      out: the folder of the pack.
-      audio_weights, text_weights, vocabulary: what MuLan's towers were fetched as, and is left out; '' packs them too.
-      dtype: 'float16', or 'float32': as they are, and so with the hash that they have.
+      system: a system that refers to parts elsewhere, or a policy's folder as older versions wrote it.
+      format: 'safetensors' writes `out`/NAME.safetensors for each of `models`, and `out`/models.json,
+        which says what is in them; 'system' writes `system` as it is, with the hashes of its parts.
+      audio_weights, text_weights, vocabulary: what MuLan's towers were fetched as, and is left out of
+        safetensors; '' packs them too.
+      dtype: of safetensors, 'float16', or 'float32': as they are, and so with the hash that they have.
 
     Raises:
-      ValueError: where there is no such dtype, a folder holds no model of a known kind, or MuLan's towers are not those
-        that are left out.
+      ValueError: if there is no such format or dtype, a folder holds no model of a known kind, MuLan's
+        towers are not those that are left out, or parts of a system do not belong together.
+      FileNotFoundError: if a model or a part is missing.
     """
+    if format not in FORMATS:
+        raise ValueError(f"pack.format={format!r} is none of {', '.join(FORMATS)}")
     if dtype not in ("float16", "float32"):
         raise ValueError(f"pack.dtype={dtype!r} is none of float16, float32")
+    if (format == "system") != bool(system) or (system and models):
+        raise ValueError(
+            "pack.system names the folder that --format=system packs, and pack.models those that "
+            "--format=safetensors packs: give the one that belongs to the format"
+        )
+    if system:
+        _pack_system(system, Path(out))
+        return
     if not models:
         raise ValueError("pack.models is empty: name a model and its folder, as {'ru': 'runs/mine/ru'}")
     for name in models:
         checkpoint.check_name(name, "pack.models")
-    whole = {name: _load(folder) for name, folder in models.items()}
-    kept, hashes = {}, {}
-    for name, model in whole.items():
+    _pack_models(models, Path(out), FetchedTowers(audio_weights, text_weights, vocabulary), dtype)
+
+
+def _pack_system(system: str, out: Path) -> None:
+    """Writes a system and its parts as `out`, whole or not at all."""
+    if out.exists():
+        raise ValueError(f"pack.out={str(out)!r} is there already: choose another folder, or remove it")
+    # Parts that play must be there. Of those that only encode, an older policy's folder names all that may be.
+    described = systems.describe(system)
+    playing = systems.system_class(described["kind"], system).PLAYING
+    parts = [
+        name
+        for name, part in described["parts"].items()
+        if part["hash"] or name in playing or checkpoint.has_model(part["folder"])
+    ]
+    clip_seconds = systems.load(system, parts, described=described).clip_seconds
+
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        for name in parts:
+            hosts.stop_point()
+            model = systems.read_part(system, name, described=described)
+            assets = model.assets
+            if name == "policy" and clip_seconds is not None:  # else an older run alone would know it
+                assets = {checkpoint.CLIP: json.dumps({"seconds": clip_seconds}).encode(), **assets}
+            checkpoint.save_model(partial / name, model.config, model.variables, assets)
+        systems.write(partial, described["kind"], {name: str(partial / name) for name in parts})
+        os.rename(partial, out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    print(f"{out}: a {described['kind']} of {', '.join(parts)}")
+
+
+def _pack_models(folders: Mapping[str, str], out: Path, fetched: FetchedTowers, dtype: str) -> None:
+    """Writes the safetensors file of each model, and the index of all."""
+    # The arrays of each model, and the hash that they come back with.
+    models = {name: _load(folder) for name, folder in folders.items()}
+    packed, hashes = {}, {}
+    for name, model in models.items():
         hosts.stop_point()
-        exact, left_out = _flat(model.variables), {}
-        if audio_weights and isinstance(model.config, MuLanConfig):
-            left_out = _towers(model.config, audio_weights, text_weights)
-            if other := [path for path, array in left_out.items() if not np.array_equal(exact.get(path), array)]:
-                raise ValueError(f"{models[name]}: {other[0]} is not that of the pretrained towers: pack without them")
+        exact = _flat(model.variables)
+        left_out = _flat(fetched.variables(model.config)) if fetched else {}
+        if other := [path for path, array in left_out.items() if not np.array_equal(exact.get(path), array)]:
+            raise ValueError(f"{folders[name]}: {other[0]} is not that of the pretrained towers: pack without them")
         rounded = _rounded if dtype == "float16" else np.asarray
-        kept[name] = {path: rounded(array) for path, array in exact.items() if path not in left_out}
-        hashes[name] = checkpoint.content_hash(_restored({**kept[name], **left_out}))
-    Path(out).mkdir(parents=True, exist_ok=True)
-    words = read_regular(vocabulary) if vocabulary else None
-    described = {}
-    for name, model in whole.items():
-        assets = {file: content for file, content in model.assets.items() if (file, content) != (VOCABULARY, words)}
-        for other, found in whole.items():
-            old, new = found.hash.encode(), hashes[other].encode()
+        packed[name] = {path: rounded(array) for path, array in exact.items() if path not in left_out}
+        hashes[name] = checkpoint.content_hash(_restored({**packed[name], **left_out}))
+
+    # Files and index. Where a model names another one of the pack, it names that one's new hash.
+    out.mkdir(parents=True, exist_ok=True)
+    index = {}
+    for name, model in models.items():
+        left_out = fetched.assets(model.config) if fetched else {}
+        assets = {file: content for file, content in model.assets.items() if left_out.get(file) != content}
+        for other, source in models.items():
+            old, new = source.hash.encode(), hashes[other].encode()
             assets = {file: content.replace(old, new) for file, content in assets.items()}
         header = {
             "format": FORMAT,
             "hash": hashes[name],
             "config": checkpoint.config_to_json(model.config),
-            "shapes": _shapes(kept[name]),
-            "orders": {array: _order(content) for array, content in sorted(kept[name].items())},
+            "shapes": _shapes(packed[name]),
+            "orders": {array: _order(content) for array, content in sorted(packed[name].items())},
             "assets": {file: base64.b64encode(content).decode() for file, content in sorted(assets.items())},
         }
-        path = Path(out) / f"{name}.safetensors"
-        told = {HEADER: json.dumps(header)}  # one key: several would be in any order
-        tensors.save(path, kept[name], told)
-        described[name] = {
+        path = out / f"{name}.safetensors"
+        metadata = {HEADER: json.dumps(header)}  # one key: several would be in any order
+        tensors.save(path, packed[name], metadata)
+        index[name] = {
             "kind": type(model.config).__name__,
-            "weights": int(sum(array.size for array in kept[name].values())),
+            "weights": int(sum(array.size for array in packed[name].values())),
             "bytes": path.stat().st_size,
             "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-            "header": hashlib.sha256(told[HEADER].encode()).hexdigest(),
+            "header": hashlib.sha256(metadata[HEADER].encode()).hexdigest(),
             "hash": hashes[name],
             "packed_from": model.hash,
         }
-        print(f"{path}: {described[name]['weights'] / 1e6:.2f} M weights, {described[name]['bytes'] / 1e6:.2f} MB")
-    write_json(Path(out) / INDEX, described)
+        print(f"{path}: {index[name]['weights'] / 1e6:.2f} M weights, {index[name]['bytes'] / 1e6:.2f} MB")
+    write_json(out / INDEX, index)
 
 
 @lock.holds("out")
@@ -149,41 +191,39 @@ def unpack(
         there already.
       FileNotFoundError: where a file is missing.
     """
-    source = str(shipped.located(source))
+    source, fetched = (
+        str(shipped.located(source)),
+        FetchedTowers(audio_weights, text_weights, vocabulary),
+    )
     index = _index(source)
     if unknown := set(changed) - index.keys():
         raise ValueError(f"unpack.changed: {min(unknown)!r} is none of {', '.join(index)}")
     for name, told in index.items():
         hosts.stop_point()
         folder, other = Path(out) / name, name in changed
-        model = load(source, name, audio_weights, text_weights, vocabulary, other) if other else None
+        model = load(source, name, fetched, other) if other else None
         wanted = model.hash if other else told["hash"]
         if checkpoint.has_model(folder):
             if (found := checkpoint.model_hash(folder)) != wanted:
                 raise ValueError(f"{folder} holds model {found[:12]}, not {wanted[:12]}: unpack elsewhere")
             print(f"{folder}: unpacked already")
             continue
-        model = model or load(source, name, audio_weights, text_weights, vocabulary)
+        model = model or load(source, name, fetched)
         checkpoint.save_model(folder, model.config, model.variables, model.assets)
         print(f"{folder}: unpacked")
 
 
 def load(
-    source: str,
-    name: str,
-    audio_weights: str = "",
-    text_weights: str = "",
-    vocabulary: str = "",
-    changed: bool = False,
+    source: str, name: str, fetched: FetchedTowers = NOT_FETCHED, changed: bool = False
 ) -> checkpoint.Model:
-    """One model of a pack; arguments and errors are those of `unpack`."""
+    """Reads one model of a pack; errors are those of `unpack`, and `changed` says whether it names this model."""
     told = _index(source)[name]
     config, arrays, assets = _read(Path(source) / f"{name}.safetensors", told, changed)
-    if isinstance(config, MuLanConfig) and not any(path.startswith(TOWERS) for path in arrays):
-        if not (audio_weights and text_weights and vocabulary):
+    if without_towers(config, arrays):
+        if not (fetched.audio_weights and fetched.text_weights and fetched.vocabulary):
             raise ValueError(f"{source}: {name} needs its pretrained towers and their vocabulary: `musicrl fetch`")
-        arrays |= _towers(config, audio_weights, text_weights)
-        assets = {VOCABULARY: read_regular(vocabulary), **assets}
+        arrays |= _flat(fetched.variables(config))
+        assets = {**fetched.assets(config), **assets}
     try:
         variables = _restored(arrays)
     except ValueError as error:
@@ -205,8 +245,7 @@ def _index(source: str) -> dict[str, dict[str, Any]]:
     index = read_json(path, {str: described}, RESTORE)
     for name, told in index.items():
         checkpoint.check_name(name, str(path))
-        if told["kind"] not in KINDS:
-            raise ValueError(f"{path}: {name} is a {told['kind']}, which is none of {', '.join(KINDS)}: {RESTORE}")
+        config_class(told["kind"], f"{path}: {name}")
     return index
 
 
@@ -215,14 +254,7 @@ def _load(folder: str) -> checkpoint.Model:
     if not path.exists():
         raise FileNotFoundError(f"no checkpoint in {folder}: train it first, or mend the path")
     kind = read_json(path, {"config": {"kind": str}}, "restore a copy")["config"]["kind"]
-    if kind not in KINDS:
-        raise ValueError(f"{path.parent} holds a {kind}, which is none of {', '.join(KINDS)}")
-    return checkpoint.load_model(folder, KINDS[kind])
-
-
-def _towers(config: MuLanConfig, audio_weights: str, text_weights: str) -> dict[str, np.ndarray]:
-    """The pretrained towers, by path."""
-    return _flat({"params": {"towers": PretrainedTowers(config, audio_weights, text_weights).params()}})
+    return checkpoint.load_model(folder, config_class(kind, str(path.parent)))
 
 
 def _read(path: Path, told: Mapping[str, Any], changed: bool) -> tuple[Any, dict[str, np.ndarray], dict[str, bytes]]:
@@ -251,7 +283,7 @@ def _read(path: Path, told: Mapping[str, Any], changed: bool) -> tuple[Any, dict
         if hashlib.sha256(written.encode()).hexdigest() != told["header"]:
             raise ValueError(f"{path} has another header than it was packed with: write its metadata as they were")
         _check_changed(path, arrays, header["shapes"], header.get("orders", {}))
-    config = checkpoint.config_from_json(KINDS[told["kind"]], header["config"], str(path))
+    config = checkpoint.config_from_json(config_class(told["kind"], str(path)), header["config"], str(path))
     assets = {}
     for name, content in header["assets"].items():
         try:

@@ -68,7 +68,7 @@ def whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     weights = {"params": {"kernel": np.ones((3, 5), np.float32), "bias": np.zeros(5, np.float32)}}
     checkpoint.save_model(folder, SoundStreamConfig(levels=3), weights, {"words": b"hello"})
-    pack.pack({"codec": str(folder)}, str(folder / "pack"))
+    pack.pack(str(folder / "pack"), {"codec": str(folder)})
     for name, content in {"bundle": BUNDLE, "tokens": TOKENS}.items():
         (folder / name).mkdir()
         (folder / name / MANIFEST).write_text(
@@ -104,7 +104,7 @@ READERS = {
     "model's hash": ("model/manifest.json", checkpoint.model_hash),
     "model to pack": (
         "model/manifest.json",
-        lambda folder: pack.pack({"a": str(folder)}, f"{folder}/other"),
+        lambda folder: pack.pack(f"{folder}/other", {"a": str(folder)}),
     ),
     "pack": ("pack/models.json", lambda folder: pack.unpack(str(folder / "pack"), f"{folder}/out")),
     "bundle": ("bundle/manifest.json", lambda folder: bundles._described(folder / "bundle")),
@@ -211,7 +211,7 @@ MALFORMED = [
     ("model", "files", {"../secret": [5, "00"]}, "secret is missing"),
     ("model's hash", "hash", {}, "hash is"),
     ("model to pack", "config.kind", None, "config.kind is missing"),
-    ("model to pack", "config.kind", "Other", "holds a Other"),
+    ("model to pack", "config.kind", "Other", "is a Other"),
     ("pack", "codec", 3, "codec is 3"),
     ("pack", "codec.kind", None, "codec.kind is missing"),
     ("pack", "codec.kind", "Other", "which is none of"),

@@ -16,6 +16,7 @@ from musicrl_jax.models.mulan import MuLanConfig
 from musicrl_jax.models.musiclm import MusicLMConfig
 from musicrl_jax.models.rewards import QualityConfig
 from musicrl_jax.models.soundstream import SoundStreamConfig
+from musicrl_jax.objectives.mulan_projections import PretrainedTowers
 
 SHIPPED = Path(__file__).parents[1] / "data/pretrained/demo"
 RNG = np.random.default_rng(0)
@@ -26,7 +27,7 @@ TOWERS = {"audio": {"kernel": RNG.normal(size=(4, 2)).astype(np.float32)}}
 def towers(monkeypatch):
     """What is fetched; a test may change it."""
     fetched = {"audio": {"kernel": TOWERS["audio"]["kernel"].copy()}}
-    monkeypatch.setattr(pack.PretrainedTowers, "params", lambda self: fetched)
+    monkeypatch.setattr(PretrainedTowers, "params", lambda self: fetched)
     return fetched
 
 
@@ -48,7 +49,8 @@ def run(tmp_path):
 
 
 def packed(run, names=("codec", "mulan", "policy")):
-    pack.pack({name: str(run / name) for name in names}, str(run / "pack"), "musicnn", "minilm", str(run / "words"))
+    towers = "musicnn", "minilm", str(run / "words")
+    pack.pack(str(run / "pack"), {name: str(run / name) for name in names}, "", "safetensors", *towers)
 
 
 def unpacked(run):
@@ -74,7 +76,7 @@ def test_what_comes_back_is_what_was_packed_in_half_precision(run):
 
 def test_in_single_precision_a_model_stays_the_same(run):
     names = {name: str(run / name) for name in ("codec", "policy")}
-    pack.pack(names, str(run / "pack"), dtype="float32")
+    pack.pack(str(run / "pack"), names, dtype="float32")
     arrays = safetensors.numpy.load_file(run / "pack/policy.safetensors")  # as those read it who want the weights alone
     model = checkpoint.load_model(run / "policy", MusicLMConfig)
     np.testing.assert_array_equal(arrays["params/kernel"], model.variables["params"]["kernel"])
@@ -82,13 +84,13 @@ def test_in_single_precision_a_model_stays_the_same(run):
     for name in names:
         assert checkpoint.model_hash(run / "back" / name) == checkpoint.model_hash(run / name)
     with pytest.raises(ValueError, match="dtype='bfloat16' is none of float16, float32"):
-        pack.pack(names, str(run / "pack"), dtype="bfloat16")
+        pack.pack(str(run / "pack"), names, dtype="bfloat16")
 
 
 def test_weights_that_someone_else_wrote_are_taken_if_they_fit(run):
     """As those do who average models: the header kept, other numbers."""
     file = run / "pack/policy.safetensors"
-    pack.pack({"policy": str(run / "policy"), "codec": str(run / "codec")}, str(run / "pack"), dtype="float32")
+    pack.pack(str(run / "pack"), {"policy": str(run / "policy"), "codec": str(run / "codec")}, dtype="float32")
     arrays = safetensors.numpy.load_file(file)
     with safetensors.safe_open(file, framework="numpy") as packed:
         header = packed.metadata()
@@ -149,7 +151,7 @@ def test_arrays_of_any_memory_layout_are_packed_as_they_are(run):
     for dtype in ("float32", "float16"):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(pack, "_load", lambda _: whole)
-            pack.pack({"policy": "a folder"}, str(run / dtype), dtype=dtype)
+            pack.pack(str(run / dtype), {"policy": "a folder"}, dtype=dtype)
         loaded = pack.load(str(run / dtype), "policy").variables["params"]["kernel"]
         np.testing.assert_allclose(loaded, transposed["params"]["kernel"], rtol=2**-11, atol=1e-7)
 
@@ -163,7 +165,7 @@ def test_a_pack_of_someone_else_writes_nowhere_else(run, name):
     with pytest.raises(ValueError, match=r"which would lead out of the folder"):
         unpacked(run)
     with pytest.raises(ValueError, match=r"which would lead out of the folder"):
-        pack.pack({name: str(run / "policy")}, str(run / "mine"))
+        pack.pack(str(run / "mine"), {name: str(run / "policy")})
     assert not (run / "mine").exists()
     with pytest.raises(ValueError, match=r"which would lead out of the folder"):
         checkpoint.save_model(run / "other", MusicLMConfig(), {"params": weights()}, {name: b"content"})
@@ -232,7 +234,7 @@ def test_other_towers_are_refused(run, towers):
 
 
 def test_without_fetched_towers_all_is_packed(run):
-    pack.pack({"mulan": str(run / "mulan")}, str(run / "pack"))
+    pack.pack(str(run / "pack"), {"mulan": str(run / "mulan")})
     pack.unpack(str(run / "pack"), str(run / "back"))
     mulan = checkpoint.load_model(run / "back/mulan", MuLanConfig)
     assert mulan.assets == {"vocabulary": b"tokenizer"} and "towers" in mulan.variables["params"]
@@ -266,13 +268,13 @@ def test_a_model_of_no_known_kind_is_refused(run):
     checkpoint.save_model(run / "odd", QualityConfig(), {"params": weights()})
     manifest = run / "odd/model/manifest.json"
     manifest.write_text(manifest.read_text().replace("QualityConfig", "OddConfig"))
-    with pytest.raises(ValueError, match="odd/model holds a OddConfig, which is none of SoundStreamConfig"):
+    with pytest.raises(ValueError, match="odd/model is a OddConfig, which is none of MuLanConfig, MusicLMConfig"):
         packed(run, names=("odd",))
 
 
 def test_an_empty_pack_is_refused(run):
     with pytest.raises(ValueError, match=r"pack.models is empty: name a model and its folder"):
-        pack.pack({}, str(run / "mine"))
+        pack.pack(str(run / "mine"), {})
     assert not (run / "mine").exists()
 
 

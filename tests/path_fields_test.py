@@ -29,7 +29,7 @@ NO_CONFIG = {"Wheel.file"}  # what is fetched, by its name on the index
 
 
 def unmarked(source):
-    """Returns the fields of the dataclasses in a file's text that look like paths and are not marked, and all fields."""
+    """Returns the fields of dataclasses that look like paths and are not marked, and all fields of text."""
     every, bare = [], []
     for config in ast.walk(ast.parse(source)):
         if not isinstance(config, ast.ClassDef) or "dataclass" not in " ".join(map(ast.unparse, config.decorator_list)):

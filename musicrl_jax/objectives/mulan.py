@@ -18,8 +18,8 @@ from musicrl_jax.inputs import pieces
 from musicrl_jax.losses import contrastive
 from musicrl_jax.models import mulan, rvq
 from musicrl_jax.objectives.objective import Batch, Data, Metrics, Objective
+from musicrl_jax.systems.musiclm import VOCABULARY
 
-VOCABULARY = "vocabulary"
 CLIPS_PER_CODE = 256  # clips that the quantizer is fitted to
 
 

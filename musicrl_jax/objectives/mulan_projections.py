@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ import numpy as np
 
 from musicrl_jax.core import checkpoint
 from musicrl_jax.core.files import kept_at
+from musicrl_jax.core.manifest import read_regular
 from musicrl_jax.core.progress import Progress
 from musicrl_jax.inputs import order, pieces, pretrained
 from musicrl_jax.inputs.clips import Clips
@@ -28,6 +29,7 @@ from musicrl_jax.losses import contrastive
 from musicrl_jax.models import bert, mulan, musicnn
 from musicrl_jax.objectives.mulan import VOCABULARY, MuLanObjective
 from musicrl_jax.objectives.objective import Batch, Metrics
+from musicrl_jax.systems.system import Tree
 
 HEARD_AT_ONCE = 16  # clips
 DROPPED = 0.3  # of what the towers found, in training
@@ -54,6 +56,42 @@ class PretrainedTowers:
             "audio": musicnn.params(self.model.audio, filters, self.audio_weights),
             "text": bert.params(found, layers, self.text_weights),
         }
+
+
+@dataclasses.dataclass(frozen=True)
+class FetchedTowers:
+    """What `musicrl fetch` brings of a MuLan with pretrained towers, and packs of it leave out.
+
+    Attributes:
+      audio_weights: file of the audio tower, '' if it was not fetched; so are the others.
+      text_weights: file of the text tower.
+      vocabulary: file that texts are read with.
+    """
+
+    audio_weights: str = dataclasses.field(default="", metadata=checkpoint.PATH)
+    text_weights: str = dataclasses.field(default="", metadata=checkpoint.PATH)
+    vocabulary: str = dataclasses.field(default="", metadata=checkpoint.PATH)
+
+    def __bool__(self) -> bool:
+        return bool(self.audio_weights)
+
+    def variables(self, config: Any) -> Tree:
+        """Returns the fetched variables of a model; {} of one that is no MuLan."""
+        if not isinstance(config, mulan.MuLanConfig):
+            return {}
+        towers = PretrainedTowers(config, self.audio_weights, self.text_weights)
+        return {"params": {"towers": towers.params()}}
+
+    def assets(self, config: Any) -> dict[str, bytes]:
+        """Returns the fetched assets of a model; {} of one that is no MuLan."""
+        is_mulan = isinstance(config, mulan.MuLanConfig) and self.vocabulary
+        return {VOCABULARY: read_regular(self.vocabulary)} if is_mulan else {}
+
+
+def without_towers(config: Any, paths: Iterable[str]) -> bool:
+    """Tells whether arrays, by their paths, are those of a MuLan whose towers were left out."""
+    has_towers = any(path.startswith("params/towers/") for path in paths)
+    return isinstance(config, mulan.MuLanConfig) and not has_towers
 
 
 @dataclasses.dataclass(frozen=True)
