@@ -277,8 +277,8 @@ class SoundStream(nn.Module):
     parts of whole frames, one after the other, with the same result as at once: keep the collection `stream`, which
     the first part makes and the others pass on, apart for `encode` and `decode`:
 
-        codes, past = module.apply(variables, wav, method="encode", mutable=["stream"])
-        more, past = module.apply({**variables, **past}, more_wav, method="encode", mutable=["stream"])
+        codes, past = module.apply(variables, wav, method=SoundStream.encode, mutable=["stream"])
+        more, past = module.apply({**variables, **past}, more_wav, method=SoundStream.encode, mutable=["stream"])
     """
 
     config: SoundStreamConfig

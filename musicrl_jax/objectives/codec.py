@@ -129,8 +129,8 @@ class CodecObjective(Objective):
         effective number of codes in a batch of B T vectors says little of codebooks that are larger than that."""
         module = soundstream.SoundStream(self.model)
         variables, wav = {"params": params, **state}, batch["audio"]
-        codes = module.apply(variables, wav, method="encode")
-        decoded = module.apply(variables, codes, method="decode")
+        codes = module.apply(variables, wav, method=soundstream.SoundStream.encode)
+        decoded = module.apply(variables, codes, method=soundstream.SoundStream.decode)
         return {
             "mel_distance": codec.mel_distance(wav, decoded, self.model.sample_rate_hz),
             "stft_distance": codec.stft_distance(wav, decoded),
@@ -148,7 +148,7 @@ class CodecObjective(Objective):
             return {"params": params}
         variables = {"params": params, "codebooks": variables["codebooks"]}
         module = soundstream.SoundStream(self.model)
-        vectors = jax.jit(lambda variables, wav: module.apply(variables, wav, method="vectors"))
+        vectors = jax.jit(lambda variables, wav: module.apply(variables, wav, method=soundstream.SoundStream.vectors))
         parts, found = [], 0
         for batch in batches():
             parts.append(sharding.fetch(vectors(variables, batch["audio"])).reshape(-1, self.model.embed))

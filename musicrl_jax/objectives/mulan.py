@@ -81,7 +81,8 @@ class MuLanObjective(Objective):
         Looks at 256 clips a code, the first that come in the shuffled order. Raises ValueError where the training
         set has fewer clips than a level has codes.
         """
-        embed = jax.jit(lambda variables, wav: mulan.MuLan(self.model).apply(variables, wav, method="embed_audio"))
+        module = mulan.MuLan(self.model)
+        embed = jax.jit(lambda variables, wav: module.apply(variables, wav, method=mulan.MuLan.embed_audio))
         return variables | self.quantizer(embed(variables, batch["audio"]) for batch in batches())
 
     def quantizer(self, embeddings: Iterable[jax.Array]) -> dict[str, Any]:

@@ -181,8 +181,8 @@ class Heard:
 def _look(model: mulan.MuLanConfig, variables: Any, wav: jax.Array, text: jax.Array) -> dict[str, jax.Array]:
     """What the towers find, {'audio' [B, V, W], 'text' [B, D]}."""
     towers = mulan.Towers(model)
-    heard = towers.apply(variables, wav, method="hear")
-    return {"audio": heard, "text": towers.apply(variables, text, method="read")}
+    heard = towers.apply(variables, wav, method=mulan.Towers.hear)
+    return {"audio": heard, "text": towers.apply(variables, text, method=mulan.Towers.read)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,7 +203,7 @@ class MuLanProjectionsObjective(MuLanObjective):
                 f"{self.vocabulary} has {size} pieces, and the pretrained text tower reads {self.model.text.pieces}: "
                 "give the vocabulary that it was trained with"
             )
-        return dict(mulan.MuLan(self.model).init(key, batch["audio"][:1], batch["text"][:1], method="place"))
+        return dict(mulan.MuLan(self.model).init(key, batch["audio"][:1], batch["text"][:1], method=mulan.MuLan.place))
 
     def frozen(self) -> Any:
         """Nothing that the loss needs; says which weights the towers have."""
@@ -224,7 +224,7 @@ class MuLanProjectionsObjective(MuLanObjective):
 
     def _loss(self, params: Any, state: Any, batch: Batch) -> tuple[jax.Array, tuple[Any, Metrics]]:
         placed = mulan.MuLan(self.model).apply(
-            {"params": params, **state}, batch["audio"], batch["text"], method="place"
+            {"params": params, **state}, batch["audio"], batch["text"], method=mulan.MuLan.place
         )
         loss, metrics = contrastive.contrastive(*placed, contrastive.identical_rows(batch["pieces"]))
         return loss, (state, metrics)
@@ -233,7 +233,8 @@ class MuLanProjectionsObjective(MuLanObjective):
         self, variables: dict[str, Any], frozen: Any, batches: Callable[[], Iterator[dict[str, np.ndarray]]]
     ) -> dict[str, Any]:
         """The towers' weights joined to the parameters, and 'rvq' as in `MuLanObjective.finish`."""
-        place = jax.jit(lambda variables, heard: mulan.MuLan(self.model).apply(variables, heard, method="place_audio"))
+        module = mulan.MuLan(self.model)
+        place = jax.jit(lambda variables, audio: module.apply(variables, audio, method=mulan.MuLan.place_audio))
         fitted = self.quantizer(place(variables, batch["audio"]) for batch in batches())
         return variables | fitted | {"params": {**variables["params"], "towers": self.data.towers.params()}}
 

@@ -71,9 +71,11 @@ class PreferenceObjective(TokenObjective):
         return scores[:, 0] - scores[:, 1]
 
 
-def load_policy(system: str, config: MusicLMConfig) -> Tree:
+def load_policy(
+    system: str, config: MusicLMConfig, read: checkpoint.Reader = checkpoint.load_model
+) -> Tree:
     """Returns the weights of a system's policy; ValueError if it is of another size than `config`."""
-    model = folder.read_part(system, "policy")
+    model = folder.read_policy(system, read)
     found, wanted = (checkpoint.config_to_json(each) for each in (model.config, config))
     for field in wanted:
         if found[field] != wanted[field]:

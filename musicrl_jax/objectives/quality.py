@@ -102,10 +102,10 @@ def through(codec: Codec) -> degradations.Codec:
 
     def send(wav: jax.Array, strength: jax.Array) -> jax.Array:
         module, config = soundstream.SoundStream(codec.config), codec.config
-        codes = module.apply(codec.variables, wav, method="encode")  # [B, T, Q]
+        codes = module.apply(codec.variables, wav, method=soundstream.SoundStream.encode)  # [B, T, Q]
         kept = degradations.kept_levels(strength, config.levels)
         heard = jnp.arange(config.levels)[None, None, :] < kept[:, None, None]  # [B, 1, Q]
-        return module.apply(codec.variables, jnp.where(heard, codes, -1), method="decode")
+        return module.apply(codec.variables, jnp.where(heard, codes, -1), method=soundstream.SoundStream.decode)
 
     return send
 

@@ -35,7 +35,7 @@ class SemanticObjective(Objective):
         """
         module = semantic.SemanticEncoder(self.model)
         variables = dict(module.init(key, batch["audio"], *_masking(key, self.model, batch["audio"])))
-        mels = module.apply(variables, batch["audio"], method="log_mels")
+        mels = module.apply(variables, batch["audio"], method=semantic.SemanticEncoder.log_mels)
         frames = self.data.count("train") * (mels.shape[1] // semantic.STACK)
         if frames < self.model.codes:
             raise ValueError(
@@ -67,7 +67,8 @@ class SemanticObjective(Objective):
         """The loss's metrics; token_perplexity, how many tokens this batch uses in effect; and kmeans_*, how well the
         centroids fit the training clips (`kmeans.Fit.usage`), the same for every batch."""
         variables = {"params": params, **state}
-        tokens = semantic.SemanticEncoder(self.model).apply(variables, batch["audio"], method="tokens")
+        module = semantic.SemanticEncoder(self.model)
+        tokens = module.apply(variables, batch["audio"], method=semantic.SemanticEncoder.tokens)
         fit = kmeans.Fit(**{name: state["kmeans"][name] for name in kmeans.Fit._fields})
         return {
             **super().evaluate(params, state, frozen, batch, key),
@@ -93,7 +94,8 @@ class SemanticObjective(Objective):
     def _features(self, variables: dict[str, Any], batches: Iterator[dict[str, np.ndarray]]) -> np.ndarray:
         """[P, D] float32, P = 256 * codes or all there are; each batch is split over the mesh that is set."""
         module = semantic.SemanticEncoder(self.model)
-        features = jax.jit(lambda variables, wav: module.apply(variables, wav, method="features"))
+        method = semantic.SemanticEncoder.features
+        features = jax.jit(lambda variables, wav: module.apply(variables, wav, method=method))
         mesh = jax.sharding.get_mesh()
         wanted = POINTS_PER_CODE * self.model.codes
         parts, found, clips = [], 0, 0

@@ -159,19 +159,33 @@ def read_part(
     return model
 
 
+def read_policy(
+    folder: str, read: checkpoint.Reader = checkpoint.load_model
+) -> checkpoint.Model:
+    """Reads the policy of a system, for those who need nothing else of it."""
+    return read_part(folder, "policy", read, _policy_alone(folder))
+
+
 def policy_hash(folder: str) -> str:
     """Returns the content hash of a system's policy, without reading its weights."""
-    policy = describe(folder)["parts"]["policy"]
+    policy = _policy_alone(folder)["parts"]["policy"]
     return policy["hash"] or checkpoint.model_hash(policy["folder"])
 
 
 def describe_policy(folder: str) -> str:
     """Returns what the policy of a system is, for the identity of a run that reads it alone."""
-    is_system = folder and (Path(folder) / FILE).is_file()
-    return policy_hash(folder) if is_system else checkpoint.describe_path(folder)
+    policy = _policy_alone(folder)["parts"]["policy"]
+    return policy["hash"] or checkpoint.describe_path(policy["folder"])
 
 
 POLICY = {"describe": describe_policy}  # metadata of a field that holds such a folder
+
+
+def _policy_alone(folder: str) -> dict[str, Any]:
+    """Describes a system; a folder without a system.json as that of a policy, be it there or not."""
+    if folder and (Path(folder) / FILE).is_file():
+        return describe(folder)
+    return {"kind": "musiclm", "parts": {"policy": {"folder": folder, "hash": ""}}}
 
 
 def describe(folder: str) -> dict[str, Any]:

@@ -54,8 +54,8 @@ def main() -> None:
     model = checkpoint.load_model(asked.codec, SoundStreamConfig)
     config, rate_hz = model.config, model.config.sample_rate_hz
     module = SoundStream(config)
-    encode = jax.jit(lambda wav: module.apply(model.variables, wav, method="encode"))
-    decode = jax.jit(lambda codes: module.apply(model.variables, codes, method="decode"))
+    encode = jax.jit(lambda wav: module.apply(model.variables, wav, method=SoundStream.encode))
+    decode = jax.jit(lambda codes: module.apply(model.variables, codes, method=SoundStream.decode))
     clips = Clips({asked.dataset: 1.0}, asked.data_dir, rate_hz, with_captions=True)
     wavs, places = held_out(clips, config.stride, asked.clips)  # [clips, N], [clips]
     seconds = wavs.shape[1] / rate_hz

@@ -65,7 +65,7 @@ def main() -> None:
         return
     print(f"{'chance':26}{1 / size:>25.3f}{10 / size:>25.3f}{(size + 1) / 2:>25.1f}")
 
-    temperature = float(mulan.MuLan(model.config).apply(model.variables, method="temperature"))
+    temperature = float(mulan.MuLan(model.config).apply(model.variables, method=mulan.MuLan.temperature))
     logits = np.where(same & ~np.eye(size, dtype=bool), -np.inf, cosines["MuLan"] / temperature)
     own = np.diag(logits)
     loss = (logsumexp(logits, axis=0) - own + logsumexp(logits, axis=1) - own).mean() / 2
@@ -89,8 +89,8 @@ def embedded(model: checkpoint.Model, clips: Clips) -> tuple[np.ndarray, np.ndar
         count = len(batch["audio"])
         ids = pieces.encode(model.assets["vocabulary"], list(batch["caption"]), model.config.text_length)
         wav, ids = (np.pad(part, ((0, BATCH - count), (0, 0))) for part in (batch["audio"], ids))
-        audio.append(np.asarray(use(model.variables, wav, method="embed_audio"))[:count])
-        text.append(np.asarray(use(model.variables, ids, method="embed_text"))[:count])
+        audio.append(np.asarray(use(model.variables, wav, method=mulan.MuLan.embed_audio))[:count])
+        text.append(np.asarray(use(model.variables, ids, method=mulan.MuLan.embed_text))[:count])
         captions += list(batch["caption"])
         names += list(batch["id"])
     return np.concatenate(audio), np.concatenate(text), captions, names
@@ -168,7 +168,7 @@ def interval(measure: str, found: list[np.ndarray], places: np.ndarray) -> str:
 
 def print_quantizer(model: checkpoint.Model, audio: np.ndarray, text: np.ndarray) -> None:
     """How far the tokens of captions are those of their clips, and what they keep."""
-    quantize = jax.jit(lambda v, e: mulan.MuLan(model.config).apply(v, e, method="quantize"))
+    quantize = jax.jit(lambda v, e: mulan.MuLan(model.config).apply(v, e, method=mulan.MuLan.quantize))
     codes = [np.asarray(quantize(model.variables, part)) for part in (audio, text)]
     books = model.variables["rvq"]["codebooks"]
     kept = [unit(np.asarray(rvq.dequantize(books, code))) for code in codes]

@@ -101,9 +101,10 @@ def reward_margins(run: Path) -> Callable[[Pairs], dict[str, np.ndarray]]:
 
     @jax.jit
     def score(codec_v: dict, mulan_v: dict, quality_v: dict, acoustic: jax.Array, text: jax.Array) -> jax.Array:
-        wav = SoundStream(codec.config).apply(codec_v, acoustic.reshape(-1, *acoustic.shape[2:]), method="decode")
-        audio = MuLan(mulan.config).apply(mulan_v, wav, method="embed_windows")
-        asked = jnp.repeat(MuLan(mulan.config).apply(mulan_v, text, method="embed_text"), 2, axis=0)
+        acoustic = acoustic.reshape(-1, *acoustic.shape[2:])
+        wav = SoundStream(codec.config).apply(codec_v, acoustic, method=SoundStream.decode)
+        audio = MuLan(mulan.config).apply(mulan_v, wav, method=MuLan.embed_windows)
+        asked = jnp.repeat(MuLan(mulan.config).apply(mulan_v, text, method=MuLan.embed_text), 2, axis=0)
         adherence = jnp.sum(audio * asked[:, None], axis=-1).mean(axis=1)
         mos = (Quality(quality.config).apply(quality_v, wav) - 1) / 4
         return jnp.stack([each[::2] - each[1::2] for each in (adherence, mos)], axis=1)

@@ -88,9 +88,9 @@ def read(data: Clips, splits: list[str], model: checkpoint.Model) -> tuple[dict[
 
     @jax.jit
     def summary(variables: dict[str, Any], wav: jax.Array) -> dict[str, jax.Array]:
-        mels = module.apply(variables, wav, method="log_mels")  # [B, S, M]
-        features = module.apply(variables, wav, method="features")  # [B, F, D]
-        tokens = module.apply(variables, wav, method="tokens")  # [B, F]
+        mels = module.apply(variables, wav, method=SemanticEncoder.log_mels)  # [B, S, M]
+        features = module.apply(variables, wav, method=SemanticEncoder.features)  # [B, F, D]
+        tokens = module.apply(variables, wav, method=SemanticEncoder.tokens)  # [B, F]
         bag = jnp.sqrt(jax.vmap(lambda t: jnp.bincount(t, length=model.config.codes))(tokens).astype(jnp.float32))
         lags = [(tokens[:, k:] == tokens[:, :-k]).astype(jnp.float32).mean(1) for k in range(1, LAGS + 1)]
         centroids = moments(variables["kmeans"]["centroids"][tokens])

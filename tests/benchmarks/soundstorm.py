@@ -71,7 +71,7 @@ def main() -> None:
     wav, names = (np.concatenate([batch[field] for batch in found]) for field in ("audio", "id"))
     known = data.attributes(asked.split)
     places = np.asarray([known[name]["piece"] for name in names])
-    encode = jax.jit(lambda wav: SoundStream(codec.config).apply(codec.variables, wav, method="encode"))
+    encode = jax.jit(lambda wav: SoundStream(codec.config).apply(codec.variables, wav, method=SoundStream.encode))
     codes = np.concatenate([encode(part) for part in parts(wav, asked.batch_size)])
     shares = frequencies(str(asked.tokens or run / "tokens"), storm.config)
     c = storm.config
@@ -110,7 +110,7 @@ def distances(
 ) -> None:
     """Prints the first table."""
     c, coarse = storm.config, codes[:, :, : storm.config.coarse_levels]
-    decode = jax.jit(lambda codes: SoundStream(codec.config).apply(codec.variables, codes, method="decode"))
+    decode = jax.jit(lambda codes: SoundStream(codec.config).apply(codec.variables, codes, method=SoundStream.decode))
 
     @jax.jit
     def measure(wav: jax.Array, decoded: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -141,7 +141,7 @@ def distances(
         filled = np.concatenate([fill(storm.variables, x, key) for x, key in both])
         rows[f"SoundStorm, {first + c.levels - c.coarse_levels - 1} passes"] = judged(filled)
     guess = jax.jit(functools.partial(nearest_to_expected, c))
-    books = SoundStream(codec.config).apply(codec.variables, method="codebooks")
+    books = SoundStream(codec.config).apply(codec.variables, method=SoundStream.codebooks)
     rows["nearest to what is expected"] = judged(
         np.concatenate([guess(storm.variables, books, part) for part in parts(codes, asked.batch_size)])
     )

@@ -118,7 +118,7 @@ def test_the_finished_codec_has_codebooks_fitted_to_its_encoder_and_no_discrimin
     assert set(variables["params"]) == {"encoder", "decoder"}
     module = soundstream.SoundStream(MODEL)
     wavs = [jnp.asarray(batch["audio"]) for batch in Tones().batches()]
-    encode = jax.jit(lambda wav: module.apply(variables, wav, method="vectors"))
+    encode = jax.jit(lambda wav: module.apply(variables, wav, method=soundstream.SoundStream.vectors))
     vectors = jnp.concatenate([encode(wav) for wav in wavs]).reshape(-1, 8)
     fitted = rvq.fit(jax.random.key(0), vectors, 2, 8, state["codebooks"]["rvq"]["codebooks"])
     np.testing.assert_allclose(variables["codebooks"]["rvq"]["codebooks"], fitted, atol=1e-5)

@@ -123,8 +123,8 @@ def test_every_clip_is_heard_once_and_found_as_the_towers_find_it(task, weights)
     (whole,) = dataclasses.replace(data.clips, datasets={"two": 1.0}).batches("train", 5, seed=0, epochs=1)
     module = mulan.Towers(MODEL)
     use = jax.jit(module.apply, static_argnames="method")
-    heard = np.asarray(use(variables, whole["audio"], method="hear"))
-    read = np.asarray(use(variables, whole["text"], method="read"))
+    heard = np.asarray(use(variables, whole["audio"], method=mulan.Towers.hear))
+    read = np.asarray(use(variables, whole["text"], method=mulan.Towers.read))
     for clip, text, ids in zip(heard, read, whole["text"], strict=True):
         at = np.abs(found["audio"] - clip).max(axis=(1, 2)).argmin()
         np.testing.assert_allclose(found["audio"][at], clip, rtol=1e-4, atol=1e-4)
@@ -187,10 +187,10 @@ def test_a_run_leaves_a_whole_mulan_and_resumes(task, weights, tmp_path, capsys)
     (clips,) = dataclasses.replace(task.data.clips, datasets={"one": 1.0}).batches("train", 12, seed=0, epochs=1)
     use = jax.jit(mulan.MuLan(MODEL).apply, static_argnames="method")
     for name, embedding in (
-        ("audio", use(model.variables, clips["audio"], method="embed_audio")),
-        ("text", use(model.variables, clips["text"], method="embed_text")),
+        ("audio", use(model.variables, clips["audio"], method=mulan.MuLan.embed_audio)),
+        ("text", use(model.variables, clips["text"], method=mulan.MuLan.embed_text)),
     ):
-        codes = np.asarray(use(model.variables, embedding, method="quantize"))
+        codes = np.asarray(use(model.variables, embedding, method=mulan.MuLan.quantize))
         assert codes.shape == (12, 2) and (codes >= 0).all() and (codes < 4).all()
         assert name == "text" or len(np.unique(codes[:, 0])) == 4
     assert model.variables["rvq"]["codebooks"].shape == (2, 4, 8) and model.variables["rvq"]["codebooks"].any()

@@ -91,8 +91,8 @@ def test_leaves_chance_behind(trained):
 
 def test_quantizer_is_fitted_to_audio_embeddings(trained):
     _, done, _, _ = trained
-    embedding = use(done, tones(), method="embed_audio")
-    codebooks, codes = done["rvq"]["codebooks"], use(done, embedding, method="quantize")
+    embedding = use(done, tones(), method=mulan.MuLan.embed_audio)
+    codebooks, codes = done["rvq"]["codebooks"], use(done, embedding, method=mulan.MuLan.quantize)
     np.testing.assert_allclose(codebooks, rvq.fit(jax.random.key(0), embedding, 2, 4), atol=1e-5)
     assert codes.shape == (8, 2) and len(np.unique(codes[:, 0])) == 4
     for code in range(4):
@@ -104,15 +104,15 @@ def test_quantizer_is_fitted_to_audio_embeddings(trained):
 def test_clips_and_their_caption_get_one_code(trained):
     """From a start with a clip of each caption: a random one, as of two clips each here, may part a caption's clips."""
     task, done, _, _ = trained
-    embedding = use(done, tones(), method="embed_audio")
+    embedding = use(done, tones(), method=mulan.MuLan.embed_audio)
     start = jnp.stack([embedding[::2], (embedding[::2] - embedding[1::2]) / 2])
     fitted = {**done, "rvq": {"codebooks": rvq.fit(jax.random.key(0), embedding, 2, 4, start)}}
-    codes = use(fitted, embedding, method="quantize")
+    codes = use(fitted, embedding, method=mulan.MuLan.quantize)
     np.testing.assert_array_equal(codes[::2, 0], codes[1::2, 0])
     assert len(np.unique(codes[:, 0])) == 4
     assert mean_square(embedding - rvq.dequantize(fitted["rvq"]["codebooks"], codes)) < 0.05
-    text = use(done, jnp.asarray(task.data.text), method="embed_text")
-    np.testing.assert_array_equal(use(fitted, text, method="quantize")[:, 0], codes[:, 0])
+    text = use(done, jnp.asarray(task.data.text), method=mulan.MuLan.embed_text)
+    np.testing.assert_array_equal(use(fitted, text, method=mulan.MuLan.quantize)[:, 0], codes[:, 0])
 
 
 def test_more_codes_than_clips_is_named(trained):

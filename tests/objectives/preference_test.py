@@ -122,7 +122,7 @@ def test_a_system_stands_for_its_policy(tokens_of, base, tmp_path):
         assert checkpoint.describe(objective) == checkpoint.describe(same)  # a run goes on with either
     checkpoint.save_model(tmp_path / "other", POLICY, {"params": {"w": np.ones(3)}})
     systems.write(system, "musiclm", {"policy": str(tmp_path / "other")}, {"policy": "0" * 64})
-    with pytest.raises(ValueError, match="the part policy in .*other is .*, not 000000000000: restore it"):
+    with pytest.raises(ValueError, match=r"the part policy in .*other is .*, not 000000000000: restore it"):
         objective.start({})
 
 

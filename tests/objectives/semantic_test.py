@@ -79,7 +79,7 @@ def test_learns_and_leaves_the_quantizer_alone(trained):
 def test_statistics_are_those_of_the_first_batch(trained):
     _, before, _, _, _ = trained
     use = jax.jit(semantic.SemanticEncoder(CONFIG).apply, static_argnames="method")
-    mels = use(before, tones(4), method="log_mels")
+    mels = use(before, tones(4), method=semantic.SemanticEncoder.log_mels)
     np.testing.assert_allclose(before["statistics"]["mean"], np.mean(mels, axis=(0, 1)), atol=1e-5)
     np.testing.assert_allclose(before["statistics"]["std"], np.maximum(np.std(mels, axis=(0, 1)), 0.1), rtol=1e-4)
 
@@ -114,10 +114,10 @@ def test_finish_clusters_standardised_features(finished):
     done, printed = finished
     module = semantic.SemanticEncoder(CONFIG)
     use = jax.jit(module.apply, static_argnames="method")
-    features = np.asarray(use(done, tones(8), method="features")).reshape(-1, 16)
+    features = np.asarray(use(done, tones(8), method=semantic.SemanticEncoder.features)).reshape(-1, 16)
     np.testing.assert_allclose(done["kmeans"]["mean"], features.mean(0), atol=1e-4)
     np.testing.assert_allclose(done["kmeans"]["std"], features.std(0), rtol=1e-3, atol=1e-4)
-    tokens = np.asarray(use(done, tones(8), method="tokens")).reshape(-1)
+    tokens = np.asarray(use(done, tones(8), method=semantic.SemanticEncoder.tokens)).reshape(-1)
     assert set(tokens) == {0, 1, 2, 3}
     standard = (features - features.mean(0)) / features.std(0)
     for code in range(4):
@@ -148,7 +148,7 @@ def test_evaluation_reports_the_use_of_tokens(trained, finished):
     state = {name: value for name, value in done.items() if name != "params"}
     batch = {"audio": jnp.asarray(tones(8)[2:6])}
     metrics = jax.jit(task.evaluate)(done["params"], state, {}, batch, jax.random.key(0))
-    tokens = semantic.SemanticEncoder(CONFIG).apply(done, batch["audio"], method="tokens")
+    tokens = semantic.SemanticEncoder(CONFIG).apply(done, batch["audio"], method=semantic.SemanticEncoder.tokens)
     share = np.bincount(np.asarray(tokens).reshape(-1), minlength=4) / 100
     np.testing.assert_allclose(metrics["token_perplexity"], np.exp(scipy.stats.entropy(share)), rtol=1e-5)
     _, (_, loss_metrics) = jax.jit(task.loss)(done["params"], state, {}, batch, jax.random.key(0))
@@ -171,8 +171,9 @@ def test_without_standardisation_the_target_codebook_collapses():
 
     @jax.jit
     def used(variables):
-        stacked = module.apply(variables, wav, method="stacked")
-        return rvq.perplexity(module.apply(variables, stacked, method="targets")[..., None], 64)[0]
+        stacked = module.apply(variables, wav, method=semantic.SemanticEncoder.stacked)
+        targets = module.apply(variables, stacked, method=semantic.SemanticEncoder.targets)
+        return rvq.perplexity(targets[..., None], 64)[0]
 
     raw = {"mean": jnp.zeros(16), "std": jnp.ones(16)}
     assert used(variables) > 3 * used(variables | {"statistics": raw})
