@@ -14,7 +14,6 @@ import numpy as np
 
 from musicrl_jax.arena.audience import Audience, Hearing
 from musicrl_jax.core import checkpoint
-from musicrl_jax.core.statistics import over_optimised
 from musicrl_jax.inputs.prompts import Prompts
 
 LOOKS = "looks"  # in a run's folder: the policies that the judge looked at, until one is kept
@@ -154,6 +153,44 @@ class Judge:
         if self.kept is not None:
             described["kl"] = {0: 0.0, **{step: kl for step, kl, *_ in self.looks}}[self.kept]
         return described
+
+
+def over_optimised(distances: np.ndarray, gains: np.ndarray, errors: np.ndarray, z: float = 3.0) -> float | None:
+    """Where a held-out judge's score has passed its peak: the alarm against over-optimisation of a reward.
+
+    A judge that the policy does not learn from rises and then falls as the policy moves away from its base; over the
+    distance d = sqrt(KL) it follows d (alpha - beta d) closely (2210.10760, section 3.3). That curve, fitted to what
+    was seen so far by weighted least squares, says where the peak is. Whether there is one it does not decide, for it
+    would find one in a judge that only levels off: the alarm goes off where the newest quarter of the points lies
+    below the quarter nearest to the peak by `z` standard errors.
+
+    Args:
+      distances: f64 [n], n >= 3, of the checkpoints seen so far, the newest last; above 0.
+      gains: f64 [n], the judge's mean score of each less that of the base.
+      errors: f64 [n], their standard errors; above 0.
+      z: how sure to be.
+
+    Returns:
+      The distance of the peak, 0 where the base is best, or None where there is no alarm.
+    """
+    design = np.stack([distances, -np.square(distances)], axis=1) / errors[:, None]
+    alpha, beta = np.linalg.lstsq(design, gains / errors)[0]
+    weights = 1 / np.square(errors)
+    size = max(len(distances) // 4, 2)
+    late = np.arange(len(distances))[-size:]
+    last = np.average(gains[late], weights=weights[late])
+    if alpha <= 0:  # down from the start: the peak is the base
+        # All gains are over the same clips of the base, whose error no number of looks averages out.
+        return 0.0 if -last > z * errors[late].min() else None
+    if beta <= 0 or alpha / (2 * beta) >= distances[-1]:
+        return None
+    peak = alpha / (2 * beta)
+    near = np.argsort(np.abs(distances - peak), kind="stable")[:size]
+    if set(near) & set(late):
+        return None
+    fall = np.average(gains[near], weights=weights[near]) - last
+    error = np.sqrt(1 / weights[near].sum() + 1 / weights[late].sum())
+    return float(peak) if fall > z * error else None
 
 
 def forget(directory: Path) -> None:

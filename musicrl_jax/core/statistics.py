@@ -103,15 +103,6 @@ def ratio_interval(
     return {"mean": float(ratio), "low": float(low), "high": float(high)}
 
 
-def calibration_error(chances: np.ndarray, outcomes: np.ndarray, bins: int = 10) -> float:
-    """Expected calibration error: how far the mean of foretold chances f64 [n] is from that of what came, f64 [n] in
-    [0, 1], averaged over `bins` bins of equal size, by chance; values with the same chance fall into one bin."""
-    _, place = np.unique(chances, return_inverse=True)
-    ranks = np.cumsum(np.bincount(place)) - np.bincount(place)  # of the first value at each level
-    bin_of = (ranks * bins // len(chances))[place]
-    return float(sum(abs(np.sum((chances - outcomes)[bin_of == b])) for b in range(bins)) / len(chances))
-
-
 def frechet_distance(first: np.ndarray, second: np.ndarray) -> float:
     """Frechet distance of Gaussians fitted to points [n, D] and [m, D]: |mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^1/2).
 
@@ -129,41 +120,3 @@ def frechet_distance(first: np.ndarray, second: np.ndarray) -> float:
 def mean_pairwise_distance(points: np.ndarray) -> float:
     """Mean Euclidean distance over all pairs of different rows of [n, D]: 0 where all clips are alike."""
     return float(scipy.spatial.distance.pdist(points).mean())
-
-
-def over_optimised(distances: np.ndarray, gains: np.ndarray, errors: np.ndarray, z: float = 3.0) -> float | None:
-    """Where a held-out judge's score has passed its peak: the alarm against over-optimisation of a reward.
-
-    A judge that the policy does not learn from rises and then falls as the policy moves away from its base; over the
-    distance d = sqrt(KL) it follows d (alpha - beta d) closely (2210.10760, section 3.3). That curve, fitted to what
-    was seen so far by weighted least squares, says where the peak is. Whether there is one it does not decide, for it
-    would find one in a judge that only levels off: the alarm goes off where the newest quarter of the points lies
-    below the quarter nearest to the peak by `z` standard errors.
-
-    Args:
-      distances: f64 [n], n >= 3, of the checkpoints seen so far, the newest last; above 0.
-      gains: f64 [n], the judge's mean score of each less that of the base.
-      errors: f64 [n], their standard errors; above 0.
-      z: how sure to be.
-
-    Returns:
-      The distance of the peak, 0 where the base is best, or None where there is no alarm.
-    """
-    design = np.stack([distances, -np.square(distances)], axis=1) / errors[:, None]
-    alpha, beta = np.linalg.lstsq(design, gains / errors)[0]
-    weights = 1 / np.square(errors)
-    size = max(len(distances) // 4, 2)
-    late = np.arange(len(distances))[-size:]
-    last = np.average(gains[late], weights=weights[late])
-    if alpha <= 0:  # down from the start: the peak is the base
-        # All gains are over the same clips of the base, whose error no number of looks averages out.
-        return 0.0 if -last > z * errors[late].min() else None
-    if beta <= 0 or alpha / (2 * beta) >= distances[-1]:
-        return None
-    peak = alpha / (2 * beta)
-    near = np.argsort(np.abs(distances - peak), kind="stable")[:size]
-    if set(near) & set(late):
-        return None
-    fall = np.average(gains[near], weights=weights[near]) - last
-    error = np.sqrt(1 / weights[near].sum() + 1 / weights[late].sum())
-    return float(peak) if fall > z * error else None

@@ -26,7 +26,7 @@ from scipy.special import expit
 
 from musicrl_jax.core import checkpoint
 from musicrl_jax.core.files import read_json
-from musicrl_jax.core.statistics import LEAST_INTERVAL, calibration_error, mean_interval, printed, too_small
+from musicrl_jax.core.statistics import LEAST_INTERVAL, mean_interval, printed, too_small
 from musicrl_jax.inputs import pieces, tokens
 from musicrl_jax.inputs.clips import Clips
 from musicrl_jax.inputs.votes import CHOICES, Votes
@@ -91,6 +91,15 @@ def model_margin(folder: Path, votes: Votes, crop: float) -> Callable[[Pairs], n
     margin = jax.jit(objective.margin)
     params = model.variables["params"]
     return lambda pairs: in_batches(lambda batch, _, number: margin(params, batch, jax.random.key(number)), pairs)
+
+
+def calibration_error(chances: np.ndarray, outcomes: np.ndarray, bins: int = 10) -> float:
+    """Expected calibration error: how far the mean of foretold chances f64 [n] is from that of what came, f64 [n] in
+    [0, 1], averaged over `bins` bins of equal size, by chance; values with the same chance fall into one bin."""
+    _, place = np.unique(chances, return_inverse=True)
+    ranks = np.cumsum(np.bincount(place)) - np.bincount(place)  # of the first value at each level
+    bin_of = (ranks * bins // len(chances))[place]
+    return float(sum(abs(np.sum((chances - outcomes)[bin_of == b])) for b in range(bins)) / len(chances))
 
 
 def reward_margins(run: Path) -> Callable[[Pairs], dict[str, np.ndarray]]:
