@@ -198,14 +198,14 @@ def unpack(
     index = _index(source)
     if unknown := set(changed) - index.keys():
         raise ValueError(f"unpack.changed: {min(unknown)!r} is none of {', '.join(index)}")
-    for name, told in index.items():
+    for name, entry in index.items():
         hosts.stop_point()
         folder, other = Path(out) / name, name in changed
         model = load(source, name, fetched, other) if other else None
-        wanted = model.hash if other else told["hash"]
+        wanted = model.hash if other else entry["hash"]
         if checkpoint.has_model(folder):
-            if (found := checkpoint.model_hash(folder)) != wanted:
-                raise ValueError(f"{folder} holds model {found[:12]}, not {wanted[:12]}: unpack elsewhere")
+            if (digest := checkpoint.model_hash(folder)) != wanted:
+                raise ValueError(f"{folder} holds model {digest[:12]}, not {wanted[:12]}: unpack elsewhere")
             print(f"{folder}: unpacked already")
             continue
         model = model or load(source, name, fetched)
@@ -217,8 +217,8 @@ def load(
     source: str, name: str, fetched: FetchedTowers = NOT_FETCHED, changed: bool = False
 ) -> checkpoint.Model:
     """Reads one model of a pack; errors are those of `unpack`, and `changed` says whether it names this model."""
-    told = _index(source)[name]
-    config, arrays, assets = _read(Path(source) / f"{name}.safetensors", told, changed)
+    entry = _index(source)[name]
+    config, arrays, assets = _read(Path(source) / f"{name}.safetensors", entry, changed)
     if without_towers(config, arrays):
         if not (fetched.audio_weights and fetched.text_weights and fetched.vocabulary):
             raise ValueError(f"{source}: {name} needs its pretrained towers and their vocabulary: `musicrl fetch`")
@@ -228,13 +228,13 @@ def load(
         variables = _restored(arrays)
     except ValueError as error:
         raise ValueError(f"{source}: {name}: {error}") from error
-    found = checkpoint.content_hash(variables)
-    if found != told["hash"] and not changed:
+    digest = checkpoint.content_hash(variables)
+    if digest != entry["hash"] and not changed:
         raise ValueError(
-            f"{source}: {name} comes to {found[:12]}, not {told['hash'][:12]}: its towers are not those that it was "
+            f"{source}: {name} comes to {digest[:12]}, not {entry['hash'][:12]}: its towers are not those that it was "
             "packed without"
         )
-    return checkpoint.Model(config, variables, found, assets)
+    return checkpoint.Model(config, variables, digest, assets)
 
 
 def _index(source: str) -> dict[str, dict[str, Any]]:
@@ -243,9 +243,9 @@ def _index(source: str) -> dict[str, dict[str, Any]]:
         raise FileNotFoundError(f"source={source!r} has no {INDEX}: name a folder that `musicrl pack` wrote")
     described = {"kind": str, "sha256": str, "hash": str, "header?": str}
     index = read_json(path, {str: described}, RESTORE)
-    for name, told in index.items():
+    for name, entry in index.items():
         checkpoint.check_name(name, str(path))
-        config_class(told["kind"], f"{path}: {name}")
+        config_class(entry["kind"], f"{path}: {name}")
     return index
 
 
@@ -257,14 +257,14 @@ def _load(folder: str) -> checkpoint.Model:
     return checkpoint.load_model(folder, config_class(kind, str(path.parent)))
 
 
-def _read(path: Path, told: Mapping[str, Any], changed: bool) -> tuple[Any, dict[str, np.ndarray], dict[str, bytes]]:
+def _read(path: Path, entry: Mapping[str, Any], changed: bool) -> tuple[Any, dict[str, np.ndarray], dict[str, bytes]]:
     """(config, arrays, assets) of a packed model."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: restore the pack")
-    if not changed and (found := hashlib.sha256(path.read_bytes()).hexdigest()) != told["sha256"]:
+    if not changed and (digest := hashlib.sha256(path.read_bytes()).hexdigest()) != entry["sha256"]:
         raise ValueError(
-            f"{path} has the sha256 {found[:12]}, not {told['sha256'][:12]}: if it is damaged, restore it; if someone "
-            "wrote other weights into it, name it in unpack.changed"
+            f"{path} has the sha256 {digest[:12]}, not {entry['sha256'][:12]}: if it is damaged, restore it; if "
+            "someone wrote other weights into it, name it in unpack.changed"
         )
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
@@ -278,12 +278,12 @@ def _read(path: Path, told: Mapping[str, Any], changed: bool) -> tuple[Any, dict
         raise ValueError(f"{path} is of format {header.get('format')!r}, not {FORMAT!r}: pack it with this version")
     header = json_from(written.encode(), where, HEADER_KIND, RESTORE)
     if changed:
-        if "header" not in told:
+        if "header" not in entry:
             raise ValueError(f"{path} was packed by an older version: pack its model again, and change that")
-        if hashlib.sha256(written.encode()).hexdigest() != told["header"]:
+        if hashlib.sha256(written.encode()).hexdigest() != entry["header"]:
             raise ValueError(f"{path} has another header than it was packed with: write its metadata as they were")
         _check_changed(path, arrays, header["shapes"], header.get("orders", {}))
-    config = checkpoint.config_from_json(config_class(told["kind"], str(path)), header["config"], str(path))
+    config = checkpoint.config_from_json(config_class(entry["kind"], str(path)), header["config"], str(path))
     assets = {}
     for name, content in header["assets"].items():
         try:
@@ -350,8 +350,8 @@ def _rounded(array: np.ndarray) -> np.ndarray:
 
 def _flat(tree: Any) -> dict[str, np.ndarray]:
     """Every array by its path."""
-    found = jax.tree_util.tree_leaves_with_path(tree)
-    return {"/".join(str(key.key) for key in path): np.asarray(leaf) for path, leaf in found}
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {"/".join(str(key.key) for key in path): np.asarray(leaf) for path, leaf in leaves}
 
 
 def _restored(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
