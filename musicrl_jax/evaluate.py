@@ -299,7 +299,7 @@ class _Bench:
         self.system: MusicSystem = base.system.tuned(platform)
         self.prompts, self._config = prompts, config
         self._base, self._mixture, self._hearing = base, mixture, hearing
-        rows = sharding.whole_shards(mesh, config.batch_size)
+        rows = sharding.round_up_rows(mesh, config.batch_size)
         self._player = Player(
             self.system, mesh, rows, config.clip_seconds, config.sampling, mixture=mixture
         )

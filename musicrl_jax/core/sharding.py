@@ -116,13 +116,13 @@ def own_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
     return np.unique(np.concatenate([np.arange(batch_size)[index] for index in held]))
 
 
-def whole_shards(mesh: Mesh, rows: int) -> int:
+def round_up_rows(mesh: Mesh, rows: int) -> int:
     """Returns the least number of rows, from `rows` up, that divides among the data shards."""
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     return -(-rows // shards) * shards
 
 
-def held_rows(array: jax.Array) -> np.ndarray:
+def local_rows(array: jax.Array) -> np.ndarray:
     """Returns the rows of a batch that this process's devices hold, in the order of `own_rows`."""
     shards = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
     return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])

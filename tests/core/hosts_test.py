@@ -24,6 +24,7 @@ def test_who_is_alone_is_the_first_and_waits_for_no_one():
         return a + b
 
     assert work(1) == 3 and list(inspect.signature(work).parameters) == ["a", "b"]
+    assert hosts.first_decides(lambda: True) is True and hosts.first_decides(lambda: False) is False
     with hosts.stopping_together() as stopping:
         assert not stopping()  # nobody told this process to stop
     assert hosts.Preempted("told").code == hosts.AGAIN == 75

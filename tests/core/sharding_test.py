@@ -40,6 +40,24 @@ def test_every_row_of_a_batch_lies_where_its_number_says(fsdp, tensor):
         sharding.own_rows(sharding.make_mesh(2, 1), 7)
 
 
+@pytest.mark.parametrize(("devices", "rows", "up"), [(8, 8, 8), (8, 9, 16), (3, 8, 9), (1, 7, 7)])
+def test_rows_are_rounded_up_to_the_devices(devices, rows, up):
+    mesh = sharding.make_mesh(devices=jax.devices()[:devices])
+    assert sharding.round_up_rows(mesh, rows) == up
+    sharding.rows_a_shard(mesh, up)
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32, np.int64])
+def test_rows_that_hosts_computed_come_back_to_the_bit(dtype):
+    mesh = sharding.make_mesh(2, 2)  # two devices hold the same rows
+    x = (np.random.default_rng(0).normal(size=(8, 3)) * 1e9).astype(dtype)
+    placed = sharding.put_batch(mesh, {"x": np.arange(16).reshape(8, 2)})["x"]
+    np.testing.assert_array_equal(sharding.local_rows(placed), np.arange(16).reshape(8, 2))
+    whole = sharding.gather_rows(mesh, x[sharding.own_rows(mesh, 8)], 8)
+    assert whole.dtype == dtype
+    np.testing.assert_array_equal(whole, x)
+
+
 def test_a_host_of_several_puts_the_rows_that_it_has(monkeypatch):
     """As where another process holds the second half of the devices: only its own rows are asked of it."""
     mesh = sharding.make_mesh(2, 2)
