@@ -4,6 +4,9 @@ A token folder holds a TFDS data set a split (`train/`, in ArrayRecord shards) a
 hashes of the models that wrote the tokens, their layout, the data that was read, and the number and the hash of
 the examples of every split that is complete. A split that the manifest does not count is not there.
 
+An example is a clip's `id` and `caption` and the system's arrays of tokens, each of one shape in a split: of a
+MusicLM `semantic` i32 [F], `acoustic` i32 [T, Q] and `mulan` i32 [M].
+
 Legend: B clips, F policy frames, T codec frames, Q codec levels, M MuLan levels.
 """
 
@@ -39,7 +42,7 @@ MANIFEST_KIND = {
     "counts": {str: int},
     "content?": {str: str},
 }
-FIELDS = {"semantic": 1, "acoustic": 2, "mulan": 1}  # the rank of each token field of an example
+TEXTS = ("id", "caption")  # of an example, beside its tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +68,7 @@ class Tokens:
         epochs: int | None = None,
         rows: np.ndarray | None = None,
     ) -> Iterator[dict[str, np.ndarray]]:
-        """{'semantic': i32 [B, F], 'acoustic': i32 [B, T, Q], 'mulan': i32 [B, M]}, in a fixed order.
+        """Yields the arrays of tokens, i32 [B, ...] by name, in a fixed order.
 
         A batch is a pure function of (seed, step). Endless, every batch full, where `epochs` is None; else
         that many passes, the last batch perhaps smaller. Raises FileNotFoundError or ValueError, before the
@@ -80,10 +83,11 @@ class Tokens:
                 f"{self.directory}: lower it, or encode more clips"
             )
         records, spec = read(self.directory, split)
-        source = tasks.RecordSource({split: records}, {name: spec[name] for name in FIELDS})
-        features = {name: tasks.number_feature(np.int32, rank) for name, rank in FIELDS.items()}
+        spec = token_spec(spec)
+        source = tasks.RecordSource({split: records}, spec)
+        features = {name: tasks.number_feature(np.int32, each.shape.rank) for name, each in spec.items()}
         task = tasks.register("tokens", source, [], features)
-        length = {name: spec[name].shape[0] for name in FIELDS}
+        length = {name: each.shape[0] for name, each in spec.items()}
         return tasks.batches([(task, 1.0)], split, length, batch_size, seed, start_step, epochs, rows)
 
     def layout(self) -> dict[str, int]:
@@ -149,6 +153,11 @@ def read(directory: str, split: str) -> tuple[Records, dict[str, "tf.TensorSpec"
     return builder.as_data_source(split), builder.info.features.get_tensor_spec()
 
 
+def token_spec(spec: Mapping[str, "tf.TensorSpec"]) -> dict[str, "tf.TensorSpec"]:
+    """Returns the specs of the arrays of tokens among those of `read`."""
+    return {name: each for name, each in spec.items() if name not in TEXTS and each.dtype.is_integer}
+
+
 def complete(
     directory: str, split: str, models: Mapping[str, str], layout: Mapping[str, Any], data: Mapping[str, Any]
 ) -> bool:
@@ -167,7 +176,6 @@ def write_tokens(
 ) -> int:
     """Writes a split's examples, and then counts it in the manifest; the number of examples.
 
-    An example is semantic i32 [F], acoustic i32 [T, Q], mulan i32 [M], id and caption, shapes equal in all.
     `data` says, as JSON, what the examples were read from. What stood there for the split is replaced; splits
     that other models or another layout wrote no longer count. A write that is cut off leaves no split. Raises
     OSError where the disk is full, and ValueError where there are no examples, one is no array of codes of the
@@ -211,16 +219,18 @@ def _write_shards(
     from musicrl_jax.inputs.libraries import tensorflow_datasets as tfds
 
     folder.mkdir()
-    arrays = {
-        name: tfds.features.Tensor(shape=np.shape(first[name]), dtype=np.int32, encoding="bytes") for name in FIELDS
-    }
+    shapes = {name: np.shape(value) for name, value in first.items() if name not in TEXTS}
+    features = {name: tfds.features.Text() for name in TEXTS}
+    for name, shape in shapes.items():
+        features[name] = tfds.features.Tensor(shape=shape, dtype=np.int32, encoding="bytes")
     info = tfds.core.DatasetInfo(
         builder=tfds.core.DatasetIdentity("tokens", tfds.core.Version(SCHEMA), str(folder), module_name=__name__),
-        features=tfds.features.FeaturesDict({**arrays, "id": tfds.features.Text(), "caption": tfds.features.Text()}),
+        features=tfds.features.FeaturesDict(features),
     )
     writer = tfds.core.SequentialWriter(info, examples_per_shard, file_format="array_record")
     writer.initialize_splits([split])
-    checked, count, digest = _checked(first, rest), 0, content.ContentHash()
+    examples = itertools.chain([first], rest)
+    checked, count, digest = _checked(examples, shapes), 0, content.ContentHash()
     # Each call writes the metadata anew, so examples are handed over by the shard.
     while shard := list(itertools.islice(checked, examples_per_shard)):
         writer.add_examples({split: shard})
@@ -231,19 +241,20 @@ def _write_shards(
     return count, digest.hexdigest()
 
 
-def _checked(first: Mapping, rest: Iterator[Mapping]) -> Iterator[dict[str, Any]]:
-    for example in itertools.chain([first], rest):
-        codes = {name: np.asarray(example[name]) for name in FIELDS}
+def _checked(
+    examples: Iterable[Mapping[str, Any]], shapes: Mapping[str, tuple[int, ...]]
+) -> Iterator[dict[str, Any]]:
+    """Yields the examples with int32 tokens; ValueError for arrays that are no codes of these shapes."""
+    for example in examples:
+        codes = {name: np.asarray(example[name]) for name in shapes}
         for name, array in codes.items():
-            if not np.issubdtype(array.dtype, np.integer) or array.min() < 0 or array.shape != np.shape(first[name]):
+            if not np.issubdtype(array.dtype, np.integer) or array.min() < 0 or array.shape != shapes[name]:
                 raise ValueError(
-                    f"{name} of clip {example['id']!r} must be codes of shape {np.shape(first[name])}, from 0 up; "
+                    f"{name} of clip {example['id']!r} must be codes of shape {shapes[name]}, from 0 up; "
                     f"it is {array.dtype} {array.shape}"
                 )
-        yield {name: array.astype(np.int32) for name, array in codes.items()} | {
-            "id": example["id"],
-            "caption": example["caption"],
-        }
+        texts = {name: example[name] for name in TEXTS}
+        yield {name: array.astype(np.int32) for name, array in codes.items()} | texts
 
 
 def _manifest(

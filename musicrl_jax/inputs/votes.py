@@ -7,13 +7,13 @@ and `votes.jsonl`, a line a vote:
 `a` and `b` are ids of clips in the token folder; `vote` is "a", "b", "tie" or "abstain". As in MusicRL, a vote counts
 only where both clips were heard; abstentions do not count, a tie is half a vote for each.
 
-Legend: B votes, F frames, T codec frames, Q codec levels, M MuLan levels.
+Legend: B votes.
 """
 
 import dataclasses
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,7 +23,7 @@ from musicrl_jax.core import tables
 from musicrl_jax.core.checkpoint import PATH
 from musicrl_jax.core.files import read_json, set_aside, write_text
 from musicrl_jax.inputs.records import Records
-from musicrl_jax.inputs.tokens import VOTES, Tokens, read
+from musicrl_jax.inputs.tokens import VOTES, Tokens, read, token_spec
 
 if TYPE_CHECKING:
     import tensorflow as tf
@@ -33,7 +33,7 @@ SIMULATED = "simulated listener"  # how the name of each begins
 CHOICES = {"a": 1.0, "b": 0.0, "tie": 0.5}  # the share of the vote that clip a gets
 ABSTAINED = "abstain"
 FIELDS = {"prompt": str, "a": str, "b": str, "vote": str, "listener": str, "heard": list}
-PAIRED = {"semantic": 1, "acoustic": 2}  # the rank of each token field, before two clips are stacked
+OF_THE_PROMPT = ("mulan",)  # arrays of tokens that both clips share; those of all others are stacked
 
 
 class Vote(NamedTuple):
@@ -74,7 +74,7 @@ class Votes:
         epochs: int | None = None,
         rows: np.ndarray | None = None,
     ) -> Iterator[dict[str, np.ndarray]]:
-        """{'semantic': i32 [B, 2, F], 'acoustic': i32 [B, 2, T, Q], 'mulan': i32 [B, M], 'vote': f32 [B]}.
+        """Yields arrays of tokens, i32 [B, 2, ...] by name, or [B, ...] if both clips share them, and 'vote', f32 [B].
 
         'vote' is the share of the first clip. Otherwise as `Tokens.batches`; ValueError, naming the line, where a vote
         is damaged or its clips are missing.
@@ -88,12 +88,11 @@ class Votes:
                 "lower it, or collect more"
             )
         source = tasks.RecordSource({split: pairs}, spec)
-        features = {name: tasks.number_feature(np.int32, rank + 1) for name, rank in PAIRED.items()} | {
-            "mulan": tasks.number_feature(np.int32, 1),
-            "vote": tasks.number_feature(np.float32, 0),
+        features = {
+            name: tasks.number_feature(each.dtype.as_numpy_dtype, each.shape.rank) for name, each in spec.items()
         }
         task = tasks.register("votes", source, [], features)
-        length = {name: spec[name].shape[0] for name in features if spec[name].shape.rank}
+        length = {name: each.shape[0] for name, each in spec.items() if each.shape.rank}
         return tasks.batches([(task, 1.0)], split, length, batch_size, seed, start_step, epochs, rows)
 
     def layout(self) -> dict[str, int]:
@@ -139,14 +138,18 @@ class Votes:
         from musicrl_jax.inputs import tasks
 
         places = self._places(split)
-        pairs = _Pairs(read(self.directory, split)[0])
+        clips, spec = read(self.directory, split)
+        spec = token_spec(spec)
+        pairs = _Pairs(clips, list(spec))
         for vote in self.votes(split):
             if vote.b not in places:
                 raise self._error(vote, "b", f"in split {split!r}")
             pairs.append((places[vote.a], places[vote.b], CHOICES[vote.vote]))
-        spec = read(self.directory, split)[1]
-        paired = {name: tasks.spec([2, *spec[name].shape], np.int32) for name in PAIRED}
-        return pairs, {**paired, "mulan": spec["mulan"], "vote": tasks.spec([], np.float32)}
+        paired = {
+            name: each if name in OF_THE_PROMPT else tasks.spec([2, *each.shape], np.int32)
+            for name, each in spec.items()
+        }
+        return pairs, {**paired, "vote": tasks.spec([], np.float32)}
 
 
 class _VotedTokens(Tokens):
@@ -158,17 +161,21 @@ class _VotedTokens(Tokens):
 class _Pairs(list):
     """(number of clip a, number of clip b, share of a) as records."""
 
-    def __init__(self, clips: Records):
+    def __init__(self, clips: Records, names: Sequence[str]):
+        """Clips as records, and the names of their arrays of tokens."""
         super().__init__()
-        self._clips = clips
+        self._clips, self._names = clips, names
 
     def __getitems__(self, indices: list[int]) -> list[Mapping[str, Any]]:
         chosen = [self[i] for i in indices]
-        found = self._clips.__getitems__([number for a, b, _ in chosen for number in (a, b)])
-        return [
-            {name: np.stack([a[name], b[name]]) for name in PAIRED} | {"mulan": a["mulan"], "vote": np.float32(share)}
-            for a, b, (_, _, share) in zip(found[::2], found[1::2], chosen, strict=True)
-        ]
+        clips = self._clips.__getitems__([number for a, b, _ in chosen for number in (a, b)])
+        records = []
+        for a, b, (_, _, share) in zip(clips[::2], clips[1::2], chosen, strict=True):
+            record = {
+                name: a[name] if name in OF_THE_PROMPT else np.stack([a[name], b[name]]) for name in self._names
+            }
+            records.append({**record, "vote": np.float32(share)})
+        return records
 
 
 def read_votes(directory: str) -> list[Vote]:

@@ -17,6 +17,7 @@ from musicrl_jax.inputs.tokens import Tokens, write_tokens
 
 MODELS = {"mulan": "aa11", "semantic": "bb22", "codec": "cc33"}
 LAYOUT = {"semantic_codes": 64, "acoustic_codes": 1024, "levels": (4, 8)}
+FIELDS = "semantic", "acoustic", "mulan"
 DATA = {"datasets": {"score_clips/tiny": 1.0}, "crop_seconds": None}
 
 
@@ -45,7 +46,7 @@ def test_what_is_written_is_read(folder):
     assert len(list((Path(folder) / "train").glob("*array_record*"))) == 3
     for record, example in zip(records, examples(11), strict=True):
         assert (record["id"].decode(), record["caption"].decode()) == (example["id"], example["caption"])
-        for name in tokens.FIELDS:
+        for name in FIELDS:
             np.testing.assert_array_equal(record[name], example[name])
 
 
@@ -57,8 +58,8 @@ def test_batches_hold_every_example_once_an_epoch_and_resume(folder):
     assert [len(batch["semantic"]) for batch in batches] == [4, 4, 3]
     seen = set()
     for batch in batches:
-        assert set(batch) == set(tokens.FIELDS) and {a.dtype for a in batch.values()} == {np.dtype(np.int32)}
-        for semantic, acoustic, mulan in zip(*(batch[name] for name in tokens.FIELDS), strict=True):
+        assert set(batch) == set(FIELDS) and {a.dtype for a in batch.values()} == {np.dtype(np.int32)}
+        for semantic, acoustic, mulan in zip(*(batch[name] for name in FIELDS), strict=True):
             key = semantic.astype(np.int64).tobytes()
             seen.add(key)
             np.testing.assert_array_equal(acoustic, written[key]["acoustic"])
@@ -68,6 +69,20 @@ def test_batches_hold_every_example_once_an_epoch_and_resume(folder):
     for one, other in zip(itertools.islice(data.batches("train", 4, seed=5, start_step=6), 3), walk[6:], strict=True):
         for name in one:
             np.testing.assert_array_equal(one[name], other[name])
+
+
+def test_arrays_of_any_name_and_rank_are_written_and_read(tmp_path):
+    """As another system's: their names and shapes stand with the data alone."""
+    rng = np.random.default_rng(0)
+    written = []
+    for i in range(5):
+        codes = rng.integers(0, 9, (3, 2, 2))
+        written.append({"id": f"{i}", "caption": "", "tokens": codes, "style": np.array([i])})
+    write_tokens(str(tmp_path), "train", written, {}, {"codes": 9}, {})
+    (batch,) = Tokens(str(tmp_path)).batches("train", 8, seed=0, epochs=1)
+    assert set(batch) == {"tokens", "style"} and batch["tokens"].dtype == np.int32
+    for codes, style in zip(batch["tokens"], batch["style"][:, 0], strict=True):
+        np.testing.assert_array_equal(codes, written[style]["tokens"])
 
 
 @pytest.mark.parametrize("name", sorted(MODELS))
@@ -88,7 +103,7 @@ def digest(written):
     """The hash of examples, made from their arrays alone."""
     made = content.ContentHash()
     for example in written:
-        arrays = {name: np.asarray(example[name], np.int32) for name in tokens.FIELDS}
+        arrays = {name: np.asarray(example[name], np.int32) for name in FIELDS}
         made.add(content.of_arrays({**arrays, "id": example["id"], "caption": example["caption"]}))
     return made.hexdigest()
 

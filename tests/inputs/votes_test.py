@@ -59,6 +59,16 @@ def test_votes_that_count_come_with_both_clips(folder):
                 np.testing.assert_array_equal(batch[name][row, side], expected[name])
 
 
+def test_clips_of_any_system_are_voted_on(tmp_path):
+    clips = [{"id": f"clip-{i}", "caption": "", "tokens": np.full((2, 3), i)} for i in range(4)]
+    write_tokens(str(tmp_path), "train", clips, {}, {}, {})
+    write_votes(str(tmp_path), [vote(0), vote(1, "b")])
+    batch = next(Votes(str(tmp_path)).batches("train", 2, seed=0, epochs=1))
+    assert set(batch) == {"tokens", "vote"} and batch["tokens"].shape == (2, 2, 2, 3)
+    pairs = zip(batch["tokens"][:, :, 0, 0].tolist(), batch["vote"].tolist(), strict=True)
+    assert sorted(pairs) == [([0, 1], 1.0), ([2, 3], 0.0)]
+
+
 @pytest.mark.exactness(20)
 def test_clips_swapped_in_the_file_are_swapped_in_the_batch(folder):
     before = next(Votes(folder).batches("train", 4, seed=3, epochs=1))
