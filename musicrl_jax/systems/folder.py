@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from musicrl_jax.core import checkpoint, hosts
-from musicrl_jax.core.files import read_json, write_json
+from musicrl_jax.core.files import read_json, write_text
 from musicrl_jax.core.manifest import unsealed
 from musicrl_jax.core.run_checkpoints import CHECKPOINTS, RUN
 from musicrl_jax.systems.system import MusicSystem, Tree
@@ -188,6 +188,15 @@ def _policy_alone(folder: str) -> dict[str, Any]:
     return {"kind": "musiclm", "parts": {"policy": {"folder": folder, "hash": ""}}}
 
 
+def encoding_parts(folder: str) -> tuple[str, ...]:
+    """Returns the parts that make tokens from sound; ValueError if the system cannot."""
+    described = describe(folder)
+    kind = described["kind"]
+    if not (parts := system_class(kind, folder).ENCODING):
+        raise ValueError(f"{folder} is of kind {kind!r}, which cannot encode sound: name another system")
+    return parts
+
+
 def describe(folder: str) -> dict[str, Any]:
     """Returns a system.json's content with absolute folders; a policy's folder without one too.
 
@@ -216,10 +225,11 @@ def write(
     kind: str,
     parts: Mapping[str, str],
     hashes: Mapping[str, str] = types.MappingProxyType({}),
-) -> None:
+) -> bool:
     """Writes a system.json that refers to the folders of parts, by relative paths and hashes.
 
-    All hosts call it, or the first alone inside `hosts.first_alone`.
+    All hosts call it, or the first alone inside `hosts.first_alone`. An equal file is left alone;
+    returns whether there was none.
 
     Args:
       folder: of the system.
@@ -238,11 +248,16 @@ def write(
             "hash": hashes.get(name) or checkpoint.model_hash(part),
         }
 
-    def write_file() -> None:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        write_json(Path(folder) / FILE, {"format": FORMAT, "kind": kind, "parts": described})
+    text = json.dumps({"format": FORMAT, "kind": kind, "parts": described}, indent=1) + "\n"
+    path = Path(folder) / FILE
 
-    hosts.first_alone(write_file)()
+    def write_file() -> bool:
+        if path.is_file() and path.read_bytes() == text.encode():
+            return False
+        write_text(path, text)
+        return True
+
+    return hosts.first_decides(write_file)
 
 
 def save_policy(

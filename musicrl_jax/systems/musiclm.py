@@ -39,6 +39,8 @@ from musicrl_jax.systems.system import (
 )
 
 VOCABULARY = "vocabulary"  # MuLan's asset: what reads texts
+# The parts that say what tokens mean, by the names under which data sets and lineages record them.
+TOKENIZERS = {"codec": "soundstream", "semantic": "semantic", "mulan": "mulan"}
 LOOPED = ("tpu",)  # platforms on which frozen networks scan over stacked layers
 
 
@@ -173,6 +175,10 @@ class MusicLMSystem(MusicSystem):
             mulan = self.configs["mulan"]
             layout |= {"mulan_levels": mulan.levels, "mulan_codes": mulan.codes}
         return layout
+
+    def data_models(self, hashes: Mapping[str, str]) -> dict[str, str]:
+        """Returns the hashes of codec, semantic encoder and MuLan, those that are there."""
+        return {name: hashes[part] for name, part in TOKENIZERS.items() if part in hashes}
 
     # --- text ---
 

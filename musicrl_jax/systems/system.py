@@ -195,6 +195,14 @@ class MusicSystem(abc.ABC):
         """Returns the sizes that a data set of tokens has to share, by name."""
         return {}
 
+    def data_models(self, hashes: Mapping[str, str]) -> dict[str, str]:
+        """Returns the hashes that a data set of tokens records of its models, by name.
+
+        Args:
+          hashes: of the parts.
+        """
+        return {name: part for name, part in hashes.items() if name != "policy"}
+
     # --- text ---
 
     @abc.abstractmethod
