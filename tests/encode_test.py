@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from musicrl_jax.core import checkpoint
+from musicrl_jax.assemble import assemble
+from musicrl_jax.core import checkpoint, sharding
 from musicrl_jax.encode import encode
 from musicrl_jax.inputs.tokens import read, read_manifest
 from musicrl_jax.models.bert import BertConfig
@@ -17,6 +18,8 @@ from musicrl_jax.models.resnet import ResNetConfig
 from musicrl_jax.models.rewards import Quality, QualityConfig
 from musicrl_jax.models.semantic import SemanticConfig, SemanticEncoder
 from musicrl_jax.models.soundstream import SoundStream, SoundStreamConfig
+from musicrl_jax.systems import tiny
+from musicrl_jax.systems.musiclm import VOCABULARY
 
 RATE_HZ = 16000
 FRAME = 640  # samples in a policy frame, 40 ms
@@ -149,31 +152,97 @@ class SomeClips:
 
 
 def save(folder, variables):
-    """The folders of the three models, as `encode` takes them."""
-    modules = {"codec": CODEC, "semantic": SEMANTIC, "mulan": MULAN}
+    """Folder of the system of the three models."""
+    modules = {"soundstream": CODEC, "semantic": SEMANTIC, "mulan": MULAN}
     for name, module in modules.items():
-        checkpoint.save_model(folder / name, module.config, variables[name])
-    return {name: str(folder / name) for name in modules}
+        assets = {VOCABULARY: b"words"} if name == "mulan" else {}
+        checkpoint.save_model(folder / name, module.config, variables[name], assets)
+    assemble(str(folder / "tokenizer"), {name: str(folder / name) for name in modules})
+    return str(folder / "tokenizer")
 
 
 def test_tokens_are_what_the_models_say_of_each_clip(tmp_path, variables, heard, capsys):
-    """Nine clips in batches of four, the last filled up, against all of them at once."""
-    models = save(tmp_path, variables)
-    encode(SomeClips(), **models, tokens_dir=str(tmp_path / "tokens"), batch_size=4)
+    """Nine clips in batches of four, which become eight on eight devices, against all of them at once on one."""
+    system = save(tmp_path, {**variables, "soundstream": variables["codec"]})
+    encode(SomeClips(), system, str(tmp_path / "tokens"), batch_size=4)
     rows = list(read(str(tmp_path / "tokens"), "test")[0])
     assert [row["id"].decode() for row in rows] == [row["caption"].decode() for row in rows] == list(EXTREMES)
     for name in CODES:
         np.testing.assert_array_equal(np.stack([row[name] for row in rows]), heard[name])
     manifest = read_manifest(str(tmp_path / "tokens"))
-    assert manifest["models"] == {name: checkpoint.model_hash(folder) for name, folder in models.items()}
+    folders = {"codec": "soundstream", "semantic": "semantic", "mulan": "mulan"}
+    assert manifest["models"] == {name: checkpoint.model_hash(tmp_path / part) for name, part in folders.items()}
+    assert manifest["layout"] == {
+        "sample_rate_hz": RATE_HZ,
+        **{"acoustic_levels": 3, "acoustic_codes": 16, "semantic_codes": 12, "mulan_levels": 4, "mulan_codes": 6},
+    }
     assert manifest["counts"] == {"test": 9}
-    encode(SomeClips(), **models, tokens_dir=str(tmp_path / "tokens"), batch_size=4)
+    encode(SomeClips(), system, str(tmp_path / "tokens"), batch_size=4)
     assert "test encoded already" in capsys.readouterr().out
+
+
+@dataclasses.dataclass(frozen=True)
+class Tunes:
+    """Eleven clips of ten tones of the tiny system's."""
+
+    with_captions: bool = False
+
+    def splits(self):
+        return ["train"]
+
+    def count(self, split):
+        return 11
+
+    def batches(self, split, batch_size, seed, epochs):
+        hz = tiny.FIRST_HZ + 100 * np.repeat(tune(), SAMPLES, axis=1)  # [11, N]
+        wav = np.sin(2 * np.pi * hz * np.arange(10 * SAMPLES) / RATE_HZ).astype(np.float32)
+        names = np.array([f"tune {i}" for i in range(11)], object)
+        for at in range(0, 11, batch_size):
+            part = slice(at, at + batch_size)
+            yield {"audio": wav[part], "id": names[part], "caption": names[part]}
+
+
+SAMPLES = 320  # of a tone
+
+
+def tune():
+    return np.random.default_rng(3).integers(0, 6, (11, 10))
+
+
+def tunes_encoded(folder):
+    """Encodes them by three, or as many more as the devices want, and returns the folder of the tokens."""
+    if not (folder / "system").exists():
+        tiny.write(folder / "system")
+    encode(Tunes(), str(folder / "system"), str(folder / "tokens"), batch_size=3)
+    return folder / "tokens"
+
+
+def test_each_device_encodes_its_own_rows(tmp_path, monkeypatch):
+    tiny.write(tmp_path / "system")
+    mesh, fetch, shares = sharding.make_mesh(devices=jax.devices()[:4]), sharding.fetch, []
+    monkeypatch.setattr(sharding, "make_mesh", lambda: mesh)
+
+    def watched(tree):
+        shares.extend(len(shard.data) for shard in tree["tokens"].addressable_shards)
+        return fetch(tree)
+
+    monkeypatch.setattr(sharding, "fetch", watched)
+    rows, _ = read(str(tunes_encoded(tmp_path)), "train")
+    np.testing.assert_array_equal(np.stack([row["tokens"] for row in rows]), tune())
+    assert shares == [1] * 4 * 3  # three batches of four
 
 
 def test_a_model_that_computes_no_numbers_is_told_by_clip_and_token(tmp_path, variables):
     weights = jax.tree.map(lambda w: np.full_like(w, np.nan), variables["mulan"]["params"])
-    models = save(tmp_path, {**variables, "mulan": {**variables["mulan"], "params": weights}})
+    broken = {"mulan": {**variables["mulan"], "params": weights}, "soundstream": variables["codec"]}
+    system = save(tmp_path, {**variables, **broken})
     with pytest.raises(ValueError, match=r"clip 'silence' of 'test' has no mulan tokens: .*; train that model again"):
-        encode(SomeClips(), **models, tokens_dir=str(tmp_path / "tokens"), batch_size=4)
+        encode(SomeClips(), system, str(tmp_path / "tokens"), batch_size=4)
     assert not (tmp_path / "tokens" / "test").exists()
+
+
+def test_a_system_that_cannot_encode_is_refused(tmp_path, monkeypatch):
+    tiny.write(tmp_path / "system")
+    monkeypatch.setattr(tiny.TinySystem, "ENCODING", ())
+    with pytest.raises(ValueError, match="is of kind 'tiny', which cannot encode sound: name another system"):
+        encode(Tunes(), str(tmp_path / "system"), str(tmp_path / "tokens"))
