@@ -1,4 +1,4 @@
-"""Collecting votes with a policy that plays tones: what is written, by whom it is signed, and what is refused."""
+"""Collecting votes with a system that plays tones: what is written, by whom it is signed, and what is refused."""
 
 import dataclasses
 import json
@@ -6,7 +6,6 @@ import shutil
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -14,42 +13,17 @@ from musicrl_jax import collect
 from musicrl_jax.arena import ears
 from musicrl_jax.arena.audience import Audience
 from musicrl_jax.arena.listeners import training_panel
-from musicrl_jax.models.tokens import TokenLayout
+from musicrl_jax.collect import CollectConfig
+from musicrl_jax.core import sharding
 from musicrl_jax.inputs.votes import FIGURES, Vote, Votes, read_votes, write_votes
-from musicrl_jax.models.musiclm import MusicLM, MusicLMConfig
-from musicrl_jax.models.soundstream import SoundStream, SoundStreamConfig
-from musicrl_jax.models.transformer import TransformerConfig
-from musicrl_jax.rl.rollout import Loaded, Rollout
+from musicrl_jax.systems import tiny
 
-CONFIG = MusicLMConfig(TransformerConfig(1, 8, 2, 8), TransformerConfig(1, 8, 2, 8), TokenLayout(6, 6, 1), 2, 4)
-FRAMES = 25
-
-
-class Studio:
-    """Plays noise whose level is its first token, so that listeners have something to choose by."""
-
-    musiclm = MusicLM(CONFIG)
-    soundstream = SoundStream(SoundStreamConfig(16_000, (8, 5, 4, 2), levels=3, codes=6))
-    sample_rate_hz = 16_000
-
-    def frames(self, clip_seconds):
-        return FRAMES
-
-    def rollout(self, policy, frozen, text, keys, frames, sampling):
-        tokens = jax.vmap(lambda key: jax.random.randint(key, (frames, 3), 0, 6))(keys)
-        tone = 0.2 * jnp.sin(jnp.arange(frames * 640, dtype=jnp.float32) * 0.2)[None]
-        hiss = jax.vmap(lambda key: jax.random.normal(key, (frames * 640,)))(keys)
-        wav = tone + 0.01 * tokens[:, :1, 0].astype(jnp.float32) * hiss
-        acoustic = jnp.repeat(tokens[:, :, 1:2], 2, axis=1) * jnp.ones((1, 1, 3), jnp.int32)
-        empty = jnp.zeros((len(text), 1))
-        return Rollout(text, empty, text[:, :2], tokens, jnp.zeros(tokens.shape), None, acoustic, wav)
+SAMPLES = 16_000
 
 
 @dataclasses.dataclass(frozen=True)
 class FakePrompts:
     """Five training and two validation prompts."""
-
-    text_length: int = 4
 
     def unique(self, split):
         return {"train": [f"tune {i}" for i in range(5)], "validation": ["other 0", "other 1"]}[split]
@@ -78,32 +52,25 @@ class FakeClips:
         yield {"audio": np.zeros((5, 16_000), np.float32), "id": np.array([f"train-{i}" for i in range(5)])}
 
 
-class Hiss:
-    """Ears that hear the level of the noise alone, as roughness; the fewer the better."""
+class Pitch:
+    """Ears that hear how high a clip sounds, as roughness; the lower the better."""
 
     def __init__(self, wavs, asked):
         assert len(wavs) == len(asked) == 5
 
     def measure(self, wav, asked):
-        assert asked == {"family": "reeds"} and wav.shape == (FRAMES * 640,)
-        return np.eye(12)[4] * -100 * np.diff(wav).std()
+        assert asked == {"family": "reeds"} and wav.shape == (SAMPLES,)
+        return np.eye(12)[4] * -1000 * np.diff(wav).std(dtype=np.float64)
 
 
 def collected(folder, **settings):
-    settings = {"pairs": 40, "clip_seconds": 1.0, "batch_size": 4, **settings}
-    hashes = {"policy": "p0"}
+    config = CollectConfig(**{"pairs": 40, "clip_seconds": 1.0, "batch_size": 4, **settings})
+    if not (folder / "system").exists():
+        tiny.write(folder / "system")
     with pytest.MonkeyPatch.context() as patch:
-        loaded = Loaded(Studio(), {}, {}, b"words", hashes, b'{"codec": "c0", "semantic": "5e", "mulan": "a1"}')
-        patch.setattr(collect.rollouts, "load", lambda *folders: loaded)
-        patch.setattr(collect.pieces, "encode", lambda vocabulary, asked, length: np.ones((len(asked), 4), np.int32))
-        patch.setattr(ears, "Ears", Hiss)
-        collect.collect(
-            f"{folder}/votes",
-            *("policy", "fine", "codec", "mulan"),
-            prompts=FakePrompts(),
-            audience=Audience(training_panel(), FakeClips()),
-            **settings,
-        )
+        patch.setattr(ears, "Ears", Pitch)
+        audience = Audience(training_panel(), FakeClips())
+        collect.collect(f"{folder}/votes", f"{folder}/system", FakePrompts(), audience, config)
     return f"{folder}/votes"
 
 
@@ -117,18 +84,20 @@ def test_every_pair_is_played_and_voted_on(folder):
     assert len(cast) == 40 and len({(vote.a, vote.b) for vote in cast}) == 40
     assert {vote.prompt for vote in cast} == {*FakePrompts().unique("train"), *FakePrompts().unique("validation")}
     assert all(vote.listener.startswith("simulated listener ") for vote in cast)
-    data = Votes(folder, {"codec": "c0"})
+    data = Votes(folder)
     assert data.count("train") + data.count("validation") == sum(vote.counts for vote in cast)
     assert data.count("validation") <= 4 < data.count("train")
 
 
 def test_what_is_liked_is_in_the_tokens(folder):
-    """The first token is the level of the hiss: the quieter clip is chosen more often than not."""
+    """A token is a pitch: the lower clip is chosen more often than not."""
     batch = next(Votes(folder).batches("train", Votes(folder).count("train"), seed=0, epochs=1))
-    quieter = batch["semantic"][:, 0, 0] < batch["semantic"][:, 1, 0]
-    louder = batch["semantic"][:, 0, 0] > batch["semantic"][:, 1, 0]
-    assert batch["vote"][quieter].mean() > 0.75 and batch["vote"][louder].mean() < 0.25
-    assert (batch["semantic"][:, 0] != batch["semantic"][:, 1]).any(axis=1).all()
+    assert batch["tokens"].shape[1:] == (2, 50)
+    pitch = batch["tokens"].mean(axis=2)
+    lower = pitch[:, 0] - pitch[:, 1] < -0.3
+    higher = pitch[:, 0] - pitch[:, 1] > 0.3
+    assert batch["vote"][lower].mean() > 0.75 and batch["vote"][higher].mean() < 0.25
+    assert (batch["tokens"][:, 0] != batch["tokens"][:, 1]).any(axis=1).all()
 
 
 def test_agreement_is_written_and_called_what_it_is(folder):
@@ -136,6 +105,23 @@ def test_agreement_is_written_and_called_what_it_is(folder):
         figures = json.load(file)
     assert figures["simulated listeners"] is True and figures["panel"] == "training panel"
     assert 0.5 < figures["agreement"]["train"] < figures["ceiling"]["train"] < 1
+
+
+@pytest.mark.parametrize("devices", [3, 4])
+def test_each_device_draws_its_own_rows_and_their_number_changes_nothing(folder, devices, tmp_path, monkeypatch):
+    mesh, local_rows, shares = sharding.make_mesh(devices=jax.devices()[:devices]), sharding.local_rows, set()
+    monkeypatch.setattr(sharding, "make_mesh", lambda: mesh)
+
+    def watched(array):
+        shares.update(shard.data.shape for shard in array.addressable_shards)
+        return local_rows(array)
+
+    monkeypatch.setattr(sharding, "local_rows", watched)
+    other = collected(tmp_path)
+    assert shares == {({3: 4, 4: 2}[devices], SAMPLES)}  # of four pairs, or six
+    assert read_votes(other) == read_votes(folder)
+    manifests = [json.loads((Path(place) / "manifest.json").read_text()) for place in (folder, other)]
+    assert manifests[0] == manifests[1] and set(manifests[0]["content"]) == set(collect.SPLITS)
 
 
 def test_batches_change_nothing_and_a_finished_folder_is_left_alone(folder, tmp_path, capsys):
@@ -148,9 +134,9 @@ def test_batches_change_nothing_and_a_finished_folder_is_left_alone(folder, tmp_
     with pytest.raises(ValueError, match="was collected with other settings: name another folder, or leave"):
         collected(tmp_path, pairs=41)
     manifest = json.loads((Path(other) / "manifest.json").read_text())
-    manifest["models"]["codec"] = "another"
+    manifest["models"]["decoder"] = "another"
     (Path(other) / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(ValueError, match="was collected with other codec"):
+    with pytest.raises(ValueError, match="was collected with other decoder"):
         collected(tmp_path)
     assert (Path(other) / "votes.jsonl").read_text() == votes and (Path(other) / "train").is_dir()
 
@@ -186,7 +172,7 @@ def test_a_run_that_is_cut_off_between_votes_and_tokens_keeps_its_figures(folder
 
 def test_what_was_played_before_a_kill_is_not_played_again(folder, tmp_path, monkeypatch):
     """Forty pairs are ten batches; the kill comes in the seventh."""
-    heard, measure = [], Hiss.measure
+    heard, measure = [], Pitch.measure
 
     def counted(ears, wav, asked):
         heard.append(wav)
@@ -194,7 +180,7 @@ def test_what_was_played_before_a_kill_is_not_played_again(folder, tmp_path, mon
             raise KeyboardInterrupt
         return measure(ears, wav, asked)
 
-    monkeypatch.setattr(Hiss, "measure", counted)
+    monkeypatch.setattr(Pitch, "measure", counted)
     with pytest.raises(KeyboardInterrupt):
         collected(tmp_path)
     assert not (tmp_path / "votes/votes.jsonl").exists()
@@ -280,7 +266,9 @@ def test_damaged_figures_and_damaged_clips_are_set_aside_and_made_again(folder, 
         ({"validation_share": 0.01}, "validation_share=0.01 of pairs=40 leaves a split without any"),
         ({"validation_share": 1.0}, "validation_share=1.0 of pairs=40 leaves a split"),
         ({"votes_per_pair": 41}, "votes_per_pair=41 must be from 1 to the panel's size, 40"),
-        ({"temperature": 0.0}, "temperature=0.0 must be above 0"),
+        ({"votes_per_pair": 0}, "CollectConfig.votes_per_pair=0 must be 1 or more"),
+        ({"batch_size": 0}, "CollectConfig.batch_size=0 must be 1 or more"),
+        ({"clip_seconds": 0.99}, "clip_seconds=0.99 must be a multiple of 0.04 s"),
     ],
 )
 def test_bad_settings_are_named(tmp_path, changes, complaint):

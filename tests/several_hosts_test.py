@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from musicrl_jax.core import checkpoint, hosts
+from musicrl_jax.systems import tiny
 
 WORKER = Path(__file__).with_name("several_hosts_worker.py")
 LONGEST = 240  # seconds that a process may take
@@ -54,6 +55,45 @@ def drawn(folder):
     """What was drawn in each step, by the first process, over all attempts in their order; each kind once."""
     lines = (folder / "drawn-0.jsonl").read_text().splitlines()
     return list(dict.fromkeys(lines))
+
+
+def share(folder, count):
+    """Rows that each process has computed."""
+    return [int((folder / f"rows-{number}.txt").read_text()) for number in range(count)]
+
+
+def written(folder, name):
+    """What a folder of tokens holds, by hash, and the votes on them."""
+    votes = folder / name / "votes.jsonl"
+    return json.loads((folder / name / "manifest.json").read_text()), votes.exists() and votes.read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("verb", "rows"), [("collect", 80), ("encode", 12)])
+def test_hosts_share_the_rows_and_write_what_one_process_does(verb, rows, tmp_path, processes):
+    """2 processes of 2 devices against one of 4: ten batches of four pairs, and three of four clips."""
+    name = {"collect": "votes", "encode": "tokens"}[verb]
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    for folder in (alone, together):
+        folder.mkdir()
+        tiny.write(folder / "system")
+    assert ended(start(processes, verb, alone, 1, 4)) == [0], (alone / "log-0.txt").read_text()[-3000:]
+    assert ended(start(processes, verb, together, 2, 2)) == [0, 0], (together / "log-0.txt").read_text()[-3000:]
+    assert written(together, name) == written(alone, name)
+    assert share(alone, 1) == [rows] and share(together, 2) == [rows // 2, rows // 2]
+    if verb == "encode":
+        return
+
+    # One is killed in its fourth batch of four clips; what both had measured is not measured again.
+    cut = tmp_path / "cut"
+    cut.mkdir()
+    tiny.write(cut / "system")
+    lost = ended(start(processes, verb, cut, 2, 2, dies_at=15))
+    assert lost[0] in (hosts.LOST, -signal.SIGABRT) and lost[1] == -signal.SIGKILL
+    assert len(list((cut / "votes/played").iterdir())) == 3 and not (cut / "votes/votes.jsonl").exists()
+    assert ended(start(processes, verb, cut, 2, 2)) == [0, 0], (cut / "log-0.txt").read_text()[-3000:]
+    assert written(cut, name) == written(alone, name) and not (cut / "votes/played").exists()
+    assert share(cut, 2)[1] == rows // 2 + 3
 
 
 @pytest.mark.slow
