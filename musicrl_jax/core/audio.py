@@ -1,6 +1,6 @@
 """Sound as the content of a file: wav, flac and ogg.
 
-Legend: N samples.
+Legend: C channels, N samples.
 """
 
 import hashlib
@@ -36,21 +36,21 @@ def made_from(prompt: str, **settings: Any) -> dict[str, str]:
 
 
 def encoded(wav: np.ndarray, rate: int, form: str, tags: Mapping[str, str] | None = None) -> bytes:
-    """Returns the content of a file of f32 [N] in [-1, 1].
+    """Returns the content of a file of f32 [N] or [C, N] in [-1, 1].
 
     Args:
-      wav: the samples of one channel.
+      wav: the samples of one channel or of several.
       rate: samples a second.
       form: 'wav', 'flac' or 'ogg'.
       tags: 'title', 'comment' and so on: the texts that `soundfile.SoundFile` has as attributes. A wav
         holds the first LONGEST_TAG bytes of each.
     """
-    file = io.BytesIO()
-    with soundfile.SoundFile(file, "w", rate, 1, format=form.upper(), subtype=SUBTYPES[form]) as written:
+    file, channels = io.BytesIO(), 1 if wav.ndim == 1 else len(wav)
+    with soundfile.SoundFile(file, "w", rate, channels, format=form.upper(), subtype=SUBTYPES[form]) as written:
         for name, text in (tags or {}).items():
             text = text.replace("\0", " ")  # which would end the text in C, and libsndfile refuses an empty one
             short = text.encode()[:LONGEST_TAG].decode(errors="ignore")
             setattr(written, name, short if form == "wav" else text)
-        for start in range(0, len(wav), rate):  # Vorbis puts what it is given on the stack: a minute overflows it
-            written.write(wav[start : start + rate])
+        for start in range(0, wav.shape[-1], rate):  # Vorbis puts all of it on the stack: a minute overflows it
+            written.write(wav[..., start : start + rate].T)
     return file.getvalue()

@@ -1,6 +1,6 @@
 """Clips that wait for the device, and the thread that draws them, a batch at a time.
 
-Legend: R rows of a batch, L text pieces, F frames of a clip, K codes in a frame, N samples.
+Legend: R rows of a batch, F frames of a clip, K tokens in a frame, C channels, N samples.
 """
 
 import dataclasses
@@ -9,7 +9,9 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from typing import Any
 
+import jax
 import numpy as np
 
 from musicrl_jax.serving.bundle import Bundle
@@ -38,7 +40,7 @@ class Wanted:
     """A row of a batch.
 
     Attributes:
-      text: int32 [L].
+      text: of one prompt, an array or a pytree of them, as `Bundle.encode` reads it.
       seed, candidate: as in `Bundle.draw`.
       temperature: of the policy.
       given: int32 [F, K], how the clip begins, or None.
@@ -46,7 +48,7 @@ class Wanted:
       scored: whether its rewards are wanted.
     """
 
-    text: np.ndarray
+    text: Any
     seed: int
     candidate: int
     temperature: float
@@ -57,7 +59,7 @@ class Wanted:
 
 @dataclasses.dataclass(frozen=True)
 class Drawn:
-    """What became of a row: tokens int32 [F, K], wav f32 [N], and its rewards, if they were wanted."""
+    """What became of a row: tokens int32 [F, K], wav f32 [N] or [C, N], and its rewards, if they were wanted."""
 
     tokens: np.ndarray
     wav: np.ndarray
@@ -192,7 +194,7 @@ def draw(bundle: Bundle, batch: Sequence[Wanted], rows: int) -> list[Drawn | Flo
     filled = [*batch, *[batch[0]] * (rows - len(batch))]
     nothing = np.zeros((about["frames"], about["places"]), np.int32)
     clips = bundle.draw(
-        np.stack([row.text for row in filled]),
+        jax.tree.map(lambda *texts: np.stack(texts), *[row.text for row in filled]),
         [row.seed for row in filled],
         [row.candidate for row in filled],
         [row.temperature for row in filled],

@@ -8,7 +8,7 @@
 with flatbuffers, jax, numpy, safetensors, sentencepiece, soundfile and tokenizers. A manifest holds the sha256 of every
 file. It shows damage, not who made the bundle: a bundle is a program, to be run by those who trust its maker.
 
-Legend: B clips, L text pieces, F frames of a clip, K codes in a frame, T codec frames, Q codec levels, N samples.
+Legend: B clips, L text pieces, F frames of a clip, K tokens in a frame, C channels, N samples.
 """
 
 # ruff: noqa: E402  in a bundle, nothing is imported before it is clear from where
@@ -72,7 +72,9 @@ import safetensors.numpy
 from jax import export
 from jax.sharding import Mesh
 
-FORMAT = "musicrl-bundle 1"
+FORMAT = "musicrl-bundle 2"
+# The first format does not name the outputs of the draw function.
+FIRST_FORMAT, FIRST_OUTPUTS = "musicrl-bundle 1", ["tokens", "acoustic", "mulan", "embedding", "wav"]
 DRAW, SCORE = "draw", "score"
 VOCABULARY, GOLDEN, WEIGHTS = "vocabulary", "golden.safetensors", "weights"
 PLATFORMS = {"cpu": "cpu", "gpu": "cuda", "cuda": "cuda", "tpu": "tpu"}  # of a jax backend, a function's folder
@@ -80,7 +82,7 @@ LARGEST_SEED = 2**32 - 1
 WAV_ERROR = 1e-4  # that the golden clips' samples may be off, of a full scale of 1
 SCORE_ERROR = 1e-3  # that their rewards may be off, of themselves or of 1
 
-GOLDEN_ARRAYS = {"text", "seeds", "given_frames", "tokens", "acoustic", "wav"}  # and the rewards
+GOLDEN_ARRAYS = {"text", "seeds", "given_frames", "tokens", "wav"}  # and codes, and the rewards
 # The kind of a manifest: what is read of it here and by the service.
 ABOUT = {
     "version": str,
@@ -88,6 +90,7 @@ ABOUT = {
     "platforms": [str],
     "functions": {str: {str: {"calling_convention": int}}},
     "arguments": {str: {str: str}},
+    "outputs": [str],
     "chips": int,
     "sample_rate_hz": int,
     "clip_seconds": float,
@@ -108,10 +111,8 @@ class Clips(NamedTuple):
     """What was drawn."""
 
     tokens: Any  # int32 [B, F, K]
-    acoustic: Any  # int32 [B, T, Q], the codec's codes
-    mulan: Any  # int32 [B, M], the prompt as the policy reads it
-    embedding: Any  # f32 [B, E], the prompt's embedding
-    wav: Any  # f32 [B, N]
+    wav: Any  # f32 [B, N]; [B, C, N] if C is above 1
+    others: dict[str, Any]  # the draw function's other outputs [B, ...], by name: codes and what rewards read
 
 
 class Bundle:
@@ -183,25 +184,26 @@ class Bundle:
         temperatures = np.asarray([self.about["temperature"]] * rows if temperatures is None else temperatures)
         if not (np.isfinite(temperatures).all() and (temperatures > 0).all()):
             raise ValueError(f"temperatures={temperatures.tolist()} must be above 0 and finite")
-        return Clips(
-            *self._functions[DRAW](
-                self.weights[DRAW],
-                whole("text", text, 2**31 - 1).astype(np.int32),
-                whole("seed", seeds).astype(np.uint32),
-                whole("candidate", [0] * rows if candidates is None else candidates).astype(np.uint32),
-                temperatures.astype(np.float32),
-                np.zeros((rows, frames, self.about["places"]), np.int32)
-                if given is None
-                else whole("given", given, 2**31 - 1).astype(np.int32),
-                whole("given_frames", [0] * rows if given_frames is None else given_frames, frames).astype(np.int32),
-            )
+        arrays = self._functions[DRAW](
+            self.weights[DRAW],
+            whole("text", text, 2**31 - 1).astype(np.int32),
+            whole("seed", seeds).astype(np.uint32),
+            whole("candidate", [0] * rows if candidates is None else candidates).astype(np.uint32),
+            temperatures.astype(np.float32),
+            np.zeros((rows, frames, self.about["places"]), np.int32)
+            if given is None
+            else whole("given", given, 2**31 - 1).astype(np.int32),
+            whole("given_frames", [0] * rows if given_frames is None else given_frames, frames).astype(np.int32),
         )
+        named = dict(zip(self.about["outputs"], arrays, strict=True))
+        return Clips(named.pop("tokens"), named.pop("wav"), named)
 
     def score(self, clips: Clips) -> dict[str, Any]:
         """Each reward that was exported, f32 [B], and as 'total' their weighted sum; {} where none was."""
         if SCORE not in self._functions:
             return {}
-        return self._functions[SCORE](self.weights[SCORE], *clips)
+        named = {**clips.others, "tokens": clips.tokens, "wav": clips.wav}
+        return self._functions[SCORE](self.weights[SCORE], *(named[name] for name in self.about["outputs"]))
 
     def _function(self, name: str) -> export.Exported:
         file = f"functions/{self.platform}/{name}.stablehlo"
@@ -246,8 +248,8 @@ class Bundle:
         }
 
     def check(self) -> dict[str, float]:
-        """Draws the golden clips again and compares: the shares of `tokens` and of the codec's codes, `acoustic`, that
-        are equal, that of `clips` of which all are, and the largest error of a sample of those, and of a reward.
+        """Draws the golden clips again and compares: the shares of `tokens` and of codes that are equal, that of
+        `clips` of which all are, and the largest error of a sample of those, and of a reward.
 
         On the platform that they were drawn on all must be equal; elsewhere one rounding can change a code, and all
         that follows it. The last of them goes on from half a clip of zeros.
@@ -263,14 +265,15 @@ class Bundle:
         if not np.array_equal(text, golden["text"]):
             raise ValueError("the golden prompts have other pieces than when they were exported: mend the tokenizer")
         clips = self.draw(text, golden["seeds"], given_frames=golden["given_frames"])
-        tokens, acoustic = (np.asarray(getattr(clips, name)) == golden[name] for name in ("tokens", "acoustic"))
-        whole = tokens.all(axis=(1, 2)) & acoustic.all(axis=(1, 2))
+        exact = {"tokens": clips.tokens, **{name: x for name, x in clips.others.items() if name in golden}}
+        exact.pop("text", None)  # an argument
+        shares = {name: np.asarray(array) == golden[name] for name, array in exact.items()}
+        whole = np.all([equal.reshape(len(text), -1).all(axis=1) for equal in shares.values()], axis=0)
         wav_error = np.abs(np.asarray(clips.wav) - golden["wav"])[whole].max(initial=0.0)
         scores = {name: (np.asarray(score)[whole], golden[name][whole]) for name, score in self.score(clips).items()}
         off = [np.abs(found - wanted) / np.maximum(1.0, np.abs(wanted)) for found, wanted in scores.values()]
-        shares = {"tokens": tokens, "acoustic": acoustic, "clips": whole}
         return {
-            **{name: float(equal.mean()) for name, equal in shares.items()},
+            **{name: float(equal.mean()) for name, equal in {**shares, "clips": whole}.items()},
             "wav_error": float(wav_error),
             "score_error": float(np.max(off, initial=0.0)),
         }
@@ -298,7 +301,9 @@ def _described(folder: Path) -> dict[str, Any]:
         about = manifest.unsealed(folder / MANIFEST)
     except ValueError as error:
         raise ValueError(f"{folder} is damaged: {error}; copy or export it again") from error
-    if about.get("format") != FORMAT:
+    if about.get("format") == FIRST_FORMAT:
+        about["outputs"] = FIRST_OUTPUTS
+    elif about.get("format") != FORMAT:
         raise ValueError(f"{folder}/{MANIFEST} is of format {about.get('format')!r}, not {FORMAT!r}: export it again")
     try:
         manifest.check_kind(about, ABOUT)
@@ -350,7 +355,8 @@ def _checked(bundle: Bundle) -> int:
             print(f"{name} is {found[name]:.2g}, more than {most:g}", file=sys.stderr)
             return 1
     if found["clips"] < 1 and bundle.platform == bundle.about["golden"]["platform"]:
-        differ = f"{1 - found['tokens']:.2%} of the golden tokens and {1 - found['acoustic']:.2%} of the codec's codes"
+        shares = {name: share for name, share in found.items() if name == "tokens" or name in bundle.about["outputs"]}
+        differ = " and ".join(f"{1 - share:.2%} of the golden {name}" for name, share in shares.items())
         print(f"{differ} differ", file=sys.stderr)
         return 1
     return 0

@@ -3,7 +3,7 @@
 A piece longer than a clip is drawn in windows, each a whole clip. A window goes on from the last half of the one before
 it, as MusicLM's long pieces do (MusicLM 5.5). A shorter piece is the beginning of one clip.
 
-Legend: F frames of a window, K codes in a frame, L text pieces, N samples.
+Legend: F frames of a window, K tokens in a frame, N samples; waveforms of several channels are [C, N].
 """
 
 import math
@@ -29,7 +29,7 @@ class Piece:
     def __init__(
         self,
         about: Mapping[str, Any],
-        text: np.ndarray,
+        text: Any,
         seed: int,
         seconds: float,
         temperature: float,
@@ -39,7 +39,7 @@ class Piece:
 
         Args:
           about: 'frames', 'clip_seconds' and 'sample_rate_hz' of a clip, as a bundle's manifest has them.
-          text: int32 [L], the prompt.
+          text: the prompt as what draws it reads it.
           seed: of the piece, from 0 to 2**32 - 1.
           seconds: its length, above 0.
           temperature: of the policy.
@@ -86,7 +86,7 @@ class Piece:
         best = max(range(self._candidates), key=lambda candidate: means[candidate].get("total", 0.0))
         frames, rate = self._about["frames"], self._about["sample_rate_hz"]
         wav = joined([window[best].wav for window in self._windows], frames // 2 / frames, rate)
-        return wav[: round(self._seconds * rate)], best, means[best]
+        return wav[..., : round(self._seconds * rate)], best, means[best]
 
 
 def window_count(seconds: float, about: Mapping[str, Any]) -> int:
@@ -106,9 +106,9 @@ def joined(wavs: Sequence[np.ndarray], overlap: float, rate: int) -> np.ndarray:
     the repetition ends."""
     whole = wavs[0]
     for wav in wavs[1:]:
-        again = round(overlap * len(wav))
+        again = round(overlap * wav.shape[-1])
         fade = min(round(FADE_SECONDS * rate), again)
-        rise = np.linspace(0.0, 1.0, fade, dtype=np.float32)
-        mixed = whole[len(whole) - fade :] * (1 - rise) + wav[again - fade : again] * rise
-        whole = np.concatenate([whole[: len(whole) - fade], mixed, wav[again:]])
+        rise, before = np.linspace(0.0, 1.0, fade, dtype=np.float32), whole.shape[-1] - fade
+        mixed = whole[..., before:] * (1 - rise) + wav[..., again - fade : again] * rise
+        whole = np.concatenate([whole[..., :before], mixed, wav[..., again:]], axis=-1)
     return whole

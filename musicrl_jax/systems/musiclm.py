@@ -335,7 +335,7 @@ class MusicLMSystem(MusicSystem):
 
     def _frames(self, tokens: jax.Array) -> jax.Array:
         """[B, S] -> [B, F, K]."""
-        return tokens.reshape(len(tokens), -1, self.frame_tokens)
+        return tokens.reshape(tokens.shape[0], -1, self.frame_tokens)
 
     def _layers(self, weights: Tree) -> Tree:
         """Returns stacked weights as they are where remat scans over them; else apart, which CPUs
@@ -346,7 +346,7 @@ class MusicLMSystem(MusicSystem):
 
 def _by_clip(x: jax.Array) -> jax.Array:
     """[B, F, K, ...] -> [B, S, ...]."""
-    return x.reshape(len(x), -1, *x.shape[3:])
+    return x.reshape(x.shape[0], -1, *x.shape[3:])
 
 
 def _split(keys: jax.Array) -> jax.Array:

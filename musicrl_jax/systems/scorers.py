@@ -141,7 +141,7 @@ class UserPreference:
     ) -> jax.Array:
         """Returns f32 [B]."""
         tokens = rollout.sampled.tokens
-        tokens = tokens.reshape(len(tokens), -1, model.policy.layout.depth)
+        tokens = tokens.reshape(tokens.shape[0], -1, model.policy.layout.depth)
         return Preference(model).apply(variables, tokens, rollout.condition.tokens)
 
 

@@ -135,6 +135,8 @@ class MusicSystem(abc.ABC):
       channels: C.
       frame_seconds: length of a frame; clips and given beginnings are whole frames.
       frame_tokens: tokens of a frame.
+      vocabulary: content of the file by which `read` has `inputs.pieces` read texts, and does no
+        more; b'' if it reads them in another way. A bundle needs it.
     """
 
     PARTS: ClassVar[Mapping[str, type]]
@@ -146,6 +148,7 @@ class MusicSystem(abc.ABC):
     channels: int = 1
     frame_seconds: float
     frame_tokens: int
+    vocabulary: bytes = b""
 
     @property
     def token_names(self) -> list[str]:
@@ -171,7 +174,10 @@ class MusicSystem(abc.ABC):
         return variables["params"]
 
     def tuned(self, platform: str, remat: bool = False) -> "MusicSystem":
-        """Returns the system as it computes fastest on a platform; `remat` saves its memory."""
+        """Returns the system as it computes fastest on a platform; `remat` saves its memory.
+
+        It computes with any platform's `compute_copy`, if not as fast as with its own.
+        """
         del platform, remat
         return self
 

@@ -16,15 +16,18 @@ import soundfile
 
 from musicrl_jax import export, generate
 from musicrl_jax.core.manifest import MANIFEST, sealed, unsealed
-from musicrl_jax.rl import rollout
+from musicrl_jax.rl.rewards import LoadedMixture
 from musicrl_jax.serving import bundle as bundles
 from musicrl_jax.serving.bundle import Bundle
+from musicrl_jax.systems import folder as folders
+from musicrl_jax.systems.musiclm import MuLanCondition, MusicLMSystem
+from musicrl_jax.systems.system import Rollout, SampledTokens, Sampling
 
 
 def test_it_was_drawn_again_without_the_model_code(exported):
     _, told = exported
     (checked,) = [json.loads(line.split(": ", 1)[1]) for line in told.splitlines() if "wav_error" in line]
-    assert checked["tokens"] == checked["acoustic"] == checked["clips"] == 1 and checked["here"].startswith("cpu, jax")
+    assert checked["tokens"] == checked["codes"] == checked["clips"] == 1 and checked["here"].startswith("cpu, jax")
     assert checked["wav_error"] < 1e-4 and checked["score_error"] < 1e-3
     assert all(f"draw for {platform}" in told for platform in ("cpu", "cuda", "tpu"))
 
@@ -129,12 +132,12 @@ def samples(*paths):
 
 
 def test_generate_makes_its_clip_from_either(exported, run, tmp_path, capsys):
-    """Of the length that the model has and of several windows: the samples of bundle and checkpoint."""
+    """Of the length that the model has and of several windows: the samples of bundle and system."""
     asked = {"prompt": ["a slow piano", "jazz"], "seed": 7, "loudness_lufs": None}
     for seconds, length in ((None, 3200), (1.01, 8080)):
         made = [
             samples(*generate.generate(str(model), out=f"{tmp_path}/{kind}{length}", clip_seconds=seconds, **asked))
-            for kind, model in (("bundle", exported[0]), ("checkpoint", run / "policy"))
+            for kind, model in (("bundle", exported[0]), ("system", run / "policy"))
         ]
         for one, other in zip(*made, strict=True):
             assert len(one) == len(other) == length
@@ -148,10 +151,10 @@ def test_generate_makes_its_clip_from_either(exported, run, tmp_path, capsys):
     np.testing.assert_array_equal(short[1], whole[1][:800])
 
 
-def test_generate_refuses_the_same_of_checkpoint_and_bundle(exported, run, tmp_path, monkeypatch):
-    read, loaded = Bundle(exported[0]), rollout.load(str(run / "policy"))
+def test_generate_refuses_the_same_of_system_and_bundle(exported, run, tmp_path, monkeypatch):
+    read, player = Bundle(exported[0]), generate._SystemPlayer(str(run / "policy"), None)
     monkeypatch.setattr(bundles, "Bundle", lambda _: read)
-    monkeypatch.setattr(rollout, "load", lambda *_: loaded)
+    monkeypatch.setattr(generate, "_SystemPlayer", lambda *_: player)
     for asked, why in (
         ({"clip_seconds": 0.03}, "clip_seconds=0.03 must be from 0.04, one frame, to 13107.2"),
         ({"clip_seconds": 1e9}, "clip_seconds=1000000000.0 must be from 0.04, one frame, to 13107.2"),
@@ -187,9 +190,8 @@ def test_generate_chooses_among_candidates_as_the_service_does(exported, run, bu
 
 
 def test_a_bundle_keeps_what_it_was_exported_with(exported):
-    for asked, why in (({"top_k": 3}, "exported with None"), ({"codec": "elsewhere"}, "has its own fine, codec")):
-        with pytest.raises(ValueError, match=why):
-            generate.generate(str(exported[0]), "jazz", **asked)
+    with pytest.raises(ValueError, match="top_k=3: the bundle was exported with None"):
+        generate.generate(str(exported[0]), "jazz", top_k=3)
 
 
 @pytest.mark.parametrize("way", [".", "relative", "a link", "a link in a folder of links", "absolute"])
@@ -206,7 +208,7 @@ def test_a_checkpoint_finds_its_neighbours_however_it_is_named(run, tmp_path, mo
     (tmp_path / "models").mkdir()
     for link, name in {"best": "policy", "fine": "fine", "codec": "codec", "mulan": "mulan"}.items():
         (tmp_path / "models" / link).symlink_to(run / name)
-    assert rollout.load(names[way]).hashes == rollout.load(str(run / "policy")).hashes
+    assert folders.load(names[way]).hashes == folders.load(str(run / "policy")).hashes
     assert export._gin_of(names[way]) == run / "config.gin"
 
 
@@ -241,14 +243,49 @@ def test_a_clip_is_the_same_in_any_company(bundle):
 
 def test_its_rewards_are_the_models(bundle, run, rewards):
     clips = bundle.draw(bundle.encode(["jazz", "piano"]), [1, 2])
-    found = bundle.score(clips)
-    loaded = rewards.load()
-    played = rollout.Rollout(None, clips.embedding, clips.mulan, clips.tokens, None, None, None, clips.wav)
-    terms = jax.jit(loaded.score)(loaded.variables, played)
-    assert set(found) == {"text_adherence", "acoustic_quality", "total"}
+    scores = bundle.score(clips)
+    mixture, others = rewards.load(), clips.others
+    assert bundle.about["outputs"][:3] == ["text", "tokens", "wav"]
+    condition = MuLanCondition(others["condition/embedding"], others["condition/tokens"])
+    sampled = SampledTokens(clips.tokens.reshape(2, -1), None, None)
+    rollout = Rollout(condition, sampled, others["codes"], clips.wav[:, None])
+    terms = jax.jit(mixture.score)(mixture.variables, rollout, mixture.read(["jazz", "piano"]))
+    assert set(scores) == {"text_adherence", "acoustic_quality", "total"}
     for name, score in terms.items():
-        np.testing.assert_allclose(found[name], score, atol=1e-5)
-    np.testing.assert_allclose(found["total"], terms["text_adherence"] + 2 * terms["acoustic_quality"], atol=1e-5)
+        np.testing.assert_allclose(scores[name], score, atol=1e-5)
+    np.testing.assert_allclose(scores["total"], terms["text_adherence"] + 2 * terms["acoustic_quality"], atol=1e-5)
+
+
+def test_a_bundle_of_the_first_format_is_read(exported, tmp_path, monkeypatch):
+    """One whose manifest names no outputs: their order was always the same."""
+    copy = tmp_path / "first"
+    shutil.copytree(exported[0], copy)
+    about = unsealed(copy / MANIFEST)
+    assert len(about.pop("outputs")) == 6
+    (copy / MANIFEST).write_text(sealed({**about, "format": bundles.FIRST_FORMAT}))
+    first, now = Bundle(copy), Bundle(exported[0])
+    assert first.about["outputs"] == ["tokens", "acoustic", "mulan", "embedding", "wav"]
+    new_order = ["tokens", "codes", "condition/tokens", "condition/embedding", "wav"]
+
+    # Today's functions, with arguments and results in the order of the first format.
+    def draw(*arguments):
+        arrays = dict(zip(now.about["outputs"], now._functions["draw"](*arguments), strict=True))
+        return [arrays[name] for name in new_order]
+
+    def score(weights, *arrays):
+        arrays = dict(zip(new_order, arrays, strict=True)) | {"text": text}
+        return now._functions["score"](weights, *(arrays[name] for name in now.about["outputs"]))
+
+    first._functions = {"draw": draw, "score": score}
+    text = first.encode([*first.about["golden"]["prompts"], first.about["golden"]["prompts"][0]])
+    golden = safetensors.numpy.load_file(copy / bundles.GOLDEN)
+    golden["acoustic"] = golden.pop("codes")
+    monkeypatch.setattr(bundles.safetensors.numpy, "load_file", lambda _: golden)
+    checked = first.check()
+    assert checked["tokens"] == checked["acoustic"] == checked["clips"] == 1
+    assert checked["wav_error"] < 1e-4 and checked["score_error"] < 1e-3
+    golden["acoustic"] = golden["acoustic"] + 1
+    assert first.check()["acoustic"] == first.check()["clips"] == 0
 
 
 def test_a_changed_byte_anywhere_is_refused_by_name(exported, tmp_path):
@@ -278,7 +315,7 @@ def test_what_this_jax_cannot_run_is_refused_with_what_to_do(exported, tmp_path,
     folder, _ = exported
     with pytest.raises(FileNotFoundError, match="musicrl export"):
         Bundle(tmp_path)
-    with pytest.raises(ValueError, match="format 'another', not 'musicrl-bundle 1'"):
+    with pytest.raises(ValueError, match="format 'another', not 'musicrl-bundle 2'"):
         Bundle(changed(folder, tmp_path / "format", format="another"))
     with pytest.raises(ValueError, match="has functions for tpu, and jax runs on cpu here"):
         Bundle(changed(folder, tmp_path / "platform", platforms=["tpu"]))
@@ -312,7 +349,7 @@ def test_bad_settings_are_refused_before_any_work(run, rewards, tmp_path, monkey
     refused(ValueError, "clip_seconds=500 is more than the 0.4 s that .*policy was trained on: give", clip_seconds=500)
     refused(ValueError, "clip_seconds='two' must be a number", clip_seconds="two")
     with monkeypatch.context() as patch:
-        patch.setattr(rollout, "_trained_seconds", lambda *_: None)
+        patch.setattr(folders, "_trained_seconds", lambda *_: None)
         refused(ValueError, "does not record the length .* give export.clip_seconds", clip_seconds=None)
     refused(ValueError, "prompt '' is empty", prompts=("",))
     refused(ValueError, "chips=9: jax has 8 devices here", chips=9)
@@ -321,6 +358,14 @@ def test_bad_settings_are_refused_before_any_work(run, rewards, tmp_path, monkey
     )
     normalised = dataclasses.replace(rewards, normalise=True)
     refused(ValueError, "normalise=True is not exported", rewards=normalised)
+    other = {"text_adherence": {"pieces": np.zeros((3, 12), np.int32)}, "acoustic_quality": {}}
+    with monkeypatch.context() as patch:
+        patch.setattr(LoadedMixture, "read", lambda *_: other)
+        refused(ValueError, "text_adherence reads prompts in another way than the system", rewards=rewards)
+    with monkeypatch.context() as patch:
+        read = MusicLMSystem.read
+        patch.setattr(MusicLMSystem, "read", lambda *given: {**read(*given), "mask": np.ones((3, 12), bool)})
+        refused(ValueError, "MusicLMSystem does not read prompts as pieces of a vocabulary")
     with pytest.raises(FileExistsError, match="is there already"):
         export.export(str(run / "policy"), str(tmp_path), 0.4)
 
@@ -346,21 +391,24 @@ def test_a_check_notices_what_is_not_as_it_was(exported, tmp_path, monkeypatch, 
 
 
 def test_one_that_draws_otherwise_is_not_written(run, tmp_path, monkeypatch):
-    """A mutation that must fail: the bundle's weights are not the checkpoint's."""
+    """A mutation that must fail: the bundle's weights are not the system's."""
     stored = export._stored
     monkeypatch.setattr(export, "_stored", lambda trees: stored(jax.tree.map(lambda x: x * 2, trees)))
     with pytest.raises(
-        ValueError, match=r"does not draw what the checkpoint does: .* of the golden tokens and .* codes differ"
+        ValueError, match=r"does not draw what the system does: .* of the golden tokens and .* golden codes differ"
     ):
         export.export(str(run / "policy"), str(tmp_path / "b"), 0.4, platforms=("cpu",))
     assert not (tmp_path / "b").exists()
 
 
 def test_half_precision_halves_what_is_multiplied(run, tmp_path):
-    export.export(str(run / "policy"), str(tmp_path / "b"), platforms=("cpu",), dtype="bfloat16")
+    sampling = Sampling(0.9, top_k=5)
+    export.export(str(run / "policy"), str(tmp_path / "b"), sampling=sampling, platforms=("cpu",), dtype="bfloat16")
     half = Bundle(tmp_path / "b")
-    assert half.weights["draw"]["0/trunk/bridge"].dtype == "bfloat16"
+    assert half.weights["draw"]["policy/trunk/bridge"].dtype == "bfloat16"
+    assert half.weights["draw"]["frozen/soundstream/params/decoder/first/kernel"].dtype == "float32"
     assert half.about["clip_seconds"] == 0.4  # that of the clips that the policy was trained on
+    assert (half.about["temperature"], half.about["top_k"]) == (0.9, 5)
     assert half.about["functions"].keys() == {"draw"} and half.score(None) == {}
     assert "bfloat16" in (tmp_path / "b" / "README.md").read_text()
 
@@ -378,7 +426,7 @@ def test_chips_share_the_policy_and_draw_the_same(run, rewards, bundle, tmp_path
     assert all({piece.device for piece in each} == set(jax.devices()[2:4]) for each in pieces.values())
     split = [name for name, (one, *_) in pieces.items() if one.data.shape != shared.weights["draw"][name].shape]
     shares = "query", "key", "value", "out", "gate", "up", "down", "relative", "table", "head"
-    assert set(split) == {name for name in pieces if name.startswith("0/") and name.endswith(shares)}
+    assert set(split) == {name for name in pieces if name.startswith("policy/") and name.endswith(shares)}
     assert "split among 2 chips" in (folder / "README.md").read_text()
     with pytest.raises(ValueError, match="exported for 2 chips that draw together, and jax has 1 here"):
         Bundle(folder, jax.devices()[:1])

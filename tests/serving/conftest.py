@@ -16,7 +16,6 @@ from flax.linen import meta
 
 from musicrl_jax import export
 from musicrl_jax.core import checkpoint
-from musicrl_jax.models.tokens import TokenLayout
 from musicrl_jax.models.bert import BertConfig
 from musicrl_jax.models.conformer import ConformerConfig
 from musicrl_jax.models.mulan import MuLan, MuLanConfig
@@ -25,14 +24,16 @@ from musicrl_jax.models.resnet import ResNetConfig
 from musicrl_jax.models.rewards import Quality, QualityConfig
 from musicrl_jax.models.soundstorm import SoundStorm, SoundStormConfig
 from musicrl_jax.models.soundstream import SoundStream, SoundStreamConfig
+from musicrl_jax.models.tokens import TokenLayout
 from musicrl_jax.models.transformer import TransformerConfig
 from musicrl_jax.objectives.mulan import VOCABULARY
-from musicrl_jax.rl.rewards import AcousticQuality, Mixture, TextAdherence
+from musicrl_jax.rl.rewards import Mixture
 from musicrl_jax.serving import edge
 from musicrl_jax.serving.app import Limits, create
 from musicrl_jax.serving.batcher import Drawn
 from musicrl_jax.serving.bundle import Bundle
 from musicrl_jax.serving.settings import Access, ServiceLimits, listen
+from musicrl_jax.systems.scorers import AcousticQuality, TextAdherence
 
 RATE, SECONDS = 8000, 0.4  # ten frames
 LENGTH = 12
