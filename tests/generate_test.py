@@ -1,45 +1,85 @@
-"""What `generate` writes, with a studio that plays what it is told to."""
+"""What `generate` writes, with a system that plays what it is told to."""
 
+import dataclasses
 import hashlib
 import importlib.util
 import json
+import os
+import socket
+import subprocess
+import sys
 import types
+from pathlib import Path
+from typing import ClassVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import soundfile
 
 from musicrl_jax import generate
-from musicrl_jax.rl.rollout import Rollout
+from musicrl_jax.systems.system import MusicSystem, SampledTokens
 
-RATE, FRAMES = 16000, 50
+RATE = 16000
 TONE = 0.02 * np.sin(2 * np.pi * 440 * np.arange(2 * RATE) / RATE)
 
 
-def play(monkeypatch, samples=TONE, clip_seconds=2.0):
-    """Lets every clip become `samples`, cut or filled up to two seconds, and counts the programs that are made."""
-    wav = np.resize(np.asarray(samples, np.float32), 2 * RATE)
-    made = []
+@dataclasses.dataclass(frozen=True)
+class Player(MusicSystem):
+    """Every clip becomes `wav`, f32 [C, N], plus a constant of its prompt and key.
 
-    def numbered(policy, frozen, text, seeds, candidates, temperatures, given, top_k):
-        made.append(len(text))
-        zeros = jnp.zeros((len(text), FRAMES, 2), jnp.int32)
-        return Rollout(text, None, zeros[:, 0], zeros, None, None, zeros, jnp.repeat(jnp.asarray(wav)[None], 1, 0))
+    Attributes:
+      noise: the largest constant.
+      batches: B of each batch, as it was traced.
+    """
 
-    studio = types.SimpleNamespace(
-        mulan=types.SimpleNamespace(config=types.SimpleNamespace(text_length=4)),
-        musiclm=types.SimpleNamespace(config=types.SimpleNamespace(layout=types.SimpleNamespace(depth=2))),
-        frames=lambda seconds: round(seconds * 25),
-        numbered=numbered,
-        sample_rate_hz=RATE,
-    )
-    loaded = types.SimpleNamespace(
-        studio=studio, policy={}, frozen={}, vocabulary=b"", hashes={}, clip_seconds=clip_seconds
-    )
-    monkeypatch.setattr(generate.rollouts, "load", lambda *_: loaded)
-    monkeypatch.setattr(generate.pieces, "encode", lambda _, prompts, length: np.ones((len(prompts), length), np.int32))
-    return made
+    PARTS: ClassVar = {}
+    sample_rate_hz = RATE
+    frame_seconds = 0.04
+    frame_tokens = 2
+    wav: np.ndarray
+    noise: float = 0.0
+    batches: list[int] = dataclasses.field(default_factory=list)
+
+    @property
+    def channels(self):
+        return len(self.wav)
+
+    @classmethod
+    def from_models(cls, models):
+        raise NotImplementedError
+
+    def read(self, prompts):
+        return {"sum": np.int32([sum(prompt.encode()) % 1000 for prompt in prompts])}
+
+    def condition(self, frozen, text):
+        return text["sum"]
+
+    def init(self, key):
+        return {}
+
+    def sample(self, policy, condition, keys, length, sampling, beginning=None):
+        self.batches.append(len(condition))
+        tokens = jax.vmap(lambda key: jax.random.randint(key, (length,), 0, 1000))(keys)
+        tokens = (tokens + condition[:, None]) % 1000
+        return SampledTokens(tokens, tokens.astype(jnp.float32), None)
+
+    def distributions(self, policy, condition, sampled, sampling):
+        raise NotImplementedError
+
+    def decode(self, frozen, codes):
+        shift = self.noise / 1000 * codes[:, 0].astype(jnp.float32)
+        return jnp.repeat(jnp.asarray(self.wav)[None], len(codes), 0) + shift[:, None, None]
+
+
+def play(monkeypatch, samples=TONE, clip_seconds=2.0, noise=0.0):
+    """Lets every clip become `samples`, cut or filled up to two seconds; returns the system."""
+    channels = np.atleast_2d(np.asarray(samples, np.float32))
+    system = Player(np.stack([np.resize(channel, 2 * RATE) for channel in channels]), noise)
+    loaded = types.SimpleNamespace(system=system, policy={}, frozen={}, hashes={}, clip_seconds=clip_seconds)
+    monkeypatch.setattr(generate.folders, "load", lambda _: loaded)
+    return system
 
 
 def made(path):
@@ -60,19 +100,19 @@ def test_samples_beyond_full_scale_are_clipped(monkeypatch, tmp_path):
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_samples_that_are_not_finite_are_not_written(monkeypatch, tmp_path, value):
     play(monkeypatch, [0.0, value, 0.5, 0.1])
-    with pytest.raises(ValueError, match=r"the clip for 'a reel' has samples, or a reward, that are not finite: the c"):
+    with pytest.raises(ValueError, match=r"the clip for 'a reel' has samples, or a reward, that are not finite: the d"):
         generate.generate("run/rl", "a reel", out=str(tmp_path / "a.wav"))
     assert not list(tmp_path.iterdir())
 
 
 def test_the_length_is_the_one_that_was_trained_on(monkeypatch, tmp_path, capsys):
     """Where none is recorded a stated one is assumed, and said."""
-    programs = play(monkeypatch)
+    system = play(monkeypatch)
     (path,) = generate.generate("run/rl", "a reel", out=str(tmp_path))
     assert made(path)[0]["seconds"] == 2.0 and "assumed" not in capsys.readouterr().out
-    (path,) = generate.generate("run/rl", "a reel", out=str(tmp_path / "long"), clip_seconds=500)
-    assert soundfile.info(path).frames == 500 * RATE and set(programs) == {1}
-    assert "clip_seconds=500 is more than the 2 s of the model's clips: drawn in 499 windows" in capsys.readouterr().out
+    (path,) = generate.generate("run/rl", "a reel", out=str(tmp_path / "long"), clip_seconds=50)
+    assert soundfile.info(path).frames == 50 * RATE and set(system.batches) == {8}  # one a device
+    assert "clip_seconds=50 is more than the 2 s of the model's clips: drawn in 49 windows" in capsys.readouterr().out
     play(monkeypatch, clip_seconds=None)
     monkeypatch.setattr(generate, "UNRECORDED_SECONDS", 2.0)
     generate.generate("run/old", "a reel", out=str(tmp_path / "old"))
@@ -80,18 +120,87 @@ def test_the_length_is_the_one_that_was_trained_on(monkeypatch, tmp_path, capsys
     assert said in capsys.readouterr().out
 
 
-def test_what_does_not_fit_into_memory_says_what_would(monkeypatch, tmp_path):
+def test_clips_are_drawn_together_and_each_host_writes_its_batch_at_once(monkeypatch, tmp_path):
+    """Eight devices draw a row each, so that ten prompts are two batches."""
     play(monkeypatch)
-    monkeypatch.setattr(generate.memory, "free_bytes", lambda: 60_000)
-    with pytest.raises(ValueError, match=r"clip_seconds=2 needs 0.0 GB of memory, and .*: about 0\.\d s would fit"):
-        generate.generate("run/rl", "a reel", out=str(tmp_path / "a.wav"))
+    saved = []
+    save = generate._save
+    monkeypatch.setattr(generate, "_save", lambda clips, *rest: saved.append(len(clips)) or save(clips, *rest))
+    paths = generate.generate("run/rl", [f"reel {number}" for number in range(10)], out=str(tmp_path))
+    assert saved == [8, 2] and len(paths) == len(list(tmp_path.iterdir())) == 10
+
+
+HOST = """
+import os, sys
+from pathlib import Path
+folder, root = Path(sys.argv[1]), Path(sys.argv[2])
+sys.path[:0] = [str(root.parent), str(root)]
+import conftest
+os.environ["XLA_FLAGS"] = os.environ["XLA_FLAGS"].replace("count=8", "count=2")
+import pytest
+from generate_test import draw_ten
+from musicrl_jax.core import hosts
+hosts.join()
+with pytest.MonkeyPatch.context() as patch:
+    paths, shares = draw_ten(patch, folder / "clips")
+(folder / f"shares-{os.environ['JAX_PROCESS_ID']}").write_text(f"{len(paths)} {shares}")
+hosts.end(0)
+"""
+
+
+def draw_ten(monkeypatch, out):
+    """Draws ten clips, and returns their paths and the rows of each batch on this host's devices."""
+    play(monkeypatch, noise=0.5)
+    shares, drawing = [], generate.Player.draw_by_seed
+
+    def draw(*arguments):
+        rollout = drawing(*arguments)
+        shares.append([len(shard.data) for shard in rollout.wav.addressable_shards])
+        return rollout
+
+    monkeypatch.setattr(generate.Player, "draw_by_seed", draw)
+    prompts = [f"reel {number}" for number in range(10)]
+    return generate.generate("run/rl", prompts, out=str(out), clip_seconds=3.0, seed=5), shares
+
+
+@pytest.mark.slow
+def test_two_hosts_share_the_rows_and_write_the_files_of_one(monkeypatch, tmp_path, processes):
+    paths, shares = draw_ten(monkeypatch, tmp_path / "clips_of_one")
+    assert shares == [[1] * 8] * 4  # two batches, two windows each
+    assert len({path.read_bytes()[-1000:] for path in paths}) == 10
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    command = [sys.executable, "-c", HOST, str(tmp_path), str(Path(__file__).parent)]
+    started = []
+    for number in range(2):
+        environment = {**os.environ, "JAX_COORDINATOR_ADDRESS": address}
+        environment |= {"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(number)}
+        pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        started.append(processes.start(command, env=environment, **pipe))
+    for process in started:
+        assert process.wait(240) == 0, process.communicate()[0][-3000:]
+    for number in range(2):  # three batches of two windows; two rows of four on each host
+        assert (tmp_path / f"shares-{number}").read_text() == f"10 {[[1, 1]] * 6}"
+    for path in paths:
+        assert (tmp_path / "clips" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_a_file_has_the_channels_of_the_system(monkeypatch, tmp_path):
+    """Also where it is levelled and joined from windows; the channels keep their ratio."""
+    play(monkeypatch, [TONE, -0.5 * TONE])
+    (path,) = generate.generate("run/rl", "a reel", out=str(tmp_path / "a.flac"), clip_seconds=3.5)
+    wav, _ = soundfile.read(path)
+    assert wav.shape == (3.5 * RATE, 2)
+    np.testing.assert_allclose(wav[:, 1], -0.5 * wav[:, 0], atol=1 / 16000)
+    assert np.abs(wav).max() > 0.05
 
 
 @pytest.mark.parametrize("form", ["wav", "flac", "ogg"])
 @pytest.mark.parametrize("prompt", ["a reel", "быстрая джига на скрипке 🎻\nслово", "a jig " * 3000], ids=len)
 def test_a_file_says_how_it_was_made(monkeypatch, tmp_path, form, prompt):
     play(monkeypatch)
-    (path,) = generate.generate("run/rl", prompt, out=str(tmp_path), seed=3, format=form, temperature=1.1)
+    (path,) = generate.generate("run/rl", prompt, out=f"{tmp_path}/*.{form}", seed=3, temperature=1.1)
     told, title = made(path)
     assert title == (prompt.encode()[:2000].decode() if form == "wav" else prompt)
     assert soundfile.info(path).format == form.upper()
@@ -99,7 +208,7 @@ def test_a_file_says_how_it_was_made(monkeypatch, tmp_path, form, prompt):
         "prompt_sha256": hashlib.sha256(prompt.encode()).hexdigest(),
         "seed": 3,
         "candidate": 0,
-        "model": generate.checkpoints.content_hash({}),
+        "model": generate.checkpoint.content_hash({}),
         "seconds": 2.0,
         "temperature": 1.1,
         "top_k": None,
@@ -182,11 +291,10 @@ def test_a_folder_of_clips_is_continued_and_not_mixed(monkeypatch, tmp_path):
         ({"prompt": ["a", 3]}, "generate.prompt: 3 is no text"),
         ({"prompts_file": "empty.txt"}, "has no prompt in it"),
         ({"prompts_file": "some.txt", "out": "a.wav"}, "is one file, but there are several prompts"),
-        ({"prompt": ["a", "b"], "out": "a.ogg"}, "is one file, but there are several prompts"),
+        ({"prompt": ["a", "b"], "out": "a/b.ogg"}, r"several prompts: give a folder, or 'a/\*\.ogg'"),
         ({"prompt": "a", "out": "a.mp3"}, r"'a\.mp3' does not end in \.wav or \.flac or \.ogg: choose one of them"),
         ({"prompt": "a", "out": "clips.v2"}, "or for a new folder a name that ends in /"),
-        ({"prompt": "a", "out": "a.wav", "format": "ogg"}, "is no ogg file"),
-        ({"prompt": "a", "format": "mp3"}, "format='mp3' is none of wav, flac, ogg"),
+        ({"prompt": "a", "out": "clips/*.mp3"}, r"'clips/\*\.mp3' does not end in \.wav or"),
         ({"prompt": "a", "out": "file"}, "out='file' is a file: give a folder"),
         ({"prompt": "a", "loudness_lufs": 3}, "loudness_lufs=3 must be above -70 and at most 0, or None"),
         ({"prompt": "a", "loudness_lufs": "loud"}, "loudness_lufs='loud' must be"),

@@ -47,13 +47,12 @@ def locked(folder: str | Path, name: str = "musicrl") -> Iterator[None]:
         yield
 
 
-def holds(parameter: str, beside: bool = False, when: str = "") -> Callable[[Callable[P, T]], Callable[P, T]]:
+def holds(parameter: str, beside: bool = False) -> Callable[[Callable[P, T]], Callable[P, T]]:
     """Decorates a verb that writes where its `parameter` says, so that it runs inside `locked`.
 
     Args:
       parameter: of the verb; a folder.
       beside: for a file, or a folder that is moved into its place whole: the lock lies beside it.
-      when: a parameter without which nothing is locked.
     """
 
     def decorate(verb: Callable[P, T]) -> Callable[P, T]:
@@ -63,8 +62,6 @@ def holds(parameter: str, beside: bool = False, when: str = "") -> Callable[[Cal
         def run(*arguments: P.args, **keywords: P.kwargs) -> T:
             bound = signature.bind(*arguments, **keywords)
             bound.apply_defaults()
-            if when and not bound.arguments[when]:
-                return verb(*arguments, **keywords)
             path = Path(bound.arguments[parameter])
             with locked(path.parent, path.name) if beside else locked(path):
                 return verb(*arguments, **keywords)
