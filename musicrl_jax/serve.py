@@ -17,9 +17,6 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 8000,
     rows: int = 8,
-    most_waiting: int = 64,
-    most_seconds: float = 0.0,
-    most_candidates: int = 8,
     token_file: str = "",
     public_status: bool = False,
     allowed_hosts: str = "",
@@ -37,10 +34,6 @@ def serve(
       port: of TCP, 0 to 65535; 0 takes any that is free.
       rows: clips of a batch, 1 or more. Every batch is filled up to it, so that a seed's clip is
         the same in any company.
-      most_waiting: clips that may wait, 1 or more; beyond, a request is answered 429.
-      most_seconds: longest piece in seconds; 0 is four times the bundle's clips. What is longer
-        than one of these goes on from half of it (MusicLM 5.5: a stride of 15 s).
-      most_candidates: clips that a request may have drawn to choose from, 1 or more.
       token_file: a file with a token that requests must carry (`Authorization: Bearer ...`), if
         anything. Letters outside ASCII may be sent as UTF-8 or Latin-1.
       public_status: whether `/metrics` and `/v1/model` answer without the token.
@@ -49,7 +42,7 @@ def serve(
         service by DNS rebinding. Where it listens beyond loopback, every IP address is allowed.
       allowed_origins: origins of web pages that may call the service from a browser (CORS), as
         https://music.example, with commas between them; * allows every page. None by default.
-      limits: of connections and times.
+      limits: of requests, connections and times.
 
     Raises:
       ValueError: a setting is out of range, the address is in use, the bundle is damaged or not for
@@ -58,7 +51,7 @@ def serve(
     """
     # Settings and the address, before anything is loaded.
     extras.check("serving", "serve", "fastapi", "fastapi_offline", "prometheus_client", "uvicorn")
-    _check(bundle, port, rows, most_waiting, most_seconds, most_candidates, public_status, limits)
+    _check(bundle, port, rows, public_status, limits)
     token = settings.read_token(token_file) if token_file else ""
     hosts, origins = settings.read_hosts(allowed_hosts), settings.read_origins(allowed_origins)
     with ExitStack() as stack:
@@ -71,7 +64,7 @@ def serve(
         from musicrl_jax.serving.bundle import Bundle
 
         loaded = Bundle(bundle)
-        seconds = most_seconds or 4 * loaded.about["clip_seconds"]
+        seconds = limits.piece_seconds or 4 * loaded.about["clip_seconds"]
         if not local and not token:
             print(
                 f"anyone who reaches {host} can have clips: give a token_file to ask for a token",
@@ -92,8 +85,8 @@ def serve(
 
         application = app.create(
             loaded,
-            partial(batcher.Batcher, loaded, rows, limits.window_ms / 1000, most_waiting),
-            app.Limits(seconds, min(most_candidates, most_waiting)),
+            partial(batcher.Batcher, loaded, rows, limits.window_ms / 1000, limits.waiting_clips),
+            app.Limits(seconds, min(limits.candidates, limits.waiting_clips)),
             access,
             give_up,
         )
@@ -112,28 +105,17 @@ def serve(
         ) from failures[0]
 
 
-def _check(
-    bundle: str,
-    port: int,
-    rows: int,
-    most_waiting: int,
-    most_seconds: float,
-    most_candidates: int,
-    public_status: bool,
-    limits: ServiceLimits,
-) -> None:
+def _check(bundle: str, port: int, rows: int, public_status: bool, limits: ServiceLimits) -> None:
     """Checks settings of `serve`, whose docstring has their ranges and errors."""
-    whole = {"rows": rows, "most_waiting": most_waiting, "most_candidates": most_candidates}
-    for name, number in whole.items():
-        settings.check_number(f"serve.{name}", number, 1, whole=True)
-    settings.check_number("serve.most_seconds", most_seconds, 0)
+    settings.check_number("serve.rows", rows, 1, whole=True)
     settings.check_number("serve.port", port, 0, 65535, whole=True)
     if not isinstance(public_status, bool):
         raise ValueError(f"serve.public_status={public_status!r} must be True or False")
-    if limits.connections <= most_waiting + rows:
+    if limits.connections <= limits.waiting_clips + rows:
         raise ValueError(
             f"ServiceLimits.connections={limits.connections} must be more than "
-            f"most_waiting={most_waiting} and rows={rows} together: each clip may be a connection's"
+            f"waiting_clips={limits.waiting_clips} and serve.rows={rows} together: each clip may be a "
+            "connection's"
         )
     settings.check_files(limits.connections)
     if not Path(bundle).is_dir():

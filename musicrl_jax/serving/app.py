@@ -1,6 +1,6 @@
-"""The HTTP service: a prompt -> a clip, by a bundle. OpenAPI at /openapi.json, a page to try it at /.
+"""The HTTP service: a prompt -> a clip, by a bundle. OpenAPI at /openapi.json, a page at /.
 
-Legend: N samples.
+Legend: C channels, N samples.
 """
 
 import asyncio
@@ -21,6 +21,7 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from prometheus_client import Counter, Gauge, Histogram
+from pydantic import Field
 
 from musicrl_jax.core.audio import encoded, made_from
 from musicrl_jax.serving.batcher import Batcher, Closed, Full, Wanted
@@ -55,6 +56,128 @@ class Problem(pydantic.BaseModel):
     detail: str
 
 
+def _problems(reasons: dict[int, str]) -> dict[int | str, dict[str, Any]]:
+    """Returns OpenAPI's descriptions of answers without a clip, from why a status is answered."""
+    return {status: {"model": Problem, "description": why} for status, why in reasons.items()}
+
+
+# Answers that the server may give to any request, and those to a request for a clip.
+ANY_PROBLEMS = _problems(
+    {
+        400: "The request is not HTTP, or is for a host that is not served.",
+        408: "The request did not arrive in time.",
+        413: f"The body has more than {MOST_BYTES} bytes.",
+    }
+)
+CLIP_PROBLEMS = _problems(
+    {
+        422: "A field is missing, unknown or out of its range, or the prompt says nothing.",
+        429: "Too many clips wait; Retry-After says how long to wait.",
+        500: "The clip has numbers that are not finite.",
+        503: "The service starts or stops.",
+    }
+)
+UNAUTHORIZED = _problems({401: "No, or another, bearer token."})
+INTEGER, STRING = {"type": "integer"}, {"type": "string"}
+BINARY = {**STRING, "format": "binary"}
+SOUND = {
+    "content": {media: {"schema": BINARY} for media in MEDIA.values()},
+    "description": "The clip.",
+    "headers": {
+        "X-Seed": {"schema": INTEGER, "description": "Its seed."},
+        "X-Candidate": {"schema": INTEGER, "description": "Which of the candidates it is."},
+        "X-Rewards": {"schema": STRING, "description": "Its rewards, as JSON."},
+    },
+}
+
+
+class Metrics:
+    """What Prometheus reads of one service, in a registry of its own."""
+
+    def __init__(self) -> None:
+        self.registry = prometheus_client.CollectorRegistry()
+        here = {"registry": self.registry}
+        self.requests = Counter("musicrl_requests", "Answers, by status.", ["status"], **here)
+        seconds = 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100
+        name = "musicrl_request_seconds"
+        self.latency = Histogram(name, "From a request to its clip.", buckets=seconds, **here)
+        clips = 1, 2, 4, 8, 16, 32, 64
+        self._sizes = Histogram("musicrl_batch_clips", "Clips in a batch.", buckets=clips, **here)
+        self._busy = Counter("musicrl_device_seconds", "Spent on drawing.", **here)
+        self.music = Counter("musicrl_music_seconds", "Of music sent.", **here)
+        self.waiting = Gauge("musicrl_waiting_clips", "Clips that wait for the device.", **here)
+        name = "musicrl_requests_in_progress"
+        self.in_progress = Gauge(name, "Requests whose clips are wanted.", **here)
+
+    def count_batch(self, clips: int, seconds: float) -> None:
+        """Counts a batch and the seconds that it took."""
+        self._sizes.observe(clips)
+        self._busy.inc(seconds)
+
+    def count_answer(self, path: str, status: int) -> None:
+        """Counts an answer, if it is to a request for a clip."""
+        if path == "/v1/clips":
+            self.requests.labels(status).inc()
+
+
+class Studio:
+    """What makes the clips: the bundle, its queue, and whether the first clip is drawn.
+
+    Attributes:
+      bundle: what draws.
+      metrics: of the service.
+      problem: why no clip can be drawn yet; '' once one can.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        batcher: Callable[..., Batcher],
+        give_up: Callable[[Exception], None],
+    ):
+        """Keeps the arguments of `create`."""
+        self.bundle, self.metrics = bundle, Metrics()
+        self.problem = "the service starts: its functions are being compiled"
+        self._batcher, self._give_up = batcher, give_up
+        self._queue: Batcher | None = None
+
+    @asynccontextmanager
+    async def lifespan(self, _: FastAPI) -> AsyncIterator[None]:
+        """Runs the queue while the service lives."""
+        self._queue = self._batcher(told=self.metrics.count_batch)
+        self.metrics.waiting.set_function(lambda: self._queue.waiting)
+        warming = asyncio.create_task(self._warm())
+        yield
+        warming.cancel()
+        await asyncio.to_thread(self._queue.close)
+
+    async def _warm(self) -> None:
+        """Draws the first clip, which compiles."""
+        about = self.bundle.about
+        try:
+            text = self.bundle.encode(about["golden"]["prompts"][:1])[0]
+            first = Wanted(text, 0, 0, about["temperature"], scored=bool(about["rewards"]))
+            await asyncio.wrap_future(self._queue.submit(first)[0])
+        except Exception as error:  # whatever it is, whoever runs the service must hear of it
+            self.problem = f"the first clip could not be drawn: {error}"
+            self._give_up(error)
+        else:
+            self.problem = ""
+
+    async def draw(self, piece: Piece) -> tuple[np.ndarray, int, dict[str, float]]:
+        """Returns (wav f32 [N] or [C, N], its candidate's number, its rewards' means)."""
+        while rows := piece.rows():
+            futures = []
+            for future in self._queue.submit(*rows, begun=piece.begun):
+                futures.append(asyncio.wrap_future(future))
+            try:
+                piece.add(await asyncio.gather(*futures))
+            finally:  # if one failed, or the client left: no one waits for the others
+                for future in futures:
+                    future.cancel()
+        return piece.best()
+
+
 def create(
     bundle: Bundle,
     batcher: Callable[..., Batcher],
@@ -62,215 +185,42 @@ def create(
     access: Access,
     give_up: Callable[[Exception], None] = lambda error: None,
 ) -> FastAPI:
-    """The application.
+    """Builds the application.
 
     Args:
       bundle: what draws.
       batcher: is called with `told` once, at the start, and closed at the end.
       limits: of a request.
       access: who may ask.
-      give_up: is called where the first clip, which compiles, cannot be drawn; no later one could.
+      give_up: is called if the first clip, which compiles, cannot be drawn; no later one could.
     """
-    about = bundle.about
-    frame_seconds = about["clip_seconds"] / about["frames"]
-    registry = prometheus_client.CollectorRegistry()
-    requests = Counter("musicrl_requests", "Answers, by status.", ["status"], registry=registry)
-    latency = Histogram(
-        "musicrl_request_seconds",
-        "From a request to its clip.",
-        buckets=(0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100),
-        registry=registry,
-    )
-    sizes = Histogram("musicrl_batch_clips", "Clips in a batch.", buckets=(1, 2, 4, 8, 16, 32, 64), registry=registry)
-    busy = Counter("musicrl_device_seconds", "Spent on drawing.", registry=registry)
-    music = Counter("musicrl_music_seconds", "Of music sent.", registry=registry)
-    waiting = Gauge("musicrl_waiting_clips", "Clips that wait for the device.", registry=registry)
-    taken = Gauge("musicrl_requests_in_progress", "Requests whose clips are wanted.", registry=registry)
-
-    def told(clips: int, seconds: float) -> None:
-        sizes.observe(clips)
-        busy.inc(seconds)
-
-    queue: Batcher | None = None
-
-    @asynccontextmanager
-    async def living(_: FastAPI) -> AsyncIterator[None]:
-        nonlocal queue
-        queue = batcher(told=told)
-        waiting.set_function(lambda: queue.waiting)
-        warming = asyncio.create_task(warm())
-        yield
-        warming.cancel()
-        await asyncio.to_thread(queue.close)
-
-    ready, not_yet = False, "the service starts: its functions are being compiled"
-
-    async def warm() -> None:
-        """The first clip, which compiles."""
-        nonlocal ready, not_yet
-        try:
-            text = bundle.encode(about["golden"]["prompts"][:1])[0]
-            first = Wanted(text, 0, 0, about["temperature"], scored=bool(about["rewards"]))
-            await asyncio.wrap_future(queue.submit(first)[0])
-        except Exception as error:  # whatever it is, whoever runs the service must hear of it
-            not_yet = f"the first clip could not be drawn: {error}"
-            give_up(error)
-        else:
-            ready = True
-
-    bearer = HTTPBearer(auto_error=False, description="The token that the service was started with.")
-
-    async def allowed(given: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]) -> None:
-        # Starlette reads headers as Latin-1.
-        if given is None or not access.admits(given.credentials.encode("latin-1")):
-            raise HTTPException(401, "a bearer token is needed", {"WWW-Authenticate": "Bearer"})
-
+    studio = Studio(bundle, batcher, give_up)
     app = FastAPI(
         title="MusicRL",
-        version=about["version"],
+        version=bundle.about["version"],
         description="A prompt -> a clip of music.",
-        lifespan=living,
+        lifespan=studio.lifespan,
         docs_url=None,
         redoc_url=None,
-        responses={
-            400: {"model": Problem, "description": "The request is not HTTP, or is for a host that is not served."},
-            408: {"model": Problem, "description": "The request did not arrive in time."},
-            413: {"model": Problem, "description": f"The body has more than {MOST_BYTES} bytes."},
-        },
+        responses=ANY_PROBLEMS,
     )
-
-    class Asked(pydantic.BaseModel):
-        """A clip that is wanted."""
-
-        model_config = pydantic.ConfigDict(extra="forbid")
-        prompt: Annotated[str, pydantic.Field(min_length=1, max_length=MOST_LETTERS, examples=["upbeat jazz"])]
-        seed: Annotated[
-            int | None,
-            pydantic.Field(ge=0, lt=2**32, description="The same seed gives the same clip; by default any."),
-        ] = None
-        seconds: Annotated[float, pydantic.Field(ge=frame_seconds, le=limits.seconds, allow_inf_nan=False)] = min(
-            about["clip_seconds"], limits.seconds
-        )
-        temperature: Annotated[float, pydantic.Field(ge=0.1, le=2.0, allow_inf_nan=False)] = about["temperature"]
-        candidates: Annotated[
-            int,
-            pydantic.Field(ge=1, le=limits.candidates, description="Clips to choose the one of the best reward from."),
-        ] = 1
-        format: Literal["wav", "flac", "ogg"] = "wav"
-
-    async def drawn(asked: Asked, text: np.ndarray, seed: int) -> tuple[np.ndarray, int, dict[str, float]]:
-        """(wav f32 [N], which candidate it is, its rewards' means over windows)."""
-        piece = Piece(about, text, seed, asked.seconds, asked.temperature, asked.candidates)
-        while rows := piece.rows():
-            futures = [asyncio.wrap_future(future) for future in queue.submit(*rows, begun=piece.begun)]
-            try:
-                piece.add(await asyncio.gather(*futures))
-            finally:  # where one failed, or the client left: no one waits for the others
-                for future in futures:
-                    future.cancel()
-        return piece.best()
-
-    def answered(path: str, status: int) -> None:
-        if path == "/v1/clips":
-            requests.labels(status).inc()
 
     @app.exception_handler(RequestValidationError)
     async def refused(_: Request, error: RequestValidationError) -> JSONResponse:
         """Says what is wrong without repeating what was sent, which may not be text."""
-        told = "; ".join(f"{'.'.join(map(str, e['loc'][1:])) or 'the body'}: {e['msg']}" for e in error.errors())
-        return JSONResponse({"detail": told.encode("utf-8", "replace").decode()}, 422)
+        details = []
+        for each in error.errors():
+            field = ".".join(map(str, each["loc"][1:])) or "the body"
+            details.append(f"{field}: {each['msg']}")
+        return JSONResponse({"detail": "; ".join(details).encode("utf-8", "replace").decode()}, 422)
 
-    problems: dict[int | str, dict[str, Any]] = {
-        status: {"model": Problem, "description": why}
-        for status, why in (
-            (422, "A field is missing, unknown or out of its range, or the prompt says nothing."),
-            (429, "Too many clips wait; Retry-After says how long to wait."),
-            (500, "The clip has numbers that are not finite."),
-            (503, "The service starts or stops."),
-        )
-    }
-    # What a token guards: clips always, the rest unless it is public.
-    guard = [Depends(allowed)] if access.token else []
-    unauthorized: dict[int | str, dict[str, Any]] = {}
-    if access.token:
-        unauthorized[401] = {"model": Problem, "description": "No, or another, bearer token."}
-    status_guard, status_problems = ([], {}) if access.public_status else (guard, unauthorized)
-    sound = {
-        "content": {media: {"schema": {"type": "string", "format": "binary"}} for media in MEDIA.values()},
-        "description": "The clip.",
-        "headers": {
-            "X-Seed": {"schema": {"type": "integer"}, "description": "Its seed."},
-            "X-Candidate": {"schema": {"type": "integer"}, "description": "Which of the candidates it is."},
-            "X-Rewards": {"schema": {"type": "string"}, "description": "Its rewards, as JSON."},
-        },
-    }
-
-    @app.post(
-        "/v1/clips",
-        response_class=Response,
-        responses={200: sound, **problems, **unauthorized},
-        dependencies=guard,
-    )
-    async def clip(asked: Asked, request: Request) -> Response:
-        """Draws a clip."""
-        start = time.monotonic()
-        if not ready:
-            raise HTTPException(503, not_yet, {"Retry-After": "5"})
-        if asked.candidates > 1 and not about["rewards"]:
-            raise HTTPException(422, "candidates: the bundle has no rewards to choose by: ask for 1")
-        try:
-            text = bundle.encode([asked.prompt])[0]
-        except ValueError as error:
-            raise HTTPException(422, str(error).encode("utf-8", "replace").decode()) from error
-        seed = secrets.randbelow(2**32) if asked.seed is None else asked.seed
-        work = asyncio.create_task(drawn(asked, text, seed))
-        try:
-            with taken.track_inprogress():
-                while not (await asyncio.wait({work}, timeout=LOOK_SECONDS))[0]:
-                    if await request.is_disconnected():
-                        return Response(status_code=GONE)
-            wav, best, rewards = work.result()
-        except Full as full:
-            raise HTTPException(429, str(full), {"Retry-After": str(int(np.ceil(full.retry_after)))}) from full
-        except Closed as closed:
-            raise HTTPException(503, str(closed), {"Retry-After": "5"}) from closed
-        except FloatingPointError as error:
-            raise HTTPException(500, str(error)) from error
-        finally:
-            work.cancel()
-        tags = made_from(asked.prompt, model=about["sha256"], seed=seed, candidate=best)
-        content = await asyncio.to_thread(encoded, wav, about["sample_rate_hz"], asked.format, tags)
-        latency.observe(time.monotonic() - start)
-        music.inc(len(wav) / about["sample_rate_hz"])
-        told = {"X-Seed": str(seed), "X-Candidate": str(best), "X-Rewards": json.dumps(rewards)}
-        return Response(content, media_type=MEDIA[asked.format], headers=told)
-
-    @app.get("/v1/model", responses=status_problems, dependencies=status_guard)
-    async def model() -> dict[str, Any]:
-        """What the bundle is, and what may be asked for."""
-        told = {name: about[name] for name in ("sample_rate_hz", "clip_seconds", "temperature", "licence", "models")}
-        told["frame_seconds"] = frame_seconds
-        told["limits"], told["token"] = dataclasses.asdict(limits), bool(access.token)
-        return {**told, "rewards": sorted(about["rewards"])}
-
-    @app.get("/healthz")
-    async def health() -> dict[str, bool]:
-        """Whether the process answers."""
-        return {"alive": True}
-
-    @app.get("/readyz", responses={503: {"model": Problem, "description": "Not yet."}})
-    async def readiness() -> dict[str, bool]:
-        """Whether it can draw: the functions are compiled."""
-        if not ready:
-            raise HTTPException(503, not_yet)
-        return {"ready": True}
-
-    @app.get("/metrics", response_class=Response, include_in_schema=False, dependencies=status_guard)
-    async def metrics() -> Response:
-        return Response(prometheus_client.generate_latest(registry), media_type=prometheus_client.CONTENT_TYPE_LATEST)
-
+    # A token guards clips always, and the rest unless it is public.
+    guard = [Depends(_token_check(access))] if access.token else []
+    _add_clips(app, studio, limits, guard)
+    _add_model(app, bundle.about, limits, access, [] if access.public_status else guard)
+    _add_status(app, studio, [] if access.public_status else guard)
     add_pages(app)
-    app.add_middleware(Edge, access=access, answered=answered)
+    app.add_middleware(Edge, access=access, answered=studio.metrics.count_answer)
     if access.origins:  # the last is the outermost: refusals by Edge can be read by these pages too
         app.add_middleware(
             CORSMiddleware,
@@ -280,3 +230,139 @@ def create(
             expose_headers=("Retry-After", "X-Candidate", "X-Rewards", "X-Seed"),
         )
     return app
+
+
+def _token_check(access: Access) -> Callable:
+    """Returns the dependency of a route that refuses requests without the token."""
+    bearer = HTTPBearer(
+        auto_error=False, description="The token that the service was started with."
+    )
+
+    async def check(
+        credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)],
+    ) -> None:
+        # Starlette reads headers as Latin-1.
+        if credentials is None or not access.admits(credentials.credentials.encode("latin-1")):
+            raise HTTPException(401, "a bearer token is needed", {"WWW-Authenticate": "Bearer"})
+
+    return check
+
+
+def _clip_request(about: dict[str, Any], limits: Limits) -> type[pydantic.BaseModel]:
+    """Returns the model of a request for a clip, with the ranges of this bundle and service."""
+
+    length, least = min(about["clip_seconds"], limits.seconds), _frame_seconds(about)
+    any_seed = "The same seed gives the same clip; by default any."
+    to_choose = "Clips to choose the one of the best reward from."
+
+    class ClipRequest(pydantic.BaseModel):
+        """A clip that is wanted."""
+
+        model_config = pydantic.ConfigDict(extra="forbid")
+        prompt: str = Field(min_length=1, max_length=MOST_LETTERS, examples=["upbeat jazz"])
+        seed: int | None = Field(None, ge=0, lt=2**32, description=any_seed)
+        seconds: float = Field(length, ge=least, le=limits.seconds, allow_inf_nan=False)
+        temperature: float = Field(about["temperature"], ge=0.1, le=2.0, allow_inf_nan=False)
+        candidates: int = Field(1, ge=1, le=limits.candidates, description=to_choose)
+        format: Literal["wav", "flac", "ogg"] = "wav"
+
+    return ClipRequest
+
+
+def _frame_seconds(about: dict[str, Any]) -> float:
+    return about["clip_seconds"] / about["frames"]
+
+
+def _add_clips(app: FastAPI, studio: Studio, limits: Limits, guard: list[Any]) -> None:
+    """Adds /v1/clips."""
+    bundle, metrics = studio.bundle, studio.metrics
+    about, rate = bundle.about, bundle.about["sample_rate_hz"]
+    ClipRequest = _clip_request(about, limits)
+    responses = {200: SOUND, **CLIP_PROBLEMS, **(UNAUTHORIZED if guard else {})}
+
+    @app.post("/v1/clips", response_class=Response, responses=responses, dependencies=guard)
+    async def clip(order: ClipRequest, request: Request) -> Response:
+        """Draws a clip."""
+        # What can be refused at once.
+        start = time.monotonic()
+        if studio.problem:
+            raise HTTPException(503, studio.problem, {"Retry-After": "5"})
+        if order.candidates > 1 and not about["rewards"]:
+            raise HTTPException(
+                422, "candidates: the bundle has no rewards to choose by: ask for 1"
+            )
+        try:
+            text = bundle.encode([order.prompt])[0]
+        except ValueError as error:
+            raise HTTPException(422, str(error).encode("utf-8", "replace").decode()) from error
+
+        # The clip, unless the client leaves.
+        seed = secrets.randbelow(2**32) if order.seed is None else order.seed
+        piece = Piece(about, text, seed, order.seconds, order.temperature, order.candidates)
+        work = asyncio.create_task(studio.draw(piece))
+        try:
+            with metrics.in_progress.track_inprogress():
+                while not (await asyncio.wait({work}, timeout=LOOK_SECONDS))[0]:
+                    if await request.is_disconnected():
+                        return Response(status_code=GONE)
+            wav, candidate, rewards = work.result()
+        except Full as full:
+            retry_after = str(int(np.ceil(full.retry_after)))
+            raise HTTPException(429, str(full), {"Retry-After": retry_after}) from full
+        except Closed as closed:
+            raise HTTPException(503, str(closed), {"Retry-After": "5"}) from closed
+        except FloatingPointError as error:
+            raise HTTPException(500, str(error)) from error
+        finally:
+            work.cancel()
+
+        # Its file.
+        tags = made_from(order.prompt, model=about["sha256"], seed=seed, candidate=candidate)
+        content = await asyncio.to_thread(encoded, wav, rate, order.format, tags)
+        metrics.latency.observe(time.monotonic() - start)
+        metrics.music.inc(wav.shape[-1] / rate)
+        headers = {
+            "X-Seed": str(seed),
+            "X-Candidate": str(candidate),
+            "X-Rewards": json.dumps(rewards),
+        }
+        return Response(content, media_type=MEDIA[order.format], headers=headers)
+
+
+def _add_model(
+    app: FastAPI, about: dict[str, Any], limits: Limits, access: Access, guard: list[Any]
+) -> None:
+    """Adds /v1/model."""
+    names = "sample_rate_hz", "clip_seconds", "temperature", "licence", "models"
+
+    @app.get("/v1/model", responses=UNAUTHORIZED if guard else {}, dependencies=guard)
+    async def model() -> dict[str, Any]:
+        """What the bundle is, and what may be asked for."""
+        return {
+            **{name: about[name] for name in names},
+            "frame_seconds": _frame_seconds(about),
+            "limits": dataclasses.asdict(limits),
+            "token": bool(access.token),
+            "rewards": sorted(about["rewards"]),
+        }
+
+
+def _add_status(app: FastAPI, studio: Studio, guard: list[Any]) -> None:
+    """Adds /healthz, /readyz and /metrics, for whoever runs the service."""
+
+    @app.get("/healthz")
+    async def health() -> dict[str, bool]:
+        """Whether the process answers."""
+        return {"alive": True}
+
+    @app.get("/readyz", responses=_problems({503: "Not yet."}))
+    async def readiness() -> dict[str, bool]:
+        """Whether it can draw: the functions are compiled."""
+        if studio.problem:
+            raise HTTPException(503, studio.problem)
+        return {"ready": True}
+
+    @app.get("/metrics", response_class=Response, include_in_schema=False, dependencies=guard)
+    async def metrics() -> Response:
+        content = prometheus_client.generate_latest(studio.metrics.registry)
+        return Response(content, media_type=prometheus_client.CONTENT_TYPE_LATEST)

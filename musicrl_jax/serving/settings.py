@@ -45,6 +45,10 @@ class ServiceLimits:
     """Time and room that the service gives its clients.
 
     Attributes:
+      waiting_clips: clips that may wait, 1 or more; beyond, a request is answered 429.
+      piece_seconds: longest piece; 0 is four times the bundle's clips. A piece longer than a clip
+        goes on from half of one (MusicLM 5.5: a stride of 15 s).
+      candidates: clips that a request may have drawn to choose from, 1 or more.
       connections: open connections, 1 or more. When one more opens, the one whose client has not
         sent a whole request for the longest time is closed; else one whose client does not read.
       request_seconds: time to send a request, its head and its body, above 0.
@@ -54,6 +58,9 @@ class ServiceLimits:
       window_ms: time that a clip waits for others to be drawn in its batch, 0 or more.
     """
 
+    waiting_clips: int = 64
+    piece_seconds: float = 0.0
+    candidates: int = 8
     connections: int = 256
     request_seconds: float = 10.0
     idle_seconds: float = 5.0
@@ -63,10 +70,11 @@ class ServiceLimits:
 
     def __post_init__(self) -> None:
         """Raises ValueError where a limit is out of its range."""
-        check_number("ServiceLimits.connections", self.connections, 1, whole=True)
+        for name in ("waiting_clips", "candidates", "connections"):
+            check_number(f"ServiceLimits.{name}", getattr(self, name), 1, whole=True)
         for name in ("request_seconds", "idle_seconds", "answer_seconds"):
             check_number(f"ServiceLimits.{name}", getattr(self, name), 0.001)
-        for name in ("grace_seconds", "window_ms"):
+        for name in ("piece_seconds", "grace_seconds", "window_ms"):
             check_number(f"ServiceLimits.{name}", getattr(self, name), 0)
 
 

@@ -551,7 +551,8 @@ def free_port():
 def started(processes, folder, port):
     """`musicrl serve`, a process of its own, once it is ready."""
     command = [sys.executable, "-m", "musicrl_jax.cli", "serve", f"--bundle={folder}", f"--port={port}"]
-    settings = "--rows=2", "--most_candidates=2", "--most_seconds=60"
+    settings = "--rows=2", "--limits=@ServiceLimits()", "--gin.ServiceLimits.candidates=2"
+    settings += ("--gin.ServiceLimits.piece_seconds=60",)
     process = processes.start([*command, *settings], stdout=subprocess.DEVNULL)
 
     def ready():

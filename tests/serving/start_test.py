@@ -44,14 +44,14 @@ def imported(*words):
     return set(json.loads(done.stdout.splitlines()[-1]))
 
 
-@pytest.mark.parametrize("verb", ["checkpoint", "bundle", "serve", "pack", "export"])
+@pytest.mark.parametrize("verb", ["system", "bundle", "serve", "pack", "export"])
 def test_it_imports_nothing_that_reads_data(verb, run, exported, tmp_path):
     words = {
-        "checkpoint": ["generate", f"--checkpoint={run}/policy", "--prompt=a reel"],
-        "bundle": ["generate", f"--checkpoint={exported[0]}", "--prompt=a reel"],
+        "system": ["generate", f"--system={run}/policy", "--prompt=a reel"],
+        "bundle": ["generate", f"--system={exported[0]}", "--prompt=a reel"],
         "serve": ["serve", f"--bundle={exported[0]}", "--rows=1", "--port=18321"],
         "pack": ["pack", f"--models={{'policy': '{run}/policy'}}", f"--out={tmp_path}/pack"],
-        "export": ["export", f"--checkpoint={run}/policy", f"--out={tmp_path}/b", "--platforms=cpu"],
+        "export": ["export", f"--system={run}/policy", f"--out={tmp_path}/b", "--platforms=cpu"],
     }[verb]
     if words[0] == "generate":
         words += ["--clip_seconds=0.4", f"--out={tmp_path}/clips"]
