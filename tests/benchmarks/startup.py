@@ -3,7 +3,7 @@
     python tests/benchmarks/startup.py                      this checkout
     python tests/benchmarks/startup.py f1186c7 .            a revision and a folder; ratios first
 
-`musicrl --help`; `generate` of one clip by a checkpoint and by a bundle, cold (no compiled function
+`musicrl --help`; `generate` of one clip by a system and by a bundle, cold (no compiled function
 is kept) and warm (once more); `serve` until it is ready, cold and warm. Seconds are of user and
 system, of the process and of what it started, as the kernel counts them. The models have the demo's
 sizes and random weights; this checkout makes them.
@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from urllib.error import URLError
@@ -29,16 +30,14 @@ SECONDS = 4.0  # of a clip
 
 
 def make_models(folder: Path) -> None:
-    """Writes a checkpoint, `folder`/policy with its neighbours, and `folder`/bundle."""
+    """Writes `folder`/policy with its neighbours."""
     os.environ["JAX_PLATFORMS"] = "cpu"
     sys.path.insert(0, str(ROOT))
     import jax
     import jax.numpy as jnp
     from flax.linen import meta
 
-    from musicrl_jax import export
     from musicrl_jax.core import checkpoint
-    from musicrl_jax.models.tokens import TokenLayout
     from musicrl_jax.inputs import vocabulary
     from musicrl_jax.models.bert import BertConfig
     from musicrl_jax.models.conformer import ConformerConfig
@@ -47,6 +46,7 @@ def make_models(folder: Path) -> None:
     from musicrl_jax.models.resnet import ResNetConfig
     from musicrl_jax.models.soundstorm import SoundStorm, SoundStormConfig
     from musicrl_jax.models.soundstream import SoundStream, SoundStreamConfig
+    from musicrl_jax.models.tokens import TokenLayout
     from musicrl_jax.models.transformer import TransformerConfig
     from musicrl_jax.objectives.mulan import VOCABULARY
 
@@ -92,7 +92,11 @@ def make_models(folder: Path) -> None:
         if name in ("policy", "fine"):
             assets = {checkpoint.LINEAGE: json.dumps(hashes).encode()}
         hashes[name] = checkpoint.save_model(folder / name, module.config, variables, assets)
-    export.export(str(folder / "policy"), str(folder / "bundle"), SECONDS, platforms=("cpu",))
+
+
+def system_flag(root: Path) -> str:
+    """Returns the flag of `generate` and `export` that names a system, in that checkout."""
+    return "--system" if (root / "musicrl_jax" / "systems").is_dir() else "--checkpoint"
 
 
 def checkout(name: str, folder: Path) -> Path:
@@ -156,15 +160,12 @@ def one_turn(root: Path, models: Path) -> Iterator[tuple[str, float]]:
     """Yields what was measured of one checkout, with caches of its own."""
     yield "--help", measured(root, models, "--help")
     with tempfile.TemporaryDirectory() as folder:
-        for number, (kind, source) in enumerate(
-            {"checkpoint": "policy", "bundle": "bundle"}.items()
-        ):
-            flags = (
-                "generate",
-                f"--checkpoint={models / source}",
-                f"--clip_seconds={SECONDS}",
-                "--prompt=a slow piano",
-            )
+        # A checkout reads no bundle of a later one.
+        flag, seconds, bundle = system_flag(root), f"--clip_seconds={SECONDS}", f"{folder}/bundle"
+        flags = "export", f"{flag}={models / 'policy'}", seconds, "--platforms=cpu", f"--out={bundle}"
+        measured(root, Path(folder, "export"), *flags)
+        for number, (kind, source) in enumerate({"system": models / "policy", "bundle": bundle}.items()):
+            flags = "generate", f"{flag}={source}", seconds, "--prompt=a slow piano"
             for state in ("cold", "warm"):
                 out = f"--out={folder}/{kind}_{state}"
                 yield (
@@ -175,11 +176,12 @@ def one_turn(root: Path, models: Path) -> Iterator[tuple[str, float]]:
             with socket.socket() as free:
                 free.bind(("127.0.0.1", 0))
                 port = free.getsockname()[1]
-            flags = "serve", f"--bundle={models / 'bundle'}", f"--port={port}"
-            seconds = measured(
-                root, Path(folder, "serve"), *flags, until=lambda port=port: is_ready(port)
+            flags = "serve", f"--bundle={bundle}", f"--port={port}"
+            ready = partial(is_ready, port)
+            yield (
+                f"serve until ready, {state}",
+                measured(root, Path(folder, "serve"), *flags, until=ready),
             )
-            yield f"serve until ready, {state}", seconds
 
 
 def report(names: list[str], seconds: Mapping[str, Mapping[str, list[float]]]) -> None:
