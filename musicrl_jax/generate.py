@@ -67,11 +67,11 @@ def generate(
 ) -> list[Path] | None:
     """Writes one file a prompt and returns the paths; by a bundle, on the first host alone.
 
-    The same prompt, seed and settings give the same clip, whatever else is wanted and on any number
-    of devices. In a folder a file is named after prompt, seed and the number of the candidate. A
-    clip that is there already, made with the same settings, is not made again, so that an
-    interrupted command goes on. How a clip was made stands in the file's `comment`, as JSON, and
-    the prompt in its `title`.
+    The same prompt, seed and settings give the same clip, whatever else is wanted. On another number
+    of devices tokens are the same too, and samples to a float's rounding. In a folder a file is
+    named after prompt, seed and the number of the candidate. A clip that is there already, made
+    with the same settings, is not made again, so that an interrupted command goes on. How a clip
+    was made stands in the file's `comment`, as JSON, and the prompt in its `title`.
 
     Args:
       system: folder of a system, base or finetuned, or of a bundle.
