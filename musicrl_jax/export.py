@@ -63,6 +63,7 @@ runpy.run_path(program, run_name="__main__")
 """
 
 
+@hosts.first_alone
 @lock.holds("out", beside=True)
 def export(
     system: str,
