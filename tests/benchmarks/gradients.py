@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from musicrl_jax.losses import policy_gradient
-from musicrl_jax.rl.sample import Sampling
+from musicrl_jax.systems.system import Sampling
 
 CODES, STEPS, STRENGTH = 4, 3, 0.3
 CLIPS = np.array(list(itertools.product(range(CODES), repeat=STEPS)))  # [64, 3]
@@ -98,7 +98,8 @@ def mean_gradient(
         judged = values if choice.baseline == "value" else None
         drawn_scores = policy_gradient.scores(drawn_at, log_anchor, tokens)
         found, _ = policy_gradient.advantage(choice, drawn_scores, rewards, judged, STRENGTH)
-        return -loss(choice, scoring(theta, tokens), log_anchor, tokens, found, STRENGTH)[0]
+        current = policy_gradient.scores(scoring(theta, tokens), log_anchor, tokens)
+        return -loss(choice, current, found, STRENGTH)[0]
 
     gradients = jax.jit(jax.vmap(jax.grad(one), in_axes=(None, 0, 0, 0)))(theta, tokens, rewards, values[rows])
     return jnp.einsum("n,nij->ij", weight[rows].prod(axis=1), gradients)

@@ -11,7 +11,7 @@ from scipy.special import rel_entr, softmax
 
 from musicrl_jax.losses import policy_gradient
 from musicrl_jax.losses.policy_gradient import PolicyGradient, full_kl, other_clips_mean, still_to_come
-from musicrl_jax.rl.sample import Sampling
+from musicrl_jax.systems.system import Sampling
 
 EXACT = [(baseline, kl) for baseline in ("value", "leave_one_out") for kl in ("exact", "sampled")]
 
@@ -99,9 +99,9 @@ def test_a_baseline_that_saw_the_action_is_caught(truth, problem):
 def with_kl_loss(penalty):
     """The library's loss with another KL in it: penalty(log_probs, log-probs of the anchor) of the tokens."""
 
-    def loss(choice, log_policy, log_anchor, tokens, advantage, strength):
-        ours, theirs = (policy_gradient.token_log_probs(x, tokens) for x in (log_policy, log_anchor))
-        return -(ours * advantage.weight - strength * penalty(ours, theirs)).sum(axis=1).mean(), {}
+    def loss(choice, current, advantage, strength):
+        cost = strength * penalty(current.log_probs, current.anchor)
+        return -(current.log_probs * advantage.weight - cost).sum(axis=1).mean(), {}
 
     return loss
 
@@ -124,10 +124,10 @@ def k3(ours, theirs):
 def test_other_estimates_of_the_kl_are_caught(truth, problem):
     """k3 as a loss, as in GRPO; and in the reward, where its value is right and its gradient is not."""
 
-    def in_the_reward(choice, log_policy, log_anchor, tokens, advantage, strength):
-        ours, theirs = (policy_gradient.token_log_probs(x, tokens) for x in (log_policy, log_anchor))
-        cost = policy_gradient.from_here_on(jax.lax.stop_gradient(k3(ours, theirs)))
-        return -(ours * (advantage.weight - strength * cost)).sum(axis=1).mean(), {}
+    def in_the_reward(choice, current, advantage, strength):
+        estimate = jax.lax.stop_gradient(k3(current.log_probs, current.anchor))
+        weight = advantage.weight - strength * policy_gradient.from_here_on(estimate)
+        return -(current.log_probs * weight).sum(axis=1).mean(), {}
 
     for loss in (with_kl_loss(k3), in_the_reward):
         assert oracle.error(oracle.mean_gradient(a_choice(kl="local"), problem, loss=loss), truth) > 0.1
@@ -220,7 +220,8 @@ def test_ratios_beyond_the_clip_stop_pulling(double):
     def pull(probability):
         def loss(logit):
             log_new = jax.nn.log_softmax(jnp.stack([logit, jnp.zeros_like(logit)], axis=-1))[:, None]
-            return policy_gradient.policy_loss(choice, log_new, log_old, tokens, found, 0.0)
+            current = policy_gradient.scores(log_new, log_old, tokens)
+            return policy_gradient.policy_loss(choice, current, found, 0.0)
 
         logit = jnp.log(probability / (1 - probability))
         gradient, metrics = jax.grad(loss, has_aux=True)(jnp.asarray([logit, logit]))
