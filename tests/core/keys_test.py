@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from musicrl_jax.core.keys import row_keys, step_key
+from musicrl_jax.core.keys import Stream, row_keys, step_key
 
 
 def bits(keys: jax.Array) -> np.ndarray:
@@ -13,7 +13,7 @@ def bits(keys: jax.Array) -> np.ndarray:
 
 @pytest.mark.exactness(11)
 def test_rows_keep_their_keys_in_any_batch():
-    key = step_key(3, 7)
+    key = step_key(3, 7, Stream.ROLLOUT)
     whole = bits(row_keys(key, 8))
     parts = np.concatenate([bits(row_keys(key, 3)), bits(row_keys(key, 5, first_row=3))])
     np.testing.assert_array_equal(whole, parts)
@@ -22,6 +22,25 @@ def test_rows_keep_their_keys_in_any_batch():
 @pytest.mark.exactness(11)
 def test_no_two_rows_steps_streams_or_seeds_share_a_key():
     keys = [
-        bits(row_keys(step_key(seed, step, stream), 4)) for seed in (0, 1) for step in range(5) for stream in range(3)
+        bits(row_keys(step_key(seed, step, stream), 4))
+        for seed in (0, 1)
+        for step in range(5)
+        for stream in Stream
     ]
-    assert len(np.unique(np.concatenate(keys), axis=0)) == 2 * 5 * 3 * 4
+    assert len(np.unique(np.concatenate(keys), axis=0)) == 2 * 5 * len(Stream) * 4
+
+
+def test_a_stream_keeps_its_number():
+    """Another number would draw other clips in a run that goes on, and for a user's seed."""
+    assert {stream.name: stream.value for stream in Stream} == {
+        "GENERATION": 0,
+        "TRAINING": 1,
+        "VALIDATION": 2,
+        "ROLLOUT": 3,
+        "EVALUATION": 4,
+        "VOTES": 5,
+        "MONITOR": 6,
+        "UNITS": 7,
+    }
+    traced = jax.jit(lambda stream: step_key(3, 7, stream))(np.int32(Stream.VOTES))
+    np.testing.assert_array_equal(bits(traced), bits(step_key(3, 7, Stream.VOTES)))

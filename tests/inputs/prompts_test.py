@@ -5,7 +5,6 @@ import itertools
 import numpy as np
 import pytest
 
-from musicrl_jax.inputs import pieces
 from musicrl_jax.inputs.prompts import Prompts
 
 
@@ -17,8 +16,8 @@ def file(tmp_path):
     return str(path)
 
 
-def test_captions_keep_their_split_and_held_out_ones_are_never_trained_on(data_dir, vocabulary_path):
-    prompts = Prompts(vocabulary_path, datasets=("ramp/ten", "ramp/five"), data_dir=data_dir)
+def test_captions_keep_their_split_and_held_out_ones_are_never_trained_on(data_dir):
+    prompts = Prompts(datasets=("ramp/ten", "ramp/five"), data_dir=data_dir)
     kinds = ("slow", "fast", "lively")
     for split, expected in {
         "train": {f"A {kind} jig for {where}, größer" for kind in kinds for where in ("all", "train")},
@@ -29,35 +28,32 @@ def test_captions_keep_their_split_and_held_out_ones_are_never_trained_on(data_d
         assert len(prompts.unique(split)) == len(expected) == prompts.count(split)
 
 
-def test_lines_of_a_file_are_split_by_their_words(vocabulary_path, file):
-    prompts = Prompts(vocabulary_path, files=(file,))
+def test_lines_of_a_file_are_split_by_their_words(file):
+    prompts = Prompts(files=(file,))
     splits = {split: prompts.unique(split) for split in ("train", "validation", "test")}
     everything = list(itertools.chain(*splits.values()))
     assert len(everything) == len(set(everything)) == 400
     # 90 : 5 : 5 of 400, within 4 standard errors.
     for split, percent in {"train": 90, "validation": 5, "test": 5}.items():
         assert abs(len(splits[split]) - 4 * percent) < 4 * np.sqrt(4 * percent * (1 - percent / 100))
-    assert Prompts(vocabulary_path, files=(file, file)).unique("test") == splits["test"]
+    assert Prompts(files=(file, file)).unique("test") == splits["test"]
 
 
-def test_batches_resume_and_hold_every_prompt_once_an_epoch(vocabulary_path, file):
-    prompts = Prompts(vocabulary_path, files=(file,), text_length=10)
+def test_batches_resume_and_hold_every_prompt_once_an_epoch(file):
+    prompts = Prompts(files=(file,))
     count = prompts.count("train")
     walk = list(itertools.islice(prompts.batches("train", 1, seed=0), 2 * count))
-    texts = [batch["prompt"][0] for batch in walk]
+    texts = [text for (text,) in walk]
     assert sorted(texts[:count]) == sorted(texts[count:]) == sorted(prompts.unique("train"))
     assert texts[:count] != texts[count:]
-    batch = next(prompts.batches("train", 16, seed=0, start_step=7))
-    assert list(batch["prompt"]) == texts[112:128]
-    assert batch["text"].dtype == np.int32
-    np.testing.assert_array_equal(batch["text"], pieces.encode(pieces.content(vocabulary_path), texts[112:128], 10))
+    assert next(prompts.batches("train", 16, seed=0, start_step=7)) == texts[112:128]
 
 
-def test_few_prompts_fill_a_batch_by_coming_again(vocabulary_path, tmp_path):
+def test_few_prompts_fill_a_batch_by_coming_again(tmp_path):
     (tmp_path / "few.txt").write_text("\n".join(f"tune {i}" for i in range(5)))
-    prompts = Prompts(vocabulary_path, files=(str(tmp_path / "few.txt"),))
+    prompts = Prompts(files=(str(tmp_path / "few.txt"),))
     batch = next(prompts.batches("train", 8, seed=0))
-    assert set(batch["prompt"]) == set(prompts.unique("train"))
+    assert len(batch) == 8 and set(batch) == set(prompts.unique("train"))
 
 
 @pytest.mark.parametrize(
@@ -69,20 +65,24 @@ def test_few_prompts_fill_a_batch_by_coming_again(vocabulary_path, tmp_path):
         (b"one tune\n", ValueError, "has no prompts that earlier splits lack"),
     ],
 )
-def test_wrong_files_are_refused(vocabulary_path, tmp_path, content, error, message):
+def test_wrong_files_are_refused(tmp_path, content, error, message):
     path = tmp_path / "prompts.txt"
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(error, match=message):
-        prompts = Prompts(vocabulary_path, files=(str(path),))
+        prompts = Prompts(files=(str(path),))
         for split in ("train", "validation", "test"):
             prompts.batches(split, 2, seed=0)
 
 
-def test_nothing_to_read_and_unknown_splits_are_refused(vocabulary_path, file):
+def test_nothing_to_read_and_unknown_splits_are_refused(file):
     with pytest.raises(ValueError, match="datasets and files are both empty"):
-        Prompts(vocabulary_path).unique("train")
+        Prompts().unique("train")
     with pytest.raises(ValueError, match="split 'dev' is none of train, validation, test"):
-        Prompts(vocabulary_path, files=(file,)).unique("dev")
-    with pytest.raises(FileNotFoundError, match="vocabulary"):
-        Prompts("/no/vocabulary.model", files=(file,)).batches("train", 2, seed=0)
+        Prompts(files=(file,)).unique("dev")
+
+
+@pytest.mark.parametrize("wrong", [{"batch_size": 0}, {"start_step": -1}, {"seed": -1}])
+def test_numbers_out_of_range_are_refused(file, wrong):
+    with pytest.raises(ValueError, match="must be at least"):
+        Prompts(files=(file,)).batches("train", **{"batch_size": 2, "seed": 0, **wrong})
