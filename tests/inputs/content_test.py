@@ -130,8 +130,8 @@ def test_all_that_reads_a_set_is_described_by_its_hashes_without_a_record(mine, 
     clips = Clips({"ramp/mine": 1.0}, str(bare), 100)
     assert checkpoint.describe(clips)["content"] == hashes
     assert checkpoint.describe(Ratings(clips, "ratings.csv"))["clips"]["content"] == hashes
-    assert checkpoint.describe(Prompts("v.model", ("ramp/mine",), data_dir=str(bare)))["content"] == hashes
-    assert "content" not in checkpoint.describe(Prompts("v.model", files=("prompts.txt",)))
+    assert checkpoint.describe(Prompts(("ramp/mine",), data_dir=str(bare)))["content"] == hashes
+    assert "content" not in checkpoint.describe(Prompts(files=("prompts.txt",)))
 
 
 def test_a_damaged_file_of_hashes_is_named(mine, tmp_path):

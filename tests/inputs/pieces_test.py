@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from musicrl_jax.inputs import pieces
 from musicrl_jax.inputs.clips import Clips
-from musicrl_jax.inputs.prompts import Prompts
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
 WORDS = [
@@ -196,14 +195,10 @@ def test_sizes(model, bert, processor):
 
 
 def test_the_pipeline_gives_the_same_word_pieces_to_the_bit_and_again(bert, data_dir, tmp_path):
-    """Captions of clips and lines of prompts, read by SeqIO, in any order of threads."""
+    """Captions of clips, read by SeqIO, in any order of threads."""
     path = tmp_path / "tokenizer.json"
     path.write_bytes(bert)
     clips = Clips({"ramp/ten": 1.0}, data_dir, 100, vocabulary=str(path), text_length=7, with_captions=True)
     first, again = (next(clips.batches("train", 10, seed=3)) for _ in range(2))
     np.testing.assert_array_equal(first["text"], pieces.encode(bert, list(first["caption"]), 7))
     np.testing.assert_array_equal(first["text"], again["text"])
-    (tmp_path / "prompts.txt").write_text("".join(f"a slow jig {'s' * n}\n🎵 a\n" for n in range(40)))
-    prompts = Prompts(str(path), files=(str(tmp_path / "prompts.txt"),), text_length=5)
-    batch = next(prompts.batches("train", 16, seed=0))
-    np.testing.assert_array_equal(batch["text"], pieces.encode(bert, list(batch["prompt"]), 5))
