@@ -208,7 +208,8 @@ def describe(folder: str) -> dict[str, Any]:
         if described["format"] != FORMAT:
             raise ValueError(f"{path} has format {described['format']}, not {FORMAT}: update musicrl-jax")
         for part in described["parts"].values():
-            part["folder"] = os.path.normpath(Path(os.path.abspath(folder)) / part["folder"])
+            # As they were written: relative to where the folder really is.
+            part["folder"] = os.path.normpath(Path(os.path.realpath(folder)) / part["folder"])
         return described
     if not checkpoint.has_model(folder):
         raise FileNotFoundError(
