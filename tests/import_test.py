@@ -1,4 +1,8 @@
-"""Who may import whom: core <- models | losses | inputs <- objectives | rl <- verbs <- cli; a home for each library."""
+"""Who may import whom, and a home for each library.
+
+core <- models | losses | inputs | report <- systems <- objectives | rl | arena | serving | planning
+<- verbs <- cli
+"""
 
 import ast
 from pathlib import Path
@@ -13,11 +17,17 @@ MAY_IMPORT = {
     "losses": {"core", "losses"},
     "inputs": {"core", "inputs"},
     "report": {"core", "report"},
-    "arena": {"core", "inputs", "arena"},
-    "serving": {"core", "inputs", "serving"},
-    "objectives": {"core", "models", "losses", "inputs", "objectives"},
-    "rl": {"core", "models", "losses", "inputs", "rl"},
+    "systems": {"core", "models", "losses", "inputs", "systems"},
+    "arena": {"core", "inputs", "systems", "arena"},
+    "serving": {"core", "inputs", "systems", "serving"},
+    "objectives": {"core", "models", "losses", "inputs", "systems", "objectives"},
+    "rl": {"core", "losses", "systems", "rl"},
+    "planning": {"core", "losses", "inputs", "systems", "objectives", "rl", "planning"},
 }
+# Who knows the models of a stack: its systems, and what trains its parts. All else knows systems by
+# their contract.
+KNOW_MODELS = {"models", "systems", "objectives", "losses", "cli.py"}
+CONTRACT = {"system", "player", "folder"}
 HOMES = {
     "gin": {"cli.py"},
     "tensorflow": {"inputs"},
@@ -63,6 +73,23 @@ def test_imports_run_one_way(path):
             assert parts[1] in MAY_IMPORT[room], f"{place} imports {name}"
         elif place.name != "cli.py":
             assert parts[1] in set(MAY_IMPORT) | {"run"}, f"{place} imports {name}: a verb stands on its own"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_systems_are_known_by_their_contract_alone(path):
+    place = path.relative_to(PACKAGE)
+    if place.parts[0] in KNOW_MODELS:
+        return
+    for name in imports(path):
+        parts = name.split(".")
+        assert parts[:2] != ["musicrl_jax", "models"], f"{place} imports {name}, a model of a stack"
+        if parts[:2] == ["musicrl_jax", "systems"] and len(parts) > 2:
+            assert parts[2] in CONTRACT, f"{place} imports {name}, a concrete system"
+
+
+def test_every_room_has_its_rule():
+    rooms = {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").is_file()}
+    assert rooms == set(MAY_IMPORT)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
