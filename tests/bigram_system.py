@@ -4,12 +4,13 @@
 """
 
 import dataclasses
+from typing import ClassVar
 
-import gin
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+import gin
 from musicrl_jax.core import checkpoint
 from musicrl_jax.losses.policy_gradient import token_log_probs
 from musicrl_jax.systems import folder
@@ -28,7 +29,7 @@ class BigramConfig:
 class Bigram(MusicSystem):
     """A table of logits: of a byte, given the one before it. The first one follows the prompt's last."""
 
-    PARTS = {"policy": BigramConfig}
+    PARTS: ClassVar = {"policy": BigramConfig}
     sample_rate_hz, frame_seconds, frame_tokens = 16_000, 0.02, 1
     config: BigramConfig
 

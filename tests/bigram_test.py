@@ -3,9 +3,9 @@
 import json
 from pathlib import Path
 
-import gin
 import pytest
 
+import gin
 from musicrl_jax import cli
 from musicrl_jax.core import checkpoint
 from musicrl_jax.systems import folder

@@ -21,7 +21,6 @@ from musicrl_jax.core import checkpoint, sharding
 from musicrl_jax.core.metrics import MetricWriter
 from musicrl_jax.core.run_checkpoints import RunCheckpoints
 from musicrl_jax.inputs.prompts import Prompts
-from musicrl_jax.losses.policy_gradient import PolicyGradient
 from musicrl_jax.rl.config import RLConfig
 from musicrl_jax.rl.rewards import Mixture
 from musicrl_jax.rl.steps import Run
@@ -328,6 +327,6 @@ def test_a_run_whose_updates_are_all_skipped_gives_up(tmp_path):
 
 
 def test_a_clip_of_part_frames_is_named_before_anything_is_written(tmp_path):
-    with pytest.raises(ValueError, match="clip_seconds=0.33 must be a multiple of 0.04 s"):
+    with pytest.raises(ValueError, match=r"clip_seconds=0\.33 must be a multiple of 0\.04 s"):
         loop(tmp_path, clip_seconds=0.33)
     assert not (tmp_path / "run").exists()
