@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import ClassVar
 
 import jax
@@ -12,6 +13,7 @@ import numpy as np
 
 import gin
 from musicrl_jax.core import checkpoint
+from musicrl_jax.inputs.clips import Clips
 from musicrl_jax.losses.policy_gradient import token_log_probs
 from musicrl_jax.systems import folder
 from musicrl_jax.systems.system import MusicSystem, SampledTokens
@@ -27,7 +29,7 @@ class BigramConfig:
 @folder.register("bigram")
 @dataclasses.dataclass(frozen=True)
 class Bigram(MusicSystem):
-    """A table of logits: of a byte, given the one before it. The first one follows the prompt's last."""
+    """Logits of a byte given the one before it; the first one follows the prompt's last."""
 
     PARTS: ClassVar = {"policy": BigramConfig}
     sample_rate_hz, frame_seconds, frame_tokens = 16_000, 0.02, 1
@@ -38,7 +40,7 @@ class Bigram(MusicSystem):
         return cls(models["policy"].config)
 
     def init(self, key):
-        return {"logits": 0.1 * jax.random.normal(key, (256, 256))}
+        return {"after": 0.1 * jax.random.normal(key, (256, 256)), "often": jnp.zeros(256)}
 
     def read(self, prompts):
         return {"byte": np.array([prompt.encode()[-1] for prompt in prompts], np.int32)}
@@ -46,10 +48,14 @@ class Bigram(MusicSystem):
     def condition(self, frozen, text):
         return text["byte"]
 
+    def logits(self, policy, before):
+        return policy["after"][before] + jnp.broadcast_to(policy["often"], (*before.shape, 256))
+
     def sample(self, policy, condition, keys, length, sampling, beginning=None):
         def sample_byte(before, place):
-            allowed = sampling.allowed(policy["logits"][before])
-            scores = sampling.log_distribution(policy["logits"][before], allowed)
+            logits = self.logits(policy, before)
+            allowed = sampling.allowed(logits)
+            scores = sampling.log_distribution(logits, allowed)
             place_keys = jax.vmap(lambda key: jax.random.fold_in(key, place))(keys)
             byte = jax.vmap(jax.random.categorical)(place_keys, scores).astype(jnp.int32)
             sampled = SampledTokens(byte, token_log_probs(scores, byte), allowed)
@@ -62,7 +68,7 @@ class Bigram(MusicSystem):
 
     def distributions(self, policy, condition, sampled, sampling):
         before = jnp.concatenate([condition[:, None], sampled.tokens[:, :-1]], axis=1)
-        return sampling.log_distribution(policy["logits"][before], sampled.allowed)
+        return sampling.log_distribution(self.logits(policy, before), sampled.allowed)
 
     def decode(self, frozen, codes):
         hz = self.config.lowest_hz * 2.0 ** (codes / 64)
@@ -121,10 +127,12 @@ class Spectrum:
 
 @gin.configurable
 @dataclasses.dataclass(frozen=True)
-class Sweeps:
+class Sweeps(Clips):
     """Real clips to compare with: eight sines of one second, each higher than the last."""
 
-    with_captions: bool = False
+    datasets: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    data_dir: str = ""
+    sample_rate_hz: int = 16_000
 
     def batches(self, split, batch_size, seed, epochs=None):
         hz, time = 100.0 * 2 ** (np.arange(8) / 4), np.arange(16_000) / 16_000
