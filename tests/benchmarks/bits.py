@@ -2,16 +2,18 @@
 
     python tests/benchmarks/bits.py --run runs/tiny --pretrained runs/pretrained
 
-Draws, scores and updates three times by the earlier revision, in a work tree of its own, and by
+Draws, scores and updates three times by the earlier revision, in a folder of its own, and by
 this one: with random models, with a run's, and with those that ship, if their towers were fetched.
 --record writes what the earlier revision gives for the random models, for `tests/bits_test.py`.
 """
 
 import argparse
+import io
 import json
 import os
 import subprocess
 import sys
+import tarfile
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -182,35 +184,34 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as scratch:
         out, tree = Path(scratch), Path(scratch) / "tree"
-        git = ["git", "-C", str(ROOT), "worktree"]
-        subprocess.run([*git, "add", "--detach", str(tree), REVISION], check=True)
-        try:
-            random = write_random(out / "random")
-            numbers = compared(tree, random, RANDOM_SECONDS, out)
-            if flags.record:
-                wanted = {
-                    name: array.tolist()
-                    for name, array in numbers.items()
-                    if "[" not in name and not name.startswith("wav")
-                }
-                RECORD.write_text(json.dumps(wanted))
-            if flags.run:
-                compared(tree, Path(flags.run), SECONDS, out)
-            towers = Path(flags.pretrained).resolve()
-            if (towers / "minilm").is_dir():
-                unpack = (
-                    "from musicrl_jax.pack import unpack; import sys; root, out, towers = sys.argv[1:];"
-                    "unpack(root + '/data/pretrained/demo', out, towers + '/musicnn/model.safetensors',"
-                    "towers + '/minilm/model.safetensors', towers + '/minilm/tokenizer.json')"
-                )
-                arguments = [sys.executable, "-c", unpack, tree, out / "shipped", towers]
-                environment = {**os.environ, "PYTHONPATH": str(tree)}
-                subprocess.run([str(each) for each in arguments], check=True, env=environment)
-                compared(tree, out / "shipped", SECONDS, out)
-            else:
-                print(f"shipped: left out, no towers in {towers}: `musicrl fetch` brings them")
-        finally:
-            subprocess.run([*git, "remove", "--force", str(tree)], check=True)
+        tar = subprocess.run(
+            ["git", "-C", str(ROOT), "archive", REVISION], check=True, stdout=subprocess.PIPE
+        )
+        tarfile.open(fileobj=io.BytesIO(tar.stdout)).extractall(tree, filter="data")
+        random = write_random(out / "random")
+        numbers = compared(tree, random, RANDOM_SECONDS, out)
+        if flags.record:
+            wanted = {
+                name: array.tolist()
+                for name, array in numbers.items()
+                if "[" not in name and not name.startswith("wav")
+            }
+            RECORD.write_text(json.dumps(wanted))
+        if flags.run:
+            compared(tree, Path(flags.run), SECONDS, out)
+        towers = Path(flags.pretrained).resolve()
+        if not (towers / "minilm").is_dir():
+            print(f"shipped: left out, no towers in {towers}: `musicrl fetch` brings them")
+            return
+        unpack = (
+            "from musicrl_jax.pack import unpack; import sys; root, out, towers = sys.argv[1:];"
+            "unpack(root + '/data/pretrained/demo', out, towers + '/musicnn/model.safetensors',"
+            "towers + '/minilm/model.safetensors', towers + '/minilm/tokenizer.json')"
+        )
+        arguments = [sys.executable, "-c", unpack, str(tree), str(out / "shipped"), str(towers)]
+        environment = {**os.environ, "PYTHONPATH": str(tree)}
+        subprocess.run(arguments, check=True, env=environment)
+        compared(tree, out / "shipped", SECONDS, out)
 
 
 if __name__ == "__main__":
