@@ -100,7 +100,7 @@ def test_the_summary_says_what_was_found(folder):
 def test_scores_are_kept_clip_by_clip(folder):
     summary = json.loads((folder / "run/summary.json").read_text())
     with np.load(folder / "run/evaluation/scores.npz") as scores:
-        prompts = Prompts("", ("score_clips/tiny",), data_dir=f"{folder}/data").unique("test")
+        prompts = Prompts(("score_clips/tiny",), data_dir=f"{folder}/data").unique("test")
         assert list(scores["prompts"]) == prompts[:8]
         for name in summary["policies"]:
             assert scores[f"{name}/ratings"].shape == (len(prompts[:8]), 2, 3)
@@ -127,7 +127,7 @@ def test_the_page_holds_what_it_says(folder):
     """The policies' clips of the first two held-out prompts, of one that lost if any did, all terms and the notes."""
     page = (folder / "run/evaluation/page.html").read_text()
     assert "Real clips are of score_clips/tiny: Clips contain samples of the soundfont TimGM6mb" in page
-    prompts = Prompts("", ("score_clips/tiny",), data_dir=f"{folder}/data").unique("test")
+    prompts = Prompts(("score_clips/tiny",), data_dir=f"{folder}/data").unique("test")
     heard = re.findall(r'<audio [^>]*aria-label="([^,"]+), 1\.0 seconds: ([^"]*)"', page)
     asked = [(side, prompt) for prompt in prompts[:2] for side in ("MusicLM", "R", "RU", "best of 2")]
     assert [(side, html.unescape(prompt)) for side, prompt in heard[:8]] == asked

@@ -187,7 +187,8 @@ def main() -> None:
         tar = subprocess.run(
             ["git", "-C", str(ROOT), "archive", REVISION], check=True, stdout=subprocess.PIPE
         )
-        tarfile.open(fileobj=io.BytesIO(tar.stdout)).extractall(tree, filter="data")
+        with tarfile.open(fileobj=io.BytesIO(tar.stdout)) as archive:
+            archive.extractall(tree, filter="data")
         random = write_random(out / "random")
         numbers = compared(tree, random, RANDOM_SECONDS, out)
         if flags.record:
