@@ -12,6 +12,7 @@ give, E width of the shared sphere, M MuLan levels, C codes in a level.
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -56,6 +57,11 @@ class MuLanConfig:
             raise ValueError(
                 f"text_length = {self.text_length} is more than BertConfig.positions = {self.text.positions}"
             )
+
+    def init(self, key: jax.Array) -> dict[str, Any]:
+        """Draws the variables of a MuLan."""
+        wav = jnp.zeros((1, self.sample_rate_hz))  # one second
+        return MuLan(self).init(key, wav, jnp.zeros((1, 1), jnp.int32))
 
 
 def windows(wav: jax.Array, samples: int) -> jax.Array:

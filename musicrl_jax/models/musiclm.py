@@ -7,6 +7,7 @@ Legend: B clips, F frames, K codes in a frame, V ids at a place, M MuLan levels,
 """
 
 import dataclasses
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -43,6 +44,15 @@ class MusicLMConfig:
     layout: TokenLayout = dataclasses.field(default_factory=TokenLayout)
     mulan_levels: int = 12
     mulan_codes: int = 1024
+
+    def smallest(self) -> tuple[jax.Array, jax.Array]:
+        """Returns the tokens and MuLan tokens of a clip of one frame, which `init` traces."""
+        tokens = jnp.zeros((1, 1, self.layout.depth), jnp.int32)
+        return tokens, jnp.zeros((1, self.mulan_levels), jnp.int32)
+
+    def init(self, key: jax.Array) -> dict[str, Any]:
+        """Draws the variables of a MusicLM."""
+        return MusicLM(self).init(key, *self.smallest())
 
 
 class Trunk(nn.Module):

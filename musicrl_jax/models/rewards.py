@@ -7,6 +7,7 @@ Legend: B clips, N samples, F frames, K codes in a frame, M MuLan levels.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +46,10 @@ class QualityConfig:
     def __post_init__(self):
         if self.window_seconds <= 0:
             raise ValueError(f"window_seconds = {self.window_seconds} must be more than 0")
+
+    def init(self, key: jax.Array) -> dict[str, Any]:
+        """Draws the variables of a Quality."""
+        return Quality(self).init(key, jnp.zeros((1, self.sample_rate_hz)))  # one second
 
 
 class Quality(nn.Module):
@@ -94,6 +99,10 @@ class PreferenceConfig:
     def __post_init__(self):
         if self.window_seconds * FRAMES_PER_SECOND < 1:
             raise ValueError(f"window_seconds = {self.window_seconds} must hold at least one frame of 40 ms")
+
+    def init(self, key: jax.Array) -> dict[str, Any]:
+        """Draws the variables of a Preference."""
+        return Preference(self).init(key, *self.policy.smallest())
 
 
 class Preference(nn.Module):

@@ -13,6 +13,7 @@ C codes of k-means, R codes of the random codebook.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -56,6 +57,13 @@ class SemanticConfig:
             raise ValueError(f"layer = {self.layer} is not between 1 and the conformer's {self.encoder.layers}")
         if self.sample_rate_hz % FRAME_RATE_HZ:
             raise ValueError(f"sample_rate_hz = {self.sample_rate_hz} must be a multiple of {FRAME_RATE_HZ}")
+
+    def init(self, key: jax.Array) -> dict[str, Any]:
+        """Draws the variables of a SemanticEncoder."""
+        frames = FRAME_RATE_HZ // STACK  # in one second
+        noise = jnp.zeros((1, frames, STACK * self.mels))
+        wav, mask = jnp.zeros((1, self.sample_rate_hz)), jnp.zeros((1, frames), bool)
+        return SemanticEncoder(self).init(key, wav, mask, noise)
 
 
 def draw_mask(key: jax.Array, clips: int, frames: int) -> jax.Array:

@@ -49,6 +49,11 @@ class SoundStormConfig:
         if self.first_passes < 1:
             raise ValueError(f"SoundStormConfig.first_passes={self.first_passes} must be at least 1")
 
+    def init(self, key: jax.Array) -> dict[str, Any]:
+        """Draws the variables of a SoundStorm."""
+        codes = jnp.zeros((1, 1, self.levels), jnp.int32)
+        return SoundStorm(self).init(key, codes, codes > 0, self.coarse_levels)
+
 
 class SoundStorm(nn.Module):
     """Logits of one fine level from partly masked codes."""

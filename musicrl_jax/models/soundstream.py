@@ -64,6 +64,10 @@ class SoundStreamConfig:
         """Samples in a codec frame."""
         return math.prod(self.strides)
 
+    def init(self, key: jax.Array) -> Params:
+        """Draws the variables of a SoundStream."""
+        return SoundStream(self).init(key, jnp.zeros((1, self.stride)), key)
+
 
 def compressed(x: jax.Array) -> jax.Array:
     """x [..., D] with its length r made log(1 + r), its direction kept.

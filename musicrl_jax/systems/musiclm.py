@@ -199,7 +199,7 @@ class MusicLMSystem(MusicSystem):
 
     def init(self, key: jax.Array) -> Tree:
         """Draws weights of the policy, its layers stacked."""
-        return stacked(self._policy.init(key, *self._nothing())["params"])
+        return stacked(self._policy.init(key, *self.music.smallest())["params"])
 
     def sample(
         self,
@@ -279,7 +279,7 @@ class MusicLMSystem(MusicSystem):
 
     def init_values(self, key: jax.Array) -> Tree:
         """Draws weights of the value function, its layers stacked."""
-        return stacked(self._value.init(key, *self._nothing())["params"])
+        return stacked(self._value.init(key, *self.music.smallest())["params"])
 
     def start_values(self, values: Tree, policy: Tree) -> Tree:
         """Returns the value function with the policy's trunk (MusicRL 3.3)."""
@@ -327,11 +327,6 @@ class MusicLMSystem(MusicSystem):
         return {"semantic": semantic, "acoustic": rollout.codes, "mulan": rollout.condition.tokens}
 
     # --- shapes and layers ---
-
-    def _nothing(self) -> tuple[jax.Array, jax.Array]:
-        """The smallest tokens and MuLan tokens that `init` can trace."""
-        tokens = jnp.zeros((1, 1, self.frame_tokens), jnp.int32)
-        return tokens, jnp.zeros((1, self.music.mulan_levels), jnp.int32)
 
     def _frames(self, tokens: jax.Array) -> jax.Array:
         """[B, S] -> [B, F, K]."""
