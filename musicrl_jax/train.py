@@ -85,6 +85,7 @@ def train(
     frozen = objective.frozen()
     frozen = sharding.put(frozen, sharding.spread(mesh, frozen))
     first = next(objective.data.batches("train", batch_size, seed, rows=rows))
+    objective.check(first)
     example = sharding.put_batch(mesh, first, batch_size)
     transform = optimiser.build(steps)
     create = partial(first_state, objective, transform)

@@ -11,12 +11,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import jax
 import numpy as np
 
 from musicrl_jax.core import tables
 from musicrl_jax.core.checkpoint import PATH
 from musicrl_jax.core.files import json_from
 from musicrl_jax.inputs.records import SPLITS, Records
+from musicrl_jax.inputs.tokens import ClipShapes, Shapes
 
 if TYPE_CHECKING:
     import seqio
@@ -99,6 +101,14 @@ class Clips:
     def splits(self) -> list[str]:
         """The splits that have clips: a small folder of recordings may have no validation or test."""
         return [split for split in SPLITS if any(split in self.records(name) for name in self.datasets)]
+
+    def shapes(self, batch_size: int, clip_seconds: float, tokens: ClipShapes) -> Shapes:
+        """Returns the shapes of a batch; see `objectives.objective.Data`."""
+        samples = round((self.crop_seconds or clip_seconds) * self.sample_rate_hz)
+        shapes = {"audio": jax.ShapeDtypeStruct((batch_size, samples), np.float32)}
+        if self.vocabulary is not None:
+            shapes["text"] = jax.ShapeDtypeStruct((batch_size, self.text_length), np.int32)
+        return shapes
 
     def content_hashes(self) -> dict[str, Any]:
         """Returns {set: {split: hash}}; sets without hashes are left out. See `tasks.content_hashes`."""
@@ -241,6 +251,11 @@ class Ratings:
     def count(self, split: str) -> int:
         """The number of ratings of a split's clips."""
         return len(self._rated(split))
+
+    def shapes(self, batch_size: int, clip_seconds: float, tokens: ClipShapes) -> Shapes:
+        """Returns the shapes of a batch; see `objectives.objective.Data`."""
+        audio = self.clips.shapes(batch_size, clip_seconds, tokens)["audio"]
+        return {"audio": audio, "score": jax.ShapeDtypeStruct((batch_size,), np.float32)}
 
     def splits(self) -> list[str]:
         """The splits that have rated clips."""

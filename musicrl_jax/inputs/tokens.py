@@ -16,10 +16,11 @@ import itertools
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import jax
 import numpy as np
 
 from musicrl_jax.core.checkpoint import PATH
@@ -43,6 +44,8 @@ MANIFEST_KIND = {
     "content?": {str: str},
 }
 TEXTS = ("id", "caption")  # of an example, beside its tokens
+Shapes = dict[str, jax.ShapeDtypeStruct]
+ClipShapes = Callable[[str], Mapping[str, tuple[int, ...]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +96,13 @@ class Tokens:
     def layout(self) -> dict[str, int]:
         """Levels and codes of the models that wrote them: 'acoustic_levels', 'acoustic_codes', 'semantic_codes', ..."""
         return read_manifest(self.directory, self.verb)["layout"]
+
+    def shapes(self, batch_size: int, clip_seconds: float, tokens: ClipShapes) -> Shapes:
+        """Returns the shapes of a batch; see `objectives.objective.Data`."""
+        return {
+            name: jax.ShapeDtypeStruct((batch_size, *shape), np.int32)
+            for name, shape in tokens(self.directory).items()
+        }
 
     def splits(self) -> list[str]:
         """The splits that `musicrl encode` finished."""
@@ -156,6 +166,15 @@ def read(directory: str, split: str) -> tuple[Records, dict[str, "tf.TensorSpec"
 def token_spec(spec: Mapping[str, "tf.TensorSpec"]) -> dict[str, "tf.TensorSpec"]:
     """Returns the specs of the arrays of tokens among those of `read`."""
     return {name: each for name, each in spec.items() if name not in TEXTS and each.dtype.is_integer}
+
+
+def clip_shapes(directory: str) -> dict[str, tuple[int, ...]]:
+    """Returns the shape of each array of a clip in a token folder; errors as of `read_manifest`."""
+    manifest = read_manifest(directory)
+    if not manifest["counts"]:
+        raise ValueError(f"tokens in {directory} have no complete split: finish writing them")
+    spec = token_spec(read(directory, next(iter(manifest["counts"])))[1])
+    return {name: tuple(each.shape) for name, each in spec.items()}
 
 
 def complete(

@@ -17,13 +17,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import jax
 import numpy as np
 
 from musicrl_jax.core import tables
 from musicrl_jax.core.checkpoint import PATH
 from musicrl_jax.core.files import read_json, set_aside, write_text
 from musicrl_jax.inputs.records import Records
-from musicrl_jax.inputs.tokens import VOTES, Tokens, read, token_spec
+from musicrl_jax.inputs.tokens import VOTES, ClipShapes, Shapes, Tokens, read, token_spec
 
 if TYPE_CHECKING:
     import tensorflow as tf
@@ -94,6 +95,14 @@ class Votes:
         task = tasks.register("votes", source, [], features)
         length = {name: each.shape[0] for name, each in spec.items() if each.shape.rank}
         return tasks.batches([(task, 1.0)], split, length, batch_size, seed, start_step, epochs, rows)
+
+    def shapes(self, batch_size: int, clip_seconds: float, tokens: ClipShapes) -> Shapes:
+        """Returns the shapes of a batch; see `objectives.objective.Data`."""
+        shapes = self._tokens.shapes(batch_size, clip_seconds, tokens)
+        for name in shapes.keys() - set(OF_THE_PROMPT):
+            shape = (batch_size, 2, *shapes[name].shape[1:])
+            shapes[name] = jax.ShapeDtypeStruct(shape, np.int32)
+        return shapes | {"vote": jax.ShapeDtypeStruct((batch_size,), np.float32)}
 
     def layout(self) -> dict[str, int]:
         """As `Tokens.layout`."""

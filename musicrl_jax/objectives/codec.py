@@ -47,16 +47,18 @@ class CodecObjective(Objective):
     feature_weight: float = 3.0
     commitment_weight: float = 1.0
 
-    def init(self, key: jax.Array, batch: Batch) -> dict[str, Any]:
-        """'params' of the codec, started as a linear transform codec, and of the discriminators; 'codebooks', random
-        until the first training step starts them by k-means; 'balance', the norms of gradients.
-        ValueError where the training set has fewer codec frames than a codebook has codes."""
+    def check(self, batch: Batch) -> None:
+        """Raises ValueError if the training set has fewer codec frames than a codebook has codes."""
         frames = self.data.count("train") * (batch["audio"].shape[1] // self.model.stride)
         if frames < self.model.codes:
             raise ValueError(
                 f"SoundStreamConfig.codes = {self.model.codes}, but the training clips have {frames} codec frames: "
                 "lower it, or give more audio"
             )
+
+    def init(self, key: jax.Array, batch: Batch) -> dict[str, Any]:
+        """Draws 'params' of the codec, started as a linear transform codec, and of the discriminators; 'codebooks',
+        random until the first training step starts them by k-means; 'balance', the norms of gradients."""
         codec_key, start_key, judge_key = jax.random.split(key, 3)
         variables = soundstream.SoundStream(self.model).init(codec_key, batch["audio"], codec_key)
         params = soundstream.linear_start(self.model, variables["params"], start_key)

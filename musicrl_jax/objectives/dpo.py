@@ -45,14 +45,17 @@ class DPOObjective(TokenObjective):
         if not 0 < self.kl_strength < 1:
             raise ValueError(f"DPOObjective.kl_strength = {self.kl_strength} must lie between 0 and 1")
 
-    def init(self, key: jax.Array, batch: Batch) -> dict[str, Any]:
-        """Variables of MusicLM; ValueError where the clips' tokens are of another layout."""
+    def check(self, batch: Batch) -> None:
+        """Raises ValueError if the clips' tokens are of another layout."""
         self.check_policy(self.model)
+
+    def init(self, key: jax.Array, batch: Batch) -> dict[str, Any]:
+        """Draws the variables of MusicLM."""
         return MusicLM(self.model).init(key, policy_tokens(batch, self.model)[:, 0], batch["mulan"])
 
-    def frozen(self) -> Any:
-        """The anchor's weights."""
-        return load_policy(self.policy, self.model)
+    def frozen(self, read: checkpoint.Reader = checkpoint.load_model) -> Any:
+        """Returns the anchor's weights."""
+        return load_policy(self.policy, self.model, read)
 
     def start(self, params: Any) -> Any:
         """The base's weights."""

@@ -18,9 +18,12 @@ class FineObjective(TokenObjective):
 
     model: SoundStormConfig
 
-    def init(self, key: jax.Array, batch: Batch) -> dict[str, Any]:
-        """Variables of SoundStorm; ValueError where the tokens are of another layout."""
+    def check(self, batch: Batch) -> None:
+        """Raises ValueError if the tokens are of another layout."""
         self.check_layout(acoustic_levels=self.model.levels, acoustic_codes=self.model.codes)
+
+    def init(self, key: jax.Array, batch: Batch) -> dict[str, Any]:
+        """Draws the variables of SoundStorm."""
         codes = batch["acoustic"]
         return SoundStorm(self.model).init(key, codes, jnp.zeros(codes.shape, bool), self.model.coarse_levels)
 

@@ -11,8 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from musicrl_jax.core import sharding
-from musicrl_jax.core.checkpoint import PATH
+from musicrl_jax.core import checkpoint, sharding
 from musicrl_jax.core.statistics import LEAST_INTERVAL, LEAST_RANKED
 from musicrl_jax.inputs import pieces
 from musicrl_jax.losses import contrastive
@@ -34,7 +33,7 @@ class MuLanObjective(Objective):
 
     model: mulan.MuLanConfig
     data: Data
-    vocabulary: str = dataclasses.field(metadata=PATH)
+    vocabulary: str = dataclasses.field(metadata=checkpoint.PATH)
 
     # One clip alone has a loss of 0 and is always found.
     LEAST_EXAMPLES: ClassVar = dict.fromkeys(("loss", "chance"), LEAST_INTERVAL) | dict.fromkeys(
@@ -42,9 +41,7 @@ class MuLanObjective(Objective):
     )
 
     def init(self, key: jax.Array, batch: Batch) -> dict[str, Any]:
-        """The variables; ValueError where the vocabulary or the number of clips does not fit the model, or batches have
-        no text."""
-        self.check(batch)
+        """Draws the variables."""
         return dict(mulan.MuLan(self.model).init(key, batch["audio"][:1], batch["text"][:1]))
 
     def check(self, batch: Batch) -> None:
@@ -58,8 +55,8 @@ class MuLanObjective(Objective):
             )
         self._check_clips(self.data.count("train"))
 
-    def frozen(self) -> Any:
-        """Nothing; says that no pretrained weights are used."""
+    def frozen(self, read: checkpoint.Reader = checkpoint.load_model) -> Any:
+        """Returns nothing; says that no pretrained weights are used."""
         print("MuLan's towers are trained from nothing; gin/pretrained.gin starts from published weights", flush=True)
         return {}
 

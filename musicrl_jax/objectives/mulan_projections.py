@@ -25,6 +25,7 @@ from musicrl_jax.core.manifest import read_regular
 from musicrl_jax.core.progress import Progress
 from musicrl_jax.inputs import order, pieces, pretrained
 from musicrl_jax.inputs.clips import Clips
+from musicrl_jax.inputs.tokens import ClipShapes, Shapes
 from musicrl_jax.losses import contrastive
 from musicrl_jax.models import bert, mulan, musicnn
 from musicrl_jax.objectives.mulan import VOCABULARY, MuLanObjective
@@ -144,6 +145,18 @@ class Heard:
         """The splits that have clips."""
         return self.clips.splits()
 
+    def shapes(self, batch_size: int, clip_seconds: float, tokens: ClipShapes) -> Shapes:
+        """Returns the shapes of a batch; see `objective.Data`."""
+        clips = self.clips.shapes(batch_size, clip_seconds, tokens)
+        key, towers = jax.random.key(0), mulan.Towers(self.towers.model)
+
+        def look(wav: jax.Array, text: jax.Array) -> dict[str, jax.Array]:
+            heard, _ = towers.init_with_output(key, wav, method=mulan.Towers.hear)
+            read, _ = towers.init_with_output(key, text, method=mulan.Towers.read)
+            return {"audio": heard, "text": read}
+
+        return jax.eval_shape(look, clips["audio"], clips["text"]) | {"pieces": clips["text"]}
+
     def found(self, name: str, split: str) -> dict[str, np.ndarray]:
         """{'audio' [P, V, W], 'text' [P, D], 'pieces' [P, L]} of one set's split, from its file or from the towers.
 
@@ -191,22 +204,25 @@ class MuLanProjectionsObjective(MuLanObjective):
 
     data: Heard
 
-    def init(self, key: jax.Array, batch: Batch) -> dict[str, Any]:
-        """The variables without the towers' weights; errors as in `MuLanObjective.init`."""
+    def check(self, batch: Batch) -> None:
+        """Raises ValueError as `MuLanObjective.check` does, or if the towers are not the model's."""
         if self.data.towers.model != self.model:
             raise ValueError(
                 f"PretrainedTowers.model is {self.data.towers.model}, not the trained {self.model}: make them equal"
             )
-        self.check(batch)
+        super().check(batch)
         if (size := pieces.size(self.assets()[VOCABULARY])) != self.model.text.pieces:
             raise ValueError(
                 f"{self.vocabulary} has {size} pieces, and the pretrained text tower reads {self.model.text.pieces}: "
                 "give the vocabulary that it was trained with"
             )
+
+    def init(self, key: jax.Array, batch: Batch) -> dict[str, Any]:
+        """Draws the variables without the towers' weights."""
         return dict(mulan.MuLan(self.model).init(key, batch["audio"][:1], batch["text"][:1], method=mulan.MuLan.place))
 
-    def frozen(self) -> Any:
-        """Nothing that the loss needs; says which weights the towers have."""
+    def frozen(self, read: checkpoint.Reader = checkpoint.load_model) -> Any:
+        """Returns nothing that the loss needs; says which weights the towers have."""
         print(f"MuLan's towers are {self.data.towers.audio_weights} and {self.data.towers.text_weights}, frozen")
         return {}
 

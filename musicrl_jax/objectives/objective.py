@@ -7,6 +7,9 @@ from typing import Any, ClassVar, Protocol
 import jax
 import numpy as np
 
+from musicrl_jax.core import checkpoint
+from musicrl_jax.inputs.tokens import ClipShapes, Shapes
+
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
 
@@ -31,6 +34,15 @@ class Data(Protocol):
     def splits(self) -> list[str]:
         """The splits that have examples."""
 
+    def shapes(self, batch_size: int, clip_seconds: float, tokens: ClipShapes) -> Shapes:
+        """Returns the shapes of a batch, by settings alone: for a planner, whose data is not built yet.
+
+        Args:
+          batch_size: B.
+          clip_seconds: length of the clips.
+          tokens: tells the shape of each array of a clip in a folder of tokens.
+        """
+
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
@@ -46,6 +58,9 @@ class Objective:
 
     # Of some validation metrics, the least number of examples in a batch: of fewer they say nothing and are left out.
     LEAST_EXAMPLES: ClassVar[Mapping[str, int]] = {}
+
+    def check(self, batch: Batch) -> None:
+        """Raises ValueError, by the field's name, if the data or a batch of it does not fit the model."""
 
     def init(self, key: jax.Array, batch: Batch) -> dict[str, Any]:
         """The module's variables: 'params' and whatever other collections it keeps. Traced under jit."""
@@ -65,8 +80,8 @@ class Objective:
         """Metrics of one validation batch; by default those of the loss."""
         return self.loss(params, state, frozen, batch, key)[1][1]
 
-    def frozen(self) -> Any:
-        """Weights of other models that the loss needs, loaded once and passed as an argument."""
+    def frozen(self, read: checkpoint.Reader = checkpoint.load_model) -> Any:
+        """Returns weights of other models that the loss needs, loaded once and passed as an argument."""
         return {}
 
     def finish(

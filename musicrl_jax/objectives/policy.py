@@ -29,9 +29,12 @@ class PolicyObjective(TokenObjective):
     def __post_init__(self) -> None:
         in_dtype({}, self.dtype)  # refuses another
 
-    def init(self, key: jax.Array, batch: Batch) -> dict[str, Any]:
-        """Variables of MusicLM; ValueError where the tokens are of another layout."""
+    def check(self, batch: Batch) -> None:
+        """Raises ValueError if the tokens are of another layout."""
         self.check_policy(self.model)
+
+    def init(self, key: jax.Array, batch: Batch) -> dict[str, Any]:
+        """Draws the variables of MusicLM."""
         return MusicLM(self.model).init(key, policy_tokens(batch, self.model), batch["mulan"])
 
     def loss(

@@ -1,6 +1,7 @@
 """Trains the preference model on votes: Bradley-Terry's loss on pairs of clips (MusicRL 3.2)."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any, ClassVar
 
 import jax
@@ -39,9 +40,12 @@ class PreferenceObjective(TokenObjective):
         if not 0 < self.crop <= 1:
             raise ValueError(f"PreferenceObjective.crop = {self.crop} must be above 0 and at most 1")
 
-    def init(self, key: jax.Array, batch: Batch) -> dict[str, Any]:
-        """The variables; ValueError where the clips' tokens are of another layout."""
+    def check(self, batch: Batch) -> None:
+        """Raises ValueError if the clips' tokens are of another layout."""
         self.check_policy(self.model.policy)
+
+    def init(self, key: jax.Array, batch: Batch) -> dict[str, Any]:
+        """Draws the variables."""
         tokens = policy_tokens(batch, self.model.policy)
         return Preference(self.model).init(key, tokens[:, 0], batch["mulan"])
 

@@ -48,11 +48,11 @@ class QualityObjective(Objective):
             raise ValueError("codec = '': pseudo-MOS needs a codec checkpoint; set it, or take inputs.Ratings as data")
         return dict(rewards.Quality(self.model).init(key, batch["audio"][:1]))
 
-    def frozen(self) -> Codec | dict[str, Any]:
-        """The codec, or {} where none is given. ValueError where it is of another sample rate."""
+    def frozen(self, read: checkpoint.Reader = checkpoint.load_model) -> Codec | dict[str, Any]:
+        """Returns the codec, or {} where none is given. ValueError where it is of another sample rate."""
         if not self.codec:
             return {}
-        codec = checkpoint.load_model(self.codec, soundstream.SoundStreamConfig)
+        codec = read(self.codec, soundstream.SoundStreamConfig)
         if codec.config.sample_rate_hz != self.model.sample_rate_hz:
             raise ValueError(
                 f"codec = {self.codec!r} is of {codec.config.sample_rate_hz} Hz, QualityConfig.sample_rate_hz = "

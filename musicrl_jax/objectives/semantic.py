@@ -28,20 +28,20 @@ class SemanticObjective(Objective):
     model: semantic.SemanticConfig
     data: Data
 
-    def init(self, key: jax.Array, batch: Batch) -> dict[str, Any]:
-        """Variables whose mel statistics are those of `batch`; k-means is still all zeros.
-
-        ValueError where the training set has fewer frames than there are codes.
-        """
-        module = semantic.SemanticEncoder(self.model)
-        variables = dict(module.init(key, batch["audio"], *_masking(key, self.model, batch["audio"])))
-        mels = module.apply(variables, batch["audio"], method=semantic.SemanticEncoder.log_mels)
-        frames = self.data.count("train") * (mels.shape[1] // semantic.STACK)
+    def check(self, batch: Batch) -> None:
+        """Raises ValueError if the training set has fewer frames than there are codes."""
+        frames = self.data.count("train") * _frames(self.model, batch["audio"])
         if frames < self.model.codes:
             raise ValueError(
                 f"SemanticConfig.codes = {self.model.codes}, but the training clips have {frames} frames: lower it, or "
                 "give more audio"
             )
+
+    def init(self, key: jax.Array, batch: Batch) -> dict[str, Any]:
+        """Draws variables whose mel statistics are those of `batch`; k-means is still all zeros."""
+        module = semantic.SemanticEncoder(self.model)
+        variables = dict(module.init(key, batch["audio"], *_masking(key, self.model, batch["audio"])))
+        mels = module.apply(variables, batch["audio"], method=semantic.SemanticEncoder.log_mels)
         std = jnp.maximum(jnp.std(mels, axis=(0, 1)), semantic.LEAST_STD)
         return variables | {"statistics": {"mean": jnp.mean(mels, axis=(0, 1)), "std": std}}
 
@@ -112,9 +112,14 @@ class SemanticObjective(Objective):
         return np.concatenate(parts)[:wanted]
 
 
+def _frames(config: semantic.SemanticConfig, wav: jax.Array) -> int:
+    """Returns F of wav [B, N]."""
+    return wav.shape[1] * semantic.FRAME_RATE_HZ // (semantic.STACK * config.sample_rate_hz)
+
+
 def _masking(key: jax.Array, config: semantic.SemanticConfig, wav: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(mask [B, F] bool, noise [B, F, 4M] standard normal) for wav [B, N]."""
     mask_key, noise_key = jax.random.split(key)
-    clips, frames = wav.shape[0], wav.shape[1] * semantic.FRAME_RATE_HZ // (semantic.STACK * config.sample_rate_hz)
+    clips, frames = wav.shape[0], _frames(config, wav)
     noise = jax.random.normal(noise_key, (clips, frames, semantic.STACK * config.mels))
     return semantic.draw_mask(mask_key, clips, frames), noise

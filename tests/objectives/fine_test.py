@@ -110,4 +110,4 @@ def test_tokens_of_another_layout_are_refused(tokens_of, name, size):
     """Else the heads of missing levels, and rows of missing codes, would be others', clamped in silence."""
     data = tokens_of(**{"acoustic_levels": 5, "acoustic_codes": 6} | {name: size})
     with pytest.raises(ValueError, match=f"{name} is ., and its tokens have {size}"):
-        FineObjective(MODEL, data).init(jax.random.key(0), {"acoustic": CODES})
+        FineObjective(MODEL, data).check({"acoustic": CODES})

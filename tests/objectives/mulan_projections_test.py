@@ -101,7 +101,7 @@ def test_another_vocabulary_than_the_text_towers_is_refused(task):
     heard = dataclasses.replace(task.data, towers=dataclasses.replace(task.data.towers, model=larger))
     other = mulan_projections.MuLanProjectionsObjective(larger, heard, task.vocabulary)
     with pytest.raises(ValueError, match="has 275 pieces, and the pretrained text tower reads 276"):
-        other.init(jax.random.key(0), next(task.data.batches("train", 5, seed=0)))
+        other.check(next(task.data.batches("train", 5, seed=0)))
 
 
 def test_a_batch_larger_than_a_split_is_refused(task):
@@ -216,4 +216,4 @@ def test_weights_that_do_not_fit_are_named(task, weights):
             dataclasses.replace(towers, **changes).params()
     other = dataclasses.replace(task, model=dataclasses.replace(MODEL, embed=9))
     with pytest.raises(ValueError, match="make them equal"):
-        other.init(jax.random.key(0), {"audio": jnp.zeros((1, 2, 48)), "text": jnp.zeros((1, 8))})
+        other.check({"audio": jnp.zeros((1, 2, 48)), "text": jnp.zeros((1, 8))})

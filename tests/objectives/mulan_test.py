@@ -129,12 +129,12 @@ def test_the_vocabulary_travels_and_must_fit(trained, tmp_path):
     small = objective.MuLanObjective(mulan.MuLanConfig(text=bert.BertConfig(pieces=100)), task.data, task.vocabulary)
     batch = next(task.data.batches("train", 8, 0))
     with pytest.raises(ValueError, match=r"BertConfig\.pieces = 100"):
-        small.init(jax.random.key(0), batch)
+        small.check(batch)
     with pytest.raises(ValueError, match=r"Clips\.vocabulary"):
-        task.init(jax.random.key(0), {"audio": batch["audio"]})
+        task.check({"audio": batch["audio"]})
     lost = objective.MuLanObjective(CONFIG, task.data, str(tmp_path / "none.model"))
     with pytest.raises(FileNotFoundError, match=r"none\.model"):
-        lost.init(jax.random.key(0), batch)
+        lost.check(batch)
 
 
 def test_towers_trained_from_nothing_are_said_to_be(trained, capsys):

@@ -95,4 +95,4 @@ def test_the_length_of_its_clips_travels_with_it(tmp_path, token_models):
 def test_tokens_of_another_layout_are_refused(tokens_of, name):
     data = tokens_of(**LAYOUT | {name: 9})
     with pytest.raises(ValueError, match=f"{name} is ., and its tokens have 9"):
-        PolicyObjective(MODEL, data).init(jax.random.key(0), BATCH)
+        PolicyObjective(MODEL, data).check(BATCH)

@@ -96,7 +96,7 @@ def test_clips_of_another_layout_are_refused(tokens_of, base, name):
         DPOObjective(POLICY, data, base[0], kl_strength=1 / 3),
     ):
         with pytest.raises(ValueError, match=f"{name} is ., and its tokens have 9"):
-            objective.init(KEY, batch(0))
+            objective.check(batch(0))
 
 
 def test_the_trunk_starts_from_the_policys_or_from_random_weights(tokens_of, base):

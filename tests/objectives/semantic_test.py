@@ -182,4 +182,4 @@ def test_without_standardisation_the_target_codebook_collapses():
 def test_too_few_frames_for_the_codes_are_named_before_training():
     many = objective.SemanticObjective(dataclasses.replace(CONFIG, codes=201), Tones())
     with pytest.raises(ValueError, match="codes = 201, but the training clips have 200 frames"):
-        many.init(jax.random.key(0), {"audio": jnp.asarray(tones(4))})
+        many.check({"audio": jnp.asarray(tones(4))})
