@@ -27,13 +27,14 @@ import safetensors.numpy
 from musicrl_jax.core import checkpoint, hosts, lock, shipped, tensors
 from musicrl_jax.core.files import json_from, read_json, write_json
 from musicrl_jax.core.manifest import MANIFEST
+from musicrl_jax.core.tensors import HEADER
 from musicrl_jax.objectives.mulan_projections import FetchedTowers, without_towers
 from musicrl_jax.systems import folder as systems
 from musicrl_jax.systems.kinds import config_class
 
 FORMATS = "safetensors", "system"
 INDEX = "models.json"
-HEADER, FORMAT = "musicrl", "musicrl-jax 1"
+FORMAT = "musicrl-jax 1"
 LARGEST = 6e4  # what half precision holds
 # Packs of older versions, as those that ship, have no shapes and orders.
 HEADER_KIND = {"config": dict, "shapes?": {str: str}, "orders?": dict, "assets": {str: str}}

@@ -285,6 +285,23 @@ def save_model(directory: str | Path, config: Any, variables: Any, assets: dict[
     return model_hash
 
 
+def load_description(directory: str | Path, config_class: type) -> Model:
+    """Reads `directory`/model without its weights, for a planner; errors as of `load_model`."""
+    directory = Path(directory).absolute() / MODEL
+    manifest, config = _manifest_and_config(directory, config_class)
+    assets = {name: _asset(directory, name) for name in manifest["assets"]}
+    return Model(config, {}, manifest["hash"], assets)
+
+
+def _manifest_and_config(directory: Path, config_class: type) -> tuple[dict[str, Any], Any]:
+    if not (directory / MANIFEST).exists():
+        raise FileNotFoundError(
+            f"no {config_class.__name__} checkpoint in {directory}: train it first, or mend the path"
+        )
+    manifest = _model_manifest(directory)
+    return manifest, config_from_json(config_class, manifest["config"], str(directory))
+
+
 def load_model(directory: str | Path, config_class: type) -> Model:
     """Reads `directory`/model; any host may, without the others.
 
@@ -292,12 +309,7 @@ def load_model(directory: str | Path, config_class: type) -> Model:
     the one that was saved.
     """
     directory = Path(directory).absolute() / MODEL
-    if not (directory / MANIFEST).exists():
-        raise FileNotFoundError(
-            f"no {config_class.__name__} checkpoint in {directory}: train it first, or mend the path"
-        )
-    manifest = _model_manifest(directory)
-    config = config_from_json(config_class, manifest["config"], str(directory))
+    manifest, config = _manifest_and_config(directory, config_class)
     if wrong := damage(directory, manifest.get("files", {}), more=True):
         raise ValueError(f"{directory} is damaged: {wrong}; restore a copy")
     with ocp.StandardCheckpointer(multiprocessing_options=_alone()) as checkpointer:

@@ -10,7 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors
 import safetensors.numpy
+
+HEADER = "musicrl"  # the header's text that describes a packed model, as JSON
 
 
 def save(path: str | Path, arrays: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> None:
@@ -26,6 +29,12 @@ def save(path: str | Path, arrays: Mapping[str, Any], metadata: Mapping[str, str
     tensors = {name: row_major(array) for name, array in arrays.items()}
     safetensors.numpy.save_file(tensors, partial, metadata=None if metadata is None else dict(metadata))
     os.replace(partial, path)
+
+
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """Returns the texts of a file's header, without reading its arrays."""
+    with safetensors.safe_open(path, framework="numpy") as file:
+        return file.metadata() or {}
 
 
 def row_major(array: Any) -> np.ndarray:

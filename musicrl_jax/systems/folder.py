@@ -18,6 +18,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from musicrl_jax.core import checkpoint, hosts
 from musicrl_jax.core.files import read_json, write_text
 from musicrl_jax.core.manifest import unsealed
@@ -124,7 +126,7 @@ def load(
     return LoadedSystem(
         described["kind"],
         system,
-        None if policy is None else system.restored(policy.variables),
+        None if policy is None else _restored(system, policy.variables),
         {name: model.variables for name, model in models.items() if name != "policy"},
         {name: model.hash for name, model in models.items()},
         {name: part["folder"] for name, part in known.items()},
@@ -197,6 +199,13 @@ def encoding_parts(folder: str) -> tuple[str, ...]:
     return parts
 
 
+def _restored(system: MusicSystem, variables: Tree) -> Tree:
+    """Returns the policy's weights, or their shapes if a planner's reader gave shapes."""
+    if all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(variables)):
+        return jax.eval_shape(system.restored, variables)
+    return system.restored(variables)
+
+
 def describe(folder: str) -> dict[str, Any]:
     """Returns a system.json's content with absolute folders; a policy's folder without one too.
 
@@ -215,9 +224,17 @@ def describe(folder: str) -> dict[str, Any]:
         raise FileNotFoundError(
             f"no system in {folder}: name a folder with a {FILE}, a policy's, or a run's finetuned one"
         )
+    return describe_neighbours(folder, checkpoint.beside)
+
+
+def describe_neighbours(folder: str, beside: Callable[[str, str], str]) -> dict[str, Any]:
+    """Describes a MusicLM whose policy is in `folder` and whose other parts stand beside it.
+
+    `beside(folder, name)` is the folder of the model `name`.
+    """
     parts = {"policy": {"folder": str(folder), "hash": ""}}
-    for name, beside in BESIDE.items():
-        parts[name] = {"folder": checkpoint.beside(folder, beside), "hash": ""}
+    for name, neighbour in BESIDE.items():
+        parts[name] = {"folder": beside(folder, neighbour), "hash": ""}
     return {"format": FORMAT, "kind": "musiclm", "parts": parts}
 
 

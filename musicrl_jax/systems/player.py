@@ -4,6 +4,7 @@ Legend: B clips, S tokens of a clip.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import jax
@@ -62,6 +63,7 @@ class Player:
       mesh: devices over which rows are sharded.
       rows: B of every batch.
       mixture: the rewards, if clips are scored.
+      jitted: the functions that take the frozen parts which `MusicSystem.USES` names, by name.
     """
 
     def __init__(
@@ -120,29 +122,30 @@ class Player:
             lambda weights: system.compute_copy(weights, dtype),
             out_shardings=Weights(self.policy_sharding, whole),
         )
-        self._condition = jax.jit(
-            system.condition, out_shardings=by_row, compiler_options=little_effort
-        )
         self.sample = jax.jit(sample, out_shardings=by_row)
-        self._codes = jax.jit(system.codes, out_shardings=by_row)
-        self._decode = jax.jit(system.decode, out_shardings=by_row, compiler_options=little_effort)
+        by_little = partial(jax.jit, out_shardings=by_row, compiler_options=little_effort)
+        self.jitted = {
+            "condition": by_little(system.condition),
+            "codes": jax.jit(system.codes, out_shardings=by_row),
+            "decode": by_little(system.decode),
+        }
         self.gather_scorers = jax.jit(lambda scorers: scorers, out_shardings=whole)
-        self.reward = jax.jit(reward, out_shardings=by_row, compiler_options=little_effort)
+        self.reward = by_little(reward)
         self.kl = jax.jit(kl, out_shardings=by_row)
 
     # --- the stages of a rollout, each with the frozen parts that it needs ---
 
     def condition(self, frozen: Mapping[str, Tree], text: Text) -> Tree:
         """As `MusicSystem.condition`."""
-        return self._condition(self.used(frozen, "condition"), text)
+        return self.jitted["condition"](self.used(frozen, "condition"), text)
 
     def codes(self, frozen: Mapping[str, Tree], tokens: jax.Array, keys: jax.Array) -> Tree:
         """As `MusicSystem.codes`."""
-        return self._codes(self.used(frozen, "codes"), tokens, keys)
+        return self.jitted["codes"](self.used(frozen, "codes"), tokens, keys)
 
     def decode(self, frozen: Mapping[str, Tree], codes: Tree) -> jax.Array:
         """As `MusicSystem.decode`."""
-        return self._decode(self.used(frozen, "decode"), codes)
+        return self.jitted["decode"](self.used(frozen, "decode"), codes)
 
     def used(self, frozen: Mapping[str, Tree], function: str) -> dict[str, Tree]:
         """Returns the frozen parts that a function of the system needs."""
