@@ -55,12 +55,11 @@ WITHOUT_A_RUN = {
 ON_ALL_HOSTS = {
     *("run", "train", "encode", "collect", "train_rl", "evaluate", "generate", "export"),
 }
-PLANNING = {"run", "plan", "serve"}  # never stages of a run, so that a plan need not record them
 
 CONFIGS = {
     name: f"musicrl_jax.{module}:{name}"
     for module, names in {
-        "core.calls": ("model_hash",),
+        "core.checkpoint": ("model_hash",),
         "losses.optimiser": ("Optimiser",),
         "models.tokens": ("TokenLayout",),
         "inputs.clips": ("Clips", "Ratings"),
@@ -144,12 +143,20 @@ RENAMED |= {
     "encode.semantic": ONE_FOLDER,
     "generate.checkpoint": "generate.system",
     "export.checkpoint": "export.system",
+    "generate.format": (
+        "the format follows from out: a file's ending, or a folder and an ending, as "
+        "'clips/*.flac'; remove this"
+    ),
+    "serve.most_waiting": "ServiceLimits.waiting_clips",
+    "serve.most_seconds": "ServiceLimits.piece_seconds",
+    "serve.most_candidates": "ServiceLimits.candidates",
+    "train.log_every": "metrics are written every ten steps: remove this",
     "Prompts.vocabulary": READ_BY_SYSTEMS,
     "Prompts.text_length": READ_BY_SYSTEMS,
 }
 
-# Macros that a run needs and a plan does not, with what a plan takes for them, and the one that
-# every size binds.
+# Macros that a run needs and a plan does not, with what a plan takes for them; one that reads models,
+# so that a plan sets it aside; and the one that every size binds.
 NEEDED_BY_A_RUN = {
     "MODEL_DIR": "'model_dir'",
     "DATA_DIR": "'data_dir'",
@@ -157,6 +164,7 @@ NEEDED_BY_A_RUN = {
     "DATASETS": "{'datasets': 1.0}",
     "PROMPT_DATASETS": "('datasets',)",
 }
+TOKENIZERS = "TOKENIZERS"
 SIZE, BASE_SIZE = "SAMPLE_RATE_HZ", "gin/sizes/base.gin"
 
 # Of a flag that takes a text: a macro or a call, and not the text itself.
@@ -196,13 +204,12 @@ def _imported(place: str) -> Any:
 
 @functools.cache  # gin takes a name once, or the same object again
 def load_verb(name: str) -> Callable:
-    """Imports a verb; as it runs on several hosts, and as a plan records it."""
-    from musicrl_jax.core import calls, hosts
+    """Imports a verb; as it runs on several hosts, and as a plan describes it."""
+    from musicrl_jax.core import hosts
+    from musicrl_jax.planning.stages import describable
 
     verb = _imported(VERBS[name])
-    if name in PLANNING:
-        return verb
-    return calls.recordable(verb if name in ON_ALL_HOSTS else hosts.first_alone(verb))
+    return describable(verb if name in ON_ALL_HOSTS else hosts.first_alone(verb))
 
 
 def register(names: Iterable[str]) -> None:
@@ -788,16 +795,23 @@ def _references(value: Any) -> Iterator[gin_config.ConfigurableReference]:
             yield from _references(part)
 
 
-def what_a_plan_leaves_open(files: Sequence[str], bindings: list[str]) -> list[str]:
-    """The gin files to add to those of a plan, which is the paper's size where none is given; the
-    names of folders and data, which it does without, are added to the bindings.
+def add_missing_bindings(sources: Sequence[Source], bindings: list[str]) -> list[str]:
+    """Adds to a plan's bindings the names of folders and data that the files read; it does without.
+
+    Returns the gin files to add: the paper's size if no size is given.
     """
-    gin.parse_config_files_and_bindings(files, bindings, finalize_config=False)
-    bound = {name for name in (*NEEDED_BY_A_RUN, SIZE) if gin.get_bindings(f"{name}/macro")}
-    gin.clear_config()
-    bindings.extend(
-        f"{name} = {value}" for name, value in NEEDED_BY_A_RUN.items() if name not in bound
-    )
+    bound, read = set(), set()
+    for source in sources:
+        read |= source.references.macros
+        for each in source.statements:
+            if isinstance(each, config_parser.BindingStatement) and not each.arg_name:
+                bound.add(each.selector)
+    bound |= {binding.partition(" = ")[0] for binding in bindings}
+    for name, value in NEEDED_BY_A_RUN.items():
+        if name in read - bound:
+            bindings.append(f"{name} = {value}")
+    if TOKENIZERS in bound:
+        bindings.append(f"{TOKENIZERS} = None")  # hashes of models that may not be there yet
     return [] if SIZE in bound else [BASE_SIZE]
 
 
@@ -817,7 +831,8 @@ def configure(flags: argparse.Namespace, bindings: list[str]) -> bool:
     named = flags_source.names.union(*(source.names for source in sources))
     register({flags.verb, *named})
     if flags.verb == "plan":
-        flags.gin_file += what_a_plan_leaves_open(flags.gin_file, bindings)
+        sources = read_sources(flags.gin_file)
+        flags.gin_file += add_missing_bindings(sources, bindings)
         sources = read_sources(flags.gin_file)
     gin.parse_config_files_and_bindings(flags.gin_file, bindings, finalize_config=False)
     check_given(flags.verb)

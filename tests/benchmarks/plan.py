@@ -29,7 +29,7 @@ def planned(topology: str, slices: int, chips: int, asked: argparse.Namespace) -
             "--gin_file=gin/sizes/base.gin",
             f"--only={asked.stage}",
         ]
-        command += [f"--gin.train_rl.batch_size={asked.rows_a_chip * chips}", f"--json_file={file}", *asked.flags]
+        command += [f"--gin.RLConfig.batch_size={asked.rows_a_chip * chips}", f"--json_file={file}", *asked.flags]
         done = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True, check=False)
         if not file.exists():
             raise SystemExit(f"{' '.join(command)}\n{done.stderr[-2000:]}")
@@ -60,7 +60,7 @@ def main() -> None:
             parts = " / ".join(f"{row[f'{part}_seconds']:.2f}" for part in ("matrix", "memory", "network", "compiler"))
             print(f"| {each} | {chips}, {row['clips']} | {name} | {space} | {parts} | {row['limit']} |", flush=True)
         if all(row["fits"] for row in rows.values()):
-            seconds = sum(row["seconds"] for row in rows.values())
+            seconds = sum(row["seconds"] for row in rows.values() if not row["once"])
             speed = row["clips"] / seconds / chips
             first = first or speed
             told = f"{seconds:.2f} s, {speed * chips:.1f} clips a second, {3600 * speed:.0f} a chip-hour"

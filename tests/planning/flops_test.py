@@ -11,8 +11,8 @@ from flax.core import meta
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from musicrl_jax.planning.flops import Flops, flops
 from musicrl_jax.models.transformer import Transformer, TransformerConfig
+from musicrl_jax.planning.flops import Flops, flops
 
 
 def of(function, *shapes) -> Flops:
