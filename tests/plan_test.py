@@ -15,10 +15,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 import gin
 from musicrl_jax import cli, plan
 from musicrl_jax.core import checkpoint, sharding
-from musicrl_jax.planning import estimate
 from musicrl_jax.core.calls import recordable, recorded
-from musicrl_jax.planning.chips import CHIPS
 from musicrl_jax.models.musiclm import MusicLMConfig
+from musicrl_jax.planning import estimate
+from musicrl_jax.planning.chips import CHIPS
 
 ROOT = Path(__file__).parents[1]
 BUDGETS = ROOT / "tests/plan_budgets.json"  # by version of jax: what the base size takes on v5e:4x4

@@ -1,7 +1,6 @@
 """Trains the preference model on votes: Bradley-Terry's loss on pairs of clips (MusicRL 3.2)."""
 
 import dataclasses
-from pathlib import Path
 from typing import Any, ClassVar
 
 import jax

@@ -24,16 +24,16 @@ from flax.linen import meta
 from jax.sharding import Mesh
 
 from musicrl_jax.core import sharding
-from musicrl_jax.planning.flops import flops
 from musicrl_jax.losses.optimiser import Optimiser
-from musicrl_jax.models.tokens import TokenLayout
 from musicrl_jax.losses.policy_gradient import PolicyGradient
 from musicrl_jax.models.conformer import ConformerConfig
 from musicrl_jax.models.mulan import MuLan, MuLanConfig
 from musicrl_jax.models.musiclm import MusicLM, MusicLMConfig
 from musicrl_jax.models.soundstorm import SoundStorm, SoundStormConfig
 from musicrl_jax.models.soundstream import SoundStream, SoundStreamConfig
+from musicrl_jax.models.tokens import TokenLayout
 from musicrl_jax.models.transformer import LANES, TransformerConfig
+from musicrl_jax.planning.flops import flops
 from musicrl_jax.rl.learner import Learner
 from musicrl_jax.rl.rollout import Loaded, Studio
 from musicrl_jax.rl.steps import Steps, build
