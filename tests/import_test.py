@@ -27,7 +27,7 @@ MAY_IMPORT = {
 # Who knows the models of a stack: its systems, and what trains its parts. All else knows systems by
 # their contract.
 KNOW_MODELS = {"models", "systems", "objectives", "losses", "cli.py"}
-CONTRACT = {"system", "player", "folder"}
+CONTRACT = {"system", "player", "folder", "kinds"}
 HOMES = {
     "gin": {"cli.py"},
     "tensorflow": {"inputs"},
