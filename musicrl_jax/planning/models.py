@@ -13,8 +13,8 @@ from typing import Any
 import jax
 from flax.core import meta
 
-from musicrl_jax.core import checkpoint, tensors
-from musicrl_jax.core.files import in_checkout, json_from
+from musicrl_jax.core import checkpoint, shipped, tensors
+from musicrl_jax.core.files import json_from
 from musicrl_jax.inputs.tokens import Shapes, clip_shapes
 from musicrl_jax.planning.stages import Stage
 from musicrl_jax.systems import folder
@@ -119,7 +119,7 @@ class PlannedModels:
         return self._makers.get(place)
 
     def _pack(self, stage: Stage, directory: str | Path) -> Path:
-        return in_checkout(stage.arguments["source"]) / f"{Path(directory).name}.safetensors"
+        return shipped.located(stage.arguments["source"]) / f"{Path(directory).name}.safetensors"
 
     def _describe(self, directory: str) -> dict[str, Any]:
         """Returns what `folder.describe` will, without hashes."""
