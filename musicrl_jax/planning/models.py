@@ -16,9 +16,9 @@ from flax.core import meta
 from musicrl_jax.core import checkpoint, shipped, tensors
 from musicrl_jax.core.files import json_from
 from musicrl_jax.inputs.tokens import Shapes, clip_shapes
+from musicrl_jax.objectives.mulan import VOCABULARY
 from musicrl_jax.planning.stages import Stage
 from musicrl_jax.systems import folder
-from musicrl_jax.systems.musiclm import VOCABULARY
 from musicrl_jax.systems.system import Sampling, Text, Weights, roll_out
 
 PLANNED = "planned"  # the content hash of every model
