@@ -28,6 +28,7 @@ from musicrl_jax.serving import bundle as bundles
 BUNDLE = {
     **{
         "format": bundles.FORMAT,
+        "outputs": ["tokens", "wav"],
         "version": "1",
         "jax": "0.10",
         "platforms": ["cpu"],
@@ -408,7 +409,7 @@ RANDOM = {
     ),
     "agreement": (
         "agreement.json",
-        lambda folder: collect._figures_there(folder / "agreement.json"),
+        lambda folder: collect._read_figures(folder / "agreement.json"),
     ),
     "summary": ("summary.json", lambda folder: evaluate._summary(folder / "summary.json")),
     "arrays": ("kept.npz", lambda folder: files.read_arrays(folder / "kept.npz")),

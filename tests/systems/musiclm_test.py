@@ -213,7 +213,7 @@ def test_function_by_function_on_a_mesh_the_clips_are_those_of_one_program(loope
     whole = jax.jit(lambda *given: roll_out(system, *given, 3 * DEPTH, sampling))(
         weights, system.read(prompts), keys
     )
-    mesh = sharding.make_mesh(2, 2)
+    mesh = sharding.make_mesh(2)  # seven codes do not divide over a tensor axis of two
     player = Player(system, mesh, len(prompts), 3 / 25, sampling)
     with jax.set_mesh(mesh):
         placed = player.place(policy, frozen)
