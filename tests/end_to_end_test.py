@@ -248,7 +248,7 @@ def test_tokens_are_those_of_the_models(folder):
 
 def test_prompts_become_clips(folder, tmp_path):
     out = tmp_path / "reel.wav"
-    flags = (f"--checkpoint={folder}/run/ru", f"--out={out}")  # of the length that it was trained on
+    flags = (f"--system={folder}/run/ru", f"--out={out}")  # of the length that it was trained on
     assert cli.main(["generate", "--prompt=a fast Irish reel on a harp", *flags]) == 0
     wav, rate = soundfile.read(out)
     assert (len(wav), rate) == (16000, 16000) and np.abs(wav).max() > 0

@@ -48,14 +48,14 @@ def command(verb, folder):
     arguments = {
         "build": ["--builder=data/score_clips", "--config=tiny", f"--data_dir={out}"],
         "generate": [
-            f"--checkpoint={whole / 'r'}",
+            f"--system={whole / 'r'}",
             f"--prompts_file={folder / 'prompts.txt'}",
             f"--out={out}",
             "--clip_seconds=1.0",
         ],
         "pack": [f"--gin.pack.models={MODELS % (whole, whole, whole)}", f"--out={out}"],
         "unpack": [f"--source={folder / 'packed'}", f"--out={out}"],
-        "export": [f"--checkpoint={whole / 'r'}", f"--out={out}", "--clip_seconds=1.0", "--platforms=['cpu']"],
+        "export": [f"--system={whole / 'r'}", f"--out={out}", "--clip_seconds=1.0", "--platforms=['cpu']"],
     }
     return [*run, verb, *arguments[verb]]
 
