@@ -24,6 +24,7 @@ from musicrl_jax.inputs.tokens import Tokens, read
 from musicrl_jax.models.mulan import MuLan, MuLanConfig
 from musicrl_jax.models.semantic import SemanticConfig, SemanticEncoder
 from musicrl_jax.models.soundstream import SoundStream, SoundStreamConfig
+from musicrl_jax.systems import folder as systems
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
@@ -90,8 +91,8 @@ def test_the_summary_says_what_was_found(folder):
     for pair in summary["pairs"]:
         assert pair["win"] + pair["tie"] + pair["loss"] == pytest.approx(1)
     assert all(1 <= opinion["mean"] <= 5 for opinion in summary["mos"].values())
-    models = ["codec", "semantic", "mulan", "quality", "encode", "policy", "fine"]
-    after = ["r", "votes", "preference", "ru", "evaluate"]
+    models = ["codec", "semantic", "mulan", "quality", "tokenizer", "encode", "policy", "fine"]
+    after = ["base", "r", "votes", "preference", "ru", "evaluate"]
     assert list(summary["seconds"]) == ["pretrained", "data", "vocabulary", *models, *after]
     assert all(second > 0 for second in summary["seconds"].values())
     assert checkpoint.has_model(summary["checkpoint"])
@@ -277,7 +278,7 @@ def test_a_prompt_gives_its_clip_whatever_else_is_asked(folder, tmp_path):
 def test_bad_requests_are_named(folder, tmp_path, monkeypatch, changes, complaint):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=complaint):
-        generate(**{"prompt": "a reel", "checkpoint": f"{folder}/run/ru", "clip_seconds": 0.4, **changes})
+        generate(**{"prompt": "a reel", "system": f"{folder}/run/ru", "clip_seconds": 0.4, **changes})
     assert not list(tmp_path.rglob("*.wav"))
 
 
@@ -288,9 +289,11 @@ def test_models_that_do_not_belong_together_are_refused(folder, tmp_path):
     model = checkpoint.load_model(codec, SoundStreamConfig)
     louder = jax.tree.map(lambda w: w * 1.5, model.variables["params"])
     checkpoint.save_model(codec, model.config, {**model.variables, "params": louder})
+    parts = {**systems.load(f"{folder}/run/ru").folders, "soundstream": str(codec)}
+    systems.write(tmp_path / "mixed", "musiclm", parts)
     with pytest.raises(ValueError, match="was trained on tokens of codec"):
-        generate(f"{folder}/run/ru", "a reel", out=str(tmp_path / "x.wav"), clip_seconds=0.4, codec=str(codec))
+        generate(f"{tmp_path}/mixed", "a reel", out=str(tmp_path / "x.wav"), clip_seconds=0.4)
     with pytest.raises(ValueError, match="holds a SoundStreamConfig, not a MusicLMConfig"):
         generate(f"{folder}/run/codec", "a reel", out=str(tmp_path / "x.wav"), clip_seconds=0.4)
-    with pytest.raises(FileNotFoundError, match="no MusicLMConfig checkpoint"):
+    with pytest.raises(FileNotFoundError, match="no system in"):
         generate(f"{folder}/run/nowhere", "a reel", out=str(tmp_path / "x.wav"), clip_seconds=0.4)

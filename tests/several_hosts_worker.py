@@ -46,15 +46,26 @@ def train():
 def train_rl():
     import train_rl_test
 
-    class Listener(train_rl_test.Listener):
+    from musicrl_jax.core.keys import Stream
+    from musicrl_jax.rl.steps import Run
+    from musicrl_jax.systems import tiny
+
+    tiny.write(folder / "base")  # which the hosts share
+    (folder / "one.txt").write_text("a tune")
+    train_rl_test.files = lambda: (folder, None)
+    draw = Run.draw
+
+    def noted(self, policy, prompts, step, stream):
         """Leaves a line a step: the content of all that was drawn."""
-
-        def check(self, terms):
-            drawn = hashlib.sha256(terms["tokens"].tobytes() + terms["zeros"].tobytes()).hexdigest()
+        rollout = draw(self, policy, prompts, step, stream)
+        if stream == Stream.ROLLOUT:
+            tokens, wav = sharding.fetch((rollout.sampled.tokens, rollout.wav))
+            content = hashlib.sha256(tokens.tobytes() + wav.tobytes()).hexdigest()
             with (folder / f"drawn-{jax.process_index()}.jsonl").open("a") as file:
-                file.write(json.dumps(drawn) + "\n")
+                file.write(json.dumps(content) + "\n")
+        return rollout
 
-    train_rl_test.Listener = Listener
+    Run.draw = noted
     train_rl_test.loop(folder, steps=STEPS, save_every=2, saves=True, normalise=True, fsdp=2)
 
 

@@ -15,7 +15,7 @@ from musicrl_jax.inputs import pieces
 from musicrl_jax.models.mulan import MuLan, MuLanConfig
 from musicrl_jax.models.rewards import Preference, PreferenceConfig, Quality, QualityConfig
 from musicrl_jax.models.semantic import SemanticConfig, SemanticEncoder
-from musicrl_jax.systems.musiclm import VOCABULARY
+from musicrl_jax.systems.musiclm import VOCABULARY, MuLanCondition
 from musicrl_jax.systems.system import Rollout, Text, Tree
 
 FIRST_AND_LAST = "the first and the last {:g} s; the mean"
@@ -60,7 +60,11 @@ class TextAdherence:
     ) -> jax.Array:
         """Returns cosines, f32 [B]."""
         module = MuLan(model)
-        prompt = module.apply(variables, text["pieces"], method=MuLan.embed_text)
+        if isinstance(rollout.condition, MuLanCondition):
+            # The same MuLan read the prompt for the policy, which `lineage` makes sure of.
+            prompt = rollout.condition.embedding
+        else:
+            prompt = module.apply(variables, text["pieces"], method=MuLan.embed_text)
         windows = module.apply(variables, rollout.mono, method=MuLan.embed_windows)  # [B, V, E]
         return jnp.sum(windows * prompt[:, None], axis=-1).mean(axis=1)
 
