@@ -3,20 +3,22 @@
 import json
 
 import bits
+import jax
 import numpy as np
+import pytest
 
 
 def test_a_random_musiclm_draws_scores_and_learns_as_before(tmp_path):
-    """Numbers that `tests/benchmarks/bits.py --record` wrote; other machines round otherwise."""
-    recorded = json.loads(bits.RECORD.read_text(encoding="utf-8"))
+    """Numbers that `tests/benchmarks/bits.py --record` wrote, for each version of jax its own."""
+    recorded = json.loads(bits.RECORD.read_text(encoding="utf-8")).get(jax.__version__)
+    if recorded is None:
+        pytest.skip(f"bits.json has no numbers of jax {jax.__version__}")
     found = bits.updates(str(bits.write_random(tmp_path)), bits.RANDOM_SECONDS)
     assert {name for name in found if "[" not in name and "wav" not in name} == set(recorded)
     for name, numbers in recorded.items():
         if name.startswith("tokens"):
             np.testing.assert_array_equal(found[name], numbers, name)
         else:
-            # Updates amplify what versions of XLA round otherwise, norms of small gradients most.
-            rtol, atol = (1e-4, 1e-5) if name.endswith(" 0") else (1e-2, 5e-3)
-            np.testing.assert_allclose(found[name], numbers, rtol=rtol, atol=atol, err_msg=name)
+            np.testing.assert_allclose(found[name], numbers, rtol=1e-4, atol=1e-5, err_msg=name)
     assert len(np.unique(recorded["tokens 0"])) > 3 and np.ptp(recorded["reward 0"]) > 1e-4
     assert recorded["kl 0"] == 0 < recorded["kl 2"] and max(recorded["moves"]) > 1e-3

@@ -4,7 +4,8 @@
 
 Draws, scores and updates three times by the earlier revision, in a folder of its own, and by
 this one: with random models, with a run's, and with those that ship, if their towers were fetched.
---record writes what the earlier revision gives for the random models, for `tests/bits_test.py`.
+--record writes what the earlier revision gives for the random models by this version of jax, for
+`tests/bits_test.py`.
 """
 
 import argparse
@@ -197,7 +198,8 @@ def main() -> None:
                 for name, array in numbers.items()
                 if "[" not in name and not name.startswith("wav")
             }
-            RECORD.write_text(json.dumps(wanted))
+            recorded = json.loads(RECORD.read_text(encoding="utf-8"))
+            RECORD.write_text(json.dumps({**recorded, jax.__version__: wanted}, sort_keys=True))
         if flags.run:
             compared(tree, Path(flags.run), SECONDS, out)
         towers = Path(flags.pretrained).resolve()
