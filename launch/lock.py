@@ -31,7 +31,9 @@ TORCH_NEEDS = ("filelock", "fsspec", "jinja2", "networkx", "sympy", "typing-exte
 
 def main() -> None:
     """Writes the file of each Python."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--upgrade", action="store_true", help="take the newest versions")
     parser.add_argument("--only", choices=PYTHONS, help="one Python")
     flags = parser.parse_args()
@@ -81,14 +83,31 @@ def for_extras(entry: str, extras: list[str]) -> str:
     return f"{pin} ; {marker} \\\n{hashes}"
 
 
-def compiled(python: str, extras: list[str] | tuple[str, ...], versions: dict[str, str], hashes: bool = False) -> str:
+def compiled(
+    python: str, extras: list[str] | tuple[str, ...], versions: dict[str, str], hashes: bool = False
+) -> str:
     """Returns what `uv pip compile` says of setup.py with some extras, for all platforms; `versions` are preferred."""
     with tempfile.TemporaryDirectory() as folder:
         wanted, output = Path(folder) / "wanted.in", Path(folder) / "locked.txt"
         wanted.write_text("\n".join([*TOOLS, *requirements(extras)]) + "\n")
-        output.write_text("".join(f"{name}=={version}\n" for name, version in versions.items()))  # uv keeps these
-        command = ["uv", "pip", "compile", str(wanted), f"--output-file={output}", f"--python-version={python}"]
-        command += ["--universal", "--fork-strategy=fewest", "--no-header", "--no-annotate", "--quiet"]
+        output.write_text(
+            "".join(f"{name}=={version}\n" for name, version in versions.items())
+        )  # uv keeps these
+        command = [
+            "uv",
+            "pip",
+            "compile",
+            str(wanted),
+            f"--output-file={output}",
+            f"--python-version={python}",
+        ]
+        command += [
+            "--universal",
+            "--fork-strategy=fewest",
+            "--no-header",
+            "--no-annotate",
+            "--quiet",
+        ]
         command += ["--generate-hashes"] if hashes else []
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         return output.read_text()
@@ -99,15 +118,29 @@ def requirements(extras: list[str] | tuple[str, ...]) -> list[str]:
     with mock.patch("setuptools.setup") as setup:
         runpy.run_path(str(ROOT / "setup.py"))
     told = setup.call_args.kwargs
-    asked = [*told["install_requires"], *(each for extra in extras for each in told["extras_require"][extra])]
+    asked = [
+        *told["install_requires"],
+        *(each for extra in extras for each in told["extras_require"][extra]),
+    ]
     without = [each for each in asked if not each.startswith(TORCH)]
     return without + list(TORCH_NEEDS if without != asked else ())
 
 
 def latest_torch(python: str) -> str:
     """Returns the newest version of PyTorch for a Python."""
-    command = ["uv", "pip", "compile", "-", f"--python-version={python}", "--no-deps", "--no-header", "--quiet"]
-    return pins(subprocess.run(command, input=TORCH, check=True, stdout=subprocess.PIPE, text=True).stdout)[TORCH]
+    command = [
+        "uv",
+        "pip",
+        "compile",
+        "-",
+        f"--python-version={python}",
+        "--no-deps",
+        "--no-header",
+        "--quiet",
+    ]
+    return pins(
+        subprocess.run(command, input=TORCH, check=True, stdout=subprocess.PIPE, text=True).stdout
+    )[TORCH]
 
 
 if __name__ == "__main__":

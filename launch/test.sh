@@ -22,7 +22,7 @@ export JAX_PLATFORMS=cpu
 export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}  # XLA buffers on huge pages: fewer page faults
 trap 'exit 130' INT  # Ctrl-C ends both halves
 failed=0
-.venv/bin/ruff check . || failed=$?
+.venv/bin/ruff check . && .venv/bin/ruff format --check --quiet . || failed=$?
 # A file in one process: its fixtures are made once. What fails here does not hide how the slow ones end.
 .venv/bin/python -m pytest -m "not slow" --numprocesses=2 --dist=loadfile || failed=$?
 [ "${1:-}" = fast ] || .venv/bin/python -m pytest -m slow || failed=$?

@@ -631,9 +631,7 @@ def _bindings(verb: str, values: Mapping[str, list[str]]) -> list[str]:
                     f"--{name}=\"'{value}'\""
                 )
         elif name not in parameters and f"{verb}.{name}" in RENAMED:
-            raise ValueError(
-                _instead("--gin.", f"{verb}.{name}").replace(f"--gin.{verb}.", "--")
-            )
+            raise ValueError(_instead("--gin.", f"{verb}.{name}").replace(f"--gin.{verb}.", "--"))
         elif name not in parameters:
             near = difflib.get_close_matches(name, parameters, 1)
             raise ValueError(
@@ -735,9 +733,7 @@ def check_settings(verb: str, bindings: Sequence[str] = ()) -> None:
     _check_used(verb, bindings, seen)
 
 
-def _check_used(
-    verb: str, bindings: Sequence[str], used: set[tuple[tuple[str, ...], str]]
-) -> None:
+def _check_used(verb: str, bindings: Sequence[str], used: set[tuple[tuple[str, ...], str]]) -> None:
     """Raises ValueError where a flag binds a parameter of what no setting of the verb refers to."""
     for binding in bindings:
         key = binding.partition(" = ")[0]

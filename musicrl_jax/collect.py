@@ -120,7 +120,9 @@ def collect(
             for split in wanting:
                 unique = prompts.unique(split)
                 if not unique:
-                    raise ValueError(f"prompts: split {split!r} has none: name a set or file that has")
+                    raise ValueError(
+                        f"prompts: split {split!r} has none: name a set or file that has"
+                    )
                 texts = [unique[i % len(unique)] for i in range(config.counts[split])]
                 batches = stage.play(split, texts, collection)
                 hosts.first_alone(collection.write)(split, texts, batches)
@@ -138,7 +140,9 @@ class _Stage:
 
     def __init__(self, loaded: LoadedSystem, hearing: Hearing, config: CollectConfig, mesh: Mesh):
         rows = sharding.round_up_rows(mesh, 2 * config.batch_size)
-        rows = sharding.round_up_rows(mesh, rows + rows % 2)  # whole pairs on odd numbers of devices too
+        rows = sharding.round_up_rows(
+            mesh, rows + rows % 2
+        )  # whole pairs on odd numbers of devices too
         system, seconds = loaded.system, config.clip_seconds
         self._player = Player(system, mesh, rows, seconds, config.sampling)
         self._weights = self._player.place(loaded.policy, loaded.frozen)
@@ -168,9 +172,7 @@ class _Stage:
         """Returns the tokens and MEASURED of the pairs `first`, `first` + 1, ... of a split."""
         step, rows = SPLITS.index(split), self._player.rows
         twice = [text for text in texts for _ in "ab"]
-        rollout = self._player.draw(
-            self._weights, twice, self._seed, step, Stream.VOTES, 2 * first
-        )
+        rollout = self._player.draw(self._weights, twice, self._seed, step, Stream.VOTES, 2 * first)
         own = [twice[row] for row in sharding.own_rows(self._mesh, rows)]
         measured = self._hearing.measure(sharding.local_rows(rollout.mono), own)
         features = sharding.fetch(self._features(rollout))

@@ -45,7 +45,9 @@ def encode(data: Clips, system: str, tokens_dir: str, batch_size: int = 32) -> N
     encoder = _encoder(loaded, mesh)
     clips = dataclasses.replace(data, with_captions=True)
     for split in data.splits():
-        done = hosts.first_decides(lambda split=split: tokens.complete(tokens_dir, split, *written_by))
+        done = hosts.first_decides(
+            lambda split=split: tokens.complete(tokens_dir, split, *written_by)
+        )
         if done:
             print(f"{tokens_dir}: {split} encoded already")
             continue
@@ -58,9 +60,7 @@ def encode(data: Clips, system: str, tokens_dir: str, batch_size: int = 32) -> N
     hosts.wait_for_all("encoded")
 
 
-def _encoder(
-    loaded: LoadedSystem, mesh: Mesh
-) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
+def _encoder(loaded: LoadedSystem, mesh: Mesh) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
     """Returns wav f32 [B, N] -> token arrays [B, ...]; each device computes its own rows."""
     by_row, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
     jitted = jax.jit(loaded.system.encode, out_shardings=by_row)
@@ -77,7 +77,9 @@ def _examples(
     clips: Clips, split: str, rows: int, encoder: Callable[[np.ndarray], Mapping[str, np.ndarray]]
 ) -> Iterator[dict[str, Any]]:
     """Yields every clip's tokens, id and caption, the same on all hosts."""
-    hosts.wait_for_all("encode")  # for the first, which imports what it writes with; Gloo waits 30 s
+    hosts.wait_for_all(
+        "encode"
+    )  # for the first, which imports what it writes with; Gloo waits 30 s
     batches = clips.batches(split, rows, seed=0, epochs=1)
     for batch in Progress(batches, f"encode {split}", -(-clips.count(split) // rows)):
         count = len(batch["audio"])

@@ -439,9 +439,7 @@ def _tree(like: Tree, named: Mapping[str, Any]) -> Tree:
     return jax.tree.unflatten(jax.tree.structure(like), [named[name] for name, _ in _named(like)])
 
 
-def _write_function(
-    folder: Path, platform: str, name: str, exported: jax_export.Exported
-) -> int:
+def _write_function(folder: Path, platform: str, name: str, exported: jax_export.Exported) -> int:
     """Writes a function and returns the version of its calling convention."""
     file = folder / "functions" / platform / f"{name}.stablehlo"
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -518,7 +516,10 @@ def _gin_of(folder: str) -> Path | None:
     It is copied and never read: gin runs code.
     """
     run = Path(folder).resolve().parent
-    return next((file for name in ("operative_config.gin", "config.gin") if (file := run / name).is_file()), None)
+    return next(
+        (file for name in ("operative_config.gin", "config.gin") if (file := run / name).is_file()),
+        None,
+    )
 
 
 def _verified(folder: Path, platform: str) -> None:
@@ -526,13 +527,25 @@ def _verified(folder: Path, platform: str) -> None:
 
     Raises ValueError if the clips differ from those that the system drew.
     """
-    if platform != "cpu":  # an accelerator belongs to one process: what this one has there is gone from here on
+    if (
+        platform != "cpu"
+    ):  # an accelerator belongs to one process: what this one has there is gone from here on
         clear_backends()
-    command = [sys.executable, "-c", WITHOUT, str((folder / "bundle.py").absolute()), json.dumps(_not_needed())]
+    command = [
+        sys.executable,
+        "-c",
+        WITHOUT,
+        str((folder / "bundle.py").absolute()),
+        json.dumps(_not_needed()),
+    ]
     environment = {**os.environ, "JAX_PLATFORMS": platform, "PYTHONDONTWRITEBYTECODE": "1"}
-    done = subprocess.run([*command, "--check"], env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [*command, "--check"], env=environment, capture_output=True, text=True, check=False
+    )
     if done.returncode:
-        raise ValueError(f"{folder} does not draw what the system does: {done.stderr.strip()[-2000:]}")
+        raise ValueError(
+            f"{folder} does not draw what the system does: {done.stderr.strip()[-2000:]}"
+        )
     report = json.loads(done.stdout)
     if report["clips"] < 1 or not report["here"].startswith(f"{platform}, "):
         raise ValueError(f"{folder} was not verified on {platform}: {done.stdout.strip()}")
@@ -554,7 +567,10 @@ def _not_needed() -> list[str]:
                 if name.startswith("jax") or "extra ==" not in requirement:
                     waiting.append(re.match(r"[\w.-]+", requirement)[0])
     modules = importlib.metadata.packages_distributions()
-    spelt = {module: {re.sub(r"[-_.]+", "-", name).lower() for name in names} for module, names in modules.items()}
+    spelt = {
+        module: {re.sub(r"[-_.]+", "-", name).lower() for name in names}
+        for module, names in modules.items()
+    }
     return ["musicrl_jax", *sorted(module for module, names in spelt.items() if not names & needed)]
 
 
@@ -572,7 +588,9 @@ def _card(about: Mapping[str, Any], source: Path) -> str:
         by = ", ".join(f"{name} (weight {term['weight']:g})" for name, term in terms)
         history = f"finetuned on {by}; anchored to {learned['anchor'][:12]}"
     chips = about["chips"]
-    sharing = "" if chips == 1 else f"\nThe policy is split among {chips} chips, and needs as many.\n"
+    sharing = (
+        "" if chips == 1 else f"\nThe policy is split among {chips} chips, and needs as many.\n"
+    )
     models = "\n".join(f"* {name}: `{hash_[:12]}`" for name, hash_ in about["models"].items())
     layout = "".join(f"; {name}: {size}" for name, size in about["layout"].items())
     return f"""# {source.name}, a text-to-music model

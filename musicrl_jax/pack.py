@@ -83,7 +83,9 @@ def pack(
         _pack_system(system, Path(out))
         return
     if not models:
-        raise ValueError("pack.models is empty: name a model and its folder, as {'ru': 'runs/mine/ru'}")
+        raise ValueError(
+            "pack.models is empty: name a model and its folder, as {'ru': 'runs/mine/ru'}"
+        )
     for name in models:
         checkpoint.check_name(name, "pack.models")
     _pack_models(models, Path(out), FetchedTowers(audio_weights, text_weights, vocabulary), dtype)
@@ -92,7 +94,9 @@ def pack(
 def _pack_system(system: str, out: Path) -> None:
     """Writes a system and its parts as `out`, whole or not at all."""
     if out.exists():
-        raise ValueError(f"pack.out={str(out)!r} is there already: choose another folder, or remove it")
+        raise ValueError(
+            f"pack.out={str(out)!r} is there already: choose another folder, or remove it"
+        )
     # Parts that play must be there. Of those that only encode, an older policy's folder names all that may be.
     described = systems.describe(system)
     playing = systems.system_class(described["kind"], system).PLAYING
@@ -110,7 +114,9 @@ def _pack_system(system: str, out: Path) -> None:
             hosts.stop_point()
             model = systems.read_part(system, name, described=described)
             assets = model.assets
-            if name == "policy" and clip_seconds is not None:  # else an older run alone would know it
+            if (
+                name == "policy" and clip_seconds is not None
+            ):  # else an older run alone would know it
                 assets = {checkpoint.CLIP: json.dumps({"seconds": clip_seconds}).encode(), **assets}
             checkpoint.save_model(partial / name, model.config, model.variables, assets)
         systems.write(partial, described["kind"], {name: str(partial / name) for name in parts})
@@ -129,10 +135,16 @@ def _pack_models(folders: Mapping[str, str], out: Path, fetched: FetchedTowers, 
         hosts.stop_point()
         exact = _flat(model.variables)
         left_out = _flat(fetched.variables(model.config)) if fetched else {}
-        if other := [path for path, array in left_out.items() if not np.array_equal(exact.get(path), array)]:
-            raise ValueError(f"{folders[name]}: {other[0]} is not that of the pretrained towers: pack without them")
+        if other := [
+            path for path, array in left_out.items() if not np.array_equal(exact.get(path), array)
+        ]:
+            raise ValueError(
+                f"{folders[name]}: {other[0]} is not that of the pretrained towers: pack without them"
+            )
         rounded = _rounded if dtype == "float16" else np.asarray
-        packed[name] = {path: rounded(array) for path, array in exact.items() if path not in left_out}
+        packed[name] = {
+            path: rounded(array) for path, array in exact.items() if path not in left_out
+        }
         hashes[name] = checkpoint.content_hash(_restored({**packed[name], **left_out}))
 
     # Files and index. Where a model names another one of the pack, it names that one's new hash.
@@ -140,7 +152,9 @@ def _pack_models(folders: Mapping[str, str], out: Path, fetched: FetchedTowers, 
     index = {}
     for name, model in models.items():
         left_out = fetched.assets(model.config) if fetched else {}
-        assets = {file: content for file, content in model.assets.items() if left_out.get(file) != content}
+        assets = {
+            file: content for file, content in model.assets.items() if left_out.get(file) != content
+        }
         for other, source in models.items():
             old, new = source.hash.encode(), hashes[other].encode()
             assets = {file: content.replace(old, new) for file, content in assets.items()}
@@ -150,7 +164,9 @@ def _pack_models(folders: Mapping[str, str], out: Path, fetched: FetchedTowers, 
             "config": checkpoint.config_to_json(model.config),
             "shapes": _shapes(packed[name]),
             "orders": {array: _order(content) for array, content in sorted(packed[name].items())},
-            "assets": {file: base64.b64encode(content).decode() for file, content in sorted(assets.items())},
+            "assets": {
+                file: base64.b64encode(content).decode() for file, content in sorted(assets.items())
+            },
         }
         path = out / f"{name}.safetensors"
         metadata = {HEADER: json.dumps(header)}  # one key: several would be in any order
@@ -164,7 +180,9 @@ def _pack_models(folders: Mapping[str, str], out: Path, fetched: FetchedTowers, 
             "hash": hashes[name],
             "packed_from": model.hash,
         }
-        print(f"{path}: {index[name]['weights'] / 1e6:.2f} M weights, {index[name]['bytes'] / 1e6:.2f} MB")
+        print(
+            f"{path}: {index[name]['weights'] / 1e6:.2f} M weights, {index[name]['bytes'] / 1e6:.2f} MB"
+        )
     write_json(out / INDEX, index)
 
 
@@ -206,7 +224,9 @@ def unpack(
         wanted = model.hash if other else entry["hash"]
         if checkpoint.has_model(folder):
             if (digest := checkpoint.model_hash(folder)) != wanted:
-                raise ValueError(f"{folder} holds model {digest[:12]}, not {wanted[:12]}: unpack elsewhere")
+                raise ValueError(
+                    f"{folder} holds model {digest[:12]}, not {wanted[:12]}: unpack elsewhere"
+                )
             print(f"{folder}: unpacked already")
             continue
         model = model or load(source, name, fetched)
@@ -222,7 +242,9 @@ def load(
     config, arrays, assets = _read(Path(source) / f"{name}.safetensors", entry, changed)
     if without_towers(config, arrays):
         if not (fetched.audio_weights and fetched.text_weights and fetched.vocabulary):
-            raise ValueError(f"{source}: {name} needs its pretrained towers and their vocabulary: `musicrl fetch`")
+            raise ValueError(
+                f"{source}: {name} needs its pretrained towers and their vocabulary: `musicrl fetch`"
+            )
         arrays |= _flat(fetched.variables(config))
         assets = {**fetched.assets(config), **assets}
     try:
@@ -241,7 +263,9 @@ def load(
 def _index(source: str) -> dict[str, dict[str, Any]]:
     path = Path(source) / INDEX
     if not path.is_file():
-        raise FileNotFoundError(f"source={source!r} has no {INDEX}: name a folder that `musicrl pack` wrote")
+        raise FileNotFoundError(
+            f"source={source!r} has no {INDEX}: name a folder that `musicrl pack` wrote"
+        )
     described = {"kind": str, "sha256": str, "hash": str, "header?": str}
     index = read_json(path, {str: described}, RESTORE)
     for name, entry in index.items():
@@ -258,7 +282,9 @@ def _load(folder: str) -> checkpoint.Model:
     return checkpoint.load_model(folder, config_class(kind, str(path.parent)))
 
 
-def _read(path: Path, entry: Mapping[str, Any], changed: bool) -> tuple[Any, dict[str, np.ndarray], dict[str, bytes]]:
+def _read(
+    path: Path, entry: Mapping[str, Any], changed: bool
+) -> tuple[Any, dict[str, np.ndarray], dict[str, bytes]]:
     """(config, arrays, assets) of a packed model."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: restore the pack")
@@ -276,32 +302,48 @@ def _read(path: Path, entry: Mapping[str, Any], changed: bool) -> tuple[Any, dic
     where = f"the header of {path}"
     header = json_from(written.encode(), where, {"format?": str}, RESTORE)
     if header.get("format") != FORMAT:
-        raise ValueError(f"{path} is of format {header.get('format')!r}, not {FORMAT!r}: pack it with this version")
+        raise ValueError(
+            f"{path} is of format {header.get('format')!r}, not {FORMAT!r}: pack it with this version"
+        )
     header = json_from(written.encode(), where, HEADER_KIND, RESTORE)
     if changed:
         if "header" not in entry:
-            raise ValueError(f"{path} was packed by an older version: pack its model again, and change that")
+            raise ValueError(
+                f"{path} was packed by an older version: pack its model again, and change that"
+            )
         if hashlib.sha256(written.encode()).hexdigest() != entry["header"]:
-            raise ValueError(f"{path} has another header than it was packed with: write its metadata as they were")
+            raise ValueError(
+                f"{path} has another header than it was packed with: write its metadata as they were"
+            )
         _check_changed(path, arrays, header["shapes"], header.get("orders", {}))
-    config = checkpoint.config_from_json(config_class(entry["kind"], str(path)), header["config"], str(path))
+    config = checkpoint.config_from_json(
+        config_class(entry["kind"], str(path)), header["config"], str(path)
+    )
     assets = {}
     for name, content in header["assets"].items():
         try:
             assets[checkpoint.check_name(name, where)] = base64.b64decode(content, validate=True)
         except binascii.Error as error:
-            raise ValueError(f"{where}: the asset {name} is no base64 ({error}): {RESTORE}") from error
+            raise ValueError(
+                f"{where}: the asset {name} is no base64 ({error}): {RESTORE}"
+            ) from error
     return config, arrays, assets
 
 
 def _shapes(arrays: Mapping[str, np.ndarray]) -> dict[str, str]:
     """What each array is, such as 'float [4, 2]' for either precision."""
     kinds = {"float16": "float", "float32": "float"}
-    return {path: f"{kinds.get(str(x.dtype), x.dtype)} {list(x.shape)}" for path, x in sorted(arrays.items())}
+    return {
+        path: f"{kinds.get(str(x.dtype), x.dtype)} {list(x.shape)}"
+        for path, x in sorted(arrays.items())
+    }
 
 
 def _check_changed(
-    path: Path, arrays: Mapping[str, np.ndarray], packed: Mapping[str, str], orders: Mapping[str, Sequence[str]]
+    path: Path,
+    arrays: Mapping[str, np.ndarray],
+    packed: Mapping[str, str],
+    orders: Mapping[str, Sequence[str]],
 ) -> None:
     """Checks weights that someone else wrote against the model that was packed.
 
@@ -338,7 +380,9 @@ def _order(array: np.ndarray) -> tuple[str, str]:
     Two arrays with one second hash and two first ones differ in order alone. Half precision counts as single.
     """
     numbers = np.ravel(array.astype(np.float32) if array.dtype == np.float16 else array)
-    return tuple(hashlib.sha256(each.tobytes()).hexdigest()[:16] for each in (numbers, np.sort(numbers)))
+    return tuple(
+        hashlib.sha256(each.tobytes()).hexdigest()[:16] for each in (numbers, np.sort(numbers))
+    )
 
 
 def _rounded(array: np.ndarray) -> np.ndarray:

@@ -73,7 +73,10 @@ def plan(
     wanted = [name for name in only.split(",") if name] or list(described)
     if unknown := sorted(set(wanted) - set(described)):
         raise ValueError(f"plan.only: {unknown[0]!r} is none of the stages {', '.join(described)}")
-    print(f"{slices} x {topology}, by the TPU compiler's estimate; nothing here was measured", flush=True)
+    print(
+        f"{slices} x {topology}, by the TPU compiler's estimate; nothing here was measured",
+        flush=True,
+    )
 
     # Every stage, and with `search` its larger batches.
     models = PlannedModels(described, clip_seconds)
@@ -87,7 +90,9 @@ def plan(
             stage = stage.with_batch(2 * batch_size)
             larger = _plan_stage(models, name, stage, mesh_of, chip)
             if not all(row["fits"] for row in larger):
-                print(f"{name}: of batches doubled, {batch_size} is the largest that fits", flush=True)
+                print(
+                    f"{name}: of batches doubled, {batch_size} is the largest that fits", flush=True
+                )
                 break
             functions = larger
         rows += functions

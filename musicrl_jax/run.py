@@ -35,10 +35,14 @@ def run(model_dir: str, stages: Sequence[Stages], only: str = "", skip: str = ""
     stages = dict(item for group in stages for item in group.items())
     wanted, unwanted = (set(filter(None, names.split(","))) for names in (only, skip))
     if unknown := sorted((wanted | unwanted) - set(stages)):
-        raise ValueError(f"run: {unknown[0]!r} is none of the stages {', '.join(stages)}; mend only or skip")
+        raise ValueError(
+            f"run: {unknown[0]!r} is none of the stages {', '.join(stages)}; mend only or skip"
+        )
     chosen = [name for name in stages if name in (wanted or stages) and name not in unwanted]
     if not chosen:
-        raise ValueError(f"run.only={only!r} and run.skip={skip!r} leave no stage: name fewer to skip")
+        raise ValueError(
+            f"run.only={only!r} and run.skip={skip!r} leave no stage: name fewer to skip"
+        )
     directory = Path(model_dir)
     result: Any = None
     for number, name in enumerate(chosen, start=1):
@@ -48,7 +52,9 @@ def run(model_dir: str, stages: Sequence[Stages], only: str = "", skip: str = ""
         try:
             result = stages[name]()
         finally:
-            seconds = read_seconds(model_dir)  # anew: another process may do other stages of this run
+            seconds = read_seconds(
+                model_dir
+            )  # anew: another process may do other stages of this run
             seconds[name] = seconds.get(name, 0.0) + time.monotonic() - start
             if hosts.first():
                 write_json(directory / SECONDS, seconds)

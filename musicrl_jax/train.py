@@ -25,7 +25,9 @@ from musicrl_jax.losses.optimiser import MOST_SKIPPED, Optimiser, TrainState
 from musicrl_jax.objectives.objective import Objective
 from musicrl_jax.objectives.step import first_state, training_step
 
-LOG_EVERY = 10  # steps between two lines of metrics; the last step and the saved ones have a line too
+LOG_EVERY = (
+    10  # steps between two lines of metrics; the last step and the saved ones have a line too
+)
 
 
 @lock.holds("model_dir")
@@ -102,7 +104,9 @@ def train(
             for step in progress:
                 if stopping():
                     checkpoints.leave(step, state)
-                state, metrics = step_function(state, frozen, sharding.put_batch(mesh, next(batches), batch_size))
+                state, metrics = step_function(
+                    state, frozen, sharding.put_batch(mesh, next(batches), batch_size)
+                )
                 saved = (step + 1) % save_every == 0
                 if step % LOG_EVERY == 0 or step == steps - 1 or saved:
                     numbers = {name: float(value) for name, value in metrics.items()}
@@ -119,13 +123,23 @@ def train(
         # What follows the last step, and the figures on data that was not trained on.
         def epoch() -> Iterator[dict[str, np.ndarray]]:
             total = -(-objective.data.count("train") // batch_size)
-            return iter(Progress(objective.data.batches("train", batch_size, seed, epochs=1), "last pass", total))
+            return iter(
+                Progress(
+                    objective.data.batches("train", batch_size, seed, epochs=1), "last pass", total
+                )
+            )
 
         variables = objective.finish({"params": state.params, **state.state}, frozen, epoch)
-        metrics = _validate(objective, variables, frozen, mesh, batch_size, seed, evaluation_batches)
+        metrics = _validate(
+            objective, variables, frozen, mesh, batch_size, seed, evaluation_batches
+        )
         _stop_unless_finite(metrics, steps, directory)
         writer.write(steps, metrics, prefix="validation/")
-    print(f"{directory.name:>9}  validation  " + "  ".join(f"{k} {v:.3f}" for k, v in metrics.items()), flush=True)
+    print(
+        f"{directory.name:>9}  validation  "
+        + "  ".join(f"{k} {v:.3f}" for k, v in metrics.items()),
+        flush=True,
+    )
     checkpoint.save_model(directory, objective.model, variables, objective.assets())
     return metrics
 
@@ -160,7 +174,9 @@ def _validate(
     state = dict(variables)
     params = state.pop("params")
     evaluate = jax.jit(objective.evaluate)
-    batches = objective.data.batches("validation", batch_size, seed, rows=sharding.own_rows(mesh, batch_size))
+    batches = objective.data.batches(
+        "validation", batch_size, seed, rows=sharding.own_rows(mesh, batch_size)
+    )
     parts = []
     for i in range(count):
         hosts.stop_point()

@@ -166,7 +166,12 @@ class _Books:
     """Writes the metrics of each step, and gives a run up whose updates are all left out."""
 
     def __init__(
-        self, name: str, config: RLConfig, mixture: LoadedMixture, writer: MetricWriter, skipped: int
+        self,
+        name: str,
+        config: RLConfig,
+        mixture: LoadedMixture,
+        writer: MetricWriter,
+        skipped: int,
     ):
         self._name, self._seconds, self._mixture = name, config.clip_seconds, mixture
         self._writer, self._skipped, self._in_a_row = writer, skipped, 0

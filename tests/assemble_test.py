@@ -41,10 +41,22 @@ def test_parts_are_named_by_path_and_hash_and_an_equal_file_is_left_alone(models
 @pytest.mark.parametrize(
     ("parts", "kind", "complaint"),
     [
-        ({"policy": "policy", "codec": "decoder"}, "tiny", "tiny has no part 'codec', only policy, decoder"),
-        ({"policy": "policy"}, "tiny", "has policy, and a system of kind tiny needs: to play, policy, decoder; to enc"),
+        (
+            {"policy": "policy", "codec": "decoder"},
+            "tiny",
+            "tiny has no part 'codec', only policy, decoder",
+        ),
+        (
+            {"policy": "policy"},
+            "tiny",
+            "has policy, and a system of kind tiny needs: to play, policy, decoder; to enc",
+        ),
         ({}, "tiny", "assemble.parts has none, and a system of kind tiny needs"),
-        ({"policy": "policy", "decoder": "nowhere"}, "tiny", "decoder is '.*nowhere', which holds no model: train it"),
+        (
+            {"policy": "policy", "decoder": "nowhere"},
+            "tiny",
+            "decoder is '.*nowhere', which holds no model: train it",
+        ),
         ({"policy": "policy"}, "organ", "is a system of kind 'organ', which is none of"),
     ],
 )

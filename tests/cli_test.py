@@ -34,7 +34,9 @@ def test_every_run_resolves(path, capsys):
     assert "run.stages" in printed
     for scope, name in re.findall(r"^((?:\w+/)?)(\w+Config)\.\w+ = ", printed, flags=re.MULTILINE):
         # The length of each finetuning stands in its stage's scope.
-        stages = re.findall(r"@(\w+)/train_rl\b", printed) if name == "RLConfig" else [scope.rstrip("/")]
+        stages = (
+            re.findall(r"@(\w+)/train_rl\b", printed) if name == "RLConfig" else [scope.rstrip("/")]
+        )
         for stage in stages:
             with gin.config_scope(stage or None):
                 gin.get_configurable(f"musicrl.{name}")()  # its own checks pass
@@ -144,14 +146,23 @@ def test_the_name_of_every_stage_is_its_scope(name, value, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "name", ["RLConfig.kl_strength", "CollectConfig.pairs", "Clips.data_dir", "codec/train.objective", "MODEL_DIR"]
+    "name",
+    [
+        "RLConfig.kl_strength",
+        "CollectConfig.pairs",
+        "Clips.data_dir",
+        "codec/train.objective",
+        "MODEL_DIR",
+    ],
 )
 def test_what_a_later_stage_lacks_is_said_at_once(name, tmp_path, capsys):
     assert musicrl(*without(name, tmp_path)) == 1
     assert re.split("[./]", name)[-1] in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("macro", ["VOCABULARY", "CODEC", "TOKENIZER", "TOKENS", "BASE", "VOTES", "RU", "EVALUATION"])
+@pytest.mark.parametrize(
+    "macro", ["VOCABULARY", "CODEC", "TOKENIZER", "TOKENS", "BASE", "VOTES", "RU", "EVALUATION"]
+)
 def test_any_folder_may_lie_elsewhere(macro):
     assert (
         musicrl(
@@ -358,12 +369,16 @@ def test_a_device_without_memory_is_one_sentence(capsys, monkeypatch):
     import jax
 
     def exhausted():
-        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nBuffers: ...")
+        raise jax.errors.JaxRuntimeError(
+            "RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nBuffers: ..."
+        )
 
     monkeypatch.setattr(cli.gin, "get_configurable", lambda _: exhausted)
     assert cli._do("generate", as_command=False) == 1
     error = capsys.readouterr().err
-    assert "memory is too small: RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.; lower" in error
+    assert (
+        "memory is too small: RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.; lower" in error
+    )
     assert error.count("\n") == 1
 
 
@@ -423,7 +438,10 @@ def test_what_a_flag_holds_is_told_by_its_parameters_type(arguments, value):
 @pytest.mark.parametrize(
     ("flag", "answer"),
     [
-        ("--gin.train_rl.batch_size=8", "--gin.train_rl.batch_size is now --gin.RLConfig.batch_size"),
+        (
+            "--gin.train_rl.batch_size=8",
+            "--gin.train_rl.batch_size is now --gin.RLConfig.batch_size",
+        ),
         ("--gin.r/train_rl.steps=8", "--gin.r/train_rl.steps is now --gin.r/RLConfig.steps"),
         (
             "--gin.train_rl.kl_target=5.0",
@@ -512,7 +530,9 @@ def test_a_stem_names_the_one_file_that_has_it(tmp_path, monkeypatch):
     assert cli.full_name("a") == f"{tmp_path}/gin/runs/a.gin"
     assert cli.full_name("b") == f"{tmp_path}/gin/sizes/b.gin"
     assert [cli.full_name(name) for name in ("a.gin", "x/a", "d")] == ["a.gin", "x/a", "d"]
-    with pytest.raises(ValueError, match=r"--gin_file=c may be ablations/c\.gin and experiments/c\.gin"):
+    with pytest.raises(
+        ValueError, match=r"--gin_file=c may be ablations/c\.gin and experiments/c\.gin"
+    ):
         cli.full_name("c")
     monkeypatch.chdir(tmp_path)
     assert cli.full_name("b") == "b"

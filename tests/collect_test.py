@@ -26,7 +26,9 @@ class FakePrompts:
     """Five training and two validation prompts."""
 
     def unique(self, split):
-        return {"train": [f"tune {i}" for i in range(5)], "validation": ["other 0", "other 1"]}[split]
+        return {"train": [f"tune {i}" for i in range(5)], "validation": ["other 0", "other 1"]}[
+            split
+        ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +51,10 @@ class FakeClips:
 
     def batches(self, split, batch_size, seed, epochs):
         assert self.with_captions
-        yield {"audio": np.zeros((5, 16_000), np.float32), "id": np.array([f"train-{i}" for i in range(5)])}
+        yield {
+            "audio": np.zeros((5, 16_000), np.float32),
+            "id": np.array([f"train-{i}" for i in range(5)]),
+        }
 
 
 class Pitch:
@@ -82,7 +87,10 @@ def folder(tmp_path_factory):
 def test_every_pair_is_played_and_voted_on(folder):
     cast = read_votes(folder)
     assert len(cast) == 40 and len({(vote.a, vote.b) for vote in cast}) == 40
-    assert {vote.prompt for vote in cast} == {*FakePrompts().unique("train"), *FakePrompts().unique("validation")}
+    assert {vote.prompt for vote in cast} == {
+        *FakePrompts().unique("train"),
+        *FakePrompts().unique("validation"),
+    }
     assert all(vote.listener.startswith("simulated listener ") for vote in cast)
     data = Votes(folder)
     assert data.count("train") + data.count("validation") == sum(vote.counts for vote in cast)
@@ -108,8 +116,14 @@ def test_agreement_is_written_and_called_what_it_is(folder):
 
 
 @pytest.mark.parametrize("devices", [3, 4])
-def test_each_device_draws_its_own_rows_and_their_number_changes_nothing(folder, devices, tmp_path, monkeypatch):
-    mesh, local_rows, shares = sharding.make_mesh(devices=jax.devices()[:devices]), sharding.local_rows, set()
+def test_each_device_draws_its_own_rows_and_their_number_changes_nothing(
+    folder, devices, tmp_path, monkeypatch
+):
+    mesh, local_rows, shares = (
+        sharding.make_mesh(devices=jax.devices()[:devices]),
+        sharding.local_rows,
+        set(),
+    )
     monkeypatch.setattr(sharding, "make_mesh", lambda: mesh)
 
     def watched(array):
@@ -120,7 +134,9 @@ def test_each_device_draws_its_own_rows_and_their_number_changes_nothing(folder,
     other = collected(tmp_path)
     assert shares == {({3: 4, 4: 2}[devices], SAMPLES)}  # of four pairs, or six
     assert read_votes(other) == read_votes(folder)
-    manifests = [json.loads((Path(place) / "manifest.json").read_text()) for place in (folder, other)]
+    manifests = [
+        json.loads((Path(place) / "manifest.json").read_text()) for place in (folder, other)
+    ]
     assert manifests[0] == manifests[1] and set(manifests[0]["content"]) == set(collect.SPLITS)
 
 
@@ -131,7 +147,9 @@ def test_batches_change_nothing_and_a_finished_folder_is_left_alone(folder, tmp_
     collected(tmp_path)
     assert capsys.readouterr().out == f"{other}: collected already\n"
     votes = (Path(other) / "votes.jsonl").read_text()
-    with pytest.raises(ValueError, match="was collected with other settings: name another folder, or leave"):
+    with pytest.raises(
+        ValueError, match="was collected with other settings: name another folder, or leave"
+    ):
         collected(tmp_path, pairs=41)
     manifest = json.loads((Path(other) / "manifest.json").read_text())
     manifest["models"]["decoder"] = "another"
@@ -153,7 +171,9 @@ def test_a_split_that_is_missing_is_made_again_and_the_other_kept(folder, tmp_pa
     assert (tmp_path / "votes" / FIGURES).read_text() == (Path(folder) / FIGURES).read_text()
 
 
-def test_a_run_that_is_cut_off_between_votes_and_tokens_keeps_its_figures(folder, tmp_path, monkeypatch):
+def test_a_run_that_is_cut_off_between_votes_and_tokens_keeps_its_figures(
+    folder, tmp_path, monkeypatch
+):
     write, done = collect.tokens.write_tokens, []
 
     def cut_off(*arguments):
@@ -196,7 +216,9 @@ def test_several_listeners_hear_a_pair(tmp_path):
     assert len({vote.a for vote in cast}) == 12
 
 
-def test_votes_of_people_are_refused_and_simulated_figures_do_not_stay_beside_them(folder, tmp_path, capsys):
+def test_votes_of_people_are_refused_and_simulated_figures_do_not_stay_beside_them(
+    folder, tmp_path, capsys
+):
     shutil.copytree(folder, tmp_path / "votes")
     path, figures = tmp_path / "votes/votes.jsonl", (tmp_path / "votes" / FIGURES).read_text()
     assert json.loads(figures)["people"] == 0
@@ -206,7 +228,10 @@ def test_votes_of_people_are_refused_and_simulated_figures_do_not_stay_beside_th
         collected(tmp_path)
     assert not (tmp_path / "votes" / FIGURES).exists()
     assert (tmp_path / "votes/agreement.training_panel.json").read_text() == figures
-    assert "is of simulated listeners of the training panel, and 'Ada' voted" in capsys.readouterr().out
+    assert (
+        "is of simulated listeners of the training panel, and 'Ada' voted"
+        in capsys.readouterr().out
+    )
 
 
 def test_votes_of_people_without_tokens_are_not_replaced(tmp_path):
@@ -221,23 +246,36 @@ def test_votes_of_people_without_tokens_are_not_replaced(tmp_path):
 def test_tokens_without_votes_are_not_replaced(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "votes")
     (tmp_path / "votes/votes.jsonl").unlink()
-    with pytest.raises(ValueError, match=r"holds tokens and no votes\.jsonl: it is a folder of `musicrl encode`"):
+    with pytest.raises(
+        ValueError, match=r"holds tokens and no votes\.jsonl: it is a folder of `musicrl encode`"
+    ):
         collected(tmp_path)
     assert (tmp_path / "votes/train").is_dir()
 
 
 def test_agreement_on_too_few_pairs_is_no_figure(folder, tmp_path, capsys):
     """Of the folder's four validation pairs, and of seven of each."""
-    assert json.loads((Path(folder) / FIGURES).read_text())["agreement"]["validation"] == "n too small (4 < 8)"
+    assert (
+        json.loads((Path(folder) / FIGURES).read_text())["agreement"]["validation"]
+        == "n too small (4 < 8)"
+    )
     other = collected(tmp_path, pairs=14, validation_share=0.5)
     figures = json.loads((Path(other) / FIGURES).read_text())
-    assert figures["agreement"] == figures["ceiling"] == dict.fromkeys(collect.SPLITS, "n too small (7 < 8)")
+    assert (
+        figures["agreement"]
+        == figures["ceiling"]
+        == dict.fromkeys(collect.SPLITS, "n too small (7 < 8)")
+    )
     out = capsys.readouterr().out
-    assert out.count("on 7 pairs, shares of them: n too small (7 < 8)") == 2 and "agree on" not in out
+    assert (
+        out.count("on 7 pairs, shares of them: n too small (7 < 8)") == 2 and "agree on" not in out
+    )
 
 
 @pytest.mark.parametrize("damage", [b'{"agreement": {"train": null}, "ceiling": {}}', b"\xff\x00"])
-def test_damaged_figures_and_damaged_clips_are_set_aside_and_made_again(folder, tmp_path, damage, capsys, monkeypatch):
+def test_damaged_figures_and_damaged_clips_are_set_aside_and_made_again(
+    folder, tmp_path, damage, capsys, monkeypatch
+):
     """Killed after the training split; then its figures and a batch that was kept are damaged."""
     write = collect.tokens.write_tokens
 
@@ -253,9 +291,13 @@ def test_damaged_figures_and_damaged_clips_are_set_aside_and_made_again(folder, 
     for path in (tmp_path / "votes" / collect.PLAYED).iterdir():
         path.write_bytes(path.read_bytes()[:1000])
     manifest = tmp_path / "votes/manifest.json"
-    manifest.write_text(manifest.read_text().replace('"counts": {\n    "train": 72\n  }', '"counts": {}'))
+    manifest.write_text(
+        manifest.read_text().replace('"counts": {\n    "train": 72\n  }', '"counts": {}')
+    )
     assert read_votes(collected(tmp_path)) == read_votes(folder)
-    assert json.loads((tmp_path / "votes" / FIGURES).read_text()) == json.loads((Path(folder) / FIGURES).read_text())
+    assert json.loads((tmp_path / "votes" / FIGURES).read_text()) == json.loads(
+        (Path(folder) / FIGURES).read_text()
+    )
     out = capsys.readouterr().out
     assert f"{tmp_path}/votes/{FIGURES} is damaged" in out and out.count("is no whole .npz") == 9
 
@@ -263,7 +305,10 @@ def test_damaged_figures_and_damaged_clips_are_set_aside_and_made_again(folder, 
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({"validation_share": 0.01}, "validation_share=0.01 of pairs=40 leaves a split without any"),
+        (
+            {"validation_share": 0.01},
+            "validation_share=0.01 of pairs=40 leaves a split without any",
+        ),
         ({"validation_share": 1.0}, "validation_share=1.0 of pairs=40 leaves a split"),
         ({"votes_per_pair": 41}, "votes_per_pair=41 must be from 1 to the panel's size, 40"),
         ({"votes_per_pair": 0}, "CollectConfig.votes_per_pair=0 must be 1 or more"),

@@ -7,9 +7,13 @@ from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # The models here are tiny: nearly all time is compilation, which LLVM without optimisation does five times faster.
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+os.environ["XLA_FLAGS"] = (
+    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+)
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
-sys.path.insert(0, str(Path(__file__).parents[1]))  # for the builders in data/, which are not installed
+sys.path.insert(
+    0, str(Path(__file__).parents[1])
+)  # for the builders in data/, which are not installed
 
 sys.path.append(str(Path(__file__).parent))  # for processes.py
 
@@ -26,7 +30,16 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 def pytest_configure(config: pytest.Config) -> None:
     """Warnings are errors, but for those that other packages' own code gives on import or inside."""
     config.addinivalue_line("filterwarnings", "error")
-    for module in ("tensorflow", "keras", "seqio", "clu", "tensorflow_datasets", "google", "music21", "pretty_midi"):
+    for module in (
+        "tensorflow",
+        "keras",
+        "seqio",
+        "clu",
+        "tensorflow_datasets",
+        "google",
+        "music21",
+        "pretty_midi",
+    ):
         config.addinivalue_line("filterwarnings", rf"ignore:::{module}(\..*)?")
 
 

@@ -24,9 +24,17 @@ from musicrl_jax.systems.musiclm import VOCABULARY
 RATE_HZ = 16000
 FRAME = 640  # samples in a policy frame, 40 ms
 RESNET = ResNetConfig(mels=16, widths=(8, 16), blocks=1)
-CODEC = SoundStream(SoundStreamConfig(RATE_HZ, (8, 5, 4, 2), channels=4, embed=8, levels=3, codes=16))
-SEMANTIC = SemanticEncoder(SemanticConfig(RATE_HZ, 16, ConformerConfig(2, 2, 16, 32, 5), layer=1, targets=32, codes=12))
-MULAN = MuLan(MuLanConfig(RATE_HZ, audio=RESNET, text=BertConfig(1, 2, 16, 32, 64, 50), embed=8, levels=4, codes=6))
+CODEC = SoundStream(
+    SoundStreamConfig(RATE_HZ, (8, 5, 4, 2), channels=4, embed=8, levels=3, codes=16)
+)
+SEMANTIC = SemanticEncoder(
+    SemanticConfig(RATE_HZ, 16, ConformerConfig(2, 2, 16, 32, 5), layer=1, targets=32, codes=12)
+)
+MULAN = MuLan(
+    MuLanConfig(
+        RATE_HZ, audio=RESNET, text=BertConfig(1, 2, 16, 32, 64, 50), embed=8, levels=4, codes=6
+    )
+)
 QUALITY = Quality(QualityConfig(RATE_HZ, network=RESNET))
 HEARD = 10 * FRAME
 RANDOM = np.random.default_rng(0)
@@ -91,7 +99,9 @@ CODES = {"acoustic": 16, "semantic": 12, "mulan": 6}
 def check(heard):
     """Numbers are finite, embeddings of length 1, codes in their range and scores on their scale."""
     for name, codes in CODES.items():
-        assert heard[name].dtype == np.int32 and heard[name].min() >= 0 and heard[name].max() < codes, name
+        assert (
+            heard[name].dtype == np.int32 and heard[name].min() >= 0 and heard[name].max() < codes
+        ), name
     assert np.isfinite(heard["decoded"]).all()
     np.testing.assert_allclose(np.linalg.norm(heard["embedding"], axis=-1), 1.0, rtol=1e-4)
     assert heard["quality"].min() >= 1.0 and heard["quality"].max() <= 5.0
@@ -105,13 +115,21 @@ def heard(variables):
 
 def test_extreme_sound_has_finite_embeddings_and_valid_codes(heard):
     check(heard)
-    assert heard["semantic"].shape == (len(EXTREMES), 10) and heard["acoustic"].shape == (len(EXTREMES), 20, 3)
+    assert heard["semantic"].shape == (len(EXTREMES), 10) and heard["acoustic"].shape == (
+        len(EXTREMES),
+        20,
+        3,
+    )
 
 
 def test_one_frame_is_enough(variables):
     one = jax.device_get(hear(variables, 0.1 * RANDOM.normal(size=(1, FRAME)).astype(np.float32)))
     check(one)
-    assert one["semantic"].shape == (1, 1) and one["acoustic"].shape == (1, 2, 3) and one["decoded"].shape == (1, FRAME)
+    assert (
+        one["semantic"].shape == (1, 1)
+        and one["acoustic"].shape == (1, 2, 3)
+        and one["decoded"].shape == (1, FRAME)
+    )
 
 
 def test_what_is_not_finite_is_never_a_code(variables, heard):
@@ -124,7 +142,9 @@ def test_what_is_not_finite_is_never_a_code(variables, heard):
         np.testing.assert_array_equal(broken[name][others], heard[name][others])
     for clip in (2, 3):
         frames = 5000 // 320  # of the causal codec those before the sample are whole
-        np.testing.assert_array_equal(broken["acoustic"][clip, :frames], heard["acoustic"][clip, :frames])
+        np.testing.assert_array_equal(
+            broken["acoustic"][clip, :frames], heard["acoustic"][clip, :frames]
+        )
         assert (broken["acoustic"][clip, frames] == -1).all()
         assert (broken["semantic"][clip] == -1).all() and (broken["mulan"][clip] == -1).all()
         assert np.isnan(broken["quality"][clip])
@@ -145,7 +165,10 @@ class SomeClips:
 
     def batches(self, split, batch_size, seed, epochs):
         assert (split, epochs, self.with_captions) == ("test", 1, True)
-        wav, names = np.stack(list(EXTREMES.values())).astype(np.float32), np.array(list(EXTREMES), object)
+        wav, names = (
+            np.stack(list(EXTREMES.values())).astype(np.float32),
+            np.array(list(EXTREMES), object),
+        )
         for at in range(0, len(wav), batch_size):
             part = slice(at, at + batch_size)
             yield {"audio": wav[part], "id": names[part], "caption": names[part]}
@@ -166,15 +189,27 @@ def test_tokens_are_what_the_models_say_of_each_clip(tmp_path, variables, heard,
     system = save(tmp_path, {**variables, "soundstream": variables["codec"]})
     encode(SomeClips(), system, str(tmp_path / "tokens"), batch_size=4)
     rows = list(read(str(tmp_path / "tokens"), "test")[0])
-    assert [row["id"].decode() for row in rows] == [row["caption"].decode() for row in rows] == list(EXTREMES)
+    assert (
+        [row["id"].decode() for row in rows]
+        == [row["caption"].decode() for row in rows]
+        == list(EXTREMES)
+    )
     for name in CODES:
         np.testing.assert_array_equal(np.stack([row[name] for row in rows]), heard[name])
     manifest = read_manifest(str(tmp_path / "tokens"))
     folders = {"codec": "soundstream", "semantic": "semantic", "mulan": "mulan"}
-    assert manifest["models"] == {name: checkpoint.model_hash(tmp_path / part) for name, part in folders.items()}
+    assert manifest["models"] == {
+        name: checkpoint.model_hash(tmp_path / part) for name, part in folders.items()
+    }
     assert manifest["layout"] == {
         "sample_rate_hz": RATE_HZ,
-        **{"acoustic_levels": 3, "acoustic_codes": 16, "semantic_codes": 12, "mulan_levels": 4, "mulan_codes": 6},
+        **{
+            "acoustic_levels": 3,
+            "acoustic_codes": 16,
+            "semantic_codes": 12,
+            "mulan_levels": 4,
+            "mulan_codes": 6,
+        },
     }
     assert manifest["counts"] == {"test": 9}
     encode(SomeClips(), system, str(tmp_path / "tokens"), batch_size=4)
@@ -236,7 +271,10 @@ def test_a_model_that_computes_no_numbers_is_told_by_clip_and_token(tmp_path, va
     weights = jax.tree.map(lambda w: np.full_like(w, np.nan), variables["mulan"]["params"])
     broken = {"mulan": {**variables["mulan"], "params": weights}, "soundstream": variables["codec"]}
     system = save(tmp_path, {**variables, **broken})
-    with pytest.raises(ValueError, match=r"clip 'silence' of 'test' has no mulan tokens: .*; train that model again"):
+    with pytest.raises(
+        ValueError,
+        match=r"clip 'silence' of 'test' has no mulan tokens: .*; train that model again",
+    ):
         encode(SomeClips(), system, str(tmp_path / "tokens"), batch_size=4)
     assert not (tmp_path / "tokens" / "test").exists()
 
@@ -244,5 +282,7 @@ def test_a_model_that_computes_no_numbers_is_told_by_clip_and_token(tmp_path, va
 def test_a_system_that_cannot_encode_is_refused(tmp_path, monkeypatch):
     tiny.write(tmp_path / "system")
     monkeypatch.setattr(tiny.TinySystem, "ENCODING", ())
-    with pytest.raises(ValueError, match="is of kind 'tiny', which cannot encode sound: name another system"):
+    with pytest.raises(
+        ValueError, match="is of kind 'tiny', which cannot encode sound: name another system"
+    ):
         encode(Tunes(), str(tmp_path / "system"), str(tmp_path / "tokens"))

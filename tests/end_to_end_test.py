@@ -75,7 +75,9 @@ def test_the_summary_says_what_was_found(folder):
         for name, found in summary["rewards"][term].items():
             assert found["low"] <= found["mean"] <= found["high"]
             gain = found["mean"] - summary["rewards"][term]["MusicLM"]["mean"]
-            assert name == "MusicLM" or summary["gains"][term][name]["mean"] == pytest.approx(gain, abs=1e-6)
+            assert name == "MusicLM" or summary["gains"][term][name]["mean"] == pytest.approx(
+                gain, abs=1e-6
+            )
     # The total is the sum of its terms, each in units of its spread over the base's clips.
     assert summary["rewards"]["reward"]["MusicLM"]["mean"] == pytest.approx(0, abs=1e-4)
     assert summary["gains"]["reward"]["best of 2"]["mean"] > 0
@@ -118,24 +120,33 @@ def test_scores_are_kept_clip_by_clip(folder):
 def test_ru_starts_from_r_and_is_anchored_to_it(folder):
     told = json.loads((folder / "run/ru/model/anchor.json").read_text())
     assert told["anchor"] == checkpoint.model_hash(folder / "run/r")
-    assert told["rewards"]["user_preference"]["hash"] == checkpoint.model_hash(folder / "run/preference")
-    assert json.loads((folder / "run/r/model/anchor.json").read_text())["anchor"] == checkpoint.model_hash(
-        folder / "run/policy"
+    assert told["rewards"]["user_preference"]["hash"] == checkpoint.model_hash(
+        folder / "run/preference"
     )
+    assert json.loads((folder / "run/r/model/anchor.json").read_text())[
+        "anchor"
+    ] == checkpoint.model_hash(folder / "run/policy")
 
 
 def test_the_page_holds_what_it_says(folder):
     """The policies' clips of the first two held-out prompts, of one that lost if any did, all terms and the notes."""
     page = (folder / "run/evaluation/page.html").read_text()
-    assert "Real clips are of score_clips/tiny: Clips contain samples of the soundfont TimGM6mb" in page
+    assert (
+        "Real clips are of score_clips/tiny: Clips contain samples of the soundfont TimGM6mb"
+        in page
+    )
     prompts = Prompts(("score_clips/tiny",), data_dir=f"{folder}/data").unique("test")
     heard = re.findall(r'<audio [^>]*aria-label="([^,"]+), 1\.0 seconds: ([^"]*)"', page)
-    asked = [(side, prompt) for prompt in prompts[:2] for side in ("MusicLM", "R", "RU", "best of 2")]
+    asked = [
+        (side, prompt) for prompt in prompts[:2] for side in ("MusicLM", "R", "RU", "best of 2")
+    ]
     assert [(side, html.unescape(prompt)) for side, prompt in heard[:8]] == asked
     assert len(heard) in (8, 12) and page.count('src="data:audio/flac;base64,') == len(heard)
     sounds = re.findall(r'src="data:audio/flac;base64,([^"]+)"', page)
     decoded = [soundfile.read(io.BytesIO(base64.b64decode(sound))) for sound in sounds]
-    assert all((len(wav), rate) == (16000, 16000) and np.abs(wav).max() > 0 for wav, rate in decoded)
+    assert all(
+        (len(wav), rate) == (16000, 16000) and np.abs(wav).max() > 0 for wav, rate in decoded
+    )
     for term in ("reward", "text_adherence", "acoustic_quality", "user_preference"):
         assert term in page
     assert "simulated listeners" in page
@@ -155,14 +166,21 @@ def test_kl_starts_at_zero_to_the_bit_and_the_sampler_agrees_with_the_learner(fo
 def test_the_interrupted_run_is_the_uninterrupted_one(folder):
     """Its held-out judge included, who hears the base again and remembers what it saw."""
     assert musicrl("run", folder, "--only=r", f"--gin.R='{folder}/again'") == 0
-    assert ["judge_gain" in line for line in lines(folder / "again/metrics.jsonl")] == [False, True, True]
+    assert ["judge_gain" in line for line in lines(folder / "again/metrics.jsonl")] == [
+        False,
+        True,
+        True,
+    ]
     assert lines(folder / "again/metrics.jsonl") == lines(folder / "run/r/metrics.jsonl")
     assert checkpoint.model_hash(folder / "again") == checkpoint.model_hash(folder / "run/r")
 
 
 def test_verbs_work_from_the_gin_file_alone(folder, capsys):
     assert musicrl("encode", folder, f"--gin.TOKENS='{folder}/tokens_again'") == 0
-    manifests = [json.loads((folder / name / "manifest.json").read_text()) for name in ("run/tokens", "tokens_again")]
+    manifests = [
+        json.loads((folder / name / "manifest.json").read_text())
+        for name in ("run/tokens", "tokens_again")
+    ]
     assert manifests[0] == manifests[1]
     assert musicrl("run", folder, "--only=evaluate") == 0
     assert musicrl("run", folder, "--only=sing") == 1
@@ -174,7 +192,9 @@ def test_run_again_reuses_everything(folder, capsys):
     page = (folder / "run/evaluation/page.html").read_bytes()
     assert musicrl("run", folder) == 0
     assert "evaluated already" in capsys.readouterr().out
-    assert {path: path.stat().st_mtime_ns for path in (folder / "run").rglob("manifest.json")} == models
+    assert {
+        path: path.stat().st_mtime_ns for path in (folder / "run").rglob("manifest.json")
+    } == models
     assert (folder / "run/evaluation/page.html").read_bytes() == page
 
 
@@ -213,10 +233,12 @@ def test_another_size_in_the_same_folder_is_refused(folder, capsys):
 
 
 def test_tokens_are_those_of_the_models(folder):
-    """encode -> read: a clip's tokens, found by its id, are what the three models say of it."""
+    """Encode -> read: a clip's tokens, found by its id, are what the three models say of it."""
     clips = Clips({"score_clips/tiny": 1.0}, f"{folder}/data", 16000, with_captions=True)
     batches = list(clips.batches("test", 8, seed=1, epochs=1))  # in another order than encode's
-    wav, ids, captions = (np.concatenate([b[name] for b in batches]) for name in ("audio", "id", "caption"))
+    wav, ids, captions = (
+        np.concatenate([b[name] for b in batches]) for name in ("audio", "id", "caption")
+    )
     written = {row["id"].decode(): row for row in read(f"{folder}/run/tokens", "test")[0]}
     assert sorted(written) == sorted(ids) and len(ids) >= 2
     assert [written[name]["caption"].decode() for name in ids] == list(captions)
@@ -225,17 +247,25 @@ def test_tokens_are_those_of_the_models(folder):
     mulan = checkpoint.load_model(folder / "run/mulan", MuLanConfig)
     embedding = MuLan(mulan.config).apply(mulan.variables, wav, method="embed_audio")
     expected = {
-        "semantic": SemanticEncoder(semantic.config).apply(semantic.variables, wav, method="tokens"),
+        "semantic": SemanticEncoder(semantic.config).apply(
+            semantic.variables, wav, method="tokens"
+        ),
         "acoustic": SoundStream(codec.config).apply(codec.variables, wav, method="encode"),
         "mulan": MuLan(mulan.config).apply(mulan.variables, embedding, method="quantize"),
     }
     for name, codes in expected.items():
         found = np.stack([written[clip][name] for clip in ids])
         assert found.shape == codes.shape
-        assert len(np.unique(found.reshape(len(found), -1), axis=0)) >= 2, f"{name}: all clips have the same tokens"
-        same = (found[:, None] == np.asarray(codes)[None]).reshape(len(ids), len(ids), -1).mean(axis=2)
+        assert len(np.unique(found.reshape(len(found), -1), axis=0)) >= 2, (
+            f"{name}: all clips have the same tokens"
+        )
+        same = (
+            (found[:, None] == np.asarray(codes)[None]).reshape(len(ids), len(ids), -1).mean(axis=2)
+        )
         own = np.diagonal(same)
-        assert own.min() > 0.8, name  # compiled alone, a distance can round the other way and flip a code
+        assert own.min() > 0.8, (
+            name
+        )  # compiled alone, a distance can round the other way and flip a code
         others = [np.diagonal(np.roll(same, shift, axis=1)).mean() for shift in range(1, len(ids))]
         assert own.mean() > max(others), f"{name}: another clip's tokens would do as well"
     # What training reads are these rows, each whole.
@@ -244,7 +274,9 @@ def test_tokens_are_those_of_the_models(folder):
         for batch in Tokens(f"{folder}/run/tokens").batches("test", 16, seed=0, epochs=1)
         for i in range(len(batch["mulan"]))
     ]
-    assert sorted(whole) == sorted(b"".join(row[name].tobytes() for name in expected) for row in written.values())
+    assert sorted(whole) == sorted(
+        b"".join(row[name].tobytes() for name in expected) for row in written.values()
+    )
 
 
 def test_prompts_become_clips(folder, tmp_path):
@@ -258,11 +290,15 @@ def test_prompts_become_clips(folder, tmp_path):
 def test_a_prompt_gives_its_clip_whatever_else_is_asked(folder, tmp_path):
     prompts = ["a slow air", "быстрая джига на скрипке 🎻", "a jig " * 500]
     paths = generate(f"{folder}/run/ru", prompts, out=str(tmp_path / "all"), clip_seconds=0.4)
-    alone = generate(f"{folder}/run/ru", prompts[1], out=str(tmp_path / "one.wav"), clip_seconds=0.4)
+    alone = generate(
+        f"{folder}/run/ru", prompts[1], out=str(tmp_path / "one.wav"), clip_seconds=0.4
+    )
     clips = [soundfile.read(path)[0] for path in paths]
     np.testing.assert_array_equal(clips[1], soundfile.read(alone[0])[0])
     assert [len(clip) for clip in clips] == [6400, 6400, 6400]
-    other = generate(f"{folder}/run/ru", prompts[1], out=str(tmp_path / "two.wav"), clip_seconds=0.4, seed=1)
+    other = generate(
+        f"{folder}/run/ru", prompts[1], out=str(tmp_path / "two.wav"), clip_seconds=0.4, seed=1
+    )
     assert np.abs(soundfile.read(other[0])[0] - clips[1]).max() > 0
 
 
@@ -278,7 +314,9 @@ def test_a_prompt_gives_its_clip_whatever_else_is_asked(folder, tmp_path):
 def test_bad_requests_are_named(folder, tmp_path, monkeypatch, changes, complaint):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=complaint):
-        generate(**{"prompt": "a reel", "system": f"{folder}/run/ru", "clip_seconds": 0.4, **changes})
+        generate(
+            **{"prompt": "a reel", "system": f"{folder}/run/ru", "clip_seconds": 0.4, **changes}
+        )
     assert not list(tmp_path.rglob("*.wav"))
 
 

@@ -77,7 +77,9 @@ def play(monkeypatch, samples=TONE, clip_seconds=2.0, noise=0.0):
     """Lets every clip become `samples`, cut or filled up to two seconds; returns the system."""
     channels = np.atleast_2d(np.asarray(samples, np.float32))
     system = Player(np.stack([np.resize(channel, 2 * RATE) for channel in channels]), noise)
-    loaded = types.SimpleNamespace(system=system, policy={}, frozen={}, hashes={}, clip_seconds=clip_seconds)
+    loaded = types.SimpleNamespace(
+        system=system, policy={}, frozen={}, hashes={}, clip_seconds=clip_seconds
+    )
     monkeypatch.setattr(generate.folders, "load", lambda _: loaded)
     return system
 
@@ -100,7 +102,10 @@ def test_samples_beyond_full_scale_are_clipped(monkeypatch, tmp_path):
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_samples_that_are_not_finite_are_not_written(monkeypatch, tmp_path, value):
     play(monkeypatch, [0.0, value, 0.5, 0.1])
-    with pytest.raises(ValueError, match=r"the clip for 'a reel' has samples, or a reward, that are not finite: the d"):
+    with pytest.raises(
+        ValueError,
+        match=r"the clip for 'a reel' has samples, or a reward, that are not finite: the d",
+    ):
         generate.generate("run/rl", "a reel", out=str(tmp_path / "a.wav"))
     assert not list(tmp_path.iterdir())
 
@@ -112,7 +117,10 @@ def test_the_length_is_the_one_that_was_trained_on(monkeypatch, tmp_path, capsys
     assert made(path)[0]["seconds"] == 2.0 and "assumed" not in capsys.readouterr().out
     (path,) = generate.generate("run/rl", "a reel", out=str(tmp_path / "long"), clip_seconds=50)
     assert soundfile.info(path).frames == 50 * RATE and set(system.batches) == {8}  # one a device
-    assert "clip_seconds=50 is more than the 2 s of the model's clips: drawn in 49 windows" in capsys.readouterr().out
+    assert (
+        "clip_seconds=50 is more than the 2 s of the model's clips: drawn in 49 windows"
+        in capsys.readouterr().out
+    )
     play(monkeypatch, clip_seconds=None)
     monkeypatch.setattr(generate, "UNRECORDED_SECONDS", 2.0)
     generate.generate("run/old", "a reel", out=str(tmp_path / "old"))
@@ -125,8 +133,12 @@ def test_clips_are_drawn_together_and_each_host_writes_its_batch_at_once(monkeyp
     play(monkeypatch)
     saved = []
     save = generate._save
-    monkeypatch.setattr(generate, "_save", lambda clips, *rest: saved.append(len(clips)) or save(clips, *rest))
-    paths = generate.generate("run/rl", [f"reel {number}" for number in range(10)], out=str(tmp_path))
+    monkeypatch.setattr(
+        generate, "_save", lambda clips, *rest: saved.append(len(clips)) or save(clips, *rest)
+    )
+    paths = generate.generate(
+        "run/rl", [f"reel {number}" for number in range(10)], out=str(tmp_path)
+    )
     assert saved == [8, 2] and len(paths) == len(list(tmp_path.iterdir())) == 10
 
 
@@ -197,10 +209,14 @@ def test_a_file_has_the_channels_of_the_system(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("form", ["wav", "flac", "ogg"])
-@pytest.mark.parametrize("prompt", ["a reel", "быстрая джига на скрипке 🎻\nслово", "a jig " * 3000], ids=len)
+@pytest.mark.parametrize(
+    "prompt", ["a reel", "быстрая джига на скрипке 🎻\nслово", "a jig " * 3000], ids=len
+)
 def test_a_file_says_how_it_was_made(monkeypatch, tmp_path, form, prompt):
     play(monkeypatch)
-    (path,) = generate.generate("run/rl", prompt, out=f"{tmp_path}/*.{form}", seed=3, temperature=1.1)
+    (path,) = generate.generate(
+        "run/rl", prompt, out=f"{tmp_path}/*.{form}", seed=3, temperature=1.1
+    )
     told, title = made(path)
     assert title == (prompt.encode()[:2000].decode() if form == "wav" else prompt)
     assert soundfile.info(path).format == form.upper()
@@ -222,7 +238,9 @@ def test_a_name_holds_prompt_seed_and_number(monkeypatch, tmp_path):
     play(monkeypatch)
     paths = []
     for seed in (0, 1, 2**32 - 1):
-        paths += generate.generate("run/rl", ["A reel!", "a reel", "𐌰𐌱" * 400, "🎻"], out=str(tmp_path), seed=seed)
+        paths += generate.generate(
+            "run/rl", ["A reel!", "a reel", "𐌰𐌱" * 400, "🎻"], out=str(tmp_path), seed=seed
+        )
     assert len(set(paths)) == 12 == len(list(tmp_path.iterdir()))
     assert paths[0].name.startswith("a_reel_") and paths[4].name.endswith("_seed1_0.wav")
     assert all(len(f".{path.name}.partial".encode()) <= 255 for path in paths)
@@ -237,9 +255,17 @@ def test_files_are_brought_to_one_loudness(monkeypatch, tmp_path, capsys):
 
     play(monkeypatch)
     ways = {"flags": {}, "louder": {"loudness_lufs": -12}, "as it is": {"loudness_lufs": None}}
-    found = {name: loudness(*generate.generate("r", "a", out=f"{tmp_path}/{name}.wav", **ways[name])) for name in ways}
-    assert found["flags"] == pytest.approx(-16, abs=0.1) and found["louder"] == pytest.approx(-12, abs=0.1)
-    assert found["as it is"] == pytest.approx(-37.7, abs=0.5) and "not -16" not in capsys.readouterr().out
+    found = {
+        name: loudness(*generate.generate("r", "a", out=f"{tmp_path}/{name}.wav", **ways[name]))
+        for name in ways
+    }
+    assert found["flags"] == pytest.approx(-16, abs=0.1) and found["louder"] == pytest.approx(
+        -12, abs=0.1
+    )
+    assert (
+        found["as it is"] == pytest.approx(-37.7, abs=0.5)
+        and "not -16" not in capsys.readouterr().out
+    )
 
     click = 0.01 * TONE
     click[RATE] = 0.5
@@ -256,8 +282,12 @@ def test_files_are_brought_to_one_loudness(monkeypatch, tmp_path, capsys):
 def test_what_measures_loudness_is_named_where_it_is_missing(monkeypatch, tmp_path):
     play(monkeypatch)
     found = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "pyloudnorm" else found(name))
-    with pytest.raises(ModuleNotFoundError, match=r"pip install pyloudnorm, or give --loudness_lufs=None"):
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "pyloudnorm" else found(name)
+    )
+    with pytest.raises(
+        ModuleNotFoundError, match=r"pip install pyloudnorm, or give --loudness_lufs=None"
+    ):
         generate.generate("run/rl", "a reel", out=str(tmp_path / "a.wav"))
     assert generate.generate("run/rl", "a reel", out=str(tmp_path / "a.wav"), loudness_lufs=None)
 
@@ -268,7 +298,9 @@ def test_a_folder_of_clips_is_continued_and_not_mixed(monkeypatch, tmp_path):
     file, out = tmp_path / "prompts.txt", tmp_path / "clips"
     file.write_text("a reel\n\n a jig \na reel\n", encoding="utf-8")
     paths = generate.generate("run/rl", prompts_file=str(file), out=str(out))
-    assert [path.name.split("_")[1] for path in paths] == ["reel", "jig"] and len(list(out.iterdir())) == 2
+    assert [path.name.split("_")[1] for path in paths] == ["reel", "jig"] and len(
+        list(out.iterdir())
+    ) == 2
     before = paths[0].stat().st_mtime_ns
     paths[1].unlink()
     file.write_text("a reel\na march\na jig", encoding="utf-8")
@@ -276,10 +308,15 @@ def test_a_folder_of_clips_is_continued_and_not_mixed(monkeypatch, tmp_path):
     assert [path.name.split("_")[1] for path in paths] == ["reel", "march", "jig"]
     assert all(path.exists() for path in paths) and paths[0].stat().st_mtime_ns == before
     assert not set(generate.generate("run/rl", "a reel", out=str(out), seed=1)) & set(paths)
-    with pytest.raises(ValueError, match=r"was made with temperature 0\.99, not 1\.2: give another out"):
+    with pytest.raises(
+        ValueError, match=r"was made with temperature 0\.99, not 1\.2: give another out"
+    ):
         generate.generate("run/rl", prompts_file=str(file), out=str(out), temperature=1.2)
     soundfile.write(paths[0], np.zeros(9), RATE)
-    with pytest.raises(ValueError, match=r"seed0_0\.wav is there and does not say how it was made: give another out"):
+    with pytest.raises(
+        ValueError,
+        match=r"seed0_0\.wav is there and does not say how it was made: give another out",
+    ):
         generate.generate("run/rl", "a reel", out=str(out))
 
 
@@ -290,13 +327,25 @@ def test_a_folder_of_clips_is_continued_and_not_mixed(monkeypatch, tmp_path):
         ({"prompt": "a", "prompts_file": "b"}, "give either prompt or prompts_file"),
         ({"prompt": ["a", 3]}, "generate.prompt: 3 is no text"),
         ({"prompts_file": "empty.txt"}, "has no prompt in it"),
-        ({"prompts_file": "some.txt", "out": "a.wav"}, "is one file, but there are several prompts"),
-        ({"prompt": ["a", "b"], "out": "a/b.ogg"}, r"several prompts: give a folder, or 'a/\*\.ogg'"),
-        ({"prompt": "a", "out": "a.mp3"}, r"'a\.mp3' does not end in \.wav or \.flac or \.ogg: choose one of them"),
+        (
+            {"prompts_file": "some.txt", "out": "a.wav"},
+            "is one file, but there are several prompts",
+        ),
+        (
+            {"prompt": ["a", "b"], "out": "a/b.ogg"},
+            r"several prompts: give a folder, or 'a/\*\.ogg'",
+        ),
+        (
+            {"prompt": "a", "out": "a.mp3"},
+            r"'a\.mp3' does not end in \.wav or \.flac or \.ogg: choose one of them",
+        ),
         ({"prompt": "a", "out": "clips.v2"}, "or for a new folder a name that ends in /"),
         ({"prompt": "a", "out": "clips/*.mp3"}, r"'clips/\*\.mp3' does not end in \.wav or"),
         ({"prompt": "a", "out": "file"}, "out='file' is a file: give a folder"),
-        ({"prompt": "a", "loudness_lufs": 3}, "loudness_lufs=3 must be above -70 and at most 0, or None"),
+        (
+            {"prompt": "a", "loudness_lufs": 3},
+            "loudness_lufs=3 must be above -70 and at most 0, or None",
+        ),
         ({"prompt": "a", "loudness_lufs": "loud"}, "loudness_lufs='loud' must be"),
     ],
 )
@@ -317,7 +366,9 @@ def test_a_folder_may_have_a_dot(monkeypatch, tmp_path, out):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "clips.v2").mkdir()
     (path,) = generate.generate("run/rl", "a reel", out=out)
-    assert path.exists() and (path == generate.Path(out) if "FLAC" in out else path.parent == generate.Path(out))
+    assert path.exists() and (
+        path == generate.Path(out) if "FLAC" in out else path.parent == generate.Path(out)
+    )
 
 
 def test_a_disk_that_is_full_leaves_nothing(monkeypatch, tmp_path):
@@ -327,6 +378,9 @@ def test_a_disk_that_is_full_leaves_nothing(monkeypatch, tmp_path):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(generate.Path, "replace", full)
-    with pytest.raises(OSError, match=r"cannot write .*: No space left on device; free some space or choose another"):
+    with pytest.raises(
+        OSError,
+        match=r"cannot write .*: No space left on device; free some space or choose another",
+    ):
         generate.generate("run/rl", "a reel", out=str(tmp_path))
     assert not list(tmp_path.iterdir())

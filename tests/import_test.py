@@ -72,7 +72,9 @@ def test_imports_run_one_way(path):
         if room in MAY_IMPORT:
             assert parts[1] in MAY_IMPORT[room], f"{place} imports {name}"
         elif place.name != "cli.py":
-            assert parts[1] in set(MAY_IMPORT) | {"run"}, f"{place} imports {name}: a verb stands on its own"
+            assert parts[1] in set(MAY_IMPORT) | {"run"}, (
+                f"{place} imports {name}: a verb stands on its own"
+            )
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))

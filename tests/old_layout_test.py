@@ -62,7 +62,11 @@ OLD = {
         "e4dd5d7c97a9ee77",
     ),
 }
-WAV, TOKENS, CODES = jnp.zeros((1, 8000)), jnp.zeros((1, 1, 3), jnp.int32), jnp.zeros((1, 4, 2), jnp.int32)
+WAV, TOKENS, CODES = (
+    jnp.zeros((1, 8000)),
+    jnp.zeros((1, 1, 3), jnp.int32),
+    jnp.zeros((1, 4, 2), jnp.int32),
+)
 MASK, NOISE = jnp.zeros((1, 25), bool), jnp.zeros((1, 25, 64))
 MODULES = {
     "codec": ("soundstream", SoundStream, (WAV, jax.random.key(0))),
@@ -100,9 +104,13 @@ def run(tmp_path_factory):
         shapes = meta.unbox(jax.eval_shape(module(parsed).init, jax.random.key(0), *example))
         leaves = jax.tree_util.tree_leaves_with_path(shapes)
         lines = [f"{jax.tree_util.keystr(path)} {x.dtype} {x.shape}" for path, x in leaves]
-        assert hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16] == digest, f"{name} has other arrays"
+        assert hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16] == digest, (
+            f"{name} has other arrays"
+        )
         rng = np.random.default_rng(len(hashes))
-        variables = jax.tree.map(lambda x, rng=rng: rng.normal(size=x.shape).astype(x.dtype), shapes)
+        variables = jax.tree.map(
+            lambda x, rng=rng: rng.normal(size=x.shape).astype(x.dtype), shapes
+        )
         assets = {"vocabulary": b"words"} if name == "mulan" else {}
         if name in ("policy", "fine"):
             assets = {"tokens.json": json.dumps(hashes).encode()}
@@ -133,7 +141,11 @@ def test_an_old_policy_is_a_system_whose_weights_fit_its_models(run):
     text = {"pieces": np.ones((2, 8), np.int32)}
     rollout = jax.eval_shape(
         lambda weights, text, keys: draw(
-            loaded.system.compute_copy(weights, "float32"), text, keys, loaded.system.length(0.08), Sampling()
+            loaded.system.compute_copy(weights, "float32"),
+            text,
+            keys,
+            loaded.system.length(0.08),
+            Sampling(),
         ),
         weights,
         text,
@@ -169,12 +181,18 @@ def test_an_old_policy_is_packed_as_one_system_with_its_hashes(run, policy, tmp_
 
 def test_a_system_that_refers_elsewhere_is_packed_with_what_it_names(run, policy, tmp_path):
     system = tmp_path / "base"
-    places = {MODULES[name][0]: str(policy.parent / name) for name in ("policy", "fine", "codec", "mulan")}
+    places = {
+        MODULES[name][0]: str(policy.parent / name) for name in ("policy", "fine", "codec", "mulan")
+    }
     folder.write(system, "musiclm", places)
     pack.pack(str(tmp_path / "whole"), system=str(system), format="system")
     described = folder.describe(str(tmp_path / "whole"))["parts"]
-    assert {name: part["hash"] for name, part in described.items()} == {name: parts(run[1])[name] for name in places}
-    assert {part["folder"] for part in described.values()} == {str(tmp_path / "whole" / name) for name in places}
+    assert {name: part["hash"] for name, part in described.items()} == {
+        name: parts(run[1])[name] for name in places
+    }
+    assert {part["folder"] for part in described.values()} == {
+        str(tmp_path / "whole" / name) for name in places
+    }
 
 
 def full_disk(*_):
@@ -196,7 +214,9 @@ def test_a_system_is_packed_whole_or_not_at_all(policy, tmp_path):
     assert not out.exists() and not list(tmp_path.glob(".*"))
     pack.pack(str(out), system=str(policy), format="system")
     assert "semantic" not in folder.describe(str(out))["parts"]
-    with pytest.raises(ValueError, match="whole' is there already: choose another folder, or remove it"):
+    with pytest.raises(
+        ValueError, match="whole' is there already: choose another folder, or remove it"
+    ):
         pack.pack(str(out), system=str(policy), format="system")
 
 
@@ -206,7 +226,10 @@ def test_a_system_is_packed_whole_or_not_at_all(policy, tmp_path):
         ({"format": "zip"}, "format='zip' is none of safetensors, system"),
         ({"format": "system"}, "pack.system names the folder that --format=system packs"),
         ({"system": "runs/mine/ru"}, "give the one that belongs to the format"),
-        ({"format": "system", "system": "a", "models": {"ru": "b"}}, "give the one that belongs to the format"),
+        (
+            {"format": "system", "system": "a", "models": {"ru": "b"}},
+            "give the one that belongs to the format",
+        ),
         ({"format": "system", "system": "nowhere"}, "no system in nowhere"),
     ],
 )

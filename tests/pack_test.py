@@ -32,25 +32,37 @@ def towers(monkeypatch):
 
 
 def weights(scale=1.0):
-    return {"kernel": (scale * RNG.normal(size=(3, 5))).astype(np.float32), "count": np.arange(3, dtype=np.int32)}
+    return {
+        "kernel": (scale * RNG.normal(size=(3, 5))).astype(np.float32),
+        "count": np.arange(3, dtype=np.int32),
+    }
 
 
 @pytest.fixture
 def run(tmp_path):
     """A codec, a MuLan over fetched towers, and a policy that was trained on their tokens."""
     (tmp_path / "words").write_bytes(b"tokenizer")
-    large = {"params": weights(), "codebooks": {"sums": np.full(3, 1e5, np.float32)}}  # more than half precision holds
+    large = {
+        "params": weights(),
+        "codebooks": {"sums": np.full(3, 1e5, np.float32)},
+    }  # more than half precision holds
     codec = checkpoint.save_model(tmp_path / "codec", SoundStreamConfig(levels=3), large)
     heard = {"params": {"towers": TOWERS, "audio_projection": weights()}}
-    mulan = checkpoint.save_model(tmp_path / "mulan", MuLanConfig(), heard, {"vocabulary": b"tokenizer"})
+    mulan = checkpoint.save_model(
+        tmp_path / "mulan", MuLanConfig(), heard, {"vocabulary": b"tokenizer"}
+    )
     lineage = json.dumps({"codec": codec, "mulan": mulan, "semantic": "5e"}).encode()
-    checkpoint.save_model(tmp_path / "policy", MusicLMConfig(), {"params": weights()}, {"tokens.json": lineage})
+    checkpoint.save_model(
+        tmp_path / "policy", MusicLMConfig(), {"params": weights()}, {"tokens.json": lineage}
+    )
     return tmp_path
 
 
 def packed(run, names=("codec", "mulan", "policy")):
     towers = "musicnn", "minilm", str(run / "words")
-    pack.pack(str(run / "pack"), {name: str(run / name) for name in names}, "", "safetensors", *towers)
+    pack.pack(
+        str(run / "pack"), {name: str(run / name) for name in names}, "", "safetensors", *towers
+    )
 
 
 def unpacked(run):
@@ -60,15 +72,23 @@ def unpacked(run):
 def test_what_comes_back_is_what_was_packed_in_half_precision(run):
     packed(run)
     unpacked(run)
-    for name, kind in (("codec", SoundStreamConfig), ("policy", MusicLMConfig), ("mulan", MuLanConfig)):
+    for name, kind in (
+        ("codec", SoundStreamConfig),
+        ("policy", MusicLMConfig),
+        ("mulan", MuLanConfig),
+    ):
         before, after = (checkpoint.load_model(run / where / name, kind) for where in (".", "back"))
         assert after.config == before.config and set(after.assets) == set(before.assets)
         one, other = pack._flat(before.variables), pack._flat(after.variables)
-        assert list(one) == list(other) and all(one[path].dtype == other[path].dtype for path in one)
+        assert list(one) == list(other) and all(
+            one[path].dtype == other[path].dtype for path in one
+        )
         for path in one:
             np.testing.assert_allclose(other[path], one[path], rtol=2**-11, atol=1e-7)
     mulan = checkpoint.load_model(run / "back/mulan", MuLanConfig)
-    np.testing.assert_array_equal(mulan.variables["params"]["towers"]["audio"]["kernel"], TOWERS["audio"]["kernel"])
+    np.testing.assert_array_equal(
+        mulan.variables["params"]["towers"]["audio"]["kernel"], TOWERS["audio"]["kernel"]
+    )
     assert mulan.assets == {"vocabulary": b"tokenizer"}
     codec = checkpoint.load_model(run / "back/codec", SoundStreamConfig)
     np.testing.assert_array_equal(codec.variables["codebooks"]["sums"], np.full(3, 1e5))
@@ -77,7 +97,9 @@ def test_what_comes_back_is_what_was_packed_in_half_precision(run):
 def test_in_single_precision_a_model_stays_the_same(run):
     names = {name: str(run / name) for name in ("codec", "policy")}
     pack.pack(str(run / "pack"), names, dtype="float32")
-    arrays = safetensors.numpy.load_file(run / "pack/policy.safetensors")  # as those read it who want the weights alone
+    arrays = safetensors.numpy.load_file(
+        run / "pack/policy.safetensors"
+    )  # as those read it who want the weights alone
     model = checkpoint.load_model(run / "policy", MusicLMConfig)
     np.testing.assert_array_equal(arrays["params/kernel"], model.variables["params"]["kernel"])
     pack.unpack(str(run / "pack"), str(run / "back"))
@@ -90,7 +112,11 @@ def test_in_single_precision_a_model_stays_the_same(run):
 def test_weights_that_someone_else_wrote_are_taken_if_they_fit(run):
     """As those do who average models: the header kept, other numbers."""
     file = run / "pack/policy.safetensors"
-    pack.pack(str(run / "pack"), {"policy": str(run / "policy"), "codec": str(run / "codec")}, dtype="float32")
+    pack.pack(
+        str(run / "pack"),
+        {"policy": str(run / "policy"), "codec": str(run / "codec")},
+        dtype="float32",
+    )
     arrays = safetensors.numpy.load_file(file)
     with safetensors.safe_open(file, framework="numpy") as packed:
         header = packed.metadata()
@@ -100,7 +126,9 @@ def test_weights_that_someone_else_wrote_are_taken_if_they_fit(run):
         pack.unpack(str(run / "pack"), str(run / "back"), changed=changed)
 
     doubled = {**arrays, "params/kernel": 2 * arrays["params/kernel"]}
-    with pytest.raises(ValueError, match=r"if someone wrote other weights into it, name it in unpack\.changed"):
+    with pytest.raises(
+        ValueError, match=r"if someone wrote other weights into it, name it in unpack\.changed"
+    ):
         read(doubled, ())
     for wrong, why in (
         (
@@ -111,8 +139,14 @@ def test_weights_that_someone_else_wrote_are_taken_if_they_fit(run):
             {"params/kernel": doubled["params/kernel"].astype(np.float64)},
             r"and is float64 \[3, 5\]: write it as it was",
         ),
-        ({"params/kernels": arrays["params/kernel"]}, r"params/kernels was packed as nothing and is float"),
-        ({"params/kernel": np.full((3, 5), np.inf, np.float32)}, "params/kernel has weights that are not finite"),
+        (
+            {"params/kernels": arrays["params/kernel"]},
+            r"params/kernels was packed as nothing and is float",
+        ),
+        (
+            {"params/kernel": np.full((3, 5), np.inf, np.float32)},
+            "params/kernel has weights that are not finite",
+        ),
         (
             # As safetensors writes it; so an averaging of one model with itself, in an array of another layout.
             {"params/kernel": np.asfortranarray(arrays["params/kernel"])},
@@ -122,7 +156,9 @@ def test_weights_that_someone_else_wrote_are_taken_if_they_fit(run):
         with pytest.raises(ValueError, match=why):
             read({**doubled, **wrong})
     other = {pack.HEADER: header[pack.HEADER].replace("tokens.json", "../../tokens.json")}
-    with pytest.raises(ValueError, match="another header than it was packed with: write its metadata as they were"):
+    with pytest.raises(
+        ValueError, match="another header than it was packed with: write its metadata as they were"
+    ):
         read(doubled, header=other)
     with pytest.raises(ValueError, match="'policies' is none of"):
         read(doubled, ("policies",))
@@ -134,7 +170,10 @@ def test_weights_that_someone_else_wrote_are_taken_if_they_fit(run):
         model = checkpoint.load_model(run / "back/policy", MusicLMConfig)
         np.testing.assert_array_equal(model.variables["params"]["kernel"], doubled["params/kernel"])
         assert model.hash != checkpoint.model_hash(run / "policy")
-        assert model.assets["tokens.json"] == checkpoint.load_model(run / "policy", MusicLMConfig).assets["tokens.json"]
+        assert (
+            model.assets["tokens.json"]
+            == checkpoint.load_model(run / "policy", MusicLMConfig).assets["tokens.json"]
+        )
     with pytest.raises(ValueError, match="unpack elsewhere"):
         read(arrays)
     index = json.loads((run / "pack/models.json").read_text())
@@ -146,7 +185,9 @@ def test_weights_that_someone_else_wrote_are_taken_if_they_fit(run):
 
 def test_arrays_of_any_memory_layout_are_packed_as_they_are(run):
     """Orbax gives back row-major arrays, but whoever packs a model of their own may not have any."""
-    transposed = {"params": {"kernel": np.asfortranarray(RNG.normal(size=(3, 5)).astype(np.float32))}}
+    transposed = {
+        "params": {"kernel": np.asfortranarray(RNG.normal(size=(3, 5)).astype(np.float32))}
+    }
     whole = checkpoint.Model(MusicLMConfig(), transposed, checkpoint.content_hash(transposed), {})
     for dtype in ("float32", "float16"):
         with pytest.MonkeyPatch.context() as patch:
@@ -168,7 +209,9 @@ def test_a_pack_of_someone_else_writes_nowhere_else(run, name):
         pack.pack(str(run / "mine"), {name: str(run / "policy")})
     assert not (run / "mine").exists()
     with pytest.raises(ValueError, match=r"which would lead out of the folder"):
-        checkpoint.save_model(run / "other", MusicLMConfig(), {"params": weights()}, {name: b"content"})
+        checkpoint.save_model(
+            run / "other", MusicLMConfig(), {"params": weights()}, {name: b"content"}
+        )
     assert not checkpoint.has_model(run / "other") and not (run / "escaped").exists()
 
 
@@ -189,7 +232,10 @@ def test_the_card_names_every_array_of_what_ships():
         with safetensors.safe_open(file, framework="numpy") as arrays:
             names = list(arrays.keys())
         for name in names:
-            assert sum(bool(re.fullmatch(each, name)) for each in described[file.stem]) == 1, (file.stem, name)
+            assert sum(bool(re.fullmatch(each, name)) for each in described[file.stem]) == 1, (
+                file.stem,
+                name,
+            )
         for each in described[file.stem]:
             assert any(re.fullmatch(each, name) for name in names), (file.stem, each)
 
@@ -204,7 +250,11 @@ def test_the_lineage_names_the_packed_models(run):
         "semantic": "5e",
     }
     told = json.loads((run / "pack/models.json").read_text())
-    assert told["policy"]["packed_from"] == checkpoint.model_hash(run / "policy") != told["policy"]["hash"]
+    assert (
+        told["policy"]["packed_from"]
+        == checkpoint.model_hash(run / "policy")
+        != told["policy"]["hash"]
+    )
     assert told["mulan"]["weights"] == 18  # without the towers
     packed_again = (run / "pack/policy.safetensors").read_bytes()
     packed(run)
@@ -225,7 +275,9 @@ def test_done_models_are_left_alone_and_others_refused(run, capsys):
 def test_other_towers_are_refused(run, towers):
     packed(run)
     towers["audio"]["kernel"] += 1
-    with pytest.raises(ValueError, match=r"towers/audio/kernel is not that of the pretrained towers"):
+    with pytest.raises(
+        ValueError, match=r"towers/audio/kernel is not that of the pretrained towers"
+    ):
         packed(run)
     with pytest.raises(ValueError, match="its towers are not those that it was packed without"):
         unpacked(run)
@@ -248,7 +300,8 @@ def test_a_changed_byte_is_named(run, place):
     content[place] ^= 1
     path.write_bytes(content)
     with pytest.raises(
-        ValueError, match=r"policy\.safetensors has the sha256 \w+, not \w+: if it is damaged, restore it"
+        ValueError,
+        match=r"policy\.safetensors has the sha256 \w+, not \w+: if it is damaged, restore it",
     ):
         unpacked(run)
 
@@ -268,7 +321,9 @@ def test_a_model_of_no_known_kind_is_refused(run):
     checkpoint.save_model(run / "odd", QualityConfig(), {"params": weights()})
     manifest = run / "odd/model/manifest.json"
     manifest.write_text(manifest.read_text().replace("QualityConfig", "OddConfig"))
-    with pytest.raises(ValueError, match="odd/model is a OddConfig, which is none of MuLanConfig, MusicLMConfig"):
+    with pytest.raises(
+        ValueError, match="odd/model is a OddConfig, which is none of MuLanConfig, MusicLMConfig"
+    ):
         packed(run, names=("odd",))
 
 
@@ -280,7 +335,8 @@ def test_an_empty_pack_is_refused(run):
 
 def test_what_ships_is_small_whole_and_described():
     """The models of the demo: every file is the one in the index and can be read, the card names its hash, and all fit
-    into 24 MB."""
+    into 24 MB.
+    """
     told, card = json.loads((SHIPPED / pack.INDEX).read_text()), (SHIPPED / "README.md").read_text()
     files = sorted(SHIPPED.glob("*.safetensors"))
     assert [path.stem for path in files] == sorted(told)

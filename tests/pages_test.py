@@ -14,13 +14,28 @@ from musicrl_jax import cli
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(
     path
-    for pattern in ("*.md", "data/**/*.md", "gin/**/*.gin", "launch/*.sh", "launch/*.yaml", "tests/**/*.md")
+    for pattern in (
+        "*.md",
+        "data/**/*.md",
+        "gin/**/*.gin",
+        "launch/*.sh",
+        "launch/*.yaml",
+        "tests/**/*.md",
+    )
     for path in ROOT.glob(pattern)
-) + sorted(path for folder in ("musicrl_jax", "tests/benchmarks", "data") for path in (ROOT / folder).rglob("*.py"))
+) + sorted(
+    path
+    for folder in ("musicrl_jax", "tests/benchmarks", "data")
+    for path in (ROOT / folder).rglob("*.py")
+)
 FENCE = re.compile(r"^```sh\n(.*?)^```", re.MULTILINE | re.DOTALL)
 SPAN = re.compile(r"`([^`\n]+)`")
-INDENTED = re.compile(r"^(?:#  |   ) +((?:\.venv/bin/)?(?:musicrl|python|launch/\w+\.sh) .*)$", re.MULTILINE)
-PROGRAM = re.compile(r"(?:^|.*?[ ;])(?:\.venv/bin/)?(musicrl|python|launch/quickstart\.sh|launch/tpu_rl\.sh) +(.*)")
+INDENTED = re.compile(
+    r"^(?:#  |   ) +((?:\.venv/bin/)?(?:musicrl|python|launch/\w+\.sh) .*)$", re.MULTILINE
+)
+PROGRAM = re.compile(
+    r"(?:^|.*?[ ;])(?:\.venv/bin/)?(musicrl|python|launch/quickstart\.sh|launch/tpu_rl\.sh) +(.*)"
+)
 OPTIONAL = re.compile(r" \[[^]'\"]*\]")  # [more flags]
 PLACEHOLDER = re.compile(r"\.\.\.|=(?:FILE|VALUE|STAGE|NAME)\b|--help")
 YOUR_RUN = """
@@ -55,8 +70,12 @@ def commands():
         for line in printed(page):
             called = PROGRAM.fullmatch(line)
             if called:
-                with contextlib.suppress(ValueError):  # a quote that the page closes elsewhere: no command
-                    words = shlex.split(re.split("   +", called[2])[0], comments=True)  # beside it words for people
+                with contextlib.suppress(
+                    ValueError
+                ):  # a quote that the page closes elsewhere: no command
+                    words = shlex.split(
+                        re.split("   +", called[2])[0], comments=True
+                    )  # beside it words for people
                     if any(word.startswith("--") for word in words) or called[1] != "musicrl":
                         yield page, called[1], words
 
@@ -82,7 +101,10 @@ def yours(tmp_path):
 def configured(words):
     """Whether the command takes these words, and why not."""
     gin.clear_config()
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as errors:
+    with (
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()) as errors,
+    ):
         status = cli.main([*words, "--dry_run"])
     return status, errors.getvalue()
 
@@ -106,7 +128,11 @@ def test_a_command_of_a_page_is_taken(page, program, words, yours):
         return
     if program == "launch/quickstart.sh":
         run = "from_scratch" if "--from_scratch" in words else "quickstart"
-        words = ["run", f"--gin_file=gin/runs/{run}.gin", *(word for word in words if word != "--from_scratch")]
+        words = [
+            "run",
+            f"--gin_file=gin/runs/{run}.gin",
+            *(word for word in words if word != "--from_scratch"),
+        ]
     if program == "launch/tpu_rl.sh":
         words = ["run", *(word for word in words if word != "--dry-run")]
     status, error = configured(words)
@@ -136,5 +162,10 @@ def test_flags_of_a_page_are_taken_by_some_verb(page, words):
 def test_commands_are_found():
     """The pages that have some: what is found nowhere is tested nowhere."""
     pages = {page.relative_to(ROOT).as_posix() for page, *_ in COMMANDS}
-    wanted = {"README.md", "data/pretrained/demo/README.md", "gin/runs/demo.gin", "gin/ablations/no_text.gin"}
+    wanted = {
+        "README.md",
+        "data/pretrained/demo/README.md",
+        "gin/runs/demo.gin",
+        "gin/ablations/no_text.gin",
+    }
     assert wanted <= pages and len(COMMANDS) > 30 and len(FLAGS) > 15

@@ -23,7 +23,9 @@ from musicrl_jax.systems.musiclm import MusicLMSystem
 PACKAGE = Path(checkpoint.__file__).parents[1]
 ROOMS = "arena", "inputs", "losses", "models", "objectives", "rl", "systems"
 PARTS = {*MusicLMSystem.PARTS, *folder.BESIDE.values(), "quality", "preference", "system"}
-LOOKS_LIKE_A_PATH = re.compile(rf"dir|folder|path|file|model|vocabulary|weights|csv|({'|'.join(PARTS)})$")
+LOOKS_LIKE_A_PATH = re.compile(
+    rf"dir|folder|path|file|model|vocabulary|weights|csv|({'|'.join(PARTS)})$"
+)
 TEXTS = "str", "str | None", "tuple[str, ...]"
 NO_CONFIG = {"Wheel.file"}  # what is fetched, by its name on the index
 
@@ -32,13 +34,19 @@ def unmarked(source):
     """Returns the fields of dataclasses that look like paths and are not marked, and all fields of text."""
     every, bare = [], []
     for config in ast.walk(ast.parse(source)):
-        if not isinstance(config, ast.ClassDef) or "dataclass" not in " ".join(map(ast.unparse, config.decorator_list)):
+        if not isinstance(config, ast.ClassDef) or "dataclass" not in " ".join(
+            map(ast.unparse, config.decorator_list)
+        ):
             continue
         for field in config.body:
             if isinstance(field, ast.AnnAssign) and ast.unparse(field.annotation) in TEXTS:
                 every.append(f"{config.name}.{field.target.id}")
                 is_marked = field.value is not None and "metadata=" in ast.unparse(field.value)
-                if LOOKS_LIKE_A_PATH.search(field.target.id) and not is_marked and every[-1] not in NO_CONFIG:
+                if (
+                    LOOKS_LIKE_A_PATH.search(field.target.id)
+                    and not is_marked
+                    and every[-1] not in NO_CONFIG
+                ):
                     bare.append(every[-1])
     return bare, every
 
@@ -48,7 +56,9 @@ def test_every_field_that_looks_like_a_path_is_marked():
     for room in ROOMS:
         for file in sorted((PACKAGE / room).glob("*.py")):
             bare, every = unmarked(file.read_text())
-            assert not bare, f"{file}: mark {bare[0]} with dataclasses.field(metadata=checkpoint.PATH)"
+            assert not bare, (
+                f"{file}: mark {bare[0]} with dataclasses.field(metadata=checkpoint.PATH)"
+            )
             fields |= set(every)
     assert {"Clips.data_dir", "Prompts.files", "DPOObjective.policy", "RLConfig.dtype"} <= fields
     source = "@dataclass\nclass A:\n out_dir: str\n mulan: str = ''\n steps: int\n baseline: str\n"
@@ -90,7 +100,13 @@ def test_paths_are_described_as_before_they_were_marked(tmp_path):
     """So that a run that an older version began goes on."""
     (tmp_path / "words").write_text("a vocabulary")
     (tmp_path / "tokens").mkdir()
-    manifest = {"schema": "1.1.0", "models": {"codec": "c0"}, "layout": {}, "data": {}, "counts": {}}
+    manifest = {
+        "schema": "1.1.0",
+        "models": {"codec": "c0"},
+        "layout": {},
+        "data": {},
+        "counts": {},
+    }
     (tmp_path / "tokens/manifest.json").write_text(json.dumps(manifest))
     policy = checkpoint.save_model(tmp_path / "policy", TokenLayout(), {"w": np.ones(3)})
     clips = Clips({"a/b": 1.0}, str(tmp_path), 16_000, vocabulary=str(tmp_path / "words"))
@@ -112,7 +128,10 @@ def test_paths_are_described_as_before_they_were_marked(tmp_path):
         "policy": policy,
         "crop": 1.0,
     }
-    assert checkpoint.describe(PreferenceObjective(None, votes, "missing/policy"))["policy"] == "missing/policy"
+    assert (
+        checkpoint.describe(PreferenceObjective(None, votes, "missing/policy"))["policy"]
+        == "missing/policy"
+    )
     assert checkpoint.describe(Prompts(files=(str(tmp_path / "words"), "none")))["files"] == [
         sha256(tmp_path / "words"),
         "none",

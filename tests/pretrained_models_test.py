@@ -1,5 +1,6 @@
 """Weights that others trained, and those that ship: fetched from the package index, the first give what the original
-programs give; unpacked over them, the second play."""
+programs give; unpacked over them, the second play.
+"""
 
 import json
 import zipfile
@@ -25,11 +26,19 @@ MINILM = bert.BertConfig(layers=6, heads=12, embed=384, mlp=1536, positions=512,
 # Of each sentence: how many pieces it has, then numbers 0, 100, 200 and 383 and the length of the mean over its pieces'
 # hidden states, by transformers 5.23 (BertModel) and tokenizers 0.23.
 SENTENCES = {
-    "a fast Irish reel on a harp, in D major": (13, [-0.336876, 0.458189, 0.243399, 0.343692], 6.757598),
+    "a fast Irish reel on a harp, in D major": (
+        13,
+        [-0.336876, 0.458189, 0.243399, 0.343692],
+        6.757598,
+    ),
     "Медленный вальс на аккордеоне": (28, [-0.112602, -0.076819, -0.128244, -0.183908], 3.690609),
     "二胡独奏的悲伤旋律": (11, [-0.071695, 0.313601, -0.02929, -0.064193], 5.824824),
     "لحن هادئ على العود": (17, [0.008017, 0.002588, 0.43049, -0.310278], 3.909464),
-    "τραγούδι 🎵 with a 6/8 beat at 120 BPM": (20, [-0.398426, 0.38733, 0.213783, -0.164387], 4.749397),
+    "τραγούδι 🎵 with a 6/8 beat at 120 BPM": (
+        20,
+        [-0.398426, 0.38733, 0.213783, -0.164387],
+        4.749397,
+    ),
     "slow jig " * 200: (64, [-0.101836, 0.129798, -0.051867, -0.0665], 2.434798),
 }
 
@@ -51,12 +60,16 @@ def minilm(folder):
     assert bert.sizes(tensors, settings, path) == MINILM
     text = pieces.encode((folder / "minilm/tokenizer.json").read_bytes(), list(SENTENCES), 64)
     with jax.default_matmul_precision("highest"):
-        return jax.jit(bert.Bert(MINILM).apply)({"params": bert.params(MINILM, tensors, path)}, text), text
+        return jax.jit(bert.Bert(MINILM).apply)(
+            {"params": bert.params(MINILM, tensors, path)}, text
+        ), text
 
 
 def test_minilm_gives_the_numbers_of_transformers(minilm):
     embeddings, text = minilm
-    for embedding, ids, (count, numbers, length) in zip(np.asarray(embeddings), text, SENTENCES.values(), strict=True):
+    for embedding, ids, (count, numbers, length) in zip(
+        np.asarray(embeddings), text, SENTENCES.values(), strict=True
+    ):
         assert np.count_nonzero(ids) == count
         np.testing.assert_allclose(embedding[[0, 100, 200, 383]], numbers, atol=1e-5)
         np.testing.assert_allclose(np.linalg.norm(embedding), length, atol=1e-4)
@@ -64,7 +77,9 @@ def test_minilm_gives_the_numbers_of_transformers(minilm):
 
 @pytest.mark.parametrize("prompt", ["", "🎵🎶", "[PAD]", "[CLS] [SEP]", "x" * 10_000])
 def test_what_minilm_cannot_read_is_refused(folder, prompt):
-    with pytest.raises(ValueError, match=r"^prompt .* is empty|^prompt .* nothing that the vocabulary knows"):
+    with pytest.raises(
+        ValueError, match=r"^prompt .* is empty|^prompt .* nothing that the vocabulary knows"
+    ):
         pieces.encode((folder / "minilm/tokenizer.json").read_bytes(), [prompt], 64)
 
 
@@ -75,7 +90,11 @@ def test_minilm_equals_transformers(folder, minilm):
     embeddings, text = minilm
     real = text != 0
     with torch.no_grad():
-        hidden = theirs(torch.tensor(text), attention_mask=torch.tensor(real)).last_hidden_state.double().numpy()
+        hidden = (
+            theirs(torch.tensor(text), attention_mask=torch.tensor(real))
+            .last_hidden_state.double()
+            .numpy()
+        )
     expected = (hidden * real[:, :, None]).sum(axis=1) / real.sum(axis=1, keepdims=True)
     np.testing.assert_allclose(embeddings, expected, atol=1e-5)
 
@@ -93,7 +112,9 @@ def test_musicnn_equals_its_own_graph(folder):
         0.1 * rng.normal(size=len(time)) * (time > 1),
     ]
     mels = [
-        librosa.feature.melspectrogram(y=wav, sr=16_000, hop_length=256, n_fft=512, n_mels=96, pad_mode="reflect").T
+        librosa.feature.melspectrogram(
+            y=wav, sr=16_000, hop_length=256, n_fft=512, n_mels=96, pad_mode="reflect"
+        ).T
         for wav in np.float32(wavs)
     ]
     mels = np.log10(10_000 * np.stack(mels)[:, :187] + 1)  # [2, 187, 96]
@@ -104,7 +125,10 @@ def test_musicnn_equals_its_own_graph(folder):
         for operation in graph.get_operations():
             if operation.type == "VariableV2":
                 session.run(tf.compat.v1.assign(operation.outputs[0], tensors[operation.name]))
-        inputs = {"model/Placeholder:0": mels, "model/Placeholder_2:0": False}  # the mels; whether it is training
+        inputs = {
+            "model/Placeholder:0": mels,
+            "model/Placeholder_2:0": False,
+        }  # the mels; whether it is training
         expected = session.run(f"{found}:0", inputs)
     config = musicnn.MusicnnConfig()
     params = musicnn.params(config, tensors, path)
@@ -120,7 +144,12 @@ def shipped(folder, tmp_path_factory):
     """The pack that ships, as a run's folder."""
     run = tmp_path_factory.mktemp("shipped")
     towers = (
-        folder / part for part in ("musicnn/model.safetensors", "minilm/model.safetensors", "minilm/tokenizer.json")
+        folder / part
+        for part in (
+            "musicnn/model.safetensors",
+            "minilm/model.safetensors",
+            "minilm/tokenizer.json",
+        )
     )
     pack.unpack(str(SHIPPED), str(run), *map(str, towers))
     return run
@@ -129,17 +158,25 @@ def shipped(folder, tmp_path_factory):
 def test_what_ships_is_what_its_index_says(shipped):
     told = json.loads((SHIPPED / pack.INDEX).read_text())
     assert {path.stem for path in SHIPPED.glob("*.safetensors")} == set(told)
-    assert {name: checkpoint.model_hash(shipped / name) for name in told} == {n: t["hash"] for n, t in told.items()}
+    assert {name: checkpoint.model_hash(shipped / name) for name in told} == {
+        n: t["hash"] for n, t in told.items()
+    }
 
 
 @pytest.mark.parametrize("policy", ["policy", "ru"])
 def test_what_ships_plays_music_rather_than_noise(shipped, tmp_path, policy):
     """A spectrum with peaks: white noise has a flatness of -2.5 dB, real clips of the demo's data below -30."""
-    prompts = ["a slow Bach chorale on a church organ", "a fast Irish reel on a harp in D major", "a string ensemble"]
+    prompts = [
+        "a slow Bach chorale on a church organ",
+        "a fast Irish reel on a harp in D major",
+        "a string ensemble",
+    ]
     paths = generate(str(shipped / policy), prompts, out=str(tmp_path), clip_seconds=5.0)
     clips = [soundfile.read(path, dtype="float32") for path in paths]
     assert all((len(wav), rate) == (80_000, 16_000) for wav, rate in clips)
     assert min(np.sqrt(np.mean(wav**2)) for wav, _ in clips) > 3e-3
-    flatness = [np.median(10 * np.log10(librosa.feature.spectral_flatness(y=wav))) for wav, _ in clips]
+    flatness = [
+        np.median(10 * np.log10(librosa.feature.spectral_flatness(y=wav))) for wav, _ in clips
+    ]
     assert np.mean(flatness) < -20, flatness
     assert np.abs(clips[0][0] - clips[1][0]).max() > 1e-2

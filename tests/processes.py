@@ -54,7 +54,9 @@ class Processes:
             settings |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         process = self.start(command, text=True, **settings)
         out, err = process.communicate(timeout=timeout)
-        assert not check or process.returncode == 0, f"{command} ended with {process.returncode}: {(err or '')[-3000:]}"
+        assert not check or process.returncode == 0, (
+            f"{command} ended with {process.returncode}: {(err or '')[-3000:]}"
+        )
         return subprocess.CompletedProcess(command, process.returncode, out, err)
 
     def end(self) -> None:

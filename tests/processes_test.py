@@ -35,7 +35,9 @@ def test_signals_that_are_not_ignored_are_left_alone():
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
-@pytest.mark.parametrize("command", ["sleep 60 & echo $!; wait", "setsid sleep 60 & echo $!"], ids=["group", "session"])
+@pytest.mark.parametrize(
+    "command", ["sleep 60 & echo $!; wait", "setsid sleep 60 & echo $!"], ids=["group", "session"]
+)
 def test_nothing_outlives_its_test(command):
     with Processes() as processes:
         process = processes.start(["bash", "-c", command], stdout=subprocess.PIPE, text=True)

@@ -42,14 +42,23 @@ def test_the_stages_that_are_asked_for_run_in_order(stages, made, tmp_path, only
     summary = tmp_path / "summary.json"
     assert summary.exists() == ("evaluate" in expected)
     if summary.exists():
-        assert json.loads(summary.read_text()) == {"from": "evaluate", "seconds": read_seconds(str(tmp_path))}
+        assert json.loads(summary.read_text()) == {
+            "from": "evaluate",
+            "seconds": read_seconds(str(tmp_path)),
+        }
 
 
 @pytest.mark.parametrize(
     ("only", "skip", "complaint"),
-    [("sing", "", "'sing' is none"), ("", "sing", "'sing' is none"), ("codec", "codec", "leave no stage")],
+    [
+        ("sing", "", "'sing' is none"),
+        ("", "sing", "'sing' is none"),
+        ("codec", "codec", "leave no stage"),
+    ],
 )
-def test_what_names_no_stage_is_refused_before_any_runs(stages, made, tmp_path, only, skip, complaint):
+def test_what_names_no_stage_is_refused_before_any_runs(
+    stages, made, tmp_path, only, skip, complaint
+):
     with pytest.raises(ValueError, match=complaint):
         run(str(tmp_path), [stages], only, skip)
     assert not made

@@ -30,7 +30,9 @@ def start(processes, verb, folder, count, devices, dies_at=99):
         environment = {**os.environ, "JAX_COORDINATOR_ADDRESS": address}
         environment |= {"JAX_NUM_PROCESSES": str(count), "JAX_PROCESS_ID": str(number)}
         with (folder / f"log-{number}.txt").open("a") as log:
-            started.append(processes.start(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
+            started.append(
+                processes.start(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+            )
     return started
 
 
@@ -65,7 +67,9 @@ def share(folder, count):
 def written(folder, name):
     """What a folder of tokens holds, by hash, and the votes on them."""
     votes = folder / name / "votes.jsonl"
-    return json.loads((folder / name / "manifest.json").read_text()), votes.exists() and votes.read_text()
+    return json.loads(
+        (folder / name / "manifest.json").read_text()
+    ), votes.exists() and votes.read_text()
 
 
 @pytest.mark.slow
@@ -77,8 +81,12 @@ def test_hosts_share_the_rows_and_write_what_one_process_does(verb, rows, tmp_pa
     for folder in (alone, together):
         folder.mkdir()
         tiny.write(folder / "system")
-    assert ended(start(processes, verb, alone, 1, 4)) == [0], (alone / "log-0.txt").read_text()[-3000:]
-    assert ended(start(processes, verb, together, 2, 2)) == [0, 0], (together / "log-0.txt").read_text()[-3000:]
+    assert ended(start(processes, verb, alone, 1, 4)) == [0], (alone / "log-0.txt").read_text()[
+        -3000:
+    ]
+    assert ended(start(processes, verb, together, 2, 2)) == [0, 0], (
+        together / "log-0.txt"
+    ).read_text()[-3000:]
     assert written(together, name) == written(alone, name)
     assert share(alone, 1) == [rows] and share(together, 2) == [rows // 2, rows // 2]
     if verb == "encode":
@@ -90,8 +98,13 @@ def test_hosts_share_the_rows_and_write_what_one_process_does(verb, rows, tmp_pa
     tiny.write(cut / "system")
     lost = ended(start(processes, verb, cut, 2, 2, dies_at=15))
     assert lost[0] in (hosts.LOST, -signal.SIGABRT) and lost[1] == -signal.SIGKILL
-    assert len(list((cut / "votes/played").iterdir())) == 3 and not (cut / "votes/votes.jsonl").exists()
-    assert ended(start(processes, verb, cut, 2, 2)) == [0, 0], (cut / "log-0.txt").read_text()[-3000:]
+    assert (
+        len(list((cut / "votes/played").iterdir())) == 3
+        and not (cut / "votes/votes.jsonl").exists()
+    )
+    assert ended(start(processes, verb, cut, 2, 2)) == [0, 0], (cut / "log-0.txt").read_text()[
+        -3000:
+    ]
     assert written(cut, name) == written(alone, name) and not (cut / "votes/played").exists()
     assert share(cut, 2)[1] == rows // 2 + 3
 
@@ -104,10 +117,14 @@ def test_a_run_survives_all_that_befalls_its_hosts(verb, tmp_path, processes):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     whole.mkdir()
     cut.mkdir()
-    assert ended(start(processes, verb, whole, 2, 2)) == [0, 0], (whole / "log-0.txt").read_text()[-3000:]
+    assert ended(start(processes, verb, whole, 2, 2)) == [0, 0], (whole / "log-0.txt").read_text()[
+        -3000:
+    ]
 
     lost = ended(start(processes, verb, cut, 2, 2, dies_at=2))
-    assert lost[0] in (hosts.LOST, -signal.SIGABRT), (cut / "log-0.txt").read_text()[-3000:]  # ours, or JAX's own
+    assert lost[0] in (hosts.LOST, -signal.SIGABRT), (cut / "log-0.txt").read_text()[
+        -3000:
+    ]  # ours, or JAX's own
     assert lost[1] == -signal.SIGKILL
     assert not checkpoint.has_model(cut) and not checkpoint.has_model(cut / "run")
 
@@ -123,9 +140,13 @@ def test_a_run_survives_all_that_befalls_its_hosts(verb, tmp_path, processes):
     # order of several hosts, to processes with a coordination service alone.
     moved = tmp_path / "moved"
     shutil.copytree(cut, moved)
-    assert ended(start(processes, verb, cut, 2, 2)) == [0, 0], (cut / "log-0.txt").read_text()[-3000:]
+    assert ended(start(processes, verb, cut, 2, 2)) == [0, 0], (cut / "log-0.txt").read_text()[
+        -3000:
+    ]
     if verb == "train":
-        assert ended(start(processes, verb, moved, 1, 4)) == [0], (moved / "log-0.txt").read_text()[-3000:]
+        assert ended(start(processes, verb, moved, 1, 4)) == [0], (moved / "log-0.txt").read_text()[
+            -3000:
+        ]
         for one, other in zip(told(moved)[0], told(whole)[0], strict=True):
             assert one == pytest.approx(other, rel=1e-4)
     assert told(cut) == told(whole)

@@ -139,7 +139,9 @@ def alone(tmp_path_factory):
 
 
 @pytest.mark.exactness(11, 15)
-@pytest.mark.parametrize(("devices", "fsdp", "tensor"), [(2, 1, 1), (4, 1, 2), (8, 1, 1), (8, 2, 2)])
+@pytest.mark.parametrize(
+    ("devices", "fsdp", "tensor"), [(2, 1, 1), (4, 1, 2), (8, 1, 1), (8, 2, 2)]
+)
 def test_many_devices_do_what_one_does(alone, devices, fsdp, tensor, tmp_path):
     many = loop(tmp_path, a_mesh(devices, fsdp, tensor))
     assert [run[1].value["offset"].sharding.num_devices for run in (alone, many)] == [1, devices]
@@ -197,7 +199,7 @@ def test_a_finetuned_policy_knows_its_anchor_and_is_a_system(tmp_path):
 
 @pytest.mark.exactness(17)
 def test_a_run_that_is_killed_goes_on_as_if_nothing_had_happened(tmp_path, processes):
-    """kill -9 in the fourth of five steps, a checkpoint after every second: metrics and weights equal to the bit."""
+    """Kill -9 in the fourth of five steps, a checkpoint after every second: metrics and weights equal to the bit."""
     for name in ("whole", "cut"):
         (tmp_path / name).mkdir()
     settings = {"steps": 5, "save_every": 2, "saves": True, "normalise": True}
@@ -215,7 +217,9 @@ train_rl_test.loop(Path({str(tmp_path / "cut")!r}), writer=train_rl_test.Dying, 
     loop(tmp_path / "cut", **settings)
     whole, cut = ((tmp_path / name / "run/metrics.jsonl").read_text() for name in ("whole", "cut"))
     assert cut == whole and whole.count("\n") == 5
-    assert checkpoint.model_hash(tmp_path / "cut/run") == checkpoint.model_hash(tmp_path / "whole/run")
+    assert checkpoint.model_hash(tmp_path / "cut/run") == checkpoint.model_hash(
+        tmp_path / "whole/run"
+    )
 
 
 def test_normalised_rewards_are_in_units_of_the_base(tmp_path):
@@ -231,7 +235,9 @@ class Critics:
     """An audience that likes what it hears by a script: the base, then a value a look, each clip a little apart."""
 
     script: tuple
-    already: int = dataclasses.field(default=0, metadata=checkpoint.NO_IDENTITY)  # looks of an earlier attempt
+    already: int = dataclasses.field(
+        default=0, metadata=checkpoint.NO_IDENTITY
+    )  # looks of an earlier attempt
     heard: list = dataclasses.field(default_factory=list)
 
     def check(self, rate_hz):
@@ -242,14 +248,18 @@ class Critics:
 
     def utilities(self, wavs, asked):
         assert len(wavs) == len(asked) == 40
-        look = len(self.heard) + (self.already if self.heard else 0)  # the base is heard first, in every attempt
+        look = len(self.heard) + (
+            self.already if self.heard else 0
+        )  # the base is heard first, in every attempt
         self.heard.append(wavs)
         return (0, *self.script)[look] + 0.1 * np.random.default_rng(look).normal(size=len(asked))
 
 
 def judged(folder, script, steps, looks, already=0, **settings):
     critics = Critics(script, already)
-    judge = monitor.Monitor(critics, Prompts(files=(str(files()[0] / "many.txt"),)), looks, count=40)
+    judge = monitor.Monitor(
+        critics, Prompts(files=(str(files()[0] / "many.txt"),)), looks, count=40
+    )
     *_, lines = loop(folder, steps=steps, monitor=judge, kl_strength=0.0, **settings)
     return lines
 
@@ -275,7 +285,9 @@ def test_a_judge_that_passes_its_peak_stops_the_run_and_keeps_the_best(tmp_path,
     assert lines[-1]["step"] == list(looks)[-1] < 19
     told = learned(tmp_path)["watched"]
     assert told["kept"] in (4, 6, 8) and told["looks"] == len(looks) and told["kl"] > 0
-    kept, last = (checkpoint.load_model(tmp_path / name, tiny.TinyConfig) for name in ("run", "run/last"))
+    kept, last = (
+        checkpoint.load_model(tmp_path / name, tiny.TinyConfig) for name in ("run", "run/last")
+    )
     assert len({kept.hash, last.hash, checkpoint.model_hash(files()[0] / "base/policy")}) == 3
     assert not (tmp_path / "run" / monitor.LOOKS).exists()
     # The policy that is kept is the one that the judge heard at that step.
@@ -284,7 +296,9 @@ def test_a_judge_that_passes_its_peak_stops_the_run_and_keeps_the_best(tmp_path,
 
 def test_a_judge_that_is_content_lets_the_run_end(tmp_path):
     lines = judged(tmp_path, (0.2, 0.4, 0.5, 0.55), steps=5, looks=4)
-    assert [line["step"] for line in lines if "judge_gain" in line] == [1, 2, 3, 4] and len(lines) == 5
+    assert [line["step"] for line in lines if "judge_gain" in line] == [1, 2, 3, 4] and len(
+        lines
+    ) == 5
     gains = [line["judge_gain"] for line in lines[1:]]
     np.testing.assert_allclose(gains, [0.2, 0.4, 0.5, 0.55], atol=0.1)
     assert not (tmp_path / "run/last").exists()
@@ -294,7 +308,9 @@ def test_a_judge_that_is_content_lets_the_run_end(tmp_path):
 def test_a_reward_that_harms_from_the_start_gives_the_base_back(tmp_path):
     judged(tmp_path, (-0.3, -0.6, -0.9, -1.2, -1.5, -1.8), steps=14, looks=6)
     assert learned(tmp_path)["watched"]["kept"] == 0
-    assert checkpoint.model_hash(tmp_path / "run") == checkpoint.model_hash(files()[0] / "base/policy")
+    assert checkpoint.model_hash(tmp_path / "run") == checkpoint.model_hash(
+        files()[0] / "base/policy"
+    )
     assert checkpoint.model_hash(tmp_path / "run/last") != checkpoint.model_hash(tmp_path / "run")
 
 
@@ -317,7 +333,9 @@ def test_the_judge_remembers_across_a_restart(tmp_path):
     judged(tmp_path / "cut", script, already=3, **settings)
     whole, cut = ((tmp_path / name / "run/metrics.jsonl").read_text() for name in ("whole", "cut"))
     assert cut == whole and learned(tmp_path / "cut") == learned(tmp_path / "whole")
-    assert checkpoint.model_hash(tmp_path / "cut/run") == checkpoint.model_hash(tmp_path / "whole/run")
+    assert checkpoint.model_hash(tmp_path / "cut/run") == checkpoint.model_hash(
+        tmp_path / "whole/run"
+    )
 
 
 def test_a_run_whose_updates_are_all_skipped_gives_up(tmp_path):

@@ -24,7 +24,11 @@ from musicrl_jax.objectives.policy import PolicyObjective
 from musicrl_jax.train import _validate, train
 
 CONFIG = MusicLMConfig(
-    TransformerConfig(1, 16, 4, 16, dropout=0.0), TransformerConfig(1, 8, 2, 16), TokenLayout(8, 8, 2), 2, 4
+    TransformerConfig(1, 16, 4, 16, dropout=0.0),
+    TransformerConfig(1, 8, 2, 16),
+    TokenLayout(8, 8, 2),
+    2,
+    4,
 )
 
 
@@ -125,14 +129,23 @@ def test_one_device_equals_eight_on_any_mesh():
         arrays = sharding.put_batch(mesh, batch)
         state, _ = sharding.born_sharded(mesh, create, jax.random.key(0), arrays)
         with jax.set_mesh(mesh), jax.default_matmul_precision("highest"):
-            step = jax.jit(jax.value_and_grad(lambda p, b: objective.loss(p, {}, {}, b, jax.random.key(1))[0]))
+            step = jax.jit(
+                jax.value_and_grad(lambda p, b: objective.loss(p, {}, {}, b, jax.random.key(1))[0])
+            )
             found.append(jax.device_get(step(state.params, arrays)))
         if tensor > 1:  # the weights are really split
-            assert len(state.params["trunk"]["temporal"]["block_0"]["gate"].sharding.device_set) == devices
-            assert not state.params["trunk"]["temporal"]["block_0"]["gate"].sharding.is_fully_replicated
+            assert (
+                len(state.params["trunk"]["temporal"]["block_0"]["gate"].sharding.device_set)
+                == devices
+            )
+            assert not state.params["trunk"]["temporal"]["block_0"][
+                "gate"
+            ].sharding.is_fully_replicated
     for loss, gradients in found[1:]:
         np.testing.assert_allclose(loss, found[0][0], atol=1e-6)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), gradients, found[0][1])
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), gradients, found[0][1]
+        )
 
 
 def test_a_model_trained_on_eight_devices_loads_on_one(whole, processes):
@@ -143,7 +156,9 @@ def test_a_model_trained_on_eight_devices_loads_on_one(whole, processes):
         "model = checkpoint.load_model(sys.argv[1], MusicLMConfig); print(checkpoint.content_hash(model.variables))"
     )
     environment = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(Path(__file__).parents[1])}
-    done = processes.run([sys.executable, "-c", code, whole], env=environment, capture_output=True, timeout=300)
+    done = processes.run(
+        [sys.executable, "-c", code, whole], env=environment, capture_output=True, timeout=300
+    )
     assert done.stdout.strip() == checkpoint.model_hash(whole), done.stderr
 
 
@@ -163,7 +178,9 @@ def test_few_validation_examples_are_enough_and_none_are_no_error(tmp_path, caps
     assert checkpoint.has_model(tmp_path)
 
 
-@pytest.mark.parametrize(("clips", "loss"), [(1, 0.5), (7, 0.5), (8, 0.5), (19, 0.5), (20, 0.5), (1, np.nan)])
+@pytest.mark.parametrize(
+    ("clips", "loss"), [(1, 0.5), (7, 0.5), (8, 0.5), (19, 0.5), (20, 0.5), (1, np.nan)]
+)
 def test_figures_of_too_few_examples_are_words(clips, loss, capsys):
     """MuLan finds one clip among one; what is not finite is kept, as it stops the run."""
 
@@ -179,7 +196,11 @@ def test_figures_of_too_few_examples_are_words(clips, loss, capsys):
 
     class Objective(MuLanObjective):
         def evaluate(self, params, state, frozen, batch, key):
-            return {"loss": jnp.float32(loss), "recall_1": jnp.float32(1), "temperature": jnp.float32(0.25)}
+            return {
+                "loss": jnp.float32(loss),
+                "recall_1": jnp.float32(1),
+                "temperature": jnp.float32(0.25),
+            }
 
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     found = _validate(Objective(None, Clips(), ""), {"params": {}}, {}, mesh, 32, 0, 1)
@@ -187,7 +208,9 @@ def test_figures_of_too_few_examples_are_words(clips, loss, capsys):
     if clips == 20:
         assert found == {"loss": 0.5, "recall_1": 1, "temperature": 0.25} and not out
     else:
-        assert found.keys() == {"temperature"} | ({"loss"} if np.isnan(loss) or clips >= 8 else set())
+        assert found.keys() == {"temperature"} | (
+            {"loss"} if np.isnan(loss) or clips >= 8 else set()
+        )
         assert f"validation recall_1: n too small ({clips} < 20)" in out
 
 
@@ -207,14 +230,18 @@ def test_a_mesh_that_does_not_divide_is_named():
         sharding.make_mesh(fsdp=3)
 
 
-def test_a_gradient_that_is_not_finite_stops_the_run_before_its_model_is_saved(tmp_path, monkeypatch):
+def test_a_gradient_that_is_not_finite_stops_the_run_before_its_model_is_saved(
+    tmp_path, monkeypatch
+):
     """At the last step, whose own loss is still finite."""
     loss = Policy.loss
 
     def cliff(self, params, state, frozen, batch, key):
         value, extra = loss(self, params, state, frozen, batch, key)
         level = jax.tree.leaves(params)[0].reshape(-1)[0]
-        return value + jnp.where(level == level, 0.0 * jnp.sqrt(jnp.maximum(level * 0.0, 0.0)), 0.0), extra
+        return value + jnp.where(
+            level == level, 0.0 * jnp.sqrt(jnp.maximum(level * 0.0, 0.0)), 0.0
+        ), extra
 
     monkeypatch.setattr(Policy, "loss", cliff)
     with pytest.raises(FloatingPointError, match="gradient_norm is nan"):
@@ -236,7 +263,9 @@ class Broken(Policy):
             loss = jnp.where(breaks, jnp.nan, loss)
         level = jax.tree.leaves(params)[0].reshape(-1)[0]
         kink = jnp.where(breaks, level * 0.0, 1.0)
-        loss = loss + jnp.sqrt(kink) - jax.lax.stop_gradient(kink)  # 0; at 0 its slope is 0 x infinity
+        loss = (
+            loss + jnp.sqrt(kink) - jax.lax.stop_gradient(kink)
+        )  # 0; at 0 its slope is 0 x infinity
         return loss, (state, {**metrics, "loss": loss})
 
 
@@ -245,16 +274,23 @@ def test_an_update_that_is_not_finite_is_skipped_and_counted(tmp_path, loss_too)
     """As if its batch had not been: weights and moments stay, and the run goes on."""
     broken = Broken(CONFIG, RandomTokens(), loss_too=loss_too)
     steps = 30
-    first = [next(broken.data.batches("train", 8, 3, start_step=i))["semantic"][0, 0] for i in range(steps)]
+    first = [
+        next(broken.data.batches("train", 8, 3, start_step=i))["semantic"][0, 0]
+        for i in range(steps)
+    ]
     skipped = [int(code == 0) for code in first]
     assert 1 <= sum(skipped) < 10
     run(tmp_path, broken, steps=steps, save_every=1000)
     lines = losses(tmp_path)[:steps]
     assert [line["skipped"] for line in lines] == list(np.cumsum(skipped))
     assert all(
-        np.isfinite(line["loss"]) == (not skip or not loss_too) for line, skip in zip(lines, skipped, strict=True)
+        np.isfinite(line["loss"]) == (not skip or not loss_too)
+        for line, skip in zip(lines, skipped, strict=True)
     )
-    assert all(np.isfinite(x).all() for x in jax.tree.leaves(checkpoint.load_model(tmp_path, MusicLMConfig).variables))
+    assert all(
+        np.isfinite(x).all()
+        for x in jax.tree.leaves(checkpoint.load_model(tmp_path, MusicLMConfig).variables)
+    )
 
 
 def test_a_run_of_nothing_but_such_updates_stops(tmp_path):

@@ -27,7 +27,12 @@ pytestmark = pytest.mark.slow
 def do(*command, **how):
     """What a command prints."""
     done = subprocess.run(
-        [str(word) for word in command], capture_output=True, text=True, timeout=300, check=False, **how
+        [str(word) for word in command],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        **how,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

@@ -21,7 +21,9 @@ from ..records import RepeatableBuilder
 from . import captions, recordings
 from .streams import Unusable
 
-_AHEAD = 2**24  # samples of a file that are read before its turn, 32 MiB; the rest of a longer one comes in its turn
+_AHEAD = (
+    2**24
+)  # samples of a file that are read before its turn, 32 MiB; the rest of a longer one comes in its turn
 _NAMED = 5  # files of a fault that are named on stderr; skipped.json names all
 
 
@@ -43,7 +45,9 @@ class AudioFolderConfig(tfds.core.BuilderConfig):
     def __post_init__(self):
         for field in ("clip_seconds", "sample_rate_hz"):
             if not 0 < getattr(self, field) < math.inf:
-                raise ValueError(f"audio_folder/{self.name}: {field} is {getattr(self, field)}: give more than 0")
+                raise ValueError(
+                    f"audio_folder/{self.name}: {field} is {getattr(self, field)}: give more than 0"
+                )
         if not 0 <= self.silence_share_limit <= 1:
             raise ValueError(
                 f"audio_folder/{self.name}: silence_share_limit is {self.silence_share_limit}: give 0 to 1"
@@ -80,9 +84,15 @@ class Builder(RepeatableBuilder):
         if not is_built:
             return
         # A setting that a set does not note is younger than the set, and had its default.
-        built = {"silence_share_limit": AudioFolderConfig.silence_share_limit} | json.loads(path.read_text())
+        built = {"silence_share_limit": AudioFolderConfig.silence_share_limit} | json.loads(
+            path.read_text()
+        )
         now = self._made_from(built)
-        if changed := [_change(name, built[name], now[name]) for name in now if now[name] not in (None, built[name])]:
+        if changed := [
+            _change(name, built[name], now[name])
+            for name in now
+            if now[name] not in (None, built[name])
+        ]:
             raise ValueError(
                 f"{self.data_path} was built from another {'; another '.join(changed)}: give this config another "
                 f"name than {self.builder_config.name!r}, or delete that folder"
@@ -93,7 +103,9 @@ class Builder(RepeatableBuilder):
             features=tfds.features.FeaturesDict(
                 {
                     "audio": tfds.features.Tensor(
-                        shape=(self.builder_config.samples,), dtype=np.int16, encoding=tfds.features.Encoding.BYTES
+                        shape=(self.builder_config.samples,),
+                        dtype=np.int16,
+                        encoding=tfds.features.Encoding.BYTES,
                     ),
                     "caption": tfds.features.Text(),
                     "id": tfds.features.Text(),
@@ -112,9 +124,13 @@ class Builder(RepeatableBuilder):
         folder = pathlib.Path(config.folder).expanduser()
         if not folder.is_dir():
             raise FileNotFoundError(f"audio_folder/{config.name}: folder {folder} does not exist")
-        rows = captions.read_captions(pathlib.Path(config.captions).expanduser(), config.allow_outside)
+        rows = captions.read_captions(
+            pathlib.Path(config.captions).expanduser(), config.allow_outside
+        )
         files = list(dict.fromkeys(row["file"] for row in rows))
-        (self.data_path / "made_from.json").write_text(json.dumps(self._made_from({}, files), indent=2))
+        (self.data_path / "made_from.json").write_text(
+            json.dumps(self._made_from({}, files), indent=2)
+        )
         usable, skipped = self._check(folder, files)
         self._report(usable, skipped)
         splits = self._splits(usable)
@@ -122,20 +138,37 @@ class Builder(RepeatableBuilder):
         for row in rows:
             if row["file"] in usable:
                 by_split[splits[row["file"]]].append(row)
-        return {split: self._generate_examples(split, folder, chosen, usable) for split, chosen in by_split.items()}
+        return {
+            split: self._generate_examples(split, folder, chosen, usable)
+            for split, chosen in by_split.items()
+        }
 
     def _generate_examples(
-        self, split: str, folder: pathlib.Path, rows: list[captions.Row], usable: dict[str, recordings.Recording]
+        self,
+        split: str,
+        folder: pathlib.Path,
+        rows: list[captions.Row],
+        usable: dict[str, recordings.Recording],
     ):
         config = self.builder_config
-        read = _in_parallel(lambda row: self._clips(folder / row["file"], usable[row["file"]].peak), rows)
+        read = _in_parallel(
+            lambda row: self._clips(folder / row["file"], usable[row["file"]].peak), rows
+        )
         for row, clips in self._progress(zip(rows, read, strict=True), f"{split} files", len(rows)):
             for number, audio in enumerate(clips):
                 if usable[row["file"]].silence[number] > config.silence_share_limit:
                     continue
                 name = f"{row['id']}-{number:04d}"
                 where = {"file": row["file"], "start_seconds": number * config.clip_seconds}
-                yield name, {"audio": audio, "caption": row["caption"], "id": name, "attributes": json.dumps(where)}
+                yield (
+                    name,
+                    {
+                        "audio": audio,
+                        "caption": row["caption"],
+                        "id": name,
+                        "attributes": json.dumps(where),
+                    },
+                )
 
     def _progress(self, items: Iterable, label: str, total: int) -> Progress:
         return Progress(items, f"audio_folder/{self.builder_config.name} {label}", total)
@@ -150,12 +183,16 @@ class Builder(RepeatableBuilder):
           files: the recordings of a set that is not built.
         """
         config = self.builder_config
-        folder, table = (pathlib.Path(path).expanduser() for path in (config.folder, config.captions))
+        folder, table = (
+            pathlib.Path(path).expanduser() for path in (config.folder, config.captions)
+        )
         captions_hash = hashlib.sha256(table.read_bytes()).hexdigest() if table.is_file() else None
         if built and captions_hash == built["captions"]:
             files = built["recordings"] or ()
         elif built and captions_hash is not None:
-            files = dict.fromkeys(row["file"] for row in captions.read_captions(table, config.allow_outside))
+            files = dict.fromkeys(
+                row["file"] for row in captions.read_captions(table, config.allow_outside)
+            )
         sizes = {}
         for file in self._progress(files, "files looked at", len(files)) if files else ():
             sizes[file] = recordings.file_size(folder / file)
@@ -174,7 +211,9 @@ class Builder(RepeatableBuilder):
         """Returns what each file that can be used holds, and what is wrong with each that cannot."""
         usable, skipped = {}, {}
         outcomes = _in_parallel(lambda file: self._examine(folder / file), files)
-        for file, outcome in self._progress(zip(files, outcomes, strict=True), "files checked", len(files)):
+        for file, outcome in self._progress(
+            zip(files, outcomes, strict=True), "files checked", len(files)
+        ):
             (skipped if isinstance(outcome, Unusable) else usable)[file] = outcome
         return usable, skipped
 
@@ -198,14 +237,21 @@ class Builder(RepeatableBuilder):
         for file in sorted(usable):
             firsts.setdefault(usable[file].digest, file)
         try:
-            splits = captions.splits_of(self._progress(firsts.values(), "recordings split", len(firsts)))
+            splits = captions.splits_of(
+                self._progress(firsts.values(), "recordings split", len(firsts))
+            )
         except ValueError as error:
             raise ValueError(f"audio_folder/{self.builder_config.name}: {error}") from error
         return {file: splits[firsts[recording.digest]] for file, recording in usable.items()}
 
-    def _report(self, usable: dict[str, recordings.Recording], skipped: dict[str, Unusable]) -> None:
+    def _report(
+        self, usable: dict[str, recordings.Recording], skipped: dict[str, Unusable]
+    ) -> None:
         """Writes skipped.json and names on stderr what is left out; raises ValueError if nothing is left."""
-        name, limit = f"audio_folder/{self.builder_config.name}", self.builder_config.silence_share_limit
+        name, limit = (
+            f"audio_folder/{self.builder_config.name}",
+            self.builder_config.silence_share_limit,
+        )
         by_reason = collections.defaultdict(dict)
         for file, unusable in skipped.items():
             by_reason[unusable.reason][file] = unusable.value
@@ -214,13 +260,22 @@ class Builder(RepeatableBuilder):
             raise ValueError(f"{name}: no file can be used: {summary}")
         if skipped:
             print(f"{name}: {len(skipped)} files skipped: {summary}", file=sys.stderr)
-        report = {reason: {"count": len(files), "files": files} for reason, files in by_reason.items()}
+        report = {
+            reason: {"count": len(files), "files": files} for reason, files in by_reason.items()
+        }
 
         # Clips of files that are used.
-        silent = {file: sum(share > limit for share in recording.silence) for file, recording in usable.items()}
+        silent = {
+            file: sum(share > limit for share in recording.silence)
+            for file, recording in usable.items()
+        }
         if clips := sum(silent.values()):
             reason = f"clips left out, each more than {limit:.0%} silence or a constant"
-            files = {file: f"{count} of {len(usable[file].silence)} clips" for file, count in silent.items() if count}
+            files = {
+                file: f"{count} of {len(usable[file].silence)} clips"
+                for file, count in silent.items()
+                if count
+            }
             print(f"{name}: {clips} {reason} ({_named(files)})", file=sys.stderr)
             report[reason] = {"count": clips, "files": files}
         (self.data_path / "skipped.json").write_text(json.dumps(report, indent=2))
@@ -228,7 +283,9 @@ class Builder(RepeatableBuilder):
     def _clips(self, path: pathlib.Path, peak: np.float32) -> Iterator[np.ndarray]:
         """Returns a file's clips, the first of them read already."""
         clips = self._read(path, peak)
-        return itertools.chain(list(itertools.islice(clips, max(1, _AHEAD // self.builder_config.samples))), clips)
+        return itertools.chain(
+            list(itertools.islice(clips, max(1, _AHEAD // self.builder_config.samples))), clips
+        )
 
     def _read(self, path: pathlib.Path, peak: np.float32) -> Iterator[np.ndarray]:
         try:
@@ -236,11 +293,15 @@ class Builder(RepeatableBuilder):
                 path, self.builder_config.clip_seconds, self.builder_config.sample_rate_hz, peak
             )
         except Unusable as unusable:
-            raise ValueError(f"{path} changed since it was checked: {unusable}; build again") from unusable
+            raise ValueError(
+                f"{path} changed since it was checked: {unusable}; build again"
+            ) from unusable
 
 
 def _summary(by_reason: dict[str, dict[str, str]]) -> str:
-    return "; ".join(f"{len(files)} {reason} ({_named(files)})" for reason, files in by_reason.items())
+    return "; ".join(
+        f"{len(files)} {reason} ({_named(files)})" for reason, files in by_reason.items()
+    )
 
 
 def _in_parallel(function: Callable, items: Iterable) -> Iterator:
@@ -261,7 +322,10 @@ def _in_parallel(function: Callable, items: Iterable) -> Iterator:
 
 def _named(files: dict[str, str]) -> str:
     """The first files, each with what was found."""
-    named = [f"{file}: {value}" if value else file for file, value in itertools.islice(files.items(), _NAMED)]
+    named = [
+        f"{file}: {value}" if value else file
+        for file, value in itertools.islice(files.items(), _NAMED)
+    ]
     more = len(files) - len(named)
     return ", ".join(named) + (f" and {more} more, all in skipped.json" if more else "")
 

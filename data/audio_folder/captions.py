@@ -13,7 +13,9 @@ Row = dict[str, str]
 
 _COLUMNS = {"file": str, "caption": str}
 # A line of a caption that is a row of its own: an open quote took it in, and a quote further down closed it.
-_ROW_INSIDE = re.compile(r"[\r\n][^,\r\n]*\.(wav|wave|flac|ogg|oga|opus|mp3|aif|aiff|au|caf|w64)\"?,", re.IGNORECASE)
+_ROW_INSIDE = re.compile(
+    r"[\r\n][^,\r\n]*\.(wav|wave|flac|ogg|oga|opus|mp3|aif|aiff|au|caf|w64)\"?,", re.IGNORECASE
+)
 
 HELD_OUT_SHARE = 0.05
 LEAST_RECORDINGS = 3
@@ -43,11 +45,14 @@ def read_captions(path: pathlib.Path, allow_outside: bool = False) -> list[Row]:
             raise row.error("file", f"{file!r} holds a NUL character: mend the name")
         if not allow_outside and _leads_outside(file):
             raise row.error(
-                "file", f"{file!r} is not inside the folder: put it there, or build with allow_outside=True"
+                "file",
+                f"{file!r} is not inside the folder: put it there, or build with allow_outside=True",
             )
         identity = _identity(row)
         if identity in lines:
-            raise row.error("id", f"{identity!r} is also on line {lines[identity]}: give each row another id")
+            raise row.error(
+                "id", f"{identity!r} is also on line {lines[identity]}: give each row another id"
+            )
         lines[identity] = row.line
         # One name for one recording: ./a.wav is a.wav.
         rows.append({"file": os.path.normpath(file), "caption": caption, "id": identity})
@@ -85,7 +90,8 @@ def splits_of(files: Iterable[str]) -> dict[str, str]:
     Raises ValueError for fewer than three files, one for each split.
     """
     points = {
-        file: int.from_bytes(hashlib.sha256(file.encode()).digest()[:8], "big") / 2**64 - (1 - HELD_OUT_SHARE)
+        file: int.from_bytes(hashlib.sha256(file.encode()).digest()[:8], "big") / 2**64
+        - (1 - HELD_OUT_SHARE)
         for file in files
     }
     if len(points) < LEAST_RECORDINGS:

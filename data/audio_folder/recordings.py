@@ -26,10 +26,14 @@ from .streams import (
 _ENOUGH = 0.95  # of a clip: a file that is a little shorter is repeated from its start
 _BLOCK = 2**20  # samples of all channels together that are decoded at once
 _SMALL_BLOCK = 256  # samples of each channel that may be lost where a stream breaks off
-_LEAST_RATE_HZ = 1000  # below it the header is wrong, and resampling would make hours out of a small file
+_LEAST_RATE_HZ = (
+    1000  # below it the header is wrong, and resampling would make hours out of a small file
+)
 _GREATEST = 2.0**31  # in full scales: 32-bit samples read as floats still pass
 _WINDOW_SECONDS = 0.1  # the span of sound that is silent or not
-_QUIET = 2e-3  # full scales from the lowest sample to the highest: silence, at -60 dB, or a constant
+_QUIET = (
+    2e-3  # full scales from the lowest sample to the highest: silence, at -60 dB, or a constant
+)
 # What libsndfile notes of an aiff, an au and a w64 whose sizes are not those of the file, in bytes.
 _OTHER_SIZE = re.compile(r"(?m)^\s*(?:SSND|Data Size|riff)\s*: (\d+) \(should be (\d+)\)")
 
@@ -95,7 +99,9 @@ def _silent_share(samples: np.ndarray, window: int) -> float:
     return float(np.mean(np.ptp(windows, axis=1) < _QUIET)) if len(windows) else 0.0
 
 
-def read_clips(path: pathlib.Path, clip_seconds: float, sample_rate_hz: int, peak: np.float32) -> Iterator[np.ndarray]:
+def read_clips(
+    path: pathlib.Path, clip_seconds: float, sample_rate_hz: int, peak: np.float32
+) -> Iterator[np.ndarray]:
     """Yields a file as mono int16 [N] clips that do not overlap; a tail shorter than a clip is dropped.
 
     `peak` is that of `examine`: samples beyond full scale (mp3, opus and float files can have them) bring the whole
@@ -129,9 +135,13 @@ def _blocks(path: pathlib.Path, sample_rate_hz: int) -> Iterator[np.ndarray]:
     except soundfile.LibsndfileError as error:
         if path.suffix.lower() == ".raw":
             raise Unusable("raw samples without a header: convert it to wav or flac") from error
-        raise Unusable("not readable as audio, or damaged: replace it, or convert it to wav or flac") from error
+        raise Unusable(
+            "not readable as audio, or damaged: replace it, or convert it to wav or flac"
+        ) from error
     except OSError as error:
-        raise Unusable("not readable: look at its name, its permissions and its disk", error.strerror or "") from error
+        raise Unusable(
+            "not readable: look at its name, its permissions and its disk", error.strerror or ""
+        ) from error
 
 
 def _resampled(raw: StreamFile, stream: Stream, sample_rate_hz: int) -> Iterator[np.ndarray]:
@@ -141,7 +151,10 @@ def _resampled(raw: StreamFile, stream: Stream, sample_rate_hz: int) -> Iterator
         if file.frames == 0:
             raise Unusable("no samples: export it again")
         if rate_hz < _LEAST_RATE_HZ:
-            raise Unusable("a sample rate that no recording has: mend its header, or export it again", f"{rate_hz} Hz")
+            raise Unusable(
+                "a sample rate that no recording has: mend its header, or export it again",
+                f"{rate_hz} Hz",
+            )
         _check_notes(file)
         stated = file.frames if stream.samples is None and file.frames < 2**62 else stream.samples
         resampler = soxr.ResampleStream(rate_hz, sample_rate_hz, 1, dtype="float32")
@@ -151,7 +164,9 @@ def _resampled(raw: StreamFile, stream: Stream, sample_rate_hz: int) -> Iterator
                 mono = samples.mean(axis=1)
             if not (finite := np.isfinite(mono)).all():
                 at = (read + int(np.argmin(finite))) / rate_hz
-                raise Unusable("NaN or infinite samples: export it again", f"the first at {at:.3f} s")
+                raise Unusable(
+                    "NaN or infinite samples: export it again", f"the first at {at:.3f} s"
+                )
             read += len(samples)
             yield resampler.resample_chunk(mono)
     check_length(read, stated, rate_hz)
@@ -164,10 +179,15 @@ def _check_notes(file: soundfile.SoundFile) -> None:
         seconds = file.frames / file.samplerate
         stated_seconds = seconds * stated / max(there, 1)
         if not is_open(stated) and stated_seconds - seconds > SLACK_SECONDS:
-            raise Unusable("truncated: copy or fetch the file again", f"{seconds:.3f} of {stated_seconds:.3f} s")
+            raise Unusable(
+                "truncated: copy or fetch the file again",
+                f"{seconds:.3f} of {stated_seconds:.3f} s",
+            )
 
 
-def _decoded(raw: StreamFile, file: soundfile.SoundFile, stated: int | None) -> Iterator[np.ndarray]:
+def _decoded(
+    raw: StreamFile, file: soundfile.SoundFile, stated: int | None
+) -> Iterator[np.ndarray]:
     """Yields float32 [samples, channels] blocks to the end of a stream, or to where a FLAC breaks off.
 
     Raises soundfile.LibsndfileError where the stream is damaged before its end.
@@ -189,7 +209,11 @@ def _decoded(raw: StreamFile, file: soundfile.SoundFile, stated: int | None) -> 
             passed += len(again.read(min(size, read - passed), dtype="float32", always_2d=True))
         try:
             while True:
-                size = min(_SMALL_BLOCK, stated - read) if stated is not None and read < stated else _SMALL_BLOCK
+                size = (
+                    min(_SMALL_BLOCK, stated - read)
+                    if stated is not None and read < stated
+                    else _SMALL_BLOCK
+                )
                 if not len(samples := again.read(size, dtype="float32", always_2d=True)):
                     break
                 read += len(samples)

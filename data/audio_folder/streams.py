@@ -22,7 +22,9 @@ from typing import NamedTuple
 SLACK_SECONDS = 0.2
 _JUNK = 1024  # bytes between two frames that libmpg123 passes over
 _SEARCH = 2**16  # bytes at the start of an mp3 in which a first frame is looked for
-_TAIL = 2**16  # bytes behind the last frame or page that may be anything; more is sound that was lost
+_TAIL = (
+    2**16
+)  # bytes behind the last frame or page that may be anything; more is sound that was lost
 _MPEG_SUFFIXES = (".mp3", ".mp2", ".mpga", ".mpa")
 _SIZE_MARGIN = 4096  # sizes this little below 2^31 and 2^32 are what writers into a pipe put in
 
@@ -54,7 +56,10 @@ class StreamFile(io.RawIOBase):
 
     def __init__(self, path: pathlib.Path, stream: Stream):
         self._descriptor = os.open(path, os.O_RDONLY)
-        sizes = [len(piece) if isinstance(piece, bytes) else piece[1] - piece[0] for piece in stream.pieces]
+        sizes = [
+            len(piece) if isinstance(piece, bytes) else piece[1] - piece[0]
+            for piece in stream.pieces
+        ]
         self._pieces, self._starts = stream.pieces, [0, *itertools.accumulate(sizes)]
         self._position = 0
 
@@ -127,7 +132,9 @@ def streams(path: pathlib.Path) -> list[Stream]:
 
 
 def _truncated(seconds: float, stated_seconds: float) -> Unusable:
-    return Unusable("truncated: copy or fetch the file again", f"{seconds:.3f} of {stated_seconds:.3f} s")
+    return Unusable(
+        "truncated: copy or fetch the file again", f"{seconds:.3f} of {stated_seconds:.3f} s"
+    )
 
 
 def _damaged(value: str) -> Unusable:
@@ -142,7 +149,9 @@ def check_length(samples: int, stated: int | None, rate_hz: int) -> None:
 
 def is_open(size: int, bits: int = 32) -> bool:
     """Returns whether a size in bytes is one that a writer puts in that does not know it: 0, or near a power of 2."""
-    return size == 0 or -_SIZE_MARGIN <= size - 2 ** (bits - 1) <= 0 or size >= 2**bits - _SIZE_MARGIN
+    return (
+        size == 0 or -_SIZE_MARGIN <= size - 2 ** (bits - 1) <= 0 or size >= 2**bits - _SIZE_MARGIN
+    )
 
 
 # Tags
@@ -166,7 +175,11 @@ def _before_tags(content: mmap.mmap) -> int:
         elif stop >= 32 and content[stop - 32 : stop - 24] == b"APETAGEX":
             size, _, flags = struct.unpack("<III", content[stop - 20 : stop - 8])
             stop = max(0, stop - size - (32 if flags & 0x80000000 else 0))
-        elif stop >= 15 and content[stop - 9 : stop] == b"LYRICS200" and content[stop - 15 : stop - 9].isdigit():
+        elif (
+            stop >= 15
+            and content[stop - 9 : stop] == b"LYRICS200"
+            and content[stop - 15 : stop - 9].isdigit()
+        ):
             stop = max(0, stop - 15 - int(content[stop - 15 : stop - 9]))
         else:
             return stop
@@ -197,7 +210,9 @@ def _wav_stream(content: mmap.mmap, start: int, stop: int) -> tuple[Stream, int 
         position = body + size + size % 2
     else:
         return Stream(((start, stop),)), None
-    block, bytes_per_second = struct.unpack("<8xIH", form[:14])[::-1] if form and len(form) >= 14 else (0, 0)
+    block, bytes_per_second = (
+        struct.unpack("<8xIH", form[:14])[::-1] if form and len(form) >= 14 else (0, 0)
+    )
     if not block or not bytes_per_second:
         return Stream(((start, stop),)), None  # libsndfile names what is wrong with it
     if wide_size is not None and size == 2**32 - 1:
@@ -227,8 +242,12 @@ def _wav_stream(content: mmap.mmap, start: int, stop: int) -> tuple[Stream, int 
 
     # Else the sound goes on to the end. RF64 states a length of more than 4 GiB too.
     length = there // block * block
-    size_chunk = struct.pack("<4sIQQQI", b"ds64", 28, length + 72 + len(form), length, length // block, 0)
-    header = b"RF64\xff\xff\xff\xffWAVE" + size_chunk + struct.pack("<4sI", b"fmt ", len(form)) + form
+    size_chunk = struct.pack(
+        "<4sIQQQI", b"ds64", 28, length + 72 + len(form), length, length // block, 0
+    )
+    header = (
+        b"RF64\xff\xff\xff\xffWAVE" + size_chunk + struct.pack("<4sI", b"fmt ", len(form)) + form
+    )
     header += bytes(len(form) % 2) + b"data\xff\xff\xff\xff"
     return Stream((header, (body, body + length))), None
 
@@ -378,18 +397,31 @@ class _Frames:
     def stream(self, content: mmap.mmap) -> Stream:
         """Returns the stream, with an Info frame that states the number of frames that are there."""
         pieces, kind = [tuple(run) for run in self.runs], self.kind
-        if kind.layer != _LAYER_3:  # has no Info frame; libmpg123 estimates, and must get to the end
+        if (
+            kind.layer != _LAYER_3
+        ):  # has no Info frame; libmpg123 estimates, and must get to the end
             return Stream(tuple(pieces), self.count * kind.samples)
         at = kind.count_at
-        if self.info is not None and self.info[at : at + 4] in (b"Xing", b"Info") and self.info[at + 7] & 1:
+        if (
+            self.info is not None
+            and self.info[at : at + 4] in (b"Xing", b"Info")
+            and self.info[at + 7] & 1
+        ):
             stated = int.from_bytes(self.info[at + 8 : at + 12], "big")
             check_length(self.count * kind.samples, stated * kind.samples, kind.rate_hz)
             info = bytearray(self.info)
         else:
             start = self._first
-            second, third, fourth = content[start + 1] | 1, 9 << 4 | content[start + 2] & 0x0C, content[start + 3]
+            second, third, fourth = (
+                content[start + 1] | 1,
+                9 << 4 | content[start + 2] & 0x0C,
+                content[start + 3],
+            )
             info = bytearray(_header(second, third, kind.channels == 1)[1])
-            info[:4], info[at : at + 8] = bytes([0xFF, second, third, fourth]), b"Info" + bytes([0, 0, 0, 1])
+            info[:4], info[at : at + 8] = (
+                bytes([0xFF, second, third, fourth]),
+                b"Info" + bytes([0, 0, 0, 1]),
+            )
         info[at + 8 : at + 12] = self.count.to_bytes(4, "big")
         if info[at + 7] & 2:  # the number of bytes, by which libmpg123 judges the file
             size = len(info) + sum(stop - start for start, stop in self.runs)

@@ -15,7 +15,20 @@ _MINOR = (6.33, 2.68, 3.52, 5.38, 2.60, 3.53, 2.54, 4.75, 3.98, 2.69, 3.34, 3.17
 
 _TONICS = {
     "major": ("C", "D flat", "D", "E flat", "E", "F", "F sharp", "G", "A flat", "A", "B flat", "B"),
-    "minor": ("C", "C sharp", "D", "E flat", "E", "F", "F sharp", "G", "G sharp", "A", "B flat", "B"),
+    "minor": (
+        "C",
+        "C sharp",
+        "D",
+        "E flat",
+        "E",
+        "F",
+        "F sharp",
+        "G",
+        "G sharp",
+        "A",
+        "B flat",
+        "B",
+    ),
 }
 
 _CLEAR_FIT, _CLEAR_LEAD = 0.65, 0.03
@@ -31,7 +44,9 @@ def key_fits(notes: Notes) -> dict[tuple[str, str], float]:
     fits = {}
     for mode, profile in (("major", _MAJOR), ("minor", _MINOR)):
         for tonic, name in enumerate(_TONICS[mode]):
-            fits[name, mode] = float(np.corrcoef(np.roll(profile, tonic), heard)[0, 1]) if np.ptp(heard) else 0.0
+            fits[name, mode] = (
+                float(np.corrcoef(np.roll(profile, tonic), heard)[0, 1]) if np.ptp(heard) else 0.0
+            )
     return fits
 
 
@@ -76,13 +91,17 @@ def coverage(notes: Notes, start: float, end: float) -> float:
     """Share in [0, 1] of the time from start to end in which at least one note sounds."""
     onsets, durations, _, _ = np.array(sorted(notes), np.float64).T
     stops = np.minimum(onsets + durations, end)
-    reached = np.maximum.accumulate(np.concatenate([[start], stops]))[:-1]  # until where the notes before sound
+    reached = np.maximum.accumulate(np.concatenate([[start], stops]))[
+        :-1
+    ]  # until where the notes before sound
     return float(np.sum(np.maximum(0, stops - np.maximum(onsets, reached))) / (end - start))
 
 
 def sounds_at_once(notes: Notes) -> int:
     """The largest number of notes that sound together."""
     changes = sorted(
-        (round(time, 4), step) for onset, duration, _, _ in notes for time, step in ((onset, 1), (onset + duration, -1))
+        (round(time, 4), step)
+        for onset, duration, _, _ in notes
+        for time, step in ((onset, 1), (onset + duration, -1))
     )
     return int(np.max(np.cumsum([step for _, step in changes])))

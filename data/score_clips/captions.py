@@ -32,9 +32,19 @@ DENSITY = {
     "busy": ("with many quick notes", "busy", "note-filled", "with a dense stream of notes"),
 }
 ARTICULATION = {
-    "staccato": ("staccato", "with short detached notes", "clipped and staccato", "with crisp separated notes"),
+    "staccato": (
+        "staccato",
+        "with short detached notes",
+        "clipped and staccato",
+        "with crisp separated notes",
+    ),
     "natural": (),
-    "legato": ("legato", "with smoothly connected notes", "smooth and legato", "slurred from note to note"),
+    "legato": (
+        "legato",
+        "with smoothly connected notes",
+        "smooth and legato",
+        "slurred from note to note",
+    ),
 }
 METRE = {
     "2/2": ("in cut time", "in 2/2", "in duple time"),
@@ -42,14 +52,30 @@ METRE = {
     "3/4": ("in 3/4", "in 3/4 time", "in triple time", "with three beats to the bar"),
     "3/8": ("in 3/8 time", "in triple time"),
     "4/4": ("in 4/4", "in common time", "in 4/4 time", "with four beats to the bar"),
-    "6/8": ("in 6/8", "in 6/8 time", "in compound duple time", "with lilting groups of three eighth notes"),
-    "9/8": ("in 9/8", "in 9/8 time", "in compound triple time", "with three groups of three eighth notes a bar"),
+    "6/8": (
+        "in 6/8",
+        "in 6/8 time",
+        "in compound duple time",
+        "with lilting groups of three eighth notes",
+    ),
+    "9/8": (
+        "in 9/8",
+        "in 9/8 time",
+        "in compound triple time",
+        "with three groups of three eighth notes a bar",
+    ),
     "12/8": ("in 12/8 time",),
 }
 STYLE = {
     "oneills1850": (("Irish", "traditional Irish"), ("tune", "folk tune", "melody", "air")),
-    "airdsAirs": (("eighteenth-century", "old", "traditional"), ("air", "folk tune", "popular tune", "melody")),
-    "ryansMammoth": (("traditional", "nineteenth-century", "folk"), ("fiddle tune", "dance tune", "tune")),
+    "airdsAirs": (
+        ("eighteenth-century", "old", "traditional"),
+        ("air", "folk tune", "popular tune", "melody"),
+    ),
+    "ryansMammoth": (
+        ("traditional", "nineteenth-century", "folk"),
+        ("fiddle tune", "dance tune", "tune"),
+    ),
     "bach": (("baroque", "Bach", "German baroque"), ("chorale", "hymn setting", "chorale setting")),
     "monteverdi": (("Renaissance", "Italian", "late Renaissance"), ("madrigal", "part song")),
     "mozart": (("classical-era", "classical", "eighteenth-century"), ("movement", "piece")),
@@ -62,7 +88,12 @@ COUNTS = {
     4: ("four-part", "four voices"),
     5: ("five-part", "five voices"),
 }
-DRUMS = ("with drums", "with a drum kit", "over a drum beat", "accompanied by bass drum, snare and hi-hat")
+DRUMS = (
+    "with drums",
+    "with a drum kit",
+    "over a drum beat",
+    "accompanied by bass drum, snare and hi-hat",
+)
 
 _GROUPS = ("choir", "ensemble", "quartet", "strings", "orchestra", "section")
 
@@ -148,7 +179,9 @@ def _details(attributes: Attributes, said: set[str], rng: np.random.Generator) -
     key, mode, bpm = attributes["key"], attributes["mode"], attributes["tempo_bpm"]
     forms = {
         "sound": INSTRUMENTS[attributes["instrument"]].sounds if "instrument" in said else (),
-        "key": (f"in {key} {mode}", f"in the key of {key} {mode}", f"in a {mode} key") if key else (),
+        "key": (f"in {key} {mode}", f"in the key of {key} {mode}", f"in a {mode} key")
+        if key
+        else (),
         "tempo_bpm": (f"at {bpm} BPM", f"at {bpm} beats per minute", f"tempo {bpm}"),
         "metre": METRE.get(attributes["metre"], ()),
         "register": REGISTER[attributes["register"]],

@@ -25,5 +25,11 @@ def rendered(
     for index, piece in jobs:
         clip = clips.draw_clip(piece, split, index, seed, seconds, instruments)
         words = np.random.default_rng([seed, *split.encode(), index, _WORDS])
-        made.append((clip, render.render(clip, seconds, sample_rate_hz), captions.caption(clip.attributes, words)))
+        made.append(
+            (
+                clip,
+                render.render(clip, seconds, sample_rate_hz),
+                captions.caption(clip.attributes, words),
+            )
+        )
     return made

@@ -32,7 +32,9 @@ class Clip:
     attributes: dict[str, object]
 
 
-def draw_clip(piece: Piece, split: str, index: int, seed: int, seconds: float, instruments: tuple[str, ...]) -> Clip:
+def draw_clip(
+    piece: Piece, split: str, index: int, seed: int, seconds: float, instruments: tuple[str, ...]
+) -> Clip:
     """The clip of that index: a pure function of its arguments."""
     rng = np.random.default_rng([seed, *split.encode(), index])
     bpm = _draw_tempo(piece, rng)
@@ -42,7 +44,9 @@ def draw_clip(piece: Piece, split: str, index: int, seed: int, seconds: float, i
     choices = suitable(instruments, len(parts), lowest, highest)
     instrument = choices[rng.integers(len(choices))]
     shift = _draw_transposition(lowest, highest, instrument.low, instrument.high, rng)
-    articulation = str(rng.choice(list(LENGTHS), p=(0.3, 0.4, 0.3))) if instrument.sustained else "natural"
+    articulation = (
+        str(rng.choice(list(LENGTHS), p=(0.3, 0.4, 0.3))) if instrument.sustained else "natural"
+    )
     drums = piece.collection in TUNE_BOOKS and piece.metre in _DRUM_METRES and rng.random() < 0.2
     dynamics = str(rng.choice(("quiet", "medium", "loud"), p=(0.25, 0.5, 0.25)))
 
@@ -53,7 +57,9 @@ def draw_clip(piece: Piece, split: str, index: int, seed: int, seconds: float, i
     ]
     key = analysis.clear_key(written)
     # A few seconds can suggest a key that the piece is not in: name it only if the whole piece agrees.
-    agreed = key and key == analysis.likely_key([(o, d, pitch + shift, part) for o, d, pitch, part in piece.notes])
+    agreed = key and key == analysis.likely_key(
+        [(o, d, pitch + shift, part) for o, d, pitch, part in piece.notes]
+    )
     notes = tuple(_as_played(note, LENGTHS[articulation]) for note in written)
     attributes = {
         "instrument": instrument.name,
@@ -93,7 +99,11 @@ def tempo_word(bpm: int) -> str:
 
 
 def _draw_tempo(piece: Piece, rng: np.random.Generator) -> int:
-    onsets = len({offset for offset, _, _, _ in piece.notes}) / (piece.end - piece.notes[0][0]) * beat(piece.metre)
+    onsets = (
+        len({offset for offset, _, _, _ in piece.notes})
+        / (piece.end - piece.notes[0][0])
+        * beat(piece.metre)
+    )
     slowest = max(_SLOWEST, _ONSETS[0] * 60 / onsets)
     fastest = max(min(_FASTEST, _ONSETS[1] * 60 / onsets), slowest)
     return round(float(np.exp(rng.uniform(np.log(slowest), np.log(fastest)))))
@@ -109,7 +119,10 @@ def _draw_excerpt(piece: Piece, length: float, rng: np.random.Generator):
         for offset, duration, pitch, part in piece.notes
         if offset >= piece.pickup
     ]
-    starts = rng.permutation(max(1, int((rounds * bars * piece.bar - length) / piece.bar) + 1)) * piece.bar
+    starts = (
+        rng.permutation(max(1, int((rounds * bars * piece.bar - length) / piece.bar) + 1))
+        * piece.bar
+    )
 
     def covered(start: float) -> float:
         return analysis.coverage(body, start, start + length)
@@ -122,7 +135,11 @@ def _draw_excerpt(piece: Piece, length: float, rng: np.random.Generator):
         for offset, duration, pitch, part in body
         if offset + duration > start and offset < start + length
     ]
-    excerpt = sorted((begin, stop - begin, pitch, part) for begin, stop, pitch, part in inside if stop - begin > 0.01)
+    excerpt = sorted(
+        (begin, stop - begin, pitch, part)
+        for begin, stop, pitch, part in inside
+        if stop - begin > 0.01
+    )
     return excerpt, start
 
 
@@ -136,8 +153,12 @@ def _as_played(note: tuple[float, float, int, int], length: float) -> tuple[floa
     return start, round(end - start, 4), pitch, part
 
 
-def _draw_transposition(low: int, high: int, floor: int, ceiling: int, rng: np.random.Generator) -> int:
-    within = [shift for shift in _TRANSPOSITIONS if low + shift >= floor and high + shift <= ceiling]
+def _draw_transposition(
+    low: int, high: int, floor: int, ceiling: int, rng: np.random.Generator
+) -> int:
+    within = [
+        shift for shift in _TRANSPOSITIONS if low + shift >= floor and high + shift <= ceiling
+    ]
     return int(rng.choice(within)) if within else (floor + ceiling - low - high) // 2
 
 

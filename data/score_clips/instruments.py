@@ -43,7 +43,14 @@ INSTRUMENTS = _table(
         chords=True,
     ),
     Instrument(
-        "flute", "woodwind", (73,), 60, 94, ("flute", "concert flute"), ("breathy", "airy and round"), sustained=True
+        "flute",
+        "woodwind",
+        (73,),
+        60,
+        94,
+        ("flute", "concert flute"),
+        ("breathy", "airy and round"),
+        sustained=True,
     ),
     Instrument(
         "violin",
@@ -118,7 +125,14 @@ INSTRUMENTS = _table(
         chords=True,
     ),
     Instrument(
-        "clarinet", "woodwind", (71,), 50, 90, ("clarinet",), ("woody and hollow", "dark and reedy"), sustained=True
+        "clarinet",
+        "woodwind",
+        (71,),
+        50,
+        90,
+        ("clarinet",),
+        ("woody and hollow", "dark and reedy"),
+        sustained=True,
     ),
     Instrument(
         "bagpipe",
@@ -201,12 +215,38 @@ INSTRUMENTS = _table(
         ("with trumpets, horn and trombone", "full brass sound"),
         sustained=True,
     ),
-    Instrument("recorder", "woodwind", (74,), 60, 93, ("recorder",), ("piped and pure",), sustained=True),
-    Instrument("oboe", "woodwind", (68,), 58, 91, ("oboe",), ("nasal and penetrating",), sustained=True),
-    Instrument("bassoon", "woodwind", (70,), 34, 72, ("bassoon",), ("deep and reedy",), sustained=True),
-    Instrument("saxophone", "woodwind", (66,), 44, 76, ("tenor saxophone", "saxophone"), ("husky",), sustained=True),
-    Instrument("french horn", "brass", (60,), 41, 77, ("french horn", "horn"), ("soft brass tone",), sustained=True),
-    Instrument("trombone", "brass", (57,), 40, 72, ("trombone",), ("full brass tone",), sustained=True),
+    Instrument(
+        "recorder", "woodwind", (74,), 60, 93, ("recorder",), ("piped and pure",), sustained=True
+    ),
+    Instrument(
+        "oboe", "woodwind", (68,), 58, 91, ("oboe",), ("nasal and penetrating",), sustained=True
+    ),
+    Instrument(
+        "bassoon", "woodwind", (70,), 34, 72, ("bassoon",), ("deep and reedy",), sustained=True
+    ),
+    Instrument(
+        "saxophone",
+        "woodwind",
+        (66,),
+        44,
+        76,
+        ("tenor saxophone", "saxophone"),
+        ("husky",),
+        sustained=True,
+    ),
+    Instrument(
+        "french horn",
+        "brass",
+        (60,),
+        41,
+        77,
+        ("french horn", "horn"),
+        ("soft brass tone",),
+        sustained=True,
+    ),
+    Instrument(
+        "trombone", "brass", (57,), 40, 72, ("trombone",), ("full brass tone",), sustained=True
+    ),
     Instrument("tuba", "brass", (58,), 28, 58, ("tuba",), ("deep brass tone",), sustained=True),
     Instrument(
         "harmonica",
@@ -219,8 +259,26 @@ INSTRUMENTS = _table(
         sustained=True,
         chords=True,
     ),
-    Instrument("sitar", "plucked strings", (104,), 48, 80, ("sitar",), ("buzzing and plucked",), chords=True),
-    Instrument("koto", "plucked strings", (107,), 50, 88, ("koto",), ("plucked on silk strings",), chords=True),
+    Instrument(
+        "sitar",
+        "plucked strings",
+        (104,),
+        48,
+        80,
+        ("sitar",),
+        ("buzzing and plucked",),
+        chords=True,
+    ),
+    Instrument(
+        "koto",
+        "plucked strings",
+        (107,),
+        50,
+        88,
+        ("koto",),
+        ("plucked on silk strings",),
+        chords=True,
+    ),
     Instrument(
         "steel guitar",
         "plucked strings",
@@ -242,13 +300,31 @@ INSTRUMENTS = _table(
         chords=True,
     ),
     Instrument(
-        "electric piano", "keyboard", (4,), 28, 100, ("electric piano",), ("with a bell-like tine sound",), chords=True
+        "electric piano",
+        "keyboard",
+        (4,),
+        28,
+        100,
+        ("electric piano",),
+        ("with a bell-like tine sound",),
+        chords=True,
     ),
     Instrument(
-        "vibraphone", "mallets", (11,), 53, 89, ("vibraphone", "vibes"), ("metal bars with vibrato",), chords=True
+        "vibraphone",
+        "mallets",
+        (11,),
+        53,
+        89,
+        ("vibraphone", "vibes"),
+        ("metal bars with vibrato",),
+        chords=True,
     ),
-    Instrument("xylophone", "mallets", (13,), 65, 108, ("xylophone",), ("dry and wooden",), chords=True),
-    Instrument("music box", "mallets", (10,), 60, 96, ("music box",), ("tiny and chiming",), chords=True),
+    Instrument(
+        "xylophone", "mallets", (13,), 65, 108, ("xylophone",), ("dry and wooden",), chords=True
+    ),
+    Instrument(
+        "music box", "mallets", (10,), 60, 96, ("music box",), ("tiny and chiming",), chords=True
+    ),
     Instrument(
         "steel drums",
         "mallets",
@@ -260,7 +336,14 @@ INSTRUMENTS = _table(
         chords=True,
     ),
     Instrument(
-        "kalimba", "mallets", (108,), 60, 88, ("kalimba", "thumb piano"), ("with plucked metal tongues",), chords=True
+        "kalimba",
+        "mallets",
+        (108,),
+        60,
+        88,
+        ("kalimba", "thumb piano"),
+        ("with plucked metal tongues",),
+        chords=True,
     ),
     Instrument(
         "string orchestra",
@@ -284,6 +367,7 @@ def suitable(names: tuple[str, ...], parts: int, low: int, high: int) -> list[In
     able = [
         row
         for row in INSTRUMENTS.values()
-        if row.name in names and (row.players == parts if row.players > 1 else row.chords or parts == 1)
+        if row.name in names
+        and (row.players == parts if row.players > 1 else row.chords or parts == 1)
     ]
     return [row for row in able if row.high - row.low >= high - low] or able

@@ -35,7 +35,9 @@ def render(clip: Clip, seconds: float, sample_rate_hz: int) -> np.ndarray:
     mono = soxr.resample(stereo.mean(axis=1), rendered_rate_hz, sample_rate_hz)
     samples = np.zeros(round(seconds * sample_rate_hz), np.float64)  # [N]
     samples[: len(mono)] = mono[: len(samples)]
-    gain = 10 ** (LEVELS[clip.attributes["dynamics"]] / 20) / loudest_moment(samples, sample_rate_hz)
+    gain = 10 ** (LEVELS[clip.attributes["dynamics"]] / 20) / loudest_moment(
+        samples, sample_rate_hz
+    )
     return np.round(samples * min(gain, 1 / np.abs(samples).max()) * 32767).astype(np.int16)
 
 
@@ -47,7 +49,10 @@ def loudest_moment(samples: np.ndarray, sample_rate_hz: int) -> float:
 
 
 def _midi(clip: Clip, seconds: float) -> bytes:
-    dynamics, programs = clip.attributes["dynamics"], INSTRUMENTS[clip.attributes["instrument"]].programs
+    dynamics, programs = (
+        clip.attributes["dynamics"],
+        INSTRUMENTS[clip.attributes["instrument"]].programs,
+    )
     velocity = _VELOCITIES[dynamics]
     score = pretty_midi.PrettyMIDI(resolution=960)
     for part in range(clip.attributes["parts"]):
@@ -62,7 +67,8 @@ def _midi(clip: Clip, seconds: float) -> bytes:
     if clip.drums:
         kit = pretty_midi.Instrument(0, is_drum=True)
         kit.notes = [
-            pretty_midi.Note(round(velocity * _DRUM_VELOCITY), drum, onset, onset + 0.1) for onset, drum in clip.drums
+            pretty_midi.Note(round(velocity * _DRUM_VELOCITY), drum, onset, onset + 0.1)
+            for onset, drum in clip.drums
         ]
         score.instruments.append(kit)
     # The renderer stops at the last event: this one lets the last note ring to the end of the clip.

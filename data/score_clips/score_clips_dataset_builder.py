@@ -23,7 +23,9 @@ LICENCE = (
     "encodings of music in the public domain, from music21's corpus."
 )
 SPLITS = ("train", "validation", "test")
-_CHUNK = 8  # clips or pieces that a worker takes at once, and that a build started again need not redo
+_CHUNK = (
+    8  # clips or pieces that a worker takes at once, and that a build started again need not redo
+)
 _WAVE = 64  # pieces parsed before looking whether more are needed
 
 
@@ -48,13 +50,22 @@ class ScoreClipsConfig(tfds.core.BuilderConfig):
     def __post_init__(self):
         for field in (*SPLITS, "clip_seconds", "sample_rate_hz", "pieces"):
             if getattr(self, field) <= 0:
-                raise ValueError(f"score_clips/{self.name}: {field} is {getattr(self, field)}: give more than 0")
-        for field, known in (("collections", scores.COLLECTIONS), ("instruments", tuple(INSTRUMENTS))):
+                raise ValueError(
+                    f"score_clips/{self.name}: {field} is {getattr(self, field)}: give more than 0"
+                )
+        for field, known in (
+            ("collections", scores.COLLECTIONS),
+            ("instruments", tuple(INSTRUMENTS)),
+        ):
             unknown = sorted(set(getattr(self, field)) - set(known))
             if unknown or not getattr(self, field):
-                raise ValueError(f"score_clips/{self.name}: {field} has {unknown or 'nothing'}: choose from {known}")
+                raise ValueError(
+                    f"score_clips/{self.name}: {field} has {unknown or 'nothing'}: choose from {known}"
+                )
         if not any(INSTRUMENTS[name].chords for name in self.instruments):
-            raise ValueError(f"score_clips/{self.name}: instruments are {self.instruments}: add one that plays chords")
+            raise ValueError(
+                f"score_clips/{self.name}: instruments are {self.instruments}: add one that plays chords"
+            )
 
     @property
     def samples(self) -> int:
@@ -135,7 +146,9 @@ class Builder(RepeatableBuilder):
         """
         cache = os.path.join(os.path.dirname(self.data_dir), "cache")
         if not self.data_path.exists():
-            _check_space(self.data_path, 2 * self._bytes())  # the clips are in the cache and in the data set
+            _check_space(
+                self.data_path, 2 * self._bytes()
+            )  # the clips are in the cache and in the data set
         # joblib does not see a change of what the cached functions call: each version keeps what it made.
         self._memory = joblib.Memory(os.path.join(cache, str(self.version)), verbose=0)
         tfds.disable_progress_bar()  # TFDS's bars know no totals and fill logs; Progress does better
@@ -153,7 +166,9 @@ class Builder(RepeatableBuilder):
             features=tfds.features.FeaturesDict(
                 {
                     "audio": tfds.features.Tensor(
-                        shape=(self.builder_config.samples,), dtype=np.int16, encoding=tfds.features.Encoding.BYTES
+                        shape=(self.builder_config.samples,),
+                        dtype=np.int16,
+                        encoding=tfds.features.Encoding.BYTES,
                     ),
                     "caption": tfds.features.Text(),
                     "id": tfds.features.Text(),
@@ -176,9 +191,17 @@ class Builder(RepeatableBuilder):
         total = getattr(config, split)
         jobs = [(index, pieces[index % len(pieces)]) for index in range(total)]
         clips = self._in_parallel(
-            chunks.rendered, jobs, split, config.seed, config.clip_seconds, config.sample_rate_hz, config.instruments
+            chunks.rendered,
+            jobs,
+            split,
+            config.seed,
+            config.clip_seconds,
+            config.sample_rate_hz,
+            config.instruments,
         )
-        for clip, audio, caption in Progress(clips, f"score_clips/{config.name} {split} clips", total):
+        for clip, audio, caption in Progress(
+            clips, f"score_clips/{config.name} {split} clips", total
+        ):
             yield (
                 clip.id,
                 {
@@ -196,7 +219,9 @@ class Builder(RepeatableBuilder):
         wanted = scores.quotas(config.pieces)
         chosen = {split: [] for split in SPLITS}
         found = self._choose(scores.candidates(config.collections, config.seed), wanted)
-        for split, piece in Progress(found, f"score_clips/{config.name} scores", sum(wanted.values())):
+        for split, piece in Progress(
+            found, f"score_clips/{config.name} scores", sum(wanted.values())
+        ):
             chosen[split].append(piece)
         if not all(chosen.values()):
             raise ValueError(
@@ -205,7 +230,9 @@ class Builder(RepeatableBuilder):
             )
         return chosen
 
-    def _choose(self, names: list[str], wanted: dict[str, int]) -> Iterator[tuple[str, scores.Piece]]:
+    def _choose(
+        self, names: list[str], wanted: dict[str, int]
+    ) -> Iterator[tuple[str, scores.Piece]]:
         """The first pieces, in order, that begin unlike all before, until each split has as many as wanted."""
         wanted, openings = dict(wanted), set()
         while names and any(wanted.values()):
@@ -225,10 +252,16 @@ class Builder(RepeatableBuilder):
         chunked = [items[at : at + _CHUNK] for at in range(0, len(items), _CHUNK)]
         parallel = joblib.Parallel(n_jobs=joblib.cpu_count(), return_as="generator")
         cached = self._memory.cache(function)
-        return itertools.chain.from_iterable(parallel(joblib.delayed(cached)(chunk, *arguments) for chunk in chunked))
+        return itertools.chain.from_iterable(
+            parallel(joblib.delayed(cached)(chunk, *arguments) for chunk in chunked)
+        )
 
     def _bytes(self) -> int:
-        return 2 * self.builder_config.samples * sum(getattr(self.builder_config, split) for split in SPLITS)
+        return (
+            2
+            * self.builder_config.samples
+            * sum(getattr(self.builder_config, split) for split in SPLITS)
+        )
 
 
 def _check_space(folder, needed: int) -> None:

@@ -83,7 +83,10 @@ def candidates(collections: tuple[str, ...], seed: int) -> list[str]:
     names = []
     for collection in collections:
         found = [name for path in _paths(collection) for name in _names(path)]
-        names += [(_waiting_time(f"{seed}/{name}", len(found) / _WEIGHTS[collection]), name) for name in found]
+        names += [
+            (_waiting_time(f"{seed}/{name}", len(found) / _WEIGHTS[collection]), name)
+            for name in found
+        ]
     return [name for _, name in sorted(names)]
 
 
@@ -138,8 +141,14 @@ def _piece(name: str, text: str, score) -> Piece | None:
         notes += [(offset, duration, pitch, lowest_part) for offset, duration, pitch in lines]
         lowest_part += bool(lines)
     metre, pickup, bar = _bars(score)
-    piece = Piece(name, name.partition("/")[0], _dance(text, metre), metre, pickup, bar, tuple(sorted(notes)))
-    fit = notes and len(opening(piece)) == _OPENING and coverage(notes, pickup, piece.end) >= _COVERAGE
+    piece = Piece(
+        name, name.partition("/")[0], _dance(text, metre), metre, pickup, bar, tuple(sorted(notes))
+    )
+    fit = (
+        notes
+        and len(opening(piece)) == _OPENING
+        and coverage(notes, pickup, piece.end) >= _COVERAGE
+    )
     return piece if fit else None
 
 
@@ -203,7 +212,9 @@ def _bars(score) -> tuple[str | None, float, float]:
 
 
 def _dance(text: str, metre: str | None) -> str | None:
-    rhythm = " ".join(re.findall(r"(?m)^R:(.*)$", text)) or " ".join(re.findall(r"(?m)^T:(.*)$", text))
+    rhythm = " ".join(re.findall(r"(?m)^R:(.*)$", text)) or " ".join(
+        re.findall(r"(?m)^T:(.*)$", text)
+    )
     rhythm = rhythm.lower().replace("slipjig", "slip jig")
     named = next((dance for dance in _DANCES if re.search(rf"\b{dance}\b", rhythm)), None)
     return named if named and metre in _DANCES[named] else None
@@ -216,8 +227,12 @@ def _corpus() -> pathlib.Path:
 
 
 def _paths(collection: str) -> list[str]:
-    files = sorted(path for kind in ("*.abc", "*.mxl") for path in (_corpus() / collection).rglob(kind))
-    return [path.relative_to(_corpus()).as_posix() for path in files if path.stem not in _NO_CHORALES]
+    files = sorted(
+        path for kind in ("*.abc", "*.mxl") for path in (_corpus() / collection).rglob(kind)
+    )
+    return [
+        path.relative_to(_corpus()).as_posix() for path in files if path.stem not in _NO_CHORALES
+    ]
 
 
 def _names(path: str) -> list[str]:

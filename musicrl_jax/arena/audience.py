@@ -26,7 +26,11 @@ SAID = {
 
 def asked_for(caption: str, known: Mapping[str, Any]) -> dict[str, Any]:
     """What is known of a clip, without that which its caption leaves unsaid: nobody can be judged by that."""
-    return {name: value for name, value in known.items() if name not in SAID or re.search(SAID[name], caption)}
+    return {
+        name: value
+        for name, value in known.items()
+        if name not in SAID or re.search(SAID[name], caption)
+    }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +57,9 @@ class Audience:
         from musicrl_jax.arena.ears import RATE_HZ  # an extra; training hosts go without
 
         if rate_hz != RATE_HZ:
-            raise ValueError(f"the codec decodes at {rate_hz} Hz, and simulated listeners hear at {RATE_HZ}")
+            raise ValueError(
+                f"the codec decodes at {rate_hz} Hz, and simulated listeners hear at {RATE_HZ}"
+            )
 
     def load(self) -> "Hearing":
         """Fits the ears, which takes about a tenth of a second a clip."""
@@ -62,7 +68,9 @@ class Audience:
 
         asked = {}
         for split in self.clips.splits():
-            captioned = zip(self.clips.captions(split), self.clips.attributes(split).values(), strict=True)
+            captioned = zip(
+                self.clips.captions(split), self.clips.attributes(split).values(), strict=True
+            )
             asked |= {caption: asked_for(caption, known) for caption, known in captioned}
         known, wavs, true = self.clips.attributes("train"), [], []
         batch_size = min(self.ears_clips, self.clips.count("train"))
@@ -93,7 +101,9 @@ class Hearing:
     def measure(self, wavs: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
         """f32 [P, N] and P prompts -> f64 [P, M], in the order of `listeners.MEASUREMENTS`."""
         pairs = zip(wavs, prompts, strict=True)
-        return np.stack([self.ears.measure(wav, self.asked.get(prompt, {})) for wav, prompt in pairs])
+        return np.stack(
+            [self.ears.measure(wav, self.asked.get(prompt, {})) for wav, prompt in pairs]
+        )
 
     def utilities(self, wavs: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
         """What the clips are worth to the panel on average, f64 [P]; 0 is about a real clip."""

@@ -25,9 +25,15 @@ SILENT = 1e-4  # root mean square of a frame that counts as silence, -80 dB
 FARTHEST = 4.0  # standard deviations; what is farther off is no worse
 MULTIPLES = (1 / 3, 1 / 2, 2 / 3, 1.0, 3 / 2, 2.0, 3.0)  # of a tempo that count as the same
 TEMPO_TOLERANCE = 0.08
-REGISTERS = {"low": 48.0, "middle": 60.0, "high": 74.0}  # the median pitch to expect, in MIDI numbers
+REGISTERS = {
+    "low": 48.0,
+    "middle": 60.0,
+    "high": 74.0,
+}  # the median pitch to expect, in MIDI numbers
 DENSITIES = {"sparse": 1.5, "steady": 3.5, "busy": 7.0}  # onsets a second
-MAJOR = np.array([6.35, 2.23, 3.48, 2.33, 4.38, 4.09, 2.52, 5.19, 2.39, 3.66, 2.29, 2.88])  # Krumhansl and Kessler
+MAJOR = np.array(
+    [6.35, 2.23, 3.48, 2.33, 4.38, 4.09, 2.52, 5.19, 2.39, 3.66, 2.29, 2.88]
+)  # Krumhansl and Kessler
 MINOR = np.array([6.33, 2.68, 3.52, 5.38, 2.60, 3.53, 2.54, 4.75, 3.98, 2.69, 3.34, 3.17])
 
 Attributes = Mapping[str, Any]
@@ -49,14 +55,18 @@ def hear(wav: np.ndarray) -> Heard:
     wav = np.nan_to_num(np.asarray(wav, np.float32))
     magnitude = np.abs(librosa.stft(wav, n_fft=FFT, hop_length=HOP))
     chroma = librosa.feature.chroma_stft(S=magnitude**2, sr=RATE_HZ, tuning=0.0).mean(axis=1)
-    onsets = librosa.onset.onset_strength(S=librosa.power_to_db(magnitude**2, ref=1.0, top_db=80), sr=RATE_HZ)
+    onsets = librosa.onset.onset_strength(
+        S=librosa.power_to_db(magnitude**2, ref=1.0, top_db=80), sr=RATE_HZ
+    )
     rms = np.sqrt(np.mean(magnitude**2, axis=0)) / np.sqrt(FFT)
     return Heard(wav, magnitude, rms, onsets, chroma / max(chroma.sum(), 1e-9))
 
 
 def key_profiles() -> np.ndarray:
     """[24, 12]: the 12 major keys from C up, then the minor ones; each of mean 0 and length 1."""
-    profiles = np.stack([np.roll(profile, shift) for profile in (MAJOR, MINOR) for shift in range(12)])
+    profiles = np.stack(
+        [np.roll(profile, shift) for profile in (MAJOR, MINOR) for shift in range(12)]
+    )
     profiles = profiles - profiles.mean(axis=1, keepdims=True)
     return profiles / np.linalg.norm(profiles, axis=1, keepdims=True)
 
@@ -76,7 +86,9 @@ def beat(heard: Heard, asked: Attributes) -> float:
     """How much the onsets repeat after a steady time between 0.2 and 1.5 s: the peak of their autocorrelation."""
     centred = heard.onsets - heard.onsets.mean()
     repeats = librosa.autocorrelate(centred)
-    low, high = (librosa.time_to_frames(seconds, sr=RATE_HZ, hop_length=HOP) for seconds in (0.2, 1.5))
+    low, high = (
+        librosa.time_to_frames(seconds, sr=RATE_HZ, hop_length=HOP) for seconds in (0.2, 1.5)
+    )
     return float(repeats[low:high].max(initial=0.0) / max(repeats[0], 1e-9))
 
 
@@ -117,7 +129,9 @@ def tempo_agreement(heard: Heard, asked: Attributes) -> float:
 
 def harmonicity(heard: Heard, asked: Attributes) -> float:
     """The share of energy that lasts in time rather than across frequencies (median filtering)."""
-    below = heard.magnitude[: FFT // 4, ::2]  # below 4 kHz and every other frame: a quarter of the time, much the same
+    below = heard.magnitude[
+        : FFT // 4, ::2
+    ]  # below 4 kHz and every other frame: a quarter of the time, much the same
     harmonic, _ = librosa.decompose.hpss(below, kernel_size=(15, 31))
     return float(np.sum(harmonic**2) / max(np.sum(below**2), 1e-9))
 
@@ -126,7 +140,9 @@ def register_agreement(heard: Heard, asked: Attributes) -> float:
     """Minus the octaves between the median pitch and the register asked for; 0 where none was."""
     if asked.get("register") not in REGISTERS:
         return 0.0
-    pitch = librosa.yin(heard.wav, fmin=60, fmax=2000, sr=RATE_HZ, frame_length=2048, hop_length=4 * HOP)
+    pitch = librosa.yin(
+        heard.wav, fmin=60, fmax=2000, sr=RATE_HZ, frame_length=2048, hop_length=4 * HOP
+    )
     loud = heard.rms[::4][: len(pitch)] >= max(np.median(heard.rms), SILENT)
     if not loud.any():
         return -4.0
@@ -170,9 +186,13 @@ def timbre(heard: Heard) -> np.ndarray:
     """[80]: means and spreads of 20 MFCCs and of their differences, over the frames that are loud."""
     loud = heard.rms >= np.median(heard.rms)
     mel = librosa.feature.melspectrogram(S=heard.magnitude**2, sr=RATE_HZ, n_mels=64)
-    mfcc = librosa.feature.mfcc(S=librosa.power_to_db(mel, ref=np.max, top_db=80), n_mfcc=20)[:, loud]
+    mfcc = librosa.feature.mfcc(S=librosa.power_to_db(mel, ref=np.max, top_db=80), n_mfcc=20)[
+        :, loud
+    ]
     change = np.diff(mfcc, axis=1)
-    return np.concatenate([mfcc.mean(axis=1), mfcc.std(axis=1), change.mean(axis=1), change.std(axis=1)])
+    return np.concatenate(
+        [mfcc.mean(axis=1), mfcc.std(axis=1), change.mean(axis=1), change.std(axis=1)]
+    )
 
 
 class Ears:
@@ -180,7 +200,8 @@ class Ears:
 
     def __init__(self, wavs: Sequence[np.ndarray], asked: Sequence[Attributes]):
         """Real clips f32 [N] at RATE_HZ and what is true of each. Where no two families of instruments are known, the
-        instrument is not judged."""
+        instrument is not judged.
+        """
         heard = [hear(wav) for wav in Progress(wavs, "ears", len(wavs))]
         families = np.asarray([attributes.get("family") or "" for attributes in asked])
         timbres = np.stack([timbre(each) for each in heard])
@@ -194,17 +215,26 @@ class Ears:
                 own[i] = _log_chance(ears[0 if half[i] else 1], timbres[i], families[i])
         found = np.array([_measured(*each) for each in zip(heard, asked, own, strict=True)])
         # The scale of what may be asked for is that of the clips that have it.
-        has = np.array([[not _unasked(name, attributes) for name in _WANTED] for attributes in asked])
+        has = np.array(
+            [[not _unasked(name, attributes) for name in _WANTED] for attributes in asked]
+        )
         counted = [found[has[:, number], number] for number in range(len(_WANTED))]
         self._centre = np.array([part.mean() if len(part) else 0.0 for part in counted])
         self._spread = np.array([max(part.std(), 1e-6) if len(part) else 1.0 for part in counted])
 
     def measure(self, wav: np.ndarray, asked: Attributes) -> np.ndarray:
         """f64 [M], in the order of `listeners.MEASUREMENTS`: higher is better, about 0 for a real clip, from -4 to 4.
-        What the prompt does not ask for is 0."""
+        What the prompt does not ask for is 0.
+        """
         heard = hear(wav)
-        own = _log_chance(self._ear, timbre(heard), asked["family"]) if self._ear and asked.get("family") else 0.0
-        z = np.clip((_measured(heard, asked, own) - self._centre) / self._spread, -FARTHEST, FARTHEST)
+        own = (
+            _log_chance(self._ear, timbre(heard), asked["family"])
+            if self._ear and asked.get("family")
+            else 0.0
+        )
+        z = np.clip(
+            (_measured(heard, asked, own) - self._centre) / self._spread, -FARTHEST, FARTHEST
+        )
         better = {"more": z, "less": -z, "near": REAL_DISTANCE - np.abs(z)}
         found = {name: better[want][number] for number, (name, want) in enumerate(_WANTED.items())}
         if self._ear is None:

@@ -58,9 +58,7 @@ def measured(
     features = {name: result["features"] for name, result in results.items()} | {"real": real}
     features = {name: (each - centre) / spread for name, each in features.items()}
     frames = {name: np.concatenate(each) for name, each in features.items()}
-    diversity = {
-        name: mean_pairwise_distance(each.mean(axis=1)) for name, each in features.items()
-    }
+    diversity = {name: mean_pairwise_distance(each.mean(axis=1)) for name, each in features.items()}
     frechet = {name: frechet_distance(frames[name], frames["real"]) for name in results}
 
     # Of few prompts there are words in place of figures.

@@ -65,12 +65,17 @@ class Panel:
                 f"{self.spread} and indifference = {self.indifference} not below 0"
             )
         if not sum(self.weights.values()) > 0 or min(self.weights.values(), default=0) < 0:
-            raise ValueError(f"Panel {self.name}: weights must be 0 or more and not all 0: {dict(self.weights)}")
+            raise ValueError(
+                f"Panel {self.name}: weights must be 0 or more and not all 0: {dict(self.weights)}"
+            )
 
     def listeners(self) -> np.ndarray:
         """Each listener's weights, f64 [L, M]; they add up to the same for all."""
         mean = np.array([self.weights.get(name, 0.0) for name in MEASUREMENTS])
-        own = mean * np.exp(self.spread * np.random.default_rng(self.seed).normal(size=(self.size, len(MEASUREMENTS))))
+        own = mean * np.exp(
+            self.spread
+            * np.random.default_rng(self.seed).normal(size=(self.size, len(MEASUREMENTS)))
+        )
         return own / own.sum(axis=1, keepdims=True) * mean.sum()
 
     def utilities(self, measured: np.ndarray) -> np.ndarray:
@@ -86,12 +91,15 @@ class Panel:
     def rate(self, utilities: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Ratings from 1 to 5: 4 is what a real clip gets on average."""
         unit = sum(self.weights.values())
-        felt = 4 + (utilities + rng.logistic(scale=self.noise, size=np.shape(utilities))) / unit * 1.5
+        felt = (
+            4 + (utilities + rng.logistic(scale=self.noise, size=np.shape(utilities))) / unit * 1.5
+        )
         return np.clip(np.rint(felt), 1, 5)
 
     def agreement(self, a: np.ndarray, b: np.ndarray) -> float:
         """How often two different listeners who both choose make the same choice: utilities [L, P] of both clips of P
-        pairs -> [0, 1]. An expectation, not a draw."""
+        pairs -> [0, 1]. An expectation, not a draw.
+        """
         for_a, for_b = self._chances(a, b)
 
         def of_two(chances: np.ndarray) -> float:
@@ -107,7 +115,9 @@ class Panel:
     def _chances(self, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """How likely each listener is to choose the first clip, and the second: [L, P] twice -> [L, P] twice."""
         difference = (a - b) / self.noise
-        first, second = (1 / (1 + np.exp(self.indifference - side)) for side in (difference, -difference))
+        first, second = (
+            1 / (1 + np.exp(self.indifference - side)) for side in (difference, -difference)
+        )
         return first, second
 
 
@@ -149,7 +159,8 @@ def judging_panel(noise: float = 1.0) -> Panel:
 
 def monitoring_panel(noise: float = 1.0) -> Panel:
     """Those who look at a policy while it is finetuned: a third population, who hear two things that no one of the
-    training panel hears, and miss two that the judges hear."""
+    training panel hears, and miss two that the judges hear.
+    """
     weights = {
         "consonance": 0.6,
         "beat": 0.8,

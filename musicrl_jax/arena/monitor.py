@@ -73,9 +73,7 @@ class Monitor:
         hearing = self.audience.load()
         base = hearing.utilities(draw_base(prompts), prompts)
         judge = Judge(self, hearing, directory / LOOKS, prompts, base)
-        by_step = [
-            dict(zip(*metrics.get(name, ((), ())), strict=True)) for name in ("kl", *JUDGED)
-        ]
+        by_step = [dict(zip(*metrics.get(name, ((), ())), strict=True)) for name in ("kl", *JUDGED)]
         # A damaged line may have lost one of the three.
         for step in sorted(set.intersection(*map(set, by_step))):
             judge.alarm(int(step), *(float(values[step]) for values in by_step))
@@ -155,7 +153,9 @@ class Judge:
         return described
 
 
-def over_optimised(distances: np.ndarray, gains: np.ndarray, errors: np.ndarray, z: float = 3.0) -> float | None:
+def over_optimised(
+    distances: np.ndarray, gains: np.ndarray, errors: np.ndarray, z: float = 3.0
+) -> float | None:
     """Where a held-out judge's score has passed its peak: the alarm against over-optimisation of a reward.
 
     A judge that the policy does not learn from rises and then falls as the policy moves away from its base; over the

@@ -13,7 +13,11 @@ from typing import Any
 import numpy as np
 import soundfile
 
-SUBTYPES = {"wav": "PCM_16", "flac": "PCM_16", "ogg": "VORBIS"}  # of each format that can be written
+SUBTYPES = {
+    "wav": "PCM_16",
+    "flac": "PCM_16",
+    "ogg": "VORBIS",
+}  # of each format that can be written
 LONGEST_TAG = 2000  # bytes in a wav: libsndfile 1.2.2 writes one of more than 2045, and all after it, as nothing
 
 
@@ -46,11 +50,17 @@ def encoded(wav: np.ndarray, rate: int, form: str, tags: Mapping[str, str] | Non
         holds the first LONGEST_TAG bytes of each.
     """
     file, channels = io.BytesIO(), 1 if wav.ndim == 1 else len(wav)
-    with soundfile.SoundFile(file, "w", rate, channels, format=form.upper(), subtype=SUBTYPES[form]) as written:
+    with soundfile.SoundFile(
+        file, "w", rate, channels, format=form.upper(), subtype=SUBTYPES[form]
+    ) as written:
         for name, text in (tags or {}).items():
-            text = text.replace("\0", " ")  # which would end the text in C, and libsndfile refuses an empty one
+            text = text.replace(
+                "\0", " "
+            )  # which would end the text in C, and libsndfile refuses an empty one
             short = text.encode()[:LONGEST_TAG].decode(errors="ignore")
             setattr(written, name, short if form == "wav" else text)
-        for start in range(0, wav.shape[-1], rate):  # Vorbis puts all of it on the stack: a minute overflows it
+        for start in range(
+            0, wav.shape[-1], rate
+        ):  # Vorbis puts all of it on the stack: a minute overflows it
             written.write(wav[..., start : start + rate].T)
     return file.getvalue()

@@ -39,13 +39,18 @@ MODEL = "model"
 LINEAGE = "tokens.json"  # asset of a token model: which models wrote the tokens that it was trained on, {name: hash}
 CLIP = "clip.json"  # asset of a token model: the length of the clips that it was trained on, {"seconds": s}
 ANCHOR = "anchor.json"  # asset of a finetuned policy: its anchor's content hash, what its rewards declare, the alarm
-TOLD_BY = (MANIFEST, "votes.jsonl")  # the files that say what a folder of tokens, or of votes on them, holds
+TOLD_BY = (
+    MANIFEST,
+    "votes.jsonl",
+)  # the files that say what a folder of tokens, or of votes on them, holds
 # The kind of a model's manifest; older ones do not list their files.
 KIND = {"config": {"kind?": str}, "hash": str, "assets": [str], "files?": FILES}
 NO_IDENTITY = {"identity": False}
 
 # What Orbax logs with a traceback, several times over, it raises as well, and that becomes one error here.
-logging.getLogger("absl").addFilter(lambda record: not (record.exc_info and "orbax" in record.pathname))
+logging.getLogger("absl").addFilter(
+    lambda record: not (record.exc_info and "orbax" in record.pathname)
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +101,9 @@ def config_to_json(config: Any) -> dict[str, Any]:
     """A config dataclass as plain JSON, with its class's name under 'kind'; so are the configs in it."""
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     return {"kind": type(config).__name__} | {
-        name: config_to_json(value) if dataclasses.is_dataclass(value) else json.loads(json.dumps(value))
+        name: config_to_json(value)
+        if dataclasses.is_dataclass(value)
+        else json.loads(json.dumps(value))
         for name, value in values.items()
     }
 
@@ -109,7 +116,9 @@ def config_from_json(config_class: type, fields: dict[str, Any], where: str) -> 
     fields = dict(fields)
     kind = fields.pop("kind", config_class.__name__)
     if kind != config_class.__name__:
-        raise ValueError(f"{where} holds a {kind}, not a {config_class.__name__}: point to a checkpoint of that model")
+        raise ValueError(
+            f"{where} holds a {kind}, not a {config_class.__name__}: point to a checkpoint of that model"
+        )
     hints = typing.get_type_hints(config_class)
     known = {field.name for field in dataclasses.fields(config_class)}
     if set(fields) != known:
@@ -132,7 +141,9 @@ def _field_from_json(hint: Any, value: Any, field: str, where: str) -> Any:
     """Returns a field's value; ValueError where it is of another type than its annotation."""
     choices = [choice for choice in (hint, *typing.get_args(hint)) if isinstance(choice, type)]
     configs = [choice for choice in choices if dataclasses.is_dataclass(choice)]
-    if isinstance(value, dict) and configs:  # of several that a field may hold, the one that is named
+    if (
+        isinstance(value, dict) and configs
+    ):  # of several that a field may hold, the one that is named
         named = [choice for choice in configs if choice.__name__ == value.get("kind")]
         return config_from_json((named or configs)[0], value, where)
     if isinstance(value, list) and typing.get_origin(hint) is tuple:
@@ -173,7 +184,9 @@ def describe(value: Any) -> Any:
         described = {}
         for field in dataclasses.fields(value):
             if field.metadata != NO_IDENTITY:
-                described[field.name] = field.metadata.get("describe", describe)(getattr(value, field.name))
+                described[field.name] = field.metadata.get("describe", describe)(
+                    getattr(value, field.name)
+                )
         hashes = value.content_hashes() if isinstance(value, HashedData) else {}
         return described | ({CONTENT: hashes} if hashes else {})
     if isinstance(value, dict):
@@ -227,7 +240,9 @@ def beside(directory: str | Path, name: str) -> str:
     the link first. Where neither has the model, the one of the folder itself is returned, for an error that names it.
     """
     places = Path(os.path.abspath(directory)).parent, Path(directory).resolve().parent
-    return str(next((place / name for place in places if has_model(place / name)), places[-1] / name))
+    return str(
+        next((place / name for place in places if has_model(place / name)), places[-1] / name)
+    )
 
 
 def _model_manifest(directory: Path) -> dict[str, Any]:
@@ -254,19 +269,25 @@ def check_name(name: str, where: str) -> str:
     return name
 
 
-def save_model(directory: str | Path, config: Any, variables: Any, assets: dict[str, bytes] | None = None) -> str:
+def save_model(
+    directory: str | Path, config: Any, variables: Any, assets: dict[str, bytes] | None = None
+) -> str:
     """Writes `directory`/model, whole or not at all, and returns its hash.
 
     All hosts call it, or the first alone inside `hosts.first_alone`. The first writes, and the others wait for it.
     """
     directory = Path(directory).absolute() / MODEL
-    variables = sharding.fetch(variables)  # an array that remembers its mesh could not be read on another
+    variables = sharding.fetch(
+        variables
+    )  # an array that remembers its mesh could not be read on another
     model_hash = content_hash(variables)
 
     def write() -> None:
         directory.parent.mkdir(parents=True, exist_ok=True)
         check_space(directory.parent, variables)
-        partial, old = (directory.with_name(directory.name + ending) for ending in (".partial", ".old"))
+        partial, old = (
+            directory.with_name(directory.name + ending) for ending in (".partial", ".old")
+        )
         shutil.rmtree(partial, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
         partial.mkdir()
@@ -274,9 +295,15 @@ def save_model(directory: str | Path, config: Any, variables: Any, assets: dict[
             checkpointer.save(partial / "variables", variables)
         for name, content in (assets or {}).items():
             (partial / check_name(name, "an asset")).write_bytes(content)
-        manifest = {"config": config_to_json(config), "hash": model_hash, "assets": sorted(assets or {})}
+        manifest = {
+            "config": config_to_json(config),
+            "hash": model_hash,
+            "assets": sorted(assets or {}),
+        }
         write_on_disk(partial / MANIFEST, sealed({**manifest, "files": described_files(partial)}))
-        if directory.exists():  # gone in one move: half a folder with a manifest would pass for a whole one
+        if (
+            directory.exists()
+        ):  # gone in one move: half a folder with a manifest would pass for a whole one
             directory.rename(old)
         partial.rename(directory)
         shutil.rmtree(old, ignore_errors=True)

@@ -21,13 +21,20 @@ from typing import NoReturn, ParamSpec, TypeVar
 
 import jax
 import numpy as np
-from jax._src import clusters, distributed  # cluster detection and key-value store, which have no public names
+from jax._src import (
+    clusters,
+    distributed,
+)  # cluster detection and key-value store, which have no public names
 from jax.experimental import multihost_utils
 
-AGAIN = 75  # EX_TEMPFAIL, the exit status of a run that saved its state and wants to be started again
+AGAIN = (
+    75  # EX_TEMPFAIL, the exit status of a run that saved its state and wants to be started again
+)
 LOST = 134  # that of a process that lost another one; the same as JAX's own end in that case
 TICK_SECONDS = 2.0  # between two heartbeats
-LOST_TICKS = 30  # heartbeats of this host without one of another, after which that one counts as lost
+LOST_TICKS = (
+    30  # heartbeats of this host without one of another, after which that one counts as lost
+)
 LEFT_TICKS = 5  # the same once the run is told to stop: the other one has left, and nothing more will be saved
 NO_HEARTBEAT_SECONDS = 2**31 - 1
 SHUTDOWN_SECONDS = 60
@@ -58,7 +65,9 @@ class Preempted(SystemExit):
 
 _stop = threading.Event()  # this host, or another one of the run, got SIGTERM
 _saving = False  # inside `stopping_together`
-_native: Callable[[int], None] | None = None  # JAX's handler of SIGTERM, which agrees with the other hosts on a step
+_native: Callable[[int], None] | None = (
+    None  # JAX's handler of SIGTERM, which agrees with the other hosts on a step
+)
 _asked = itertools.count()  # over all loops of a run
 _barriers = itertools.count()
 _waits, _alone = 0, False
@@ -76,7 +85,9 @@ def join() -> None:
     global _native
     values = [os.environ.get(name) for name in ADDRESS]
     if any(values) and not all(values):
-        raise ValueError(f"{', '.join(ADDRESS)} belong together: set all three or none, not {values}")
+        raise ValueError(
+            f"{', '.join(ADDRESS)} belong together: set all three or none, not {values}"
+        )
     if all(values):
         address, count, number = values[0], int(values[1]), int(values[2])
     else:
@@ -105,7 +116,8 @@ def _request_stop(*_: object) -> None:
 
 def _tell_jax() -> None:
     """Has JAX agree on a step with the other hosts, in a training loop alone: elsewhere its thread would wait for the
-    steps of hosts that do not count any, and with it the end of this process."""
+    steps of hosts that do not count any, and with it the end of this process.
+    """
     if _native is not None and _saving and _stop.is_set():
         _native(signal.SIGTERM)
 
@@ -127,7 +139,9 @@ SA_RESETHAND = 0x80000000 - 2**32  # as a C int
 def _sigaction(new: _SigAction | None = None) -> _SigAction:
     """What handles SIGTERM in the C library; `new` takes its place. Python sees its own handlers alone."""
     old = _SigAction()
-    if ctypes.CDLL(None).sigaction(signal.SIGTERM, None if new is None else ctypes.byref(new), ctypes.byref(old)):
+    if ctypes.CDLL(None).sigaction(
+        signal.SIGTERM, None if new is None else ctypes.byref(new), ctypes.byref(old)
+    ):
         raise OSError("SIGTERM's handler cannot be read")
     return old
 
@@ -143,14 +157,17 @@ def _set_by_jax(before: int | None) -> Callable[[int], None] | None:
     deadline = time.monotonic() + HANDLER_SECONDS
     while (handler := _c_handler()) == before:
         if time.monotonic() > deadline:
-            raise OSError("JAX does not handle SIGTERM, so hosts could not stop together: check jax's version")
+            raise OSError(
+                "JAX does not handle SIGTERM, so hosts could not stop together: check jax's version"
+            )
         time.sleep(0.01)
     return ctypes.CFUNCTYPE(None, ctypes.c_int)(handler)
 
 
 def _end_at_second_signal() -> None:
     """Gives the next SIGTERM but one its default action, already in the C library: Python's own handlers wait for the
-    end of a compilation."""
+    end of a compilation.
+    """
     if sys.platform == "linux":
         action = _sigaction()
         action.flags |= SA_RESETHAND
@@ -173,7 +190,8 @@ def stop_point() -> None:
 
 def end(status: int) -> NoReturn:
     """Ends this process as `sys.exit` does, but without Python's finalisation: to clear what TensorFlow and JAX leave
-    in memory takes ten seconds, in which a pre-empted machine may go."""
+    in memory takes ten seconds, in which a pre-empted machine may go.
+    """
     threading._shutdown()  # waits for threads, as the interpreter itself does; neither has a public name
     atexit._run_exitfuncs()
     sys.stdout.flush()
@@ -184,7 +202,8 @@ def end(status: int) -> NoReturn:
 @contextmanager
 def stopping_together() -> Iterator[Callable[[], bool]]:
     """In the block `stop_point` does not raise. `stopping()`, called by all hosts in every step, turns true in one and
-    the same step for all of them, soon after one of them got SIGTERM."""
+    the same step for all of them, soon after one of them got SIGTERM.
+    """
     global _saving
     before, _saving = _saving, True
     _tell_jax()
@@ -217,16 +236,21 @@ class _Heartbeat(threading.Thread):
     def run(self) -> None:
         """Beats until `end`."""
         while not self._ended.wait(TICK_SECONDS):
-            with suppress(jax.errors.JaxRuntimeError):  # the service is gone; then all others are silent
+            with suppress(
+                jax.errors.JaxRuntimeError
+            ):  # the service is gone; then all others are silent
                 self._beat()
             self._leave_if_lost()
 
     def end(self) -> None:
         """Stops, says so to the others, and closes JAX's client; the first host, whose service must outlive all other
-        clients, waits for their last words."""
+        clients, waits for their last words.
+        """
         self._ended.set()
         self.join()
-        pause = threading.Event()  # never set; as `run` waits, which a step of the clock does not disturb
+        pause = (
+            threading.Event()
+        )  # never set; as `run` waits, which a step of the clock does not disturb
         with suppress(jax.errors.JaxRuntimeError):
             self._beat()
             deadline = time.monotonic() + (STOPPED_SECONDS if _stop.is_set() else SHUTDOWN_SECONDS)
@@ -259,11 +283,17 @@ class _Heartbeat(threading.Thread):
         silent = max(self._silent, key=self._silent.get)
         ticks = self._silent[silent]
         if _stop.is_set() and not _saving and ticks >= LEFT_TICKS:
-            print(f"host {silent} has left; what is done is kept, and the same command goes on", file=sys.stderr)
+            print(
+                f"host {silent} has left; what is done is kept, and the same command goes on",
+                file=sys.stderr,
+            )
             sys.stderr.flush()
             os._exit(AGAIN)
         if ticks >= LOST_TICKS:
-            print(f"host {silent} is lost: silent for {ticks * TICK_SECONDS:.0f} s; start all again", file=sys.stderr)
+            print(
+                f"host {silent} is lost: silent for {ticks * TICK_SECONDS:.0f} s; start all again",
+                file=sys.stderr,
+            )
             sys.stderr.flush()
             os._exit(LOST)
 
@@ -286,7 +316,9 @@ def first_alone(work: Callable[P, T]) -> Callable[P, T | None]:
     @functools.wraps(work)
     def done(*arguments: P.args, **keywords: P.kwargs) -> T | None:
         global _waits, _alone
-        if jax.process_count() == 1 or _alone:  # inside of another such function, where no one waits
+        if (
+            jax.process_count() == 1 or _alone
+        ):  # inside of another such function, where no one waits
             return work(*arguments, **keywords)
         _waits += 1  # the same on all hosts, which call such functions in one order
         told = f"musicrl/{_waits}/"
@@ -315,7 +347,9 @@ def first_alone(work: Callable[P, T]) -> Callable[P, T | None]:
             client.key_value_set(told + work.__name__, how)
         return result
 
-    done.__signature__ = inspect.signature(work)  # gin asks for it, and does not look behind a decorator
+    done.__signature__ = inspect.signature(
+        work
+    )  # gin asks for it, and does not look behind a decorator
     return done
 
 

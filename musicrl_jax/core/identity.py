@@ -28,9 +28,16 @@ def changed_content(before: dict[str, Any] | None, now: dict[str, Any] | None) -
             continue
         if not isinstance(old, dict) or not isinstance(new, dict):
             with_hash, without = ("now", "then") if isinstance(new, dict) else ("then", "now")
-            changes.append(f"{name} was built anew ({with_hash} it has a content hash, {without} it has none)")
+            changes.append(
+                f"{name} was built anew ({with_hash} it has a content hash, {without} it has none)"
+            )
             continue
-        splits = [split for split in sorted(set(old) | set(new)) if old.get(split) != new.get(split)]
-        hashes = "; ".join(f"{split} {str(old.get(split))[:12]}, now {str(new.get(split))[:12]}" for split in splits)
+        splits = [
+            split for split in sorted(set(old) | set(new)) if old.get(split) != new.get(split)
+        ]
+        hashes = "; ".join(
+            f"{split} {str(old.get(split))[:12]}, now {str(new.get(split))[:12]}"
+            for split in splits
+        )
         changes.append(f"{name} was built anew with other examples (content hash of {hashes})")
     return " and ".join(changes)

@@ -34,9 +34,7 @@ class Stream(enum.IntEnum):
     UNITS = 7
 
 
-def step_key(
-    seed: int | jax.Array, step: int | jax.Array, stream: Stream | jax.Array
-) -> jax.Array:
+def step_key(seed: int | jax.Array, step: int | jax.Array, stream: Stream | jax.Array) -> jax.Array:
     """Returns the key of one step in one stream."""
     number = stream if isinstance(stream, jax.Array) else int(stream)
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), number), step)

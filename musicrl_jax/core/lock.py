@@ -79,16 +79,28 @@ def _take(path: Path, held: contextlib.ExitStack) -> None:
     if not os.access(path.parent, os.W_OK):
         return
     taken = functools.partial(_end_if_taken, path)
-    lock = filelock.SoftFileLease(path, lease_duration=LEASE_SECONDS, thread_local=False, on_compromise=taken)
+    lock = filelock.SoftFileLease(
+        path, lease_duration=LEASE_SECONDS, thread_local=False, on_compromise=taken
+    )
     try:
         lock.acquire(timeout=0)
     except (filelock.Timeout, PermissionError):  # the second where it is another user's
         _wait(lock, path)
     except OSError as error:
-        raise OSError(f"{path} cannot be written: {error.strerror}; free some space, or mend the folder") from error
+        raise OSError(
+            f"{path} cannot be written: {error.strerror}; free some space, or mend the folder"
+        ) from error
     held.callback(lock.release)
     about = _about(path)
-    write_json(about, {"machine": _machine(), "host": socket.gethostname(), "process": os.getpid(), "since": _now()})
+    write_json(
+        about,
+        {
+            "machine": _machine(),
+            "host": socket.gethostname(),
+            "process": os.getpid(),
+            "since": _now(),
+        },
+    )
     held.callback(about.unlink, missing_ok=True)
 
 
@@ -114,7 +126,10 @@ def _wait(lock: filelock.SoftFileLease, path: Path) -> None:
     # is has just started.
     while (holder := _holder(lock)).get("machine") != _machine() and time.monotonic() < deadline:
         if holder and not waits:
-            print(f"{path.parent} is locked by {_named(holder)}: waits whether that one lives", flush=True)
+            print(
+                f"{path.parent} is locked by {_named(holder)}: waits whether that one lives",
+                flush=True,
+            )
         waits = waits or bool(holder)
         hosts.stop_point()
         time.sleep(POLL_SECONDS)
@@ -135,7 +150,9 @@ def _holder(lock: filelock.SoftFileLease) -> dict[str, str | int]:
     """Machine, host, process and start time of who holds the lock; {} where that is not written."""
     with contextlib.suppress(OSError, ValueError):
         holder = json.loads(_about(Path(lock.lock_file)).read_text())
-        if lock.owner is not None and lock.owner.pid == holder["process"]:  # not of one whose lock was taken over
+        if (
+            lock.owner is not None and lock.owner.pid == holder["process"]
+        ):  # not of one whose lock was taken over
             return holder
     return {}
 
@@ -161,11 +178,18 @@ def _now() -> str:
 
 def _end_if_taken(path: Path, compromise: filelock.LeaseCompromise) -> None:
     """Ends this process where another one has taken the lock over, as it may while this one is stopped: both would
-    write. A touch that failed is no such thing, and is told."""
+    write. A touch that failed is no such thing, and is told.
+    """
     now = filelock.SoftFileLease(path, lease_duration=LEASE_SECONDS)
     if now.owner is None or now.is_lock_held_by_us:
-        print(f"{path} cannot be touched: {compromise.reason}; others may not see this run", file=sys.stderr)
+        print(
+            f"{path} cannot be touched: {compromise.reason}; others may not see this run",
+            file=sys.stderr,
+        )
         return
-    print(f"{path.parent} was taken over by {_named(_holder(now))} while this process was stopped", file=sys.stderr)
+    print(
+        f"{path.parent} was taken over by {_named(_holder(now))} while this process was stopped",
+        file=sys.stderr,
+    )
     sys.stderr.flush()
     os._exit(1)

@@ -153,8 +153,16 @@ def _sha256(path: Path, flush: bool = False) -> str:
 
 def _file_names(folder: Path) -> list[str]:
     """The files in a folder and the folders in it, but for its manifest and what Python leaves beside its modules."""
-    found = (path.relative_to(folder) for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
-    return sorted(path.as_posix() for path in found if "__pycache__" not in path.parts and str(path) != MANIFEST)
+    found = (
+        path.relative_to(folder)
+        for path in folder.rglob("*")
+        if path.is_symlink() or not path.is_dir()
+    )
+    return sorted(
+        path.as_posix()
+        for path in found
+        if "__pycache__" not in path.parts and str(path) != MANIFEST
+    )
 
 
 def described_files(folder: Path) -> dict[str, list[Any]]:
@@ -164,7 +172,10 @@ def described_files(folder: Path) -> dict[str, list[Any]]:
         hashes = list(pool.map(lambda name: _sha256(folder / name, flush=True), names))
     for inner in sorted({(folder / name).parent for name in names} | {folder}):
         flush_names(inner)
-    return {name: [(folder / name).stat().st_size, found] for name, found in zip(names, hashes, strict=True)}
+    return {
+        name: [(folder / name).stat().st_size, found]
+        for name, found in zip(names, hashes, strict=True)
+    }
 
 
 FILES = {str: [(int, str)]}  # the kind of a manifest's list of files

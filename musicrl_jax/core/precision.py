@@ -5,7 +5,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-LOOKED_UP = "table", "place", "relative"  # ends of names of weights that are indexed, not multiplied
+LOOKED_UP = (
+    "table",
+    "place",
+    "relative",
+)  # ends of names of weights that are indexed, not multiplied
 LAYERS = "layers"  # name over weights that hold all layers of a network, stacked along a first axis
 
 

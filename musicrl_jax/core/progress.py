@@ -22,7 +22,9 @@ class Progress:
     def __init__(self, items: Iterable[T], label: str, total: int, initial: int = 0):
         self._items, self._label, self._total, self._done = items, label, total, initial
         self._terminal = sys.stderr.isatty()
-        self._bar = tqdm(total=total, initial=initial, desc=f"{label:>9}", disable=not self._terminal, leave=True)
+        self._bar = tqdm(
+            total=total, initial=initial, desc=f"{label:>9}", disable=not self._terminal, leave=True
+        )
         self._start = self._last = time.monotonic()
         self._note, self._told = "", -1
 
@@ -33,7 +35,10 @@ class Progress:
 
     def _line(self) -> None:
         elapsed, self._told = time.monotonic() - self._start, self._done
-        print(f"{self._label:>9}  {self._done}/{self._total}  {elapsed:.0f} s  {self._note}", flush=True)
+        print(
+            f"{self._label:>9}  {self._done}/{self._total}  {elapsed:.0f} s  {self._note}",
+            flush=True,
+        )
 
     def __iter__(self) -> Iterator[T]:
         try:

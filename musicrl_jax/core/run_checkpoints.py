@@ -33,7 +33,13 @@ from musicrl_jax.core.manifest import (
 CHECKPOINTS, STATE, RUN = "checkpoints", "state", "run.json"
 STATE_BEFORE = "default"  # where versions without a manifest had the state
 DAMAGED = ".damaged"  # the ending of a step that is set aside
-KIND = {"step": int, "about": dict, "identity": dict, "arrays": {str: str}, "files": FILES}  # of a step's manifest
+KIND = {
+    "step": int,
+    "about": dict,
+    "identity": dict,
+    "arrays": {str: str},
+    "files": FILES,
+}  # of a step's manifest
 
 
 def _arrays(tree: Any) -> dict[str, str]:
@@ -66,12 +72,16 @@ class RunCheckpoints:
         self._closed = False
         hosts.first_alone(self._bind)()
         if not (self._directory / RUN).exists():
-            raise OSError(f"{self._directory} is not there on every host: MODEL_DIR must be a folder that all share")
+            raise OSError(
+                f"{self._directory} is not there on every host: MODEL_DIR must be a folder that all share"
+            )
         self._checkpointer = ocp.StandardCheckpointer()
 
     def steps(self) -> list[int]:
         """The steps that have a manifest, ascending; not whether their files are undamaged."""
-        return [step for step in self._folders() if (self._directory / f"{step}" / MANIFEST).exists()]
+        return [
+            step for step in self._folders() if (self._directory / f"{step}" / MANIFEST).exists()
+        ]
 
     def latest_step(self) -> int:
         """The newest whole step, or 0 where there is none.
@@ -135,7 +145,8 @@ class RunCheckpoints:
                     "go on with the version that wrote it or choose a new MODEL_DIR"
                 )
         abstract = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None)), tree
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None)),
+            tree,
         )
         return self._checkpointer.restore(folder / STATE, abstract)
 
@@ -170,7 +181,11 @@ class RunCheckpoints:
         """The steps that have a folder, ascending."""
         if not self._directory.is_dir():
             return []
-        return sorted(int(path.name) for path in self._directory.iterdir() if path.name.isdecimal() and path.is_dir())
+        return sorted(
+            int(path.name)
+            for path in self._directory.iterdir()
+            if path.name.isdecimal() and path.is_dir()
+        )
 
     def _bind(self) -> None:
         """Makes this run's folder, or refuses another's."""
@@ -192,7 +207,9 @@ class RunCheckpoints:
             with contextlib.suppress(ValueError):
                 return unsealed(self._directory / f"{step}" / MANIFEST, kind=KIND)["identity"]
         path = self._directory / RUN
-        before = any((self._directory / f"{step}" / STATE_BEFORE).is_dir() for step in self._folders())
+        before = any(
+            (self._directory / f"{step}" / STATE_BEFORE).is_dir() for step in self._folders()
+        )
         if not path.exists() or not (steps or before or has_model(self._model_dir)):
             return None
         try:
@@ -222,7 +239,9 @@ class RunCheckpoints:
             for step in reversed(self.steps()):
                 folder = self._directory / f"{step}"
                 try:
-                    wrong = damage(folder, unsealed(folder / MANIFEST, kind=KIND)["files"], more=False)
+                    wrong = damage(
+                        folder, unsealed(folder / MANIFEST, kind=KIND)["files"], more=False
+                    )
                 except ValueError as error:
                     wrong = str(error)
                 if not wrong:
@@ -261,7 +280,9 @@ class RunCheckpoints:
 
     def _remove(self, step: int) -> None:
         folder = self._directory / f"{step}"
-        (folder / MANIFEST).unlink(missing_ok=True)  # first: half a folder must not pass for a damaged one
+        (folder / MANIFEST).unlink(
+            missing_ok=True
+        )  # first: half a folder must not pass for a damaged one
         shutil.rmtree(folder)
 
     def _settle(self) -> None:
@@ -296,14 +317,22 @@ class RunCheckpoints:
         return OSError(f"{told}. {self._last_whole()}" if self._latest else told)
 
     def _last_whole(self) -> str:
-        return f"The last whole checkpoint is that of step {self._latest}." if self._latest else "No step was saved."
+        return (
+            f"The last whole checkpoint is that of step {self._latest}."
+            if self._latest
+            else "No step was saved."
+        )
 
 
 def _reason(error: Exception) -> str:
     """An error in one line; the system's own word where it is the system's."""
     if code := re.search(r"os_error_code='(\d+)'", str(error)):  # as Orbax's storage tells it
         return os.strerror(int(code[1]))
-    told = error.strerror if isinstance(error, OSError) and error.strerror else str(error) or type(error).__name__
+    told = (
+        error.strerror
+        if isinstance(error, OSError) and error.strerror
+        else str(error) or type(error).__name__
+    )
     return told.strip().splitlines()[0][:300]
 
 
@@ -316,7 +345,9 @@ def _check_identity(saved: Any, wanted: Any, where: Path, field: str = "") -> No
                 "data that it learned from (of a set's versions the newest is read)"
             )
         for name in sorted((set(saved) | set(wanted)) - {CONTENT}):
-            _check_identity(saved.get(name), wanted.get(name), where, f"{field}.{name}" if field else name)
+            _check_identity(
+                saved.get(name), wanted.get(name), where, f"{field}.{name}" if field else name
+            )
     elif saved != wanted:
         raise ValueError(
             f"{where} holds another run: {field} is {saved!r} there and {wanted!r} here; "

@@ -45,7 +45,9 @@ def make_mesh(fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | No
         )
     shape = (len(devices) // slices // (fsdp * tensor), fsdp, tensor)
     if slices > 1:
-        grid = mesh_utils.create_hybrid_device_mesh(shape, (slices, 1, 1), devices, allow_split_physical_axes=True)
+        grid = mesh_utils.create_hybrid_device_mesh(
+            shape, (slices, 1, 1), devices, allow_split_physical_axes=True
+        )
     else:
         grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
@@ -78,7 +80,9 @@ def named(array: jax.Array, axes: Sequence[str | None]) -> nn.LogicallyPartition
     return nn.LogicallyPartitioned(array, tuple(axes))
 
 
-def laid_out(mesh: Mesh, create: Callable[..., Any], *arguments: Any, rules: Rules = RULES) -> tuple[Any, Any]:
+def laid_out(
+    mesh: Mesh, create: Callable[..., Any], *arguments: Any, rules: Rules = RULES
+) -> tuple[Any, Any]:
     """(shapes, shardings) of `create(*arguments)`, each array laid out as its axis names and the rules say.
 
     Weights without names are replicated. The boxes that carry the names are gone from what is returned.
@@ -95,7 +99,9 @@ def born_sharded(mesh: Mesh, create: Callable[..., Any], *arguments: Any) -> tup
         born = jax.jit(
             lambda *a: nn.meta.unbox(create(*a)),
             out_shardings=shardings,
-            compiler_options={"xla_backend_optimization_level": 0},  # runs once: what counts is that it compiles fast
+            compiler_options={
+                "xla_backend_optimization_level": 0
+            },  # runs once: what counts is that it compiles fast
         )
         tree = born(*arguments)
     return tree, shardings
@@ -143,7 +149,9 @@ def gather_rows(mesh: Mesh, rows: np.ndarray, batch_size: int) -> np.ndarray:
     return np.frombuffer(whole.tobytes(), rows.dtype).reshape(batch_size, *rows.shape[1:])
 
 
-def put_batch(mesh: Mesh, batch: dict[str, np.ndarray], batch_size: int | None = None) -> dict[str, jax.Array]:
+def put_batch(
+    mesh: Mesh, batch: dict[str, np.ndarray], batch_size: int | None = None
+) -> dict[str, jax.Array]:
     """The numeric arrays of a batch, split over the mesh; text stays with the host.
 
     Args:
@@ -157,7 +165,9 @@ def put_batch(mesh: Mesh, batch: dict[str, np.ndarray], batch_size: int | None =
         count = batch_size or len(array)
         held = own_rows(mesh, count)
         place = np.searchsorted(held, np.arange(count)) if batch_size else np.arange(count)
-        return jax.make_array_from_callback((count, *array.shape[1:]), sharding, lambda index: array[place[index[0]]])
+        return jax.make_array_from_callback(
+            (count, *array.shape[1:]), sharding, lambda index: array[place[index[0]]]
+        )
 
     return {name: put(value) for name, value in batch.items() if value.dtype != object}
 

@@ -27,7 +27,9 @@ def mel_to_hz(mel: np.ndarray) -> np.ndarray:
     """The inverse of `hz_to_mel`, float64, any shape."""
     mel = np.asarray(mel, np.float64)
     knee = MIN_LOG_HZ / HZ_PER_MEL
-    return np.where(mel < knee, mel * HZ_PER_MEL, MIN_LOG_HZ * np.exp(LOG_STEP * (np.maximum(mel, knee) - knee)))
+    return np.where(
+        mel < knee, mel * HZ_PER_MEL, MIN_LOG_HZ * np.exp(LOG_STEP * (np.maximum(mel, knee) - knee))
+    )
 
 
 @functools.lru_cache(maxsize=64)
@@ -59,16 +61,22 @@ def frames(wav: jax.Array, window: int, hop: int) -> jax.Array:
     """
     samples = wav.shape[-1]
     if not 1 <= hop <= window:
-        raise ValueError(f"hop = {hop} samples must lie in 1..window = {window}: samples between frames would be lost")
+        raise ValueError(
+            f"hop = {hop} samples must lie in 1..window = {window}: samples between frames would be lost"
+        )
     if samples < hop:
-        raise ValueError(f"clip of {samples} samples is shorter than one hop of {hop}: give a longer clip")
+        raise ValueError(
+            f"clip of {samples} samples is shorter than one hop of {hop}: give a longer clip"
+        )
     count, blocks = samples // hop, -(-window // hop)
     left = (window - hop) // 2
     total = (count + blocks - 1) * hop
     edge = [(0, 0)] * (wav.ndim - 1)
     padded = jnp.pad(wav, [*edge, (left, max(0, total - left - samples))])[..., :total]
     hops = padded.reshape(*wav.shape[:-1], count + blocks - 1, hop)
-    return jnp.concatenate([hops[..., b : b + count, :] for b in range(blocks)], axis=-1)[..., :window]
+    return jnp.concatenate([hops[..., b : b + count, :] for b in range(blocks)], axis=-1)[
+        ..., :window
+    ]
 
 
 def stft_magnitude(wav: jax.Array, window: int, hop: int) -> jax.Array:
@@ -86,13 +94,19 @@ def stft_magnitude(wav: jax.Array, window: int, hop: int) -> jax.Array:
     return jnp.where(silent, 0.0, jnp.sqrt(jnp.where(silent, 1.0, power)))
 
 
-def mel_magnitude(wav: jax.Array, sample_rate_hz: int, n_mels: int, window: int, hop: int) -> jax.Array:
+def mel_magnitude(
+    wav: jax.Array, sample_rate_hz: int, n_mels: int, window: int, hop: int
+) -> jax.Array:
     """Mel-band magnitudes (not powers) of wav [..., N]: [..., N // hop, n_mels] float32."""
     filters = jnp.asarray(mel_filterbank(sample_rate_hz, window, n_mels))
-    return jnp.matmul(stft_magnitude(wav, window, hop), filters, precision=jax.lax.Precision.HIGHEST)
+    return jnp.matmul(
+        stft_magnitude(wav, window, hop), filters, precision=jax.lax.Precision.HIGHEST
+    )
 
 
-def log_mel(wav: jax.Array, sample_rate_hz: int, n_mels: int, window: int, hop: int, floor: float = 1e-5) -> jax.Array:
+def log_mel(
+    wav: jax.Array, sample_rate_hz: int, n_mels: int, window: int, hop: int, floor: float = 1e-5
+) -> jax.Array:
     """Natural log of mel magnitudes (not powers), floored: log(max(mel, floor)), [..., N // hop, n_mels] float32.
 
     20 / ln 10 = 8.686 times this is decibels. Bands under the floor pass no gradient.

@@ -27,7 +27,9 @@ def printed(figure: dict[str, Any], digits: int = 3, scale: float = 1.0, sign: s
     """Returns a figure as '0.500 [0.250, 0.750]' in units of 1 / scale, or its words; sign="+" shows both signs."""
     if "too_small" in figure:
         return figure["too_small"]
-    mean, low, high = (f"{scale * figure[part]:{sign}.{digits}f}" for part in ("mean", "low", "high"))
+    mean, low, high = (
+        f"{scale * figure[part]:{sign}.{digits}f}" for part in ("mean", "low", "high")
+    )
     return f"{mean} [{low}, {high}]"
 
 
@@ -52,7 +54,9 @@ def mean_interval(
       {'mean', 'low', 'high'}, or {'too_small'} of fewer than `least` clusters.
     """
     values = np.asarray(values, np.float64)
-    places = np.arange(len(values)) if clusters is None else np.unique(clusters, return_inverse=True)[1]
+    places = (
+        np.arange(len(values)) if clusters is None else np.unique(clusters, return_inverse=True)[1]
+    )
     sums, sizes = np.bincount(places, values), np.bincount(places)
     if words := too_small(len(sums), least):
         return {"too_small": words}
@@ -62,7 +66,11 @@ def mean_interval(
 
 
 def ratio_interval(
-    parts: np.ndarray, wholes: np.ndarray, rows: np.ndarray, columns: np.ndarray, least: int = LEAST_INTERVAL
+    parts: np.ndarray,
+    wholes: np.ndarray,
+    rows: np.ndarray,
+    columns: np.ndarray,
+    least: int = LEAST_INTERVAL,
 ) -> dict[str, Any]:
     """Returns sum(parts) / sum(wholes) and its 95 % interval over two kinds of things that were drawn.
 
@@ -91,13 +99,21 @@ def ratio_interval(
 
     def variance(clusters: np.ndarray) -> float:
         count = clusters.max() + 1
-        return float(np.square(np.bincount(clusters, parts - ratio * wholes)).sum() * count / max(count - 1, 1))
+        return float(
+            np.square(np.bincount(clusters, parts - ratio * wholes)).sum()
+            * count
+            / max(count - 1, 1)
+        )
 
     by_row, by_column = variance(rows), variance(columns)
     error = np.sqrt(max(by_row + by_column - variance(cells), by_row, by_column)) / wholes.sum()
     if yes_or_no and ratio in (0.0, 1.0):
         unseen = min(3.0 / (rows.max() + 1), 1.0)
-        return {"mean": float(ratio), "low": float(ratio * (1 - unseen)), "high": float(ratio + (1 - ratio) * unseen)}
+        return {
+            "mean": float(ratio),
+            "low": float(ratio * (1 - unseen)),
+            "high": float(ratio + (1 - ratio) * unseen),
+        }
     single = parts[wholes > 0] / wholes[wholes > 0]
     low, high = np.clip([ratio - 1.96 * error, ratio + 1.96 * error], single.min(), single.max())
     return {"mean": float(ratio), "low": float(low), "high": float(high)}
@@ -113,7 +129,12 @@ def frechet_distance(first: np.ndarray, second: np.ndarray) -> float:
     values, vectors = scipy.linalg.eigh(covariances[0])
     root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
     cross = np.sqrt(np.maximum(scipy.linalg.eigvalsh(root @ covariances[1] @ root), 0)).sum()
-    distance = np.square(means[0] - means[1]).sum() + np.trace(covariances[0]) + np.trace(covariances[1]) - 2 * cross
+    distance = (
+        np.square(means[0] - means[1]).sum()
+        + np.trace(covariances[0])
+        + np.trace(covariances[1])
+        - 2 * cross
+    )
     return float(max(distance, 0.0))
 
 

@@ -13,9 +13,7 @@ from typing import Any, NamedTuple
 
 from musicrl_jax.core.files import read_text
 
-_OPEN_QUOTE = (
-    "the quote that opens here is not closed before the next comma: close it, and double a quote inside a quoted value"
-)
+_OPEN_QUOTE = "the quote that opens here is not closed before the next comma: close it, and double a quote inside a quoted value"
 _QUOTED = re.compile(r'"(?:[^"]++|"")*+"')
 _END_OF_VALUE = re.compile(r"[,\r\n]|\Z")
 _SHOWN = 80  # characters of a wrong value that a message repeats
@@ -55,7 +53,9 @@ def read_rows(path: str | Path, columns: Mapping[str, type], only: bool = False)
     if not path.is_file():
         if path.exists():
             raise ValueError(f"{path} is not a regular file: give a .csv or .jsonl file")
-        raise FileNotFoundError(f"{path} does not exist: give a .csv or .jsonl file with {', '.join(columns)}")
+        raise FileNotFoundError(
+            f"{path} does not exist: give a .csv or .jsonl file with {', '.join(columns)}"
+        )
     kind = path.suffix.lower()
     if kind not in (".csv", ".jsonl"):
         raise ValueError(f"{path} ends in {path.suffix!r}: give a .csv or .jsonl file")
@@ -104,12 +104,24 @@ def _csv_rows(path: Path, text: str, columns: Mapping[str, type]) -> Iterator[Ro
             )
         if len(values) < len(header):
             missing = header[len(values)]
-            raise _error(path, line, f"the row ends before it: {len(values)} values for {len(header)} columns", missing)
+            raise _error(
+                path,
+                line,
+                f"the row ends before it: {len(values)} values for {len(header)} columns",
+                missing,
+            )
         for number, (name, value) in enumerate(zip(header, values, strict=True), start=1):
             # Tables of pandas have a first column without a name; elsewhere it is the rest of a value with a comma.
             if not name and value.strip() and number > 1:
-                raise _error(path, line, f"{value[:_SHOWN]!r} in a column without a name: name or empty it", number)
-        yield Row(path, line, {name: value for name, value in zip(header, values, strict=True) if name})
+                raise _error(
+                    path,
+                    line,
+                    f"{value[:_SHOWN]!r} in a column without a name: name or empty it",
+                    number,
+                )
+        yield Row(
+            path, line, {name: value for name, value in zip(header, values, strict=True) if name}
+        )
 
 
 def _check_header(path: Path, line: int, header: list[str], columns: Mapping[str, type]) -> None:
@@ -118,7 +130,11 @@ def _check_header(path: Path, line: int, header: list[str], columns: Mapping[str
             raise _error(path, line, "two columns of this name: rename one", name)
     for column in columns:
         if column not in header:
-            hint = "; separate columns by commas" if len(header) == 1 and set(header[0]) & set(";\t|") else ""
+            hint = (
+                "; separate columns by commas"
+                if len(header) == 1 and set(header[0]) & set(";\t|")
+                else ""
+            )
             raise _error(path, line, f"the column is missing; there are {header}{hint}", column)
 
 
@@ -140,14 +156,20 @@ def _csv_records(path: Path, text: str) -> Iterator[tuple[int, list[str]]]:
             yield line, values
 
 
-def _record_error(path: Path, line: int, record: str, header: list[str], message: str) -> ValueError:
+def _record_error(
+    path: Path, line: int, record: str, header: list[str], message: str
+) -> ValueError:
     """Returns an error that names the value of a record, which begins on `line`, whose quote is not closed."""
     position, number = 0, 1
     while position < len(record):
         if record[position] == '"':
             value = _QUOTED.match(record, position)
             if value is None or record[value.end() : value.end() + 1] not in ("", ",", "\r", "\n"):
-                line += len(io.StringIO(record[:position], newline="").readlines()) - 1 if position else 0
+                line += (
+                    len(io.StringIO(record[:position], newline="").readlines()) - 1
+                    if position
+                    else 0
+                )
                 column = header[number - 1] if number <= len(header) else number
                 return _error(path, line, _OPEN_QUOTE, column)
             position = value.end()
@@ -196,5 +218,7 @@ def _json_object(path: Path, line: int, content: str) -> dict[str, Any]:
         except UnicodeEncodeError as error:
             # An escape in JSON may be half of a surrogate pair, which no UTF-8 holds.
             column = name.encode(errors="backslashreplace").decode()
-            raise _error(path, line, "half of a surrogate pair: write the character itself", column) from error
+            raise _error(
+                path, line, "half of a surrogate pair: write the character itself", column
+            ) from error
     return value

@@ -16,7 +16,9 @@ import safetensors.numpy
 HEADER = "musicrl"  # the header's text that describes a packed model, as JSON
 
 
-def save(path: str | Path, arrays: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> None:
+def save(
+    path: str | Path, arrays: Mapping[str, Any], metadata: Mapping[str, str] | None = None
+) -> None:
     """Writes a file, whole or not at all.
 
     Args:
@@ -27,7 +29,9 @@ def save(path: str | Path, arrays: Mapping[str, Any], metadata: Mapping[str, str
     path = Path(path)
     partial = path.with_name(f".{path.name}.partial")
     tensors = {name: row_major(array) for name, array in arrays.items()}
-    safetensors.numpy.save_file(tensors, partial, metadata=None if metadata is None else dict(metadata))
+    safetensors.numpy.save_file(
+        tensors, partial, metadata=None if metadata is None else dict(metadata)
+    )
     os.replace(partial, path)
 
 
@@ -40,4 +44,6 @@ def read_metadata(path: str | Path) -> dict[str, str]:
 def row_major(array: Any) -> np.ndarray:
     """Returns the array with its elements one after the other in memory, in this machine's byte order."""
     array = np.asarray(array)
-    return np.asarray(array, array.dtype.newbyteorder("="), order="C")  # ascontiguousarray would make [1] of []
+    return np.asarray(
+        array, array.dtype.newbyteorder("="), order="C"
+    )  # ascontiguousarray would make [1] of []

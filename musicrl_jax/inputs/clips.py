@@ -100,7 +100,9 @@ class Clips:
 
     def splits(self) -> list[str]:
         """The splits that have clips: a small folder of recordings may have no validation or test."""
-        return [split for split in SPLITS if any(split in self.records(name) for name in self.datasets)]
+        return [
+            split for split in SPLITS if any(split in self.records(name) for name in self.datasets)
+        ]
 
     def shapes(self, batch_size: int, clip_seconds: float, tokens: ClipShapes) -> Shapes:
         """Returns the shapes of a batch; see `objectives.objective.Data`."""
@@ -120,7 +122,10 @@ class Clips:
         """Returns what each set says of its licence, by its name; sets that say nothing are left out."""
         from musicrl_jax.inputs import tasks
 
-        said = {name: tasks.prepared(name, self.data_dir).info.redistribution_info.license for name in self.datasets}
+        said = {
+            name: tasks.prepared(name, self.data_dir).info.redistribution_info.license
+            for name in self.datasets
+        }
         return {name: licence for name, licence in said.items() if licence}
 
     def captions(self, split: str) -> list[str]:
@@ -132,7 +137,9 @@ class Clips:
         known = {}
         for text in self._texts(split):
             where = f"the attributes of clip {text['id']!r} of {sorted(self.datasets)}"
-            known[text["id"]] = json_from((text.get("attributes") or "{}").encode(), where, dict, "build the set again")
+            known[text["id"]] = json_from(
+                (text.get("attributes") or "{}").encode(), where, dict, "build the set again"
+            )
         return known
 
     def samples(self) -> int:
@@ -140,7 +147,9 @@ class Clips:
         lengths = {name: self._clip_samples(name) for name in self.datasets}
         if self.crop_seconds is None:
             if len(set(lengths.values())) != 1:
-                raise ValueError(f"crop_seconds: clips have different lengths, {lengths} samples: set one")
+                raise ValueError(
+                    f"crop_seconds: clips have different lengths, {lengths} samples: set one"
+                )
             return next(iter(lengths.values()))
         crop = round(self.crop_seconds * self.sample_rate_hz)
         for name, samples in lengths.items():
@@ -164,7 +173,9 @@ class Clips:
         empty = [name for name in sorted(self.datasets) if split not in self.records(name)]
         if len(empty) == len(self.datasets) or (empty and split == "train"):
             known = {name: sorted(self.records(name)) for name in empty}
-            raise ValueError(f"split {split!r} has no clips in {empty}; the splits that have: {known}")
+            raise ValueError(
+                f"split {split!r} has no clips in {empty}; the splits that have: {known}"
+            )
         return [name for name in sorted(self.datasets) if name not in empty]
 
     def _clip_samples(self, name: str) -> int:
@@ -174,13 +185,24 @@ class Clips:
         info = tasks.prepared(name, self.data_dir).info
         spec = info.features.get_tensor_spec()
         audio = spec.get("audio")
-        if audio is None or audio.dtype != np.int16 or audio.shape.rank != 1 or audio.shape[0] is None:
-            raise ValueError(f"datasets: {name!r} is no clip set; `audio` must be int16 of a fixed length, not {audio}")
+        if (
+            audio is None
+            or audio.dtype != np.int16
+            or audio.shape.rank != 1
+            or audio.shape[0] is None
+        ):
+            raise ValueError(
+                f"datasets: {name!r} is no clip set; `audio` must be int16 of a fixed length, not {audio}"
+            )
         if missing := {"caption", "id"} - set(spec):
-            raise ValueError(f"datasets: {name!r} is no clip set; it lacks the text features {sorted(missing)}")
+            raise ValueError(
+                f"datasets: {name!r} is no clip set; it lacks the text features {sorted(missing)}"
+            )
         rate = (info.metadata or {}).get("sample_rate_hz")
         if rate is None:
-            raise ValueError(f"datasets: the metadata of {name!r} do not say its sample_rate_hz: its builder must")
+            raise ValueError(
+                f"datasets: the metadata of {name!r} do not say its sample_rate_hz: its builder must"
+            )
         if rate != self.sample_rate_hz:
             raise ValueError(
                 f"sample_rate_hz {self.sample_rate_hz} is not that of {name!r}, which is {rate}: "
@@ -193,7 +215,9 @@ class Clips:
         from musicrl_jax.inputs import tasks
 
         spec = tasks.prepared(name, self.data_dir).info.features.get_tensor_spec()
-        source = tasks.RecordSource(self.records(name), {field: spec[field] for field in ("audio", "caption", "id")})
+        source = tasks.RecordSource(
+            self.records(name), {field: spec[field] for field in ("audio", "caption", "id")}
+        )
         features = {"audio": tasks.number_feature(np.float32, rank=1)}
         steps = [tasks.crop_audio]
         if self.vocabulary is not None:
@@ -204,7 +228,9 @@ class Clips:
     def _texts(self, split: str) -> list[dict[str, str]]:
         from musicrl_jax.inputs import tasks
 
-        return [text for name in self._sets(split) for text in tasks.texts(name, self.data_dir, split)]
+        return [
+            text for name in self._sets(split) for text in tasks.texts(name, self.data_dir, split)
+        ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,7 +272,9 @@ class Ratings:
         source = tasks.RecordSource({split: self._rated(split)}, spec)
         task = tasks.register("ratings", source, [tasks.crop_audio], features)
         length = {"audio": self.clips.samples()}
-        return tasks.batches([(task, 1.0)], split, length, batch_size, seed, start_step, epochs, rows)
+        return tasks.batches(
+            [(task, 1.0)], split, length, batch_size, seed, start_step, epochs, rows
+        )
 
     def count(self, split: str) -> int:
         """The number of ratings of a split's clips."""
@@ -267,7 +295,9 @@ class Ratings:
         rated = _RatedClips()
         for rating in _read_ratings(self.ratings_csv):
             if rating.clip not in places:
-                raise rating.row.error("clip", f"no clip {rating.clip!r} in {sorted(self.clips.datasets)}")
+                raise rating.row.error(
+                    "clip", f"no clip {rating.clip!r} in {sorted(self.clips.datasets)}"
+                )
             name, clip_split, index = places[rating.clip]
             if clip_split == split:
                 rated.append((sets[name][split], index, rating.score))
@@ -294,7 +324,10 @@ class _RatedClips(list):
 
     def __getitems__(self, indices: list[int]) -> list[Mapping[str, Any]]:
         chosen = [self[i] for i in indices]
-        return [{"audio": records[index]["audio"], "score": np.float32(score)} for records, index, score in chosen]
+        return [
+            {"audio": records[index]["audio"], "score": np.float32(score)}
+            for records, index, score in chosen
+        ]
 
 
 class Rating(NamedTuple):
@@ -312,7 +345,9 @@ def _read_ratings(path: str) -> list[Rating]:
     """
     if Path(path).suffix.lower() != ".csv" or not Path(path).exists():
         kind = ValueError if Path(path).exists() else FileNotFoundError
-        raise kind(f"ratings_csv: {path!r} is no .csv file: give one with {', '.join(RATING_COLUMNS)}")
+        raise kind(
+            f"ratings_csv: {path!r} is no .csv file: give one with {', '.join(RATING_COLUMNS)}"
+        )
     ratings = []
     for row in tables.read_rows(path, dict.fromkeys(RATING_COLUMNS, str)):
         text = row.values["score"].strip()

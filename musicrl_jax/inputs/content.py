@@ -32,7 +32,9 @@ class ContentHash:
         self._digest.update(len(features).to_bytes(8, "little"))
         for name in sorted(features):
             for part in (name.encode(), features[name]):
-                self._digest.update(len(part).to_bytes(8, "little"))  # where one part ends and the next one starts
+                self._digest.update(
+                    len(part).to_bytes(8, "little")
+                )  # where one part ends and the next one starts
                 self._digest.update(part)
 
     def add_example(self, example: "tf.train.Example") -> None:
@@ -48,11 +50,17 @@ def _values(feature: "tf.train.Feature") -> bytes:
     """The values of a feature, with their kind and their number."""
     kind = feature.WhichOneof("kind") or "none"
     if kind == "bytes_list":
-        parts = [part for value in feature.bytes_list.value for part in (len(value).to_bytes(8, "little"), value)]
+        parts = [
+            part
+            for value in feature.bytes_list.value
+            for part in (len(value).to_bytes(8, "little"), value)
+        ]
     elif kind == "none":
         parts = []
     else:
-        numbers, dtype = (feature.float_list, "<f4") if kind == "float_list" else (feature.int64_list, "<i8")
+        numbers, dtype = (
+            (feature.float_list, "<f4") if kind == "float_list" else (feature.int64_list, "<i8")
+        )
         parts = [np.asarray(numbers.value, dtype).tobytes()]
     return b"".join([kind.encode(), b" ", *parts])
 
@@ -65,7 +73,9 @@ def of_arrays(example: Mapping[str, np.ndarray | str]) -> dict[str, bytes]:
             features[name] = value.encode()
         else:
             array = np.asarray(value)
-            features[name] = f"{array.dtype.name} {array.shape} ".encode() + array.astype("<i8").tobytes()
+            features[name] = (
+                f"{array.dtype.name} {array.shape} ".encode() + array.astype("<i8").tobytes()
+            )
     return features
 
 

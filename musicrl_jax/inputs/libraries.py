@@ -21,8 +21,7 @@ START_UP_LINE = re.compile(
 
 @contextmanager
 def _without_start_up_lines() -> Iterator[None]:
-    """Drops from the process's stderr, in the block, the lines that TensorFlow writes as it starts.
-    """
+    """Drops from the process's stderr, in the block, the lines that TensorFlow writes as it starts."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # read once, at the import
     sys.stderr.flush()
     stderr = os.dup(2)

@@ -57,12 +57,16 @@ def block_counts(rates: Sequence[float]) -> tuple[int, ...]:
     than LONGEST_BLOCK.
     """
     if not all(math.isfinite(rate) and rate > 0 for rate in rates):
-        raise ValueError(f"rates {list(rates)} must all be positive: leave out a data set that is not wanted")
+        raise ValueError(
+            f"rates {list(rates)} must all be positive: leave out a data set that is not wanted"
+        )
     exact = [Fraction(str(rate)) for rate in rates]
     whole = [int(rate * math.lcm(*(r.denominator for r in exact))) for rate in exact]
     counts = tuple(count // math.gcd(*whole) for count in whole)
     if sum(counts) > LONGEST_BLOCK:
-        raise ValueError(f"rates {list(rates)} repeat only after {sum(counts)} examples: round them")
+        raise ValueError(
+            f"rates {list(rates)} repeat only after {sum(counts)} examples: round them"
+        )
     return counts
 
 
@@ -78,7 +82,9 @@ def _block(seed: int, block: int, counts: tuple[int, ...]) -> tuple[np.ndarray, 
     return component, ordinal
 
 
-def schedule(seed: int, position: np.ndarray, rates: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+def schedule(
+    seed: int, position: np.ndarray, rates: Sequence[float]
+) -> tuple[np.ndarray, np.ndarray]:
     """Position int64 [P] -> (component, ordinal), int64 [P] each: whose turn it is, and how many it had before."""
     counts = block_counts(rates)
     block, offset = np.divmod(np.asarray(position, np.int64), sum(counts))
@@ -92,7 +98,11 @@ def schedule(seed: int, position: np.ndarray, rates: Sequence[float]) -> tuple[n
 
 
 def positions(
-    batch_size: int, start_step: int = 0, end: int | None = None, rows: np.ndarray | None = None, steps: int = 1
+    batch_size: int,
+    start_step: int = 0,
+    end: int | None = None,
+    rows: np.ndarray | None = None,
+    steps: int = 1,
 ) -> Iterator[np.ndarray]:
     """The positions of batches start_step, start_step + 1, ..., int64 [P], those of `steps` batches at a time.
 
@@ -128,4 +138,6 @@ def example_keys(seed: int, component: int, ordinal: np.ndarray) -> np.ndarray:
     """int64 [P, 2]: a key for each of a component's examples, for `tf.random.stateless_*` in preprocessors."""
     # The key's first word is 63 bits wide, so that it fits the int64 that TensorFlow takes.
     stream = int(_words(_KEY, component, seed, 0, 1)[0] >> np.uint64(1))
-    return np.stack([np.full(len(ordinal), stream, np.int64), np.asarray(ordinal, np.int64)], axis=1)
+    return np.stack(
+        [np.full(len(ordinal), stream, np.int64), np.asarray(ordinal, np.int64)], axis=1
+    )

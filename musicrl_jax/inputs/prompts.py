@@ -83,7 +83,9 @@ class Prompts:
         if split not in SPLITS:
             raise ValueError(f"split {split!r} is none of {', '.join(SPLITS)}")
         if not self.datasets and not self.files:
-            raise ValueError("datasets and files are both empty: name a clip set or a file of prompts")
+            raise ValueError(
+                "datasets and files are both empty: name a clip set or a file of prompts"
+            )
         seen: set[str] = set()
         for earlier in SPLITS[: SPLITS.index(split)]:
             seen.update(map(_words, self._all(earlier)))

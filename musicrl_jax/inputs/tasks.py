@@ -27,8 +27,12 @@ READ_AHEAD = 16  # records that one call of the reader fetches
 TEXT_FIELDS = ("id", "caption", "attributes")
 
 Preprocessor = Callable[..., tf.data.Dataset]
-Ordinals = Callable[[], Iterator[np.ndarray]]  # int64 [P] at a time: which examples of a component, 0, 1, ... its first
-Turns = Callable[[], Iterator[tuple[np.ndarray, np.ndarray]]]  # (component, ordinal) of a mixture's examples, [P] each
+Ordinals = Callable[
+    [], Iterator[np.ndarray]
+]  # int64 [P] at a time: which examples of a component, 0, 1, ... its first
+Turns = Callable[
+    [], Iterator[tuple[np.ndarray, np.ndarray]]
+]  # (component, ordinal) of a mixture's examples, [P] each
 
 
 class RecordSource(seqio.DataSource):
@@ -85,9 +89,16 @@ class RecordSource(seqio.DataSource):
 
         def examples() -> Iterator[dict[str, Any]]:
             size = len(records)
-            epoch = (np.arange(start, min(start + READ_AHEAD, size)) for start in range(0, size, READ_AHEAD))
+            epoch = (
+                np.arange(start, min(start + READ_AHEAD, size))
+                for start in range(0, size, READ_AHEAD)
+            )
             for ordinal in epoch if self._ordinals is None else self._ordinals():
-                index = order.shuffled(seed, self._component, ordinal, size) if shuffle else ordinal % size
+                index = (
+                    order.shuffled(seed, self._component, ordinal, size)
+                    if shuffle
+                    else ordinal % size
+                )
                 keys = order.example_keys(seed, self._component, ordinal)
                 for record, key in zip(records.__getitems__(index.tolist()), keys, strict=True):
                     yield {**{name: record[name] for name in self._spec}, "key": key}
@@ -102,7 +113,9 @@ def crop_audio(dataset: tf.data.Dataset, sequence_length: Mapping[str, int]) -> 
 
     def crop(example: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
         starts = tf.shape(example["audio"])[0] - samples + 1
-        start = tf.random.stateless_uniform([], example["key"], minval=0, maxval=starts, dtype=tf.int32, alg="philox")
+        start = tf.random.stateless_uniform(
+            [], example["key"], minval=0, maxval=starts, dtype=tf.int32, alg="philox"
+        )
         window = tf.ensure_shape(example["audio"][start : start + samples], [samples])  # [N]
         return {**example, "audio": tf.cast(window, tf.float32) / 32768.0}
 
@@ -110,7 +123,10 @@ def crop_audio(dataset: tf.data.Dataset, sequence_length: Mapping[str, int]) -> 
 
 
 def tokenize(
-    dataset: tf.data.Dataset, sequence_length: Mapping[str, int], vocabulary: str, field: str = "caption"
+    dataset: tf.data.Dataset,
+    sequence_length: Mapping[str, int],
+    vocabulary: str,
+    field: str = "caption",
 ) -> tf.data.Dataset:
     """`field` as int32 [L] pieces under 'text', cut at `sequence_length['text']` or filled with 0.
 
@@ -137,7 +153,9 @@ def text_feature() -> seqio.Feature:
 
 def number_feature(dtype: type[np.number], rank: int) -> seqio.Feature:
     """Returns an output feature that is an array of numbers."""
-    return seqio.Feature(seqio.PassThroughVocabulary(0), add_eos=False, dtype=tf.as_dtype(dtype), rank=rank)
+    return seqio.Feature(
+        seqio.PassThroughVocabulary(0), add_eos=False, dtype=tf.as_dtype(dtype), rank=rank
+    )
 
 
 def spec(shape: Sequence[int | None], dtype: type) -> tf.TensorSpec:
@@ -164,7 +182,9 @@ def register(
     )
 
 
-def scheduled(datasets: Sequence[tf.data.Dataset], rates: Sequence[float], seed: int, turns: Turns) -> tf.data.Dataset:
+def scheduled(
+    datasets: Sequence[tf.data.Dataset], rates: Sequence[float], seed: int, turns: Turns
+) -> tf.data.Dataset:
     """A SeqIO mixture's `sample_fn`: datasets take turns as `turns` says, whatever the rates and the seed."""
     if len(datasets) == 1:
         return datasets[0]
@@ -173,7 +193,9 @@ def scheduled(datasets: Sequence[tf.data.Dataset], rates: Sequence[float], seed:
         for component, _ in turns():
             yield from component
 
-    choice = tf.data.Dataset.from_generator(components, output_signature=tf.TensorSpec([], tf.int64))
+    choice = tf.data.Dataset.from_generator(
+        components, output_signature=tf.TensorSpec([], tf.int64)
+    )
     return tf.data.Dataset.choose_from_datasets(datasets, choice)
 
 
@@ -215,7 +237,10 @@ def batches(
         return (ordinal[turn == component] for turn, ordinal in turns())
 
     streams = [
-        (task.replace(source=task.source.stream(component, functools.partial(own, component))), float(rate))
+        (
+            task.replace(source=task.source.stream(component, functools.partial(own, component))),
+            float(rate),
+        )
         for component, ((task, _), rate) in enumerate(zip(chosen, rates, strict=True))
     ]
     mixture = seqio.Mixture("stream", streams, sample_fn=functools.partial(scheduled, turns=turns))
@@ -234,7 +259,9 @@ def batches(
 def _numpy(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The batch with its bytes decoded."""
     return {
-        name: np.array([text.decode() for text in value], object) if value.dtype == object else value
+        name: np.array([text.decode() for text in value], object)
+        if value.dtype == object
+        else value
         for name, value in batch.items()
     }
 
@@ -283,7 +310,9 @@ def open_builder(directory: str, remedy: str) -> tfds.core.DatasetBuilder:
     """Opens a data set that TFDS wrote; ValueError with the remedy where its descriptions are damaged or missing."""
     try:
         return tfds.builder_from_directory(directory)
-    except Exception as error:  # TFDS and protobuf raise KeyError, ParseError, DatasetNotFoundError and more
+    except (
+        Exception
+    ) as error:  # TFDS and protobuf raise KeyError, ParseError, DatasetNotFoundError and more
         reason = (str(error) or type(error).__name__).strip().splitlines()[0][:200]
         raise ValueError(f"{directory} is no whole data set ({reason}): {remedy}") from error
 
@@ -291,7 +320,9 @@ def open_builder(directory: str, remedy: str) -> tfds.core.DatasetBuilder:
 def filled_splits(builder: tfds.core.DatasetBuilder) -> dict[str, Records]:
     """The records of every split that has any."""
     return {
-        split: builder.as_data_source(split) for split, info in builder.info.splits.items() if info.num_examples > 0
+        split: builder.as_data_source(split)
+        for split, info in builder.info.splits.items()
+        if info.num_examples > 0
     }
 
 

@@ -88,10 +88,14 @@ class Tokens:
         records, spec = read(self.directory, split)
         spec = token_spec(spec)
         source = tasks.RecordSource({split: records}, spec)
-        features = {name: tasks.number_feature(np.int32, each.shape.rank) for name, each in spec.items()}
+        features = {
+            name: tasks.number_feature(np.int32, each.shape.rank) for name, each in spec.items()
+        }
         task = tasks.register("tokens", source, [], features)
         length = {name: each.shape[0] for name, each in spec.items()}
-        return tasks.batches([(task, 1.0)], split, length, batch_size, seed, start_step, epochs, rows)
+        return tasks.batches(
+            [(task, 1.0)], split, length, batch_size, seed, start_step, epochs, rows
+        )
 
     def layout(self) -> dict[str, int]:
         """Levels and codes of the models that wrote them: 'acoustic_levels', 'acoustic_codes', 'semantic_codes', ..."""
@@ -148,10 +152,14 @@ def read_manifest(directory: str, verb: str = "encode") -> dict[str, Any]:
             f"people need the {MANIFEST} and the splits of the folder whose clips they heard"
         )
     if not path.exists():
-        raise FileNotFoundError(f"directory: no tokens at {directory}; write them with `musicrl encode`")
+        raise FileNotFoundError(
+            f"directory: no tokens at {directory}; write them with `musicrl encode`"
+        )
     remedy = f"restore a copy, or run `musicrl {verb}` again"
     if (schema := read_json(path, {"schema": str}, remedy)["schema"]) != SCHEMA:
-        raise ValueError(f"tokens in {directory} have schema {schema}, not {SCHEMA}: run `musicrl {verb}` again")
+        raise ValueError(
+            f"tokens in {directory} have schema {schema}, not {SCHEMA}: run `musicrl {verb}` again"
+        )
     return read_json(path, MANIFEST_KIND, remedy)
 
 
@@ -165,7 +173,9 @@ def read(directory: str, split: str) -> tuple[Records, dict[str, "tf.TensorSpec"
 
 def token_spec(spec: Mapping[str, "tf.TensorSpec"]) -> dict[str, "tf.TensorSpec"]:
     """Returns the specs of the arrays of tokens among those of `read`."""
-    return {name: each for name, each in spec.items() if name not in TEXTS and each.dtype.is_integer}
+    return {
+        name: each for name, each in spec.items() if name not in TEXTS and each.dtype.is_integer
+    }
 
 
 def clip_shapes(directory: str) -> dict[str, tuple[int, ...]]:
@@ -178,7 +188,11 @@ def clip_shapes(directory: str) -> dict[str, tuple[int, ...]]:
 
 
 def complete(
-    directory: str, split: str, models: Mapping[str, str], layout: Mapping[str, Any], data: Mapping[str, Any]
+    directory: str,
+    split: str,
+    models: Mapping[str, str],
+    layout: Mapping[str, Any],
+    data: Mapping[str, Any],
 ) -> bool:
     """Whether a split was written to its end, by these models and in this layout; ValueError if from other data."""
     return split in _manifest(directory, models, layout, data)["counts"]
@@ -204,7 +218,9 @@ def write_tokens(
 
     folder = Path(directory) / split
     if folder.exists() and not (Path(directory) / MANIFEST).is_file():
-        raise ValueError(f"directory: {directory} is no token folder, and has a {split!r} of its own: choose another")
+        raise ValueError(
+            f"directory: {directory} is no token folder, and has a {split!r} of its own: choose another"
+        )
     examples = iter(examples)
     if (first := next(examples, None)) is None:
         raise ValueError(f"split {split!r}: there are no examples to write")
@@ -243,7 +259,9 @@ def _write_shards(
     for name, shape in shapes.items():
         features[name] = tfds.features.Tensor(shape=shape, dtype=np.int32, encoding="bytes")
     info = tfds.core.DatasetInfo(
-        builder=tfds.core.DatasetIdentity("tokens", tfds.core.Version(SCHEMA), str(folder), module_name=__name__),
+        builder=tfds.core.DatasetIdentity(
+            "tokens", tfds.core.Version(SCHEMA), str(folder), module_name=__name__
+        ),
         features=tfds.features.FeaturesDict(features),
     )
     writer = tfds.core.SequentialWriter(info, examples_per_shard, file_format="array_record")
@@ -267,7 +285,11 @@ def _checked(
     for example in examples:
         codes = {name: np.asarray(example[name]) for name in shapes}
         for name, array in codes.items():
-            if not np.issubdtype(array.dtype, np.integer) or array.min() < 0 or array.shape != shapes[name]:
+            if (
+                not np.issubdtype(array.dtype, np.integer)
+                or array.min() < 0
+                or array.shape != shapes[name]
+            ):
                 raise ValueError(
                     f"{name} of clip {example['id']!r} must be codes of shape {shapes[name]}, from 0 up; "
                     f"it is {array.dtype} {array.shape}"
@@ -280,13 +302,21 @@ def _manifest(
     directory: str, models: Mapping[str, str], layout: Mapping[str, Any], data: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The folder's manifest if these models and this layout wrote it, or a new one; ValueError if from other data."""
-    new = {"schema": SCHEMA, "models": dict(models), "layout": dict(layout), "data": dict(data), "counts": {}}
+    new = {
+        "schema": SCHEMA,
+        "models": dict(models),
+        "layout": dict(layout),
+        "data": dict(data),
+        "counts": {},
+    }
     new = json.loads(json.dumps(new))
     path = Path(directory) / MANIFEST
     if not path.exists():
         return new
     old = read_json(path, remedy="restore a copy, or remove the folder to encode again")
-    if any(old.get(name) != new[name] for name in ("schema", "models", "layout")) or not old.get("counts"):
+    if any(old.get(name) != new[name] for name in ("schema", "models", "layout")) or not old.get(
+        "counts"
+    ):
         return new
     old = read_json(path, MANIFEST_KIND, "restore a copy, or remove the folder to encode again")
     was, now = old["data"], new["data"]
@@ -297,7 +327,9 @@ def _manifest(
             else f"{name} {was.get(name)}, not {now.get(name)}"
             for name in changed
         )
-        raise ValueError(f"tokens in {directory} were encoded from {difference}: give another TOKENS folder")
+        raise ValueError(
+            f"tokens in {directory} were encoded from {difference}: give another TOKENS folder"
+        )
     return old
 
 

@@ -34,7 +34,9 @@ SIMULATED = "simulated listener"  # how the name of each begins
 CHOICES = {"a": 1.0, "b": 0.0, "tie": 0.5}  # the share of the vote that clip a gets
 ABSTAINED = "abstain"
 FIELDS = {"prompt": str, "a": str, "b": str, "vote": str, "listener": str, "heard": list}
-OF_THE_PROMPT = ("mulan",)  # arrays of tokens that both clips share; those of all others are stacked
+OF_THE_PROMPT = (
+    "mulan",
+)  # arrays of tokens that both clips share; those of all others are stacked
 
 
 class Vote(NamedTuple):
@@ -90,11 +92,14 @@ class Votes:
             )
         source = tasks.RecordSource({split: pairs}, spec)
         features = {
-            name: tasks.number_feature(each.dtype.as_numpy_dtype, each.shape.rank) for name, each in spec.items()
+            name: tasks.number_feature(each.dtype.as_numpy_dtype, each.shape.rank)
+            for name, each in spec.items()
         }
         task = tasks.register("votes", source, [], features)
         length = {name: each.shape[0] for name, each in spec.items() if each.shape.rank}
-        return tasks.batches([(task, 1.0)], split, length, batch_size, seed, start_step, epochs, rows)
+        return tasks.batches(
+            [(task, 1.0)], split, length, batch_size, seed, start_step, epochs, rows
+        )
 
     def shapes(self, batch_size: int, clip_seconds: float, tokens: ClipShapes) -> Shapes:
         """Returns the shapes of a batch; see `objectives.objective.Data`."""
@@ -141,7 +146,10 @@ class Votes:
     def _places(self, split: str) -> dict[str, int]:
         """The number of every clip of a split, by id."""
         self._tokens.count(split)  # a check of the models
-        return {record["id"].decode(): number for number, record in enumerate(read(self.directory, split)[0])}
+        return {
+            record["id"].decode(): number
+            for number, record in enumerate(read(self.directory, split)[0])
+        }
 
     def _pairs(self, split: str) -> tuple["_Pairs", dict[str, "tf.TensorSpec"]]:
         from musicrl_jax.inputs import tasks
@@ -181,7 +189,8 @@ class _Pairs(list):
         records = []
         for a, b, (_, _, share) in zip(clips[::2], clips[1::2], chosen, strict=True):
             record = {
-                name: a[name] if name in OF_THE_PROMPT else np.stack([a[name], b[name]]) for name in self._names
+                name: a[name] if name in OF_THE_PROMPT else np.stack([a[name], b[name]])
+                for name in self._names
             }
             records.append({**record, "vote": np.float32(share)})
         return records
@@ -200,8 +209,12 @@ def read_votes(directory: str) -> list[Vote]:
         fields = row.values
         if fields["vote"] not in (*CHOICES, ABSTAINED):
             raise row.error("vote", f"{fields['vote']!r} is none of {(*CHOICES, ABSTAINED)}")
-        if len(fields["heard"]) != 2 or not all(isinstance(heard, bool) for heard in fields["heard"]):
-            raise row.error("heard", f"{fields['heard']!r} must be two of true and false, for a and for b")
+        if len(fields["heard"]) != 2 or not all(
+            isinstance(heard, bool) for heard in fields["heard"]
+        ):
+            raise row.error(
+                "heard", f"{fields['heard']!r} must be two of true and false, for a and for b"
+            )
         if fields["a"] == fields["b"]:
             raise row.error("b", f"{fields['a']!r} is clip a too: give two clips")
         votes.append(Vote(row.line, **fields))
@@ -227,7 +240,9 @@ def set_figures_aside(directory: str, listeners: Iterable[str]) -> None:
         set_aside(path, str(error).removeprefix(f"{path} "))
         return
     if others := sorted(listener for listener in listeners if not is_of(listener, panel)):
-        aside = path.with_name(f"{path.stem}.{panel.replace(' ', '_').replace('/', '_')}{path.suffix}")
+        aside = path.with_name(
+            f"{path.stem}.{panel.replace(' ', '_').replace('/', '_')}{path.suffix}"
+        )
         told = f"{path} is of simulated listeners of the {panel}, and {others[0]!r} voted"
         try:
             os.replace(path, aside)
@@ -243,5 +258,8 @@ def write_votes(directory: str, votes: list[Vote]) -> None:
     Figures about other listeners do not stay beside it; see `set_figures_aside`.
     """
     set_figures_aside(directory, {vote.listener for vote in votes})
-    lines = [json.dumps({name: getattr(vote, name) for name in FIELDS}, ensure_ascii=False) for vote in votes]
+    lines = [
+        json.dumps({name: getattr(vote, name) for name in FIELDS}, ensure_ascii=False)
+        for vote in votes
+    ]
     write_text(Path(directory) / VOTES, "\n".join(lines) + "\n")

@@ -16,7 +16,9 @@ EPSILON = 1e-6
 STFT_WINDOWS = (2048, 512)
 
 
-def reconstruction(wav: jax.Array, decoded: jax.Array, sample_rate_hz: int, windows: tuple[int, ...]) -> jax.Array:
+def reconstruction(
+    wav: jax.Array, decoded: jax.Array, sample_rate_hz: int, windows: tuple[int, ...]
+) -> jax.Array:
     """Multi-scale spectral distance of decoded [B, N] to wav [B, N], [] (SoundStream, 2107.03312, equations 4 and 5).
 
     For each window s, with hop s / 4 and 64 mel bands: the L1 norm of the difference of mel magnitudes plus
@@ -30,7 +32,9 @@ def reconstruction(wav: jax.Array, decoded: jax.Array, sample_rate_hz: int, wind
         output = spectral.mel_magnitude(decoded, sample_rate_hz, MELS, window, window // 4)
         l1 = jnp.mean(jnp.sum(jnp.abs(target - output), -1))
         difference = jnp.log(jnp.maximum(target, floor)) - jnp.log(jnp.maximum(output, floor))
-        log_l2 = jnp.mean(jnp.sqrt(jnp.sum(jnp.square(difference), -1) + EPSILON))  # the root of 0 has no gradient
+        log_l2 = jnp.mean(
+            jnp.sqrt(jnp.sum(jnp.square(difference), -1) + EPSILON)
+        )  # the root of 0 has no gradient
         terms.append(l1 + math.sqrt(window / 2) * log_l2)
     return sum(terms) / len(terms)
 
@@ -58,19 +62,25 @@ def stft_distance(wav: jax.Array, decoded: jax.Array) -> jax.Array:
 
 def si_sdr(wav: jax.Array, decoded: jax.Array) -> jax.Array:
     """Scale-invariant signal-to-distortion ratio of each clip in dB, [B]; higher is better (1811.02508). No mean is
-    subtracted."""
+    subtracted.
+    """
     scale = jnp.sum(wav * decoded, -1) / (jnp.sum(jnp.square(wav), -1) + 1e-8)
     target = scale[:, None] * wav
     noise = decoded - target
-    return 10.0 * jnp.log10((jnp.sum(jnp.square(target), -1) + 1e-8) / (jnp.sum(jnp.square(noise), -1) + 1e-8))
+    return 10.0 * jnp.log10(
+        (jnp.sum(jnp.square(target), -1) + 1e-8) / (jnp.sum(jnp.square(noise), -1) + 1e-8)
+    )
 
 
-Features = list[list[jax.Array]]  # of each discriminator, what its layers give; the last are its scores, high for real
+Features = list[
+    list[jax.Array]
+]  # of each discriminator, what its layers give; the last are its scores, high for real
 
 
 def discriminator_hinge(real: Features, decoded: Features) -> jax.Array:
     """What discriminators minimise (2107.03312, equation 1), []: the mean over them of how far their scores are from
-    1 or more for real and -1 or less for decoded clips."""
+    1 or more for real and -1 or less for decoded clips.
+    """
     terms = [
         jnp.mean(jax.nn.relu(1.0 - ours[-1])) + jnp.mean(jax.nn.relu(1.0 + theirs[-1]))
         for ours, theirs in zip(real, decoded, strict=True)
@@ -85,7 +95,8 @@ def generator_hinge(decoded: Features) -> jax.Array:
 
 def feature_distance(real: Features, decoded: Features) -> jax.Array:
     """Mean absolute difference of the discriminators' inner layers, averaged over layers and discriminators
-    (equation 3), []."""
+    (equation 3), [].
+    """
     terms = [
         jnp.mean(jnp.abs(ours - theirs))
         for real_layers, decoded_layers in zip(real, decoded, strict=True)
@@ -114,6 +125,8 @@ def balanced(
         fresh = jnp.mean(jnp.linalg.norm(gradient, axis=-1))
         keep = jnp.where(norms[name] > 0.0, BALANCE_DECAY, 0.0)
         moved[name] = jnp.where(fresh > 0.0, keep * norms[name] + (1.0 - keep) * fresh, norms[name])
-        parts.append(gradient * (weights[name] / gradient.shape[0] / jnp.maximum(moved[name], 1e-20)))
+        parts.append(
+            gradient * (weights[name] / gradient.shape[0] / jnp.maximum(moved[name], 1e-20))
+        )
     total = sum(jnp.where(norm > 0.0, weights[name], 0.0) for name, norm in moved.items())
     return sum(parts) / jnp.maximum(total, 1e-20), moved

@@ -37,7 +37,9 @@ def contrastive(
     """
     size = audio.shape[0]
     own = jnp.eye(size, dtype=bool)
-    cosines = jnp.matmul(audio, text.T, precision=jax.lax.Precision.HIGHEST)  # [B, B], clips down, captions across
+    cosines = jnp.matmul(
+        audio, text.T, precision=jax.lax.Precision.HIGHEST
+    )  # [B, B], clips down, captions across
     logits = jnp.where(identical & ~own, NEVER, cosines / temperature)
     diagonal = jnp.diagonal(logits)
     to_text = jax.nn.logsumexp(logits, axis=1) - diagonal

@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import optax
 
 
-def cross_entropy(logits: jax.Array, tokens: jax.Array, weights: jax.Array | None = None) -> tuple[jax.Array, dict]:
+def cross_entropy(
+    logits: jax.Array, tokens: jax.Array, weights: jax.Array | None = None
+) -> tuple[jax.Array, dict]:
     """Mean nats per token, over the tokens whose weight is 1.
 
     Args:

@@ -42,7 +42,9 @@ def create_state(variables: Any, optimiser: optax.GradientTransformation) -> Tra
     return TrainState(zero, zero, zero, params, state, optimiser.init(params))
 
 
-def moved(optimiser: optax.GradientTransformation, gradients: Any, opt_state: Any, params: Any) -> tuple[Any, Any]:
+def moved(
+    optimiser: optax.GradientTransformation, gradients: Any, opt_state: Any, params: Any
+) -> tuple[Any, Any]:
     """(params, opt_state) after one step."""
     with jax.numpy_dtype_promotion("standard"):  # optax raises Python floats to integer powers
         updates, opt_state = optimiser.update(gradients, opt_state, params)
@@ -84,7 +86,13 @@ class Optimiser:
         """The optax chain for a run of `steps`."""
         return optax.chain(
             optax.clip_by_global_norm(self.clip_norm),
-            optax.adamw(self.schedule(steps), self.b1, self.b2, weight_decay=self.weight_decay, mask=_matrices),
+            optax.adamw(
+                self.schedule(steps),
+                self.b1,
+                self.b2,
+                weight_decay=self.weight_decay,
+                mask=_matrices,
+            ),
         )
 
 

@@ -63,11 +63,15 @@ class PolicyGradient:
     def __post_init__(self) -> None:
         for name, known in (("baseline", BASELINES), ("surrogate", SURROGATES), ("kl", KLS)):
             if getattr(self, name) not in known:
-                raise ValueError(f"PolicyGradient.{name} = {getattr(self, name)!r} is none of {known}")
+                raise ValueError(
+                    f"PolicyGradient.{name} = {getattr(self, name)!r} is none of {known}"
+                )
         if not 0 < self.clip < 1:
             raise ValueError(f"PolicyGradient.clip = {self.clip} must lie between 0 and 1")
         if self.group < 2:
-            raise ValueError(f"PolicyGradient.group = {self.group}: a clip is compared with others: 2 or more")
+            raise ValueError(
+                f"PolicyGradient.group = {self.group}: a clip is compared with others: 2 or more"
+            )
 
     @property
     def clips_per_prompt(self) -> int:
@@ -108,7 +112,9 @@ def token_log_probs(log_distribution: jax.Array, tokens: jax.Array) -> jax.Array
     return jnp.take_along_axis(log_distribution, tokens[..., None], axis=-1)[..., 0]
 
 
-def reward_advantage(choice: PolicyGradient, rewards: jax.Array, values: jax.Array | None) -> jax.Array:
+def reward_advantage(
+    choice: PolicyGradient, rewards: jax.Array, values: jax.Array | None
+) -> jax.Array:
     """The rewards less their baseline: f32 [B], and f32 [B, S] where the baseline is 'value' -> f32 [B, S] or [B, 1].
 
     ValueError where B is no multiple of the group.
@@ -116,7 +122,9 @@ def reward_advantage(choice: PolicyGradient, rewards: jax.Array, values: jax.Arr
     if choice.baseline == "value":
         return rewards[:, None] - values
     if len(rewards) % choice.group:
-        raise ValueError(f"a batch of {len(rewards)} clips is no whole number of groups of {choice.group}")
+        raise ValueError(
+            f"a batch of {len(rewards)} clips is no whole number of groups of {choice.group}"
+        )
     groups = rewards.reshape(-1, choice.group)
     if choice.baseline == "leave_one_out":
         advantage = groups - jax.vmap(other_clips_mean)(groups)
@@ -223,7 +231,9 @@ def value_loss(values: jax.Array, rewards: jax.Array) -> tuple[jax.Array, dict[s
     return jnp.square(errors).mean(), {"explained_variance": explained, "value": values.mean()}
 
 
-def adapted_strength(strength: jax.Array, kl: jax.Array, target: float, rate: float = 0.1) -> jax.Array:
+def adapted_strength(
+    strength: jax.Array, kl: jax.Array, target: float, rate: float = 0.1
+) -> jax.Array:
     """The KL strength after an update whose KL was `kl`: raised where that is above `target`, in the same unit, lowered
     where it is below (the controller of 1909.08593): f32 [] -> f32 [], in (0, 0.5].
 

@@ -71,17 +71,21 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, real: jax.Array) -> jax.Array:
-        """x [B, L, D], real [B, L] bool, False where a place is only filled up -> [B, L, D]."""
+        """X [B, L, D], real [B, L] bool, False where a place is only filled up -> [B, L, D]."""
         c = self.config
         query, key, value = (
-            _dense(c.embed, name, "embed", "heads")(x).reshape(*x.shape[:2], c.heads, c.embed // c.heads)
+            _dense(c.embed, name, "embed", "heads")(x).reshape(
+                *x.shape[:2], c.heads, c.embed // c.heads
+            )
             for name in ("query", "key", "value")
         )  # [B, L, heads, D / heads] each
         mixed = jax.nn.dot_product_attention(query, key, value, mask=real[:, None, None, :])
         mixed = _dense(c.embed, "attention", "heads", "embed")(mixed.reshape(x.shape))
         x = nn.LayerNorm(NORM_EPSILON, name="attention_norm")(x + mixed)
         y = nn.gelu(_dense(c.mlp, "up", "embed", "mlp")(x), approximate=False)
-        return nn.LayerNorm(NORM_EPSILON, name="norm")(x + _dense(c.embed, "down", "mlp", "embed")(y))
+        return nn.LayerNorm(NORM_EPSILON, name="norm")(
+            x + _dense(c.embed, "down", "mlp", "embed")(y)
+        )
 
 
 class Bert(nn.Module):
@@ -96,22 +100,30 @@ class Bert(nn.Module):
     def __call__(self, text: jax.Array) -> jax.Array:
         c = self.config
         if text.shape[1] > c.positions:
-            raise ValueError(f"texts of {text.shape[1]} pieces, but BertConfig.positions = {c.positions}: cut them")
+            raise ValueError(
+                f"texts of {text.shape[1]} pieces, but BertConfig.positions = {c.positions}: cut them"
+            )
         real = text != PADDING  # [B, L]
         normal = nn.initializers.normal(1.0)
         named = nn.with_logical_partitioning
         pieces = self.param("pieces", named(normal, ("vocab", "embed")), (c.pieces, c.embed))
-        positions = self.param("positions", named(nn.initializers.normal(0.1), (None, "embed")), (c.positions, c.embed))
+        positions = self.param(
+            "positions", named(nn.initializers.normal(0.1), (None, "embed")), (c.positions, c.embed)
+        )
         types = self.param("types", named(nn.initializers.zeros, (None, "embed")), (TYPES, c.embed))
         x = pieces[text] + (positions[: text.shape[1]] + types[:1])[None]  # [B, L, D]
         x = nn.LayerNorm(NORM_EPSILON, name="norm")(x)
         if self.has_variable("params", LAYERS):
             block, weights = Block(c, parent=None), self.get_variable("params", LAYERS)
-            x = in_a_loop(lambda x, layer: block.apply({"params": layer}, x, real), x, weights, c.layers)
+            x = in_a_loop(
+                lambda x, layer: block.apply({"params": layer}, x, real), x, weights, c.layers
+            )
         else:
             for layer in range(c.layers):
                 x = Block(c, name=f"{BLOCK}{layer}")(x, real)
-        weight = real.astype(x.dtype) / jnp.maximum(jnp.sum(real, axis=1, keepdims=True), 1).astype(x.dtype)
+        weight = real.astype(x.dtype) / jnp.maximum(jnp.sum(real, axis=1, keepdims=True), 1).astype(
+            x.dtype
+        )
         return jnp.sum(x * weight[:, :, None], axis=1)
 
 
@@ -125,7 +137,11 @@ DENSE = {
     "down": "output.dense",
 }
 NORMS = {"attention_norm": "attention.output.LayerNorm", "norm": "output.LayerNorm"}
-TABLES = {"pieces": "word_embeddings", "positions": "position_embeddings", "types": "token_type_embeddings"}
+TABLES = {
+    "pieces": "word_embeddings",
+    "positions": "position_embeddings",
+    "types": "token_type_embeddings",
+}
 
 
 def _unprefixed(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -139,10 +155,14 @@ def sizes(tensors: Mapping[str, np.ndarray], settings: Mapping[str, Any], where:
     """
     for name, known in SETTINGS.items():
         if settings.get(name, known[0]) not in known:
-            raise ValueError(f"{where}: config.json says {name} = {settings[name]!r}, but this BERT has {known[0]!r}")
+            raise ValueError(
+                f"{where}: config.json says {name} = {settings[name]!r}, but this BERT has {known[0]!r}"
+            )
     found = _unprefixed(tensors)
     layers = len({name.split(".")[2] for name in found if re.match(r"encoder\.layer\.\d+\.", name)})
-    needed = {f"embeddings.{name}.weight" for name in TABLES.values()} | {"encoder.layer.0.intermediate.dense.weight"}
+    needed = {f"embeddings.{name}.weight" for name in TABLES.values()} | {
+        "encoder.layer.0.intermediate.dense.weight"
+    }
     if missing := sorted(needed - set(found)):
         raise ValueError(f"{where} is no BERT: it has no tensor {missing[0]}")
     pieces, embed = found["embeddings.word_embeddings.weight"].shape
@@ -162,19 +182,31 @@ def params(config: BertConfig, tensors: Mapping[str, np.ndarray], where: str) ->
 
     def take(name: str, *shape: int) -> np.ndarray:
         if name not in found:
-            raise ValueError(f"{where} is no BERT of {config.layers} layers: it has no tensor {name}")
+            raise ValueError(
+                f"{where} is no BERT of {config.layers} layers: it has no tensor {name}"
+            )
         if found[name].shape != shape:
-            raise ValueError(f"{where}: {name} has the shape {found[name].shape}, {config} needs {shape}")
+            raise ValueError(
+                f"{where}: {name} has the shape {found[name].shape}, {config} needs {shape}"
+            )
         return np.asarray(found[name], np.float32)
 
     def dense(name: str, inputs: int, outputs: int) -> dict[str, np.ndarray]:
-        return {"kernel": take(f"{name}.weight", outputs, inputs).T, "bias": take(f"{name}.bias", outputs)}
+        return {
+            "kernel": take(f"{name}.weight", outputs, inputs).T,
+            "bias": take(f"{name}.bias", outputs),
+        }
 
     def norm(name: str) -> dict[str, np.ndarray]:
-        return {"scale": take(f"{name}.weight", config.embed), "bias": take(f"{name}.bias", config.embed)}
+        return {
+            "scale": take(f"{name}.weight", config.embed),
+            "bias": take(f"{name}.bias", config.embed),
+        }
 
     rows = {"pieces": config.pieces, "positions": config.positions, "types": TYPES}
-    tree = {name: take(f"embeddings.{TABLES[name]}.weight", rows[name], config.embed) for name in rows}
+    tree = {
+        name: take(f"embeddings.{TABLES[name]}.weight", rows[name], config.embed) for name in rows
+    }
     tree["norm"] = norm("embeddings.LayerNorm")
     for layer in range(config.layers):
         place = f"encoder.layer.{layer}"
@@ -183,5 +215,7 @@ def params(config: BertConfig, tensors: Mapping[str, np.ndarray], where: str) ->
             name: dense(f"{place}.{path}", *widths.get(name, (config.embed, config.embed)))
             for name, path in DENSE.items()
         }
-        tree[f"{BLOCK}{layer}"] = block | {name: norm(f"{place}.{path}") for name, path in NORMS.items()}
+        tree[f"{BLOCK}{layer}"] = block | {
+            name: norm(f"{place}.{path}") for name, path in NORMS.items()
+        }
     return tree

@@ -42,13 +42,15 @@ class ConformerConfig:
 
     def __post_init__(self):
         if self.embed % (2 * self.heads):
-            raise ValueError(f"embed = {self.embed} must be a multiple of 2 * heads = {2 * self.heads}")
+            raise ValueError(
+                f"embed = {self.embed} must be a multiple of 2 * heads = {2 * self.heads}"
+            )
         if self.kernel % 2 == 0:
             raise ValueError(f"kernel = {self.kernel} must be odd, so that it has a middle")
 
 
 def rotary(x: jax.Array, positions: jax.Array) -> jax.Array:
-    """x [B, S, H, A] with each pair of dimensions (a, a + A/2) turned by position * 10000^(-2a/A).
+    """X [B, S, H, A] with each pair of dimensions (a, a + A/2) turned by position * 10000^(-2a/A).
 
     The product of a turned query and a turned key depends on their positions [S] only through the difference.
     The angles are computed in float32; the result has x's dtype.
@@ -59,7 +61,9 @@ def rotary(x: jax.Array, positions: jax.Array) -> jax.Array:
     cosine = jnp.cos(angle).astype(x.dtype)[None, :, None, :]  # [1, S, 1, A/2]
     sine = jnp.sin(angle).astype(x.dtype)[None, :, None, :]
     first, second = x[..., :half], x[..., half:]
-    return jnp.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1)
+    return jnp.concatenate(
+        [first * cosine - second * sine, second * cosine + first * sine], axis=-1
+    )
 
 
 def depthwise(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -91,9 +95,15 @@ class FeedForward(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         x = _norm("norm", x)
-        x = nn.Dense(self.config.mlp, dtype=x.dtype, kernel_init=_kernel("embed", "mlp"), name="up")(x)  # [B, S, mlp]
-        x = jax.lax.optimization_barrier(nn.swish(x))  # XLA would join both products in a loop: longer on a TPU
-        return nn.Dense(self.config.embed, dtype=x.dtype, kernel_init=_kernel("mlp", "embed"), name="down")(x)
+        x = nn.Dense(
+            self.config.mlp, dtype=x.dtype, kernel_init=_kernel("embed", "mlp"), name="up"
+        )(x)  # [B, S, mlp]
+        x = jax.lax.optimization_barrier(
+            nn.swish(x)
+        )  # XLA would join both products in a loop: longer on a TPU
+        return nn.Dense(
+            self.config.embed, dtype=x.dtype, kernel_init=_kernel("mlp", "embed"), name="down"
+        )(x)
 
 
 class SelfAttention(nn.Module):
@@ -106,15 +116,19 @@ class SelfAttention(nn.Module):
         width, heads = self.config.embed, self.config.heads
         x = _norm("norm", x)
         query, key, value = (
-            nn.Dense(width, dtype=x.dtype, kernel_init=_kernel("embed", "heads"), name=name)(x).reshape(
-                *x.shape[:2], heads, -1
-            )
+            nn.Dense(width, dtype=x.dtype, kernel_init=_kernel("embed", "heads"), name=name)(
+                x
+            ).reshape(*x.shape[:2], heads, -1)
             for name in ("query", "key", "value")
         )  # [B, S, H, A] each
         positions = jnp.arange(x.shape[1])
         with jax.numpy_dtype_promotion("standard"):  # inside: its softmax is in float32
-            mixed = jax.nn.dot_product_attention(rotary(query, positions), rotary(key, positions), value)
-        return nn.Dense(width, dtype=x.dtype, kernel_init=_kernel("heads", "embed"), name="out")(mixed.reshape(x.shape))
+            mixed = jax.nn.dot_product_attention(
+                rotary(query, positions), rotary(key, positions), value
+            )
+        return nn.Dense(width, dtype=x.dtype, kernel_init=_kernel("heads", "embed"), name="out")(
+            mixed.reshape(x.shape)
+        )
 
 
 class Convolution(nn.Module):
@@ -126,7 +140,9 @@ class Convolution(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         width = self.config.embed
         x = _norm("norm", x)
-        x = nn.glu(nn.Dense(2 * width, dtype=x.dtype, kernel_init=_kernel("embed", "mlp"), name="up")(x))  # [B, S, D]
+        x = nn.glu(
+            nn.Dense(2 * width, dtype=x.dtype, kernel_init=_kernel("embed", "mlp"), name="up")(x)
+        )  # [B, S, D]
         taps = self.param("depthwise", _kernel(None, "mlp"), (self.config.kernel, width))
         x = nn.swish(_norm("middle_norm", depthwise(x, taps)))
         return nn.Dense(width, dtype=x.dtype, kernel_init=_kernel("mlp", "embed"), name="down")(x)
@@ -155,12 +171,19 @@ class Conformer(nn.Module):
     def __call__(self, x: jax.Array, layers: int | None = None) -> jax.Array:
         """[B, S, D] -> [B, S, D], the output of block number `layers` (1 is the first; None is the last)."""
         if layers is not None and not 1 <= layers <= self.config.layers:
-            raise ValueError(f"layers = {layers} is not between 1 and the conformer's {self.config.layers}")
+            raise ValueError(
+                f"layers = {layers} is not between 1 and the conformer's {self.config.layers}"
+            )
         depth = self.config.layers if layers is None else layers
         if self.has_variable("params", LAYERS):
             weights = jax.tree.map(lambda w: w[:layers], self.get_variable("params", LAYERS))
             block = Block(self.config, parent=None)
-            return in_a_loop(lambda x, layer: block.apply({"params": layer}, sharding.by_row(x)), x, weights, depth)
+            return in_a_loop(
+                lambda x, layer: block.apply({"params": layer}, sharding.by_row(x)),
+                x,
+                weights,
+                depth,
+            )
         for index in range(depth):
             x = Block(self.config, name=f"{BLOCK}{index}")(sharding.by_row(x))
         return x

@@ -31,7 +31,8 @@ Layers = list[jax.Array]
 @dataclasses.dataclass(frozen=True)
 class DiscriminatorsConfig:
     """Which discriminators there are. SoundStream's by default; DAC's are periods (2, 3, 5, 7, 11) and band windows
-    (2048, 1024, 512)."""
+    (2048, 1024, 512).
+    """
 
     wave_scales: int = 3  # MelGAN discriminators, each at half the sample rate of the one before
     stft_windows: tuple[int, ...] = (1024,)  # samples; a hop is a quarter
@@ -43,9 +44,13 @@ class DiscriminatorsConfig:
         for field in ("stft_windows", "periods", "band_windows"):
             object.__setattr__(self, field, tuple(getattr(self, field)))
         if not (self.wave_scales or self.stft_windows or self.periods or self.band_windows):
-            raise ValueError("DiscriminatorsConfig names no discriminator: give one, or none to CodecObjective")
+            raise ValueError(
+                "DiscriminatorsConfig names no discriminator: give one, or none to CodecObjective"
+            )
         if self.channels < 4 or self.channels % 4:
-            raise ValueError(f"DiscriminatorsConfig.channels = {self.channels} must be a multiple of 4")
+            raise ValueError(
+                f"DiscriminatorsConfig.channels = {self.channels} must be a multiple of 4"
+            )
 
 
 def _conv(features: int, kernel: tuple[int, ...], name: str, **options: Any) -> nn.Module:
@@ -56,7 +61,9 @@ def spectrum(wav: jax.Array, window: int) -> jax.Array:
     """Complex STFT as two channels: [B, N] -> [B, S, K, 2]; Hann window, divided by its norm; hop a quarter."""
     hann = 0.5 - 0.5 * np.cos(2.0 * np.pi * np.arange(window) / window)
     frames = spectral.frames(wav, window, window // 4)  # [B, S, window]
-    taper = jnp.broadcast_to(jnp.asarray(hann / np.sqrt(np.sum(np.square(hann))), jnp.float32), frames.shape)
+    taper = jnp.broadcast_to(
+        jnp.asarray(hann / np.sqrt(np.sum(np.square(hann))), jnp.float32), frames.shape
+    )
     bins = jnp.fft.rfft(frames * taper, axis=-1)
     return jnp.stack([bins.real, bins.imag], axis=-1)
 
@@ -73,7 +80,13 @@ class Wave(nn.Module):
         for index, stride in enumerate(WAVE_STRIDES):
             width = min(4 * x.shape[-1], 64 * self.channels)
             groups = max(1, x.shape[-1] // 4)
-            x = _conv(width, (WAVE_KERNEL,), f"down_{index}", strides=(stride,), feature_group_count=groups)(x)
+            x = _conv(
+                width,
+                (WAVE_KERNEL,),
+                f"down_{index}",
+                strides=(stride,),
+                feature_group_count=groups,
+            )(x)
             x = nn.leaky_relu(x, SLOPE)
             layers.append(x)
         x = nn.leaky_relu(_conv(x.shape[-1], (5,), "middle")(x), SLOPE)
@@ -88,7 +101,9 @@ class STFT(nn.Module):
 
     @nn.compact
     def __call__(self, wav: jax.Array) -> Layers:
-        x = _conv(self.channels, (7, 7), "first")(spectrum(wav, self.window)[:, :, :-1])  # [B, S, window / 2, D]
+        x = _conv(self.channels, (7, 7), "first")(
+            spectrum(wav, self.window)[:, :, :-1]
+        )  # [B, S, window / 2, D]
         layers = []
         for index, (time, frequency, widening) in enumerate(STFT_BLOCKS):
             strides, width = (time, frequency), x.shape[-1] * widening
@@ -131,7 +146,10 @@ class Bands(nn.Module):
         for band, (low, high) in enumerate(BANDS):
             x = bins[:, :, int(low * count) : int(high * count)]
             for index, stride in enumerate((1, 2, 2, 2)):
-                x = nn.leaky_relu(_conv(self.channels, (3, 9), f"down_{band}_{index}", strides=(1, stride))(x), SLOPE)
+                x = nn.leaky_relu(
+                    _conv(self.channels, (3, 9), f"down_{band}_{index}", strides=(1, stride))(x),
+                    SLOPE,
+                )
                 layers.append(x)
             x = nn.leaky_relu(_conv(self.channels, (3, 3), f"last_{band}")(x), SLOPE)
             layers.append(x)
@@ -150,8 +168,12 @@ class Discriminators(nn.Module):
         found, slower = [], wav
         for scale in range(c.wave_scales):
             found.append(Wave(c.channels // 2, name=f"wave_{scale}")(slower))
-            slower = nn.avg_pool(slower[:, :, None], (4,), (2,), "SAME", count_include_pad=False)[:, :, 0]
+            slower = nn.avg_pool(slower[:, :, None], (4,), (2,), "SAME", count_include_pad=False)[
+                :, :, 0
+            ]
         found += [STFT(c.channels, window, name=f"stft_{window}")(wav) for window in c.stft_windows]
         found += [Period(c.channels, period, name=f"period_{period}")(wav) for period in c.periods]
-        found += [Bands(c.channels, window, name=f"bands_{window}")(wav) for window in c.band_windows]
+        found += [
+            Bands(c.channels, window, name=f"bands_{window}")(wav) for window in c.band_windows
+        ]
         return found

@@ -20,7 +20,9 @@ import numpy as np
 from musicrl_jax.core import hosts, sharding
 
 BLOCK = 4096  # Points whose distances to all centroids are held at once, and of a mini-batch: 16 MiB at 1024 codes.
-SAMPLE_PER_CODE = 16  # k-means++ looks at this many points a code; its cost grows with the square of the codes.
+SAMPLE_PER_CODE = (
+    16  # k-means++ looks at this many points a code; its cost grows with the square of the codes.
+)
 TOLERANCE = 1e-4  # An iteration that lowers the inertia by a smaller share than this is the last.
 
 
@@ -29,13 +31,16 @@ class Fit(NamedTuple):
 
     centroids: jax.Array  # [C, D] float32
     share: jax.Array  # [C] float32, the share of points nearest to each; sums to 1
-    inertia: jax.Array  # [] float32, mean squared error of a coordinate: scikit-learn's inertia_ / (P D)
+    inertia: (
+        jax.Array
+    )  # [] float32, mean squared error of a coordinate: scikit-learn's inertia_ / (P D)
     iterations: jax.Array  # [] int32, moves of the centroids
     converged: jax.Array  # [] bool; False where the iterations ran out first
 
     def usage(self) -> dict[str, jax.Array]:
         """The report: inertia, iterations, converged (0 or 1), used (codes that have points), perplexity (exp of the
-        entropy of the shares, 1 to C) and largest_share; float32 [] each."""
+        entropy of the shares, 1 to C) and largest_share; float32 [] each.
+        """
         entropy = -jnp.sum(jax.scipy.special.xlogy(self.share, self.share))
         figures = {
             "inertia": self.inertia,
@@ -98,7 +103,9 @@ def plus_plus(key: jax.Array, x: jax.Array, codes: int) -> jax.Array:
     first = sample[jax.random.randint(first_key, (), 0, sample.shape[0])]
 
     def draw(distance: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        candidates = sample[jax.random.categorical(key, jnp.log(distance), shape=(trials,))]  # [L, D]
+        candidates = sample[
+            jax.random.categorical(key, jnp.log(distance), shape=(trials,))
+        ]  # [L, D]
         left = jnp.minimum(distance[None, :], squared_distances(sample, candidates))  # [L, S]
         best = jnp.argmin(left.sum(-1))
         return left[best], candidates[best]
@@ -123,7 +130,9 @@ def _totals(centroids: jax.Array, x: jax.Array, real: jax.Array) -> tuple[_Total
 
         return add(x * weight[:, None]), add(weight)
 
-    def by_product() -> tuple[jax.Array, jax.Array]:  # on an accelerator: faster, and the same in every run
+    def by_product() -> tuple[
+        jax.Array, jax.Array
+    ]:  # on an accelerator: faster, and the same in every run
         member = jax.nn.one_hot(code, centroids.shape[0]) * weight[:, None]
         return jnp.matmul(member.T, x, precision=jax.lax.Precision.HIGHEST), member.sum(0)
 
@@ -132,7 +141,9 @@ def _totals(centroids: jax.Array, x: jax.Array, real: jax.Array) -> tuple[_Total
 
 
 @jax.jit
-def _measured(totals: _Totals, centroids: jax.Array, x: jax.Array, real: jax.Array) -> tuple[_Totals, jax.Array]:
+def _measured(
+    totals: _Totals, centroids: jax.Array, x: jax.Array, real: jax.Array
+) -> tuple[_Totals, jax.Array]:
     found, distance = _totals(centroids, x, real)
     return jax.tree.map(jnp.add, totals, found), distance
 
@@ -155,7 +166,9 @@ def _goes_on(before: jax.Array, totals: _Totals) -> jax.Array:
 def _fit(centroids: jax.Array, totals: _Totals, before: jax.Array, iterations: jax.Array) -> Fit:
     points, width = totals.counts.sum(), centroids.shape[1]
     converged = ~_goes_on(before, totals)
-    return Fit(centroids, totals.counts / points, totals.inertia / (points * width), iterations, converged)
+    return Fit(
+        centroids, totals.counts / points, totals.inertia / (points * width), iterations, converged
+    )
 
 
 @jax.jit
@@ -205,7 +218,9 @@ def fit(key: jax.Array, points: np.ndarray, codes: int, iterations: int) -> Fit:
     over all points. Raises ValueError when there are fewer points than codes.
     """
     if len(points) < codes:
-        raise ValueError(f"codes = {codes}, but only {len(points)} points to cluster: give more audio or fewer codes")
+        raise ValueError(
+            f"codes = {codes}, but only {len(points)} points to cluster: give more audio or fewer codes"
+        )
     order_key, start_key = jax.random.split(key)
     points = points[np.asarray(jax.random.permutation(order_key, len(points)))]
     sample = jnp.asarray(points[: SAMPLE_PER_CODE * codes], jnp.float32)
@@ -225,7 +240,9 @@ def mini_batches(start: jax.Array, points: np.ndarray) -> jax.Array:
 
 
 @jax.jit
-def _mini_batch(centroids: jax.Array, counts: jax.Array, x: jax.Array, real: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _mini_batch(
+    centroids: jax.Array, counts: jax.Array, x: jax.Array, real: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     found, _ = _totals(centroids, x, real)
     counts += found.counts
     step = found.sums - found.counts[:, None] * centroids
@@ -248,14 +265,19 @@ def streamed_lloyd(start: jax.Array, points: np.ndarray, iterations: int) -> Fit
         seeds = np.zeros(start.shape, np.float32)
         if empty := int(jnp.sum(totals.counts == 0.0)):
             seeds[:empty] = points[np.argsort(-distance, kind="stable")[:empty]]
-        centroids, before, iteration = _moved(totals, jnp.asarray(seeds)), totals.inertia, iteration + 1
+        centroids, before, iteration = (
+            _moved(totals, jnp.asarray(seeds)),
+            totals.inertia,
+            iteration + 1,
+        )
         totals, distance = measure(centroids)
     return _fit(centroids, totals, before, jnp.int32(iteration))
 
 
 def _blocks(points: np.ndarray) -> Iterator[tuple[jax.Array, jax.Array]]:
     """(points [BLOCK, D] float32, which of them are real [BLOCK] bool) on the device or split over the mesh that is
-    set; the last block is filled up with zeros."""
+    set; the last block is filled up with zeros.
+    """
     mesh = jax.sharding.get_mesh()
     shards = 1 if mesh.empty else mesh.shape["data"] * mesh.shape["fsdp"]
     block = -(-BLOCK // shards) * shards

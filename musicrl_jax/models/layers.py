@@ -43,7 +43,12 @@ def stacked(weights: Any) -> Any:
             return each[0].replace_boxed(stack(*(box.unbox() for box in each))).add_axis(0, UNNAMED)
         return (np if isinstance(each[0], np.ndarray) else jnp).stack(each)
 
-    return {**found, LAYERS: jax.tree.map(stack, *(weights[f"{BLOCK}{n}"] for n in range(depth)), is_leaf=_boxed)}
+    return {
+        **found,
+        LAYERS: jax.tree.map(
+            stack, *(weights[f"{BLOCK}{n}"] for n in range(depth)), is_leaf=_boxed
+        ),
+    }
 
 
 def unstacked(weights: Any) -> Any:
@@ -55,15 +60,24 @@ def unstacked(weights: Any) -> Any:
         return found
 
     def layer(number: int, x: Any) -> Any:
-        return x.replace_boxed(layer(number, x.unbox())).remove_axis(0, UNNAMED) if _boxed(x) else x[number]
+        return (
+            x.replace_boxed(layer(number, x.unbox())).remove_axis(0, UNNAMED)
+            if _boxed(x)
+            else x[number]
+        )
 
     depth = len(meta.unbox(jax.tree.leaves(weights[LAYERS], is_leaf=_boxed)[0]))
-    parts = {f"{BLOCK}{n}": jax.tree.map(partial(layer, n), weights[LAYERS], is_leaf=_boxed) for n in range(depth)}
+    parts = {
+        f"{BLOCK}{n}": jax.tree.map(partial(layer, n), weights[LAYERS], is_leaf=_boxed)
+        for n in range(depth)
+    }
     return {**found, **parts}
 
 
-def in_a_loop(block: Callable[[jax.Array, Any], jax.Array], x: jax.Array, layers: Any, depth: int) -> jax.Array:
-    """x through all layers, whose arrays are [depth, ...]: block(x, a layer's arrays) -> the next x.
+def in_a_loop(
+    block: Callable[[jax.Array, Any], jax.Array], x: jax.Array, layers: Any, depth: int
+) -> jax.Array:
+    """X through all layers, whose arrays are [depth, ...]: block(x, a layer's arrays) -> the next x.
 
     ValueError where there are more or fewer.
     """

@@ -42,7 +42,9 @@ class MuLanConfig:
 
     sample_rate_hz: int = 24_000
     window_seconds: float = 10.0
-    audio: resnet.ResNetConfig | musicnn.MusicnnConfig = dataclasses.field(default_factory=resnet.ResNetConfig)
+    audio: resnet.ResNetConfig | musicnn.MusicnnConfig = dataclasses.field(
+        default_factory=resnet.ResNetConfig
+    )
     text: bert.BertConfig = dataclasses.field(default_factory=bert.BertConfig)
     text_length: int = 64
     embed: int = 128
@@ -78,7 +80,7 @@ def windows(wav: jax.Array, samples: int) -> jax.Array:
 
 
 def on_sphere(x: jax.Array) -> jax.Array:
-    """x [..., E] scaled to length 1; the zero vector stays zero and passes no NaN to gradients."""
+    """X [..., E] scaled to length 1; the zero vector stays zero and passes no NaN to gradients."""
     return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(jnp.square(x), axis=-1, keepdims=True), 1e-12))
 
 
@@ -136,7 +138,9 @@ class MuLan(nn.Module):
         self.towers = Towers(c)
         self.audio_projection = Projection(c.hidden, c.embed)
         self.text_projection = Projection(c.hidden, c.embed)
-        self.log_temperature = self.param("log_temperature", nn.initializers.constant(math.log(FIRST_TEMPERATURE)), ())
+        self.log_temperature = self.param(
+            "log_temperature", nn.initializers.constant(math.log(FIRST_TEMPERATURE)), ()
+        )
         self.codebooks = self.variable("rvq", "codebooks", jnp.zeros, (c.levels, c.codes, c.embed))
 
     def place_audio(self, heard: jax.Array) -> jax.Array:

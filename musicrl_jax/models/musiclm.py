@@ -69,14 +69,22 @@ class Trunk(nn.Module):
         c = self.config
         table = nn.initializers.normal(c.temporal.embed**-0.5)
         embed = nn.with_logical_partitioning(table, ("vocab", "embed"))
-        self.mulan_table = self.param("mulan_table", embed, (c.mulan_levels * c.mulan_codes, c.temporal.embed))
+        self.mulan_table = self.param(
+            "mulan_table", embed, (c.mulan_levels * c.mulan_codes, c.temporal.embed)
+        )
         self.frame_table = self.param("frame_table", embed, (c.layout.ids, c.temporal.embed))
         self.code_table = self.param("code_table", embed, (c.layout.ids, c.depth.embed))
-        self.begin = self.param("begin", nn.with_logical_partitioning(table, ("embed",)), (c.temporal.embed,))
-        self.place = self.param(
-            "place", nn.with_logical_partitioning(table, (None, "embed")), (c.layout.depth, c.depth.embed)
+        self.begin = self.param(
+            "begin", nn.with_logical_partitioning(table, ("embed",)), (c.temporal.embed,)
         )
-        self.bridge = self.param("bridge", partitioned(("embed", None)), (c.temporal.embed, c.depth.embed))
+        self.place = self.param(
+            "place",
+            nn.with_logical_partitioning(table, (None, "embed")),
+            (c.layout.depth, c.depth.embed),
+        )
+        self.bridge = self.param(
+            "bridge", partitioned(("embed", None)), (c.temporal.embed, c.depth.embed)
+        )
         self.temporal = Transformer(c.temporal, self.remat, self.lanes)
         self.depth = Transformer(c.depth, self.remat, self.lanes)
 
@@ -84,7 +92,9 @@ class Trunk(nn.Module):
         """The temporal transformer's prefix: int32 [B, M] -> [B, M, D]."""
         c = self.config
         offsets = jnp.arange(c.mulan_levels, dtype=jnp.int32) * c.mulan_codes
-        return self.mulan_table[mulan + jnp.broadcast_to(offsets, mulan.shape)].astype(self.bridge.dtype)
+        return self.mulan_table[mulan + jnp.broadcast_to(offsets, mulan.shape)].astype(
+            self.bridge.dtype
+        )
 
     def embed_frame(self, tokens: jax.Array) -> jax.Array:
         """A whole frame as one input of the temporal transformer: int32 [..., K] -> [..., D]."""
@@ -100,11 +110,15 @@ class Trunk(nn.Module):
         batch = tokens.shape[0]
         begin = jnp.broadcast_to(self.begin.astype(self.bridge.dtype), (batch, 1, c.temporal.embed))
         past = self.embed_frame(tokens[:, :-1])  # [B, F - 1, D]
-        x = self.temporal(jnp.concatenate([self.embed_mulan(mulan), begin, past], axis=1), deterministic)
+        x = self.temporal(
+            jnp.concatenate([self.embed_mulan(mulan), begin, past], axis=1), deterministic
+        )
         context = at_least_float32(x[:, c.mulan_levels :] @ self.bridge)  # [B, F, d]
         codes = self.code_table[c.layout.flat_ids(tokens)[:, :, :-1]]  # [B, F, K - 1, d]
         codes = jnp.pad(codes, ((0, 0), (0, 0), (1, 0), (0, 0))) + self.place[None, None]
-        return self.depth.apart((context[:, :, None] + codes).astype(self.bridge.dtype), deterministic)
+        return self.depth.apart(
+            (context[:, :, None] + codes).astype(self.bridge.dtype), deterministic
+        )
 
     def temporal_bias(self, frames: int) -> jax.Array:
         """The temporal attention's position bias for a clip of `frames`, computed once for the whole decoding."""
@@ -116,14 +130,18 @@ class Trunk(nn.Module):
 
     def start_clip(self, mulan: jax.Array, frames: int, bias: jax.Array) -> Cache:
         """The temporal cache of a clip of `frames`, with the MuLan prefix inside."""
-        cache = self.temporal.empty_cache(mulan.shape[0], self.config.mulan_levels + frames, self.bridge.dtype)
+        cache = self.temporal.empty_cache(
+            mulan.shape[0], self.config.mulan_levels + frames, self.bridge.dtype
+        )
         return self.temporal.extend(self.embed_mulan(mulan), cache, 0, bias)[1]
 
     def next_frame(
         self, previous: jax.Array, cache: Cache, frame: jax.Array, bias: jax.Array
     ) -> tuple[jax.Array, Cache]:
         """The context [B, d] of `frame` (0, 1, ...), given the codes int32 [B, K] of the one before it, if any."""
-        x = jnp.where(frame > 0, self.embed_frame(previous), self.begin.astype(self.bridge.dtype)[None])
+        x = jnp.where(
+            frame > 0, self.embed_frame(previous), self.begin.astype(self.bridge.dtype)[None]
+        )
         x, cache = self.temporal.extend(x[:, None], cache, self.config.mulan_levels + frame, bias)
         return x[:, 0] @ self.bridge, cache
 
@@ -132,7 +150,12 @@ class Trunk(nn.Module):
         return self.depth.empty_cache(batch, self.config.layout.depth, self.bridge.dtype)
 
     def next_code(
-        self, context: jax.Array, previous: jax.Array, cache: Cache, place: jax.Array, bias: jax.Array
+        self,
+        context: jax.Array,
+        previous: jax.Array,
+        cache: Cache,
+        place: jax.Array,
+        bias: jax.Array,
     ) -> tuple[jax.Array, Cache]:
         """The hidden vector [B, d] at `place` (0 .. K - 1), given the code int32 [B] at the place before it."""
         c = self.config
@@ -165,7 +188,9 @@ class MusicLM(nn.Module):
             (c.layout.depth - 1, c.depth.embed, c.layout.acoustic_codes),
         )
 
-    def __call__(self, tokens: jax.Array, mulan: jax.Array, deterministic: bool = True) -> jax.Array:
+    def __call__(
+        self, tokens: jax.Array, mulan: jax.Array, deterministic: bool = True
+    ) -> jax.Array:
         """Logits of every token given those before it: int32 [B, F, K], int32 [B, M] -> f32 [B, F, K, V].
 
         Codes that a place does not have get a score that makes their probability exactly 0.
@@ -204,12 +229,19 @@ class MusicLM(nn.Module):
         return self.trunk.empty_depth_cache(batch)
 
     def next_logits(
-        self, context: jax.Array, previous: jax.Array, cache: Cache, place: jax.Array, bias: jax.Array
+        self,
+        context: jax.Array,
+        previous: jax.Array,
+        cache: Cache,
+        place: jax.Array,
+        bias: jax.Array,
     ) -> tuple[jax.Array, Cache]:
         """Logits f32 [B, V] of the code at `place`, and the depth cache; arguments as in Trunk.next_code."""
         hidden, cache = self.trunk.next_code(context, previous, cache, place, bias)
         acoustic = self._logits("bd,dv->bv", hidden, self.acoustic_head[jnp.maximum(place - 1, 0)])
-        return jnp.where(place > 0, acoustic, self._logits("bd,dv->bv", hidden, self.semantic_head)), cache
+        return jnp.where(
+            place > 0, acoustic, self._logits("bd,dv->bv", hidden, self.semantic_head)
+        ), cache
 
 
 class Value(nn.Module):
@@ -222,7 +254,9 @@ class Value(nn.Module):
     def setup(self) -> None:
         self.trunk = Trunk(self.config, self.remat, self.lanes)
         self.head = self.param(
-            "head", nn.with_logical_partitioning(nn.initializers.zeros, ("embed",)), (self.config.depth.embed,)
+            "head",
+            nn.with_logical_partitioning(nn.initializers.zeros, ("embed",)),
+            (self.config.depth.embed,),
         )
         self.offset = self.param("offset", nn.initializers.zeros, ())
 

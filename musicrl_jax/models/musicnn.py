@@ -86,7 +86,9 @@ def log_mels(wav: jax.Array) -> jax.Array:
     """
     samples = wav.shape[-1]
     if samples <= HOP:
-        raise ValueError(f"a clip of {samples} samples is too short for musicnn: give at least {HOP + 1}")
+        raise ValueError(
+            f"a clip of {samples} samples is too short for musicnn: give at least {HOP + 1}"
+        )
     count = samples // HOP + 1
     padded = jnp.pad(wav.astype(jnp.float32), ((0, 0), (HOP, HOP)), mode="reflect")
     hops = padded[:, : (count + 1) * HOP].reshape(wav.shape[0], count + 1, HOP)
@@ -106,7 +108,9 @@ class Affine(nn.Module):
         width = x.shape[-1:]
         scale = self.param("scale", nn.initializers.ones, width)
         shift = self.param("shift", nn.initializers.zeros, width)
-        return x * jnp.expand_dims(scale, range(x.ndim - 1)) + jnp.expand_dims(shift, range(x.ndim - 1))
+        return x * jnp.expand_dims(scale, range(x.ndim - 1)) + jnp.expand_dims(
+            shift, range(x.ndim - 1)
+        )
 
 
 class Filter(nn.Module):
@@ -136,9 +140,17 @@ class Musicnn(nn.Module):
     def __call__(self, mels: jax.Array) -> jax.Array:
         c = self.config
         x = Affine(name="input_norm")(mels[..., None])  # [B, S, M, 1]
-        found = [Filter(c.timbral, (TIMBRAL_FRAMES, bands), name=f"timbral_{bands}")(x) for bands in TIMBRAL_BANDS]
-        found += [Filter(c.temporal, (frames, 1), name=f"temporal_{frames}")(x) for frames in TEMPORAL_FRAMES]
-        layers = [jnp.concatenate([part.max(axis=2) for part in found], axis=-1)]  # [B, S, 2 timbral + 3 temporal]
+        found = [
+            Filter(c.timbral, (TIMBRAL_FRAMES, bands), name=f"timbral_{bands}")(x)
+            for bands in TIMBRAL_BANDS
+        ]
+        found += [
+            Filter(c.temporal, (frames, 1), name=f"temporal_{frames}")(x)
+            for frames in TEMPORAL_FRAMES
+        ]
+        layers = [
+            jnp.concatenate([part.max(axis=2) for part in found], axis=-1)
+        ]  # [B, S, 2 timbral + 3 temporal]
         for layer in range(MIDDLE_LAYERS):
             x = Filter(c.middle, (MIDDLE_FRAMES,), name=f"middle_{layer}")(layers[-1])
             layers.append(x if layer == 0 else layers[-1] + x)
@@ -154,20 +166,26 @@ def params(config: MusicnnConfig, tensors: Mapping[str, np.ndarray], where: str)
         if name not in tensors:
             raise ValueError(f"{where} is no musicnn: it has no tensor {name}")
         if tensors[name].shape != shape:
-            raise ValueError(f"{where}: {name} has the shape {tensors[name].shape}, {config} needs {shape}")
+            raise ValueError(
+                f"{where}: {name} has the shape {tensors[name].shape}, {config} needs {shape}"
+            )
         return np.asarray(tensors[name], np.float32)
 
     def norm(number: int, width: int) -> dict[str, np.ndarray]:
         name = f"batch_normalization_{number}" if number else "batch_normalization"
         gamma, beta, mean, variance = (
-            take(f"{name}/{part}", width) for part in ("gamma", "beta", "moving_mean", "moving_variance")
+            take(f"{name}/{part}", width)
+            for part in ("gamma", "beta", "moving_mean", "moving_variance")
         )
         scale = gamma / np.sqrt(variance + np.float32(TF_EPSILON))
         return {"scale": scale, "shift": beta - mean * scale}
 
     def layer(number: int, frames: int, bands: int, width: int) -> dict[str, Any]:
         name = f"conv2d_{number}" if number else "conv2d"
-        conv = {"kernel": take(f"{name}/kernel", frames, bands, 1, width), "bias": take(f"{name}/bias", width)}
+        conv = {
+            "kernel": take(f"{name}/kernel", frames, bands, 1, width),
+            "bias": take(f"{name}/bias", width),
+        }
         return {"conv": conv, "norm": norm(number + 1, width)}
 
     tree = {"input_norm": norm(0, 1)}

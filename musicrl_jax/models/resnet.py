@@ -47,7 +47,9 @@ class ResNetConfig:
 def log_mels(wav: jax.Array, sample_rate_hz: int, mels: int) -> jax.Array:
     """[B, N] -> [B, S, M] log-mels at 100 Hz from 64 ms windows, shifted and scaled to about [-2, 2]."""
     window, hop = sample_rate_hz * WINDOW_MS // 1000, sample_rate_hz // FRAME_RATE_HZ
-    return (spectral.log_mel(wav, sample_rate_hz, mels, window, hop) - LOG_MEL_CENTRE) / LOG_MEL_SCALE
+    return (
+        spectral.log_mel(wav, sample_rate_hz, mels, window, hop) - LOG_MEL_CENTRE
+    ) / LOG_MEL_SCALE
 
 
 class ResidualBlock(nn.Module):

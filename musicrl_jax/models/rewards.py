@@ -98,7 +98,9 @@ class PreferenceConfig:
 
     def __post_init__(self):
         if self.window_seconds * FRAMES_PER_SECOND < 1:
-            raise ValueError(f"window_seconds = {self.window_seconds} must hold at least one frame of 40 ms")
+            raise ValueError(
+                f"window_seconds = {self.window_seconds} must hold at least one frame of 40 ms"
+            )
 
     def init(self, key: jax.Array) -> dict[str, Any]:
         """Draws the variables of a Preference."""
@@ -116,7 +118,9 @@ class Preference(nn.Module):
 
     def setup(self):
         self.trunk = Trunk(self.config.policy)
-        self.score = nn.Dense(1, use_bias=False, kernel_init=nn.initializers.zeros)  # a constant would cancel
+        self.score = nn.Dense(
+            1, use_bias=False, kernel_init=nn.initializers.zeros
+        )  # a constant would cancel
 
     def window(self, tokens: jax.Array, mulan: jax.Array) -> jax.Array:
         """int32 [B, F, K], int32 [B, M] -> f32 [B], of the whole clip, read at once."""
@@ -132,4 +136,6 @@ class Preference(nn.Module):
         frames = round(self.config.window_seconds * FRAMES_PER_SECOND)
         if tokens.shape[1] <= frames:
             return self.window(tokens, mulan)
-        return self.window(ends(tokens, frames), mulan.repeat(2, axis=0)).reshape(-1, 2).mean(axis=1)
+        return (
+            self.window(ends(tokens, frames), mulan.repeat(2, axis=0)).reshape(-1, 2).mean(axis=1)
+        )

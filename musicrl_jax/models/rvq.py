@@ -14,7 +14,9 @@ import jax.numpy as jnp
 
 from musicrl_jax.models import kmeans
 
-State = dict[str, jax.Array]  # codebooks [Q, C, D], counts [Q, C], sums [Q, C, D] float32; updates [] int32
+State = dict[
+    str, jax.Array
+]  # codebooks [Q, C, D], counts [Q, C], sums [Q, C, D] float32; updates [] int32
 
 DECAY = 0.99
 DECAY_RAMP = 9.0
@@ -37,11 +39,16 @@ def quantize(codebooks: jax.Array, x: jax.Array) -> jax.Array:
 
 def dequantize(codebooks: jax.Array, codes: jax.Array) -> jax.Array:
     """The vectors [..., D] that codes [..., q] stand for: the sum over the first q <= Q levels' codewords; a code of
-    -1 adds nothing."""
+    -1 adds nothing.
+    """
     levels = codes.shape[-1]
     if levels > codebooks.shape[0]:
-        raise ValueError(f"codes have {levels} levels, the quantizer {codebooks.shape[0]}: are they another codec's?")
-    chosen = jax.vmap(lambda codebook, code: codebook[code], in_axes=(0, -1))(codebooks[:levels], codes)
+        raise ValueError(
+            f"codes have {levels} levels, the quantizer {codebooks.shape[0]}: are they another codec's?"
+        )
+    chosen = jax.vmap(lambda codebook, code: codebook[code], in_axes=(0, -1))(
+        codebooks[:levels], codes
+    )
     heard = jnp.moveaxis(codes, -1, 0)[..., None] >= 0
     return jnp.where(heard, chosen, 0.0).sum(0)
 
@@ -65,7 +72,9 @@ def perplexity(codes: jax.Array, size: int) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnames=("levels", "codes"))
-def fit(key: jax.Array, x: jax.Array, levels: int, codes: int, start: jax.Array | None = None) -> jax.Array:
+def fit(
+    key: jax.Array, x: jax.Array, levels: int, codes: int, start: jax.Array | None = None
+) -> jax.Array:
     """Codebooks [levels, codes, D] float32 fitted to vectors x [P, D]: k-means, then k-means on what each level leaves.
 
     k-means starts from `start` [levels, codes, D], else from random vectors, and between rounds of Lloyd's iterations
@@ -74,9 +83,13 @@ def fit(key: jax.Array, x: jax.Array, levels: int, codes: int, start: jax.Array 
     larger distortion than these, with 0.66 to 0.81. Raises ValueError when there are fewer vectors than codes.
     """
     if x.shape[0] < codes:
-        raise ValueError(f"codes = {codes}, but only {x.shape[0]} vectors: give more audio or fewer codes")
+        raise ValueError(
+            f"codes = {codes}, but only {x.shape[0]} vectors: give more audio or fewer codes"
+        )
 
-    def level(residual: jax.Array, part: tuple[jax.Array, jax.Array | None]) -> tuple[jax.Array, jax.Array]:
+    def level(
+        residual: jax.Array, part: tuple[jax.Array, jax.Array | None]
+    ) -> tuple[jax.Array, jax.Array]:
         key, first = part
         start_key, key = jax.random.split(key)
         if first is None:
@@ -90,7 +103,9 @@ def fit(key: jax.Array, x: jax.Array, levels: int, codes: int, start: jax.Array 
 
         codebook, _ = jax.lax.scan(round_, first, jax.random.split(key, ROUNDS))
         codebook = kmeans.lloyd(codebook, residual, LAST_ITERATIONS).centroids
-        codes_ = jax.lax.map(functools.partial(kmeans.nearest, codebook), residual, batch_size=kmeans.BLOCK)
+        codes_ = jax.lax.map(
+            functools.partial(kmeans.nearest, codebook), residual, batch_size=kmeans.BLOCK
+        )
         return residual - codebook[codes_], codebook
 
     return jax.lax.scan(level, x.astype(jnp.float32), (jax.random.split(key, levels), start))[1]
@@ -101,7 +116,9 @@ class Trained(NamedTuple):
 
     x: jax.Array  # [B, T, D] quantized; gradients go straight through to the input
     codes: jax.Array  # [B, T, Q] int32, all levels, also those dropped in x
-    commitment: jax.Array  # [] mean over levels of the mean squared distance of the input to each level's sum
+    commitment: (
+        jax.Array
+    )  # [] mean over levels of the mean squared distance of the input to each level's sum
 
 
 def train(state: State, x: jax.Array, key: jax.Array) -> tuple[Trained, State]:
@@ -127,7 +144,12 @@ def train(state: State, x: jax.Array, key: jax.Array) -> tuple[Trained, State]:
         copies = -(-START_VECTORS_PER_CODE * codes // points.shape[0])
         spread = START_JITTER * jnp.std(points, axis=0)[None, None, :]
         noise = spread * jax.random.normal(jitter_key, (copies, *points.shape))
-        return fit(start_key, points if copies == 1 else (points[None] + noise).reshape(-1, width), levels, codes)
+        return fit(
+            start_key,
+            points if copies == 1 else (points[None] + noise).reshape(-1, width),
+            levels,
+            codes,
+        )
 
     updates = state["updates"].astype(jnp.float32)
     codebooks = jax.lax.cond(updates > 0.0, lambda: state["codebooks"], start)
@@ -140,7 +162,9 @@ def train(state: State, x: jax.Array, key: jax.Array) -> tuple[Trained, State]:
         member = jax.nn.one_hot(chosen_code, codes)  # [P, C]
         used = member.sum(0)
         count = decay * count + (1.0 - decay) * used
-        total = decay * total + (1.0 - decay) * jnp.matmul(member.T, residual, precision=jax.lax.Precision.HIGHEST)
+        total = decay * total + (1.0 - decay) * jnp.matmul(
+            member.T, residual, precision=jax.lax.Precision.HIGHEST
+        )
         dead = count < DEAD_SHARE * even_share
         drawn = residual[jax.random.randint(key, (codes,), 0, residual.shape[0])]  # [C, D]
         count = jnp.where(dead, even_share, count)
@@ -173,7 +197,9 @@ def _heard(key: jax.Array, levels: int, clips: int) -> jax.Array:
 # DAC's quantizer (2306.06546, section 3.2): each level looks at its residual through a projection to a few dimensions
 # and compares angles there; codebooks and projections are trained by gradient.
 
-Factors = dict[str, jax.Array]  # in [Q, D, W], in_bias [Q, W], codebooks [Q, C, W], out [Q, W, D], out_bias [Q, D]
+Factors = dict[
+    str, jax.Array
+]  # in [Q, D, W], in_bias [Q, W], codebooks [Q, C, W], out [Q, W, D], out_bias [Q, D]
 
 
 def init_factored(key: jax.Array, levels: int, codes: int, width: int, code_width: int) -> Factors:
@@ -190,14 +216,22 @@ def init_factored(key: jax.Array, levels: int, codes: int, width: int, code_widt
 
 def expanded(factors: Factors) -> jax.Array:
     """The codebooks [Q, C, D] that these stand for, as `dequantize` takes them."""
-    return jnp.einsum("qcw,qwd->qcd", factors["codebooks"], factors["out"]) + factors["out_bias"][:, None, :]
+    return (
+        jnp.einsum("qcw,qwd->qcd", factors["codebooks"], factors["out"])
+        + factors["out_bias"][:, None, :]
+    )
 
 
 def _nearest_angle(codebook: jax.Array, x: jax.Array) -> jax.Array:
     """The code of the codeword [C, W] with the largest cosine to each of x [..., W]: [...] int32; -1 where x is not
-    finite."""
-    directions = codebook * jax.lax.rsqrt(jnp.maximum(jnp.sum(jnp.square(codebook), -1, keepdims=True), 1e-12))
-    codes = jnp.argmax(jnp.matmul(x, directions.T, precision=jax.lax.Precision.HIGHEST), -1).astype(jnp.int32)
+    finite.
+    """
+    directions = codebook * jax.lax.rsqrt(
+        jnp.maximum(jnp.sum(jnp.square(codebook), -1, keepdims=True), 1e-12)
+    )
+    codes = jnp.argmax(jnp.matmul(x, directions.T, precision=jax.lax.Precision.HIGHEST), -1).astype(
+        jnp.int32
+    )
     return jnp.where(jnp.isfinite(x).all(-1), codes, -1)
 
 
@@ -228,8 +262,12 @@ def train_factored(factors: Factors, x: jax.Array, key: jax.Array) -> Trained:
         seen = residual @ own["in"] + own["in_bias"][None, None, :]  # [B, T, W]
         codes = _nearest_angle(own["codebooks"], seen)
         codeword = own["codebooks"][codes]
-        distance = jnp.mean(jnp.square(seen - stop(codeword))) + 4.0 * jnp.mean(jnp.square(stop(seen) - codeword))
-        chosen = (seen + stop(codeword - seen)) @ own["out"] + own["out_bias"][None, None, :]  # [B, T, D]
+        distance = jnp.mean(jnp.square(seen - stop(codeword))) + 4.0 * jnp.mean(
+            jnp.square(stop(seen) - codeword)
+        )
+        chosen = (seen + stop(codeword - seen)) @ own["out"] + own["out_bias"][
+            None, None, :
+        ]  # [B, T, D]
         return residual - chosen, (codes, chosen, distance)
 
     _, (codes, chosen, distances) = jax.lax.scan(level, x, factors)

@@ -47,16 +47,22 @@ class SemanticConfig:
 
     sample_rate_hz: int = 24_000
     mels: int = 128
-    encoder: conformer.ConformerConfig = dataclasses.field(default_factory=conformer.ConformerConfig)
+    encoder: conformer.ConformerConfig = dataclasses.field(
+        default_factory=conformer.ConformerConfig
+    )
     layer: int = 7
     targets: int = 4096
     codes: int = 1024
 
     def __post_init__(self):
         if not 1 <= self.layer <= self.encoder.layers:
-            raise ValueError(f"layer = {self.layer} is not between 1 and the conformer's {self.encoder.layers}")
+            raise ValueError(
+                f"layer = {self.layer} is not between 1 and the conformer's {self.encoder.layers}"
+            )
         if self.sample_rate_hz % FRAME_RATE_HZ:
-            raise ValueError(f"sample_rate_hz = {self.sample_rate_hz} must be a multiple of {FRAME_RATE_HZ}")
+            raise ValueError(
+                f"sample_rate_hz = {self.sample_rate_hz} must be a multiple of {FRAME_RATE_HZ}"
+            )
 
     def init(self, key: jax.Array) -> dict[str, Any]:
         """Draws the variables of a SemanticEncoder."""
@@ -89,7 +95,9 @@ class SemanticEncoder(nn.Module):
         self.projection = self.variable(
             "quantizer",
             "projection",
-            lambda: nn.initializers.xavier_uniform()(self.make_rng("params"), (STACK * mels, PROJECTION)),
+            lambda: nn.initializers.xavier_uniform()(
+                self.make_rng("params"), (STACK * mels, PROJECTION)
+            ),
         )
         self.codebook = self.variable(
             "quantizer",
@@ -114,7 +122,9 @@ class SemanticEncoder(nn.Module):
         rate = self.config.sample_rate_hz
         hop = rate // FRAME_RATE_HZ
         whole = wav.shape[-1] // (STACK * hop) * STACK * hop
-        return spectral.log_mel(wav[:, :whole], rate, self.config.mels, rate * WINDOW_MS // 1000, hop)
+        return spectral.log_mel(
+            wav[:, :whole], rate, self.config.mels, rate * WINDOW_MS // 1000, hop
+        )
 
     def stacked(self, wav: jax.Array) -> jax.Array:
         """[B, N] -> [B, F, 4M]: standardised log-mels, four frames side by side."""
@@ -125,9 +135,13 @@ class SemanticEncoder(nn.Module):
         """[B, F, 4M] -> [B, F] int32: the random codeword nearest in angle to the random projection."""
         exactly = jax.lax.Precision.HIGHEST
         projected = jnp.matmul(stacked, self.projection.value, precision=exactly)  # [B, F, 16]
-        return jnp.argmax(jnp.matmul(projected, self.codebook.value.T, precision=exactly), axis=-1).astype(jnp.int32)
+        return jnp.argmax(
+            jnp.matmul(projected, self.codebook.value.T, precision=exactly), axis=-1
+        ).astype(jnp.int32)
 
-    def __call__(self, wav: jax.Array, mask: jax.Array, noise: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def __call__(
+        self, wav: jax.Array, mask: jax.Array, noise: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
         """Guesses and truth for every frame: (logits [B, F, R] float32, targets [B, F] int32).
 
         wav [B, N]; mask [B, F] bool, the frames that the encoder does not see; noise [B, F, 4M], standard normal,
@@ -147,5 +161,7 @@ class SemanticEncoder(nn.Module):
         A token depends on its whole clip, not on the batch. Before k-means has run (the end of training) all are 0.
         """
         features = self.features(wav)
-        standard = (features - self.feature_mean.value[None, None]) / self.feature_std.value[None, None]
+        standard = (features - self.feature_mean.value[None, None]) / self.feature_std.value[
+            None, None
+        ]
         return kmeans.nearest(self.centroids.value, standard)

@@ -47,7 +47,9 @@ class SoundStormConfig:
                 f"SoundStormConfig.coarse_levels={self.coarse_levels} must lie between 1 and levels={self.levels} - 1"
             )
         if self.first_passes < 1:
-            raise ValueError(f"SoundStormConfig.first_passes={self.first_passes} must be at least 1")
+            raise ValueError(
+                f"SoundStormConfig.first_passes={self.first_passes} must be at least 1"
+            )
 
     def init(self, key: jax.Array) -> dict[str, Any]:
         """Draws the variables of a SoundStorm."""
@@ -76,13 +78,21 @@ class SoundStorm(nn.Module):
         width = c.conformer.embed
         table = self.param(
             "table",
-            nn.with_logical_partitioning(nn.initializers.normal(width**-0.5), (None, None, "embed")),
-            (c.levels, c.codes + 1, width),  # the last is the mask; a mesh's axis would not divide that many rows
+            nn.with_logical_partitioning(
+                nn.initializers.normal(width**-0.5), (None, None, "embed")
+            ),
+            (
+                c.levels,
+                c.codes + 1,
+                width,
+            ),  # the last is the mask; a mesh's axis would not divide that many rows
         )
         ids = jnp.where(masked, c.codes, codes)
         head = self.param(
             "head",
-            nn.with_logical_partitioning(nn.initializers.normal(width**-0.5), (None, "embed", "vocab")),
+            nn.with_logical_partitioning(
+                nn.initializers.normal(width**-0.5), (None, "embed", "vocab")
+            ),
             (c.levels - c.coarse_levels, width, c.codes),
         )
         x = sum(table[q][ids[:, :, q]] for q in range(c.levels))  # [B, T, D]
@@ -93,7 +103,9 @@ class SoundStorm(nn.Module):
 class Hidden(NamedTuple):
     """What a training example hides, and where its loss is taken."""
 
-    masked: jax.Array  # [B, T, Q] bool, not seen: part of `level`, all of the levels above, nothing below
+    masked: (
+        jax.Array
+    )  # [B, T, Q] bool, not seen: part of `level`, all of the levels above, nothing below
     level: jax.Array  # [B] int32, the fine level that the loss is about
     target: jax.Array  # [B, T] bool, the hidden frames of that level: the loss is on these alone
 
@@ -130,7 +142,9 @@ def schedule(config: SoundStormConfig, frames: int) -> Passes:
     number = np.concatenate([np.arange(1, n + 1) for n in each])
     of = np.repeat(each, each)
     hidden = np.floor(frames * np.cos(np.pi / 2 * number / of))
-    return Passes(level.astype(np.int32), number.astype(np.int32), number == of, hidden.astype(np.int32))
+    return Passes(
+        level.astype(np.int32), number.astype(np.int32), number == of, hidden.astype(np.int32)
+    )
 
 
 def fill_fine(model: SoundStorm, variables: Any, coarse: jax.Array, keys: jax.Array) -> jax.Array:
@@ -156,19 +170,30 @@ def fill_fine(model: SoundStorm, variables: Any, coarse: jax.Array, keys: jax.Ar
 
     def draw(scores: jax.Array, step: Passes) -> jax.Array:
         # Codes in proportion to their probability, [B, T].
-        step_keys = jax.vmap(lambda key: jax.random.fold_in(key, step.level * c.first_passes + step.number))(keys)
+        step_keys = jax.vmap(
+            lambda key: jax.random.fold_in(key, step.level * c.first_passes + step.number)
+        )(keys)
         noise = jax.vmap(lambda key: jax.random.gumbel(key, (frames, c.codes)))(step_keys)
         return (scores + noise).argmax(axis=-1)
 
-    def decide(state: tuple[jax.Array, jax.Array], step: Passes) -> tuple[tuple[jax.Array, jax.Array], None]:
+    def decide(
+        state: tuple[jax.Array, jax.Array], step: Passes
+    ) -> tuple[tuple[jax.Array, jax.Array], None]:
         codes, hidden = state  # [B, T, Q], [B, T]
         masked = jnp.where(index == step.level, hidden[:, :, None], index > step.level)
-        scores = jax.nn.log_softmax(model.apply(variables, codes, masked, step.level), axis=-1)  # [B, T, C]
+        scores = jax.nn.log_softmax(
+            model.apply(variables, codes, masked, step.level), axis=-1
+        )  # [B, T, C]
         drawn = jax.lax.cond(step.last, lambda: scores.argmax(axis=-1), lambda: draw(scores, step))
         confidence = jnp.take_along_axis(scores, drawn[:, :, None], axis=-1)[:, :, 0]
-        codes = jnp.where((index == step.level) & hidden[:, :, None], drawn[:, :, None].astype(codes.dtype), codes)
+        codes = jnp.where(
+            (index == step.level) & hidden[:, :, None], drawn[:, :, None].astype(codes.dtype), codes
+        )
         rank = jnp.where(hidden, confidence, jnp.inf).argsort(axis=1).argsort(axis=1)
-        return (codes, (rank < step.hidden) | step.last), None  # the next level starts with all frames hidden
+        return (
+            codes,
+            (rank < step.hidden) | step.last,
+        ), None  # the next level starts with all frames hidden
 
     codes = jnp.pad(coarse, ((0, 0), (0, 0), (0, c.levels - c.coarse_levels)))
     start = (codes, jnp.ones((batch, frames), bool))

@@ -22,7 +22,9 @@ KERNEL = 7
 LAST_KERNEL = 3
 ACTIVATIONS = ("elu", "snake")
 START_CLIPS, START_FRAMES = 64, 50  # of the noise that `linear_start` fits
-START_LEVEL = 0.05  # root mean square of music, about -26 dB below full scale: brought to 1 inside the codec
+START_LEVEL = (
+    0.05  # root mean square of music, about -26 dB below full scale: brought to 1 inside the codec
+)
 LEAST_LENGTH, GREATEST_LOG_LENGTH = 1e-4, 10.0  # of vectors, where lengths are compressed
 LEAST_ENERGY = 1e-6  # of a principal direction, as a share of the strongest one's
 
@@ -34,30 +36,45 @@ class SoundStreamConfig:
     """The shape of a SoundStream."""
 
     sample_rate_hz: int = 24000  # of the audio it is trained on and returns
-    strides: tuple[int, ...] = (3, 4, 5, 8)  # of the encoder's blocks, waveform first; large ones first are cheaper
+    strides: tuple[int, ...] = (
+        3,
+        4,
+        5,
+        8,
+    )  # of the encoder's blocks, waveform first; large ones first are cheaper
     channels: int = 32  # width at the waveform; doubles at every stride
     embed: int = 128  # width of the quantized vectors, D
     levels: int = 12  # of the residual quantizer, Q
     codes: int = 1024  # in each level's codebook, C
     activation: str = "elu"  # of the residual units: "elu" (SoundStream) or "snake" (DAC)
-    code_width: int | None = None  # None: codebooks of width D, moving averages; else DAC's of width W, by gradient (8)
+    code_width: int | None = (
+        None  # None: codebooks of width D, moving averages; else DAC's of width W, by gradient (8)
+    )
     companding: bool = True  # quantizes vectors whose lengths are compressed to log(1 + length); False is the paper
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "strides", tuple(self.strides))
         if not self.strides or min(self.strides) < 2:
-            raise ValueError(f"SoundStreamConfig.strides = {self.strides}: give at least one, each 2 or more")
+            raise ValueError(
+                f"SoundStreamConfig.strides = {self.strides}: give at least one, each 2 or more"
+            )
         if min(self.channels, self.embed, self.levels) < 1 or self.codes < 2:
-            raise ValueError(f"{self}: channels, embed and levels must be at least 1, codes at least 2")
+            raise ValueError(
+                f"{self}: channels, embed and levels must be at least 1, codes at least 2"
+            )
         if self.sample_rate_hz % self.stride:
             raise ValueError(
                 f"SoundStreamConfig.strides = {self.strides} multiply to {self.stride}, which does not divide "
                 f"sample_rate_hz = {self.sample_rate_hz}: frames would drift against seconds"
             )
         if self.activation not in ACTIVATIONS:
-            raise ValueError(f"SoundStreamConfig.activation = {self.activation!r} is none of {ACTIVATIONS}")
+            raise ValueError(
+                f"SoundStreamConfig.activation = {self.activation!r} is none of {ACTIVATIONS}"
+            )
         if self.code_width is not None and self.code_width < 1:
-            raise ValueError(f"SoundStreamConfig.code_width = {self.code_width}: give 1 or more, or None")
+            raise ValueError(
+                f"SoundStreamConfig.code_width = {self.code_width}: give 1 or more, or None"
+            )
 
     @property
     def stride(self) -> int:
@@ -70,7 +87,7 @@ class SoundStreamConfig:
 
 
 def compressed(x: jax.Array) -> jax.Array:
-    """x [..., D] with its length r made log(1 + r), its direction kept.
+    """X [..., D] with its length r made log(1 + r), its direction kept.
 
     Music's frames differ in level by far more than a codebook can hold: codewords fitted to their plain distances go
     to the loud frames, and quiet ones share a few. The decoder undoes it (`expanded`), so that quantization noise
@@ -87,7 +104,7 @@ def expanded(x: jax.Array) -> jax.Array:
 
 
 def with_past(module: nn.Module, x: jax.Array, count: int) -> jax.Array:
-    """x [B, N, D] behind the `count` inputs that came before it: [B, count + N, D].
+    """X [B, N, D] behind the `count` inputs that came before it: [B, count + N, D].
 
     These are zeros; but where the collection `stream` is mutable they are the last inputs of the call before, kept
     there by the module, so that a clip given in parts comes out as the clip at once would.
@@ -111,12 +128,19 @@ class CausalConv(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), (self.kernel, x.shape[-1], self.features))
+        kernel = self.param(
+            "kernel", nn.initializers.lecun_normal(), (self.kernel, x.shape[-1], self.features)
+        )
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         x = with_past(self, x, (self.kernel - 1) * self.dilation + 1 - self.stride)
         axes = ("NWC", "WIO", "NWC")
         y = jax.lax.conv_general_dilated(
-            x, kernel, (self.stride,), "VALID", rhs_dilation=(self.dilation,), dimension_numbers=axes
+            x,
+            kernel,
+            (self.stride,),
+            "VALID",
+            rhs_dilation=(self.dilation,),
+            dimension_numbers=axes,
         )
         return y + bias[None, None, :]
 
@@ -134,10 +158,14 @@ class CausalUpsample(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         clips, steps, width = x.shape
-        two_frames = nn.initializers.variance_scaling(0.5, "fan_in", "truncated_normal", in_axis=0, out_axis=(1, 2))
+        two_frames = nn.initializers.variance_scaling(
+            0.5, "fan_in", "truncated_normal", in_axis=0, out_axis=(1, 2)
+        )
         kernel = self.param("kernel", two_frames, (width, 2 * self.stride, self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        own, after = jnp.split(x @ kernel.reshape(width, -1), 2, axis=-1)  # [B, T, stride * features] each
+        own, after = jnp.split(
+            x @ kernel.reshape(width, -1), 2, axis=-1
+        )  # [B, T, stride * features] each
         y = own + with_past(self, after, 1)[:, :steps]
         return y.reshape(clips, steps * self.stride, self.features) + bias[None, None, :]
 
@@ -153,7 +181,8 @@ class Snake(nn.Module):
 
 class ResidualUnit(nn.Module):
     """x + conv1(elu(conv7(x))), or x + conv1(snake(conv7(snake(x)))); the first convolution dilated; shape and
-    causality kept. Starts as the identity."""
+    causality kept. Starts as the identity.
+    """
 
     dilation: int
     activation: str
@@ -177,7 +206,9 @@ class Encoder(nn.Module):
         x = CausalConv(width, KERNEL, name="first")(wav[:, :, None])
         for block, stride in enumerate(self.config.strides):
             for dilation in DILATIONS:
-                x = ResidualUnit(dilation, self.config.activation, name=f"unit_{block}_{dilation}")(x)
+                x = ResidualUnit(dilation, self.config.activation, name=f"unit_{block}_{dilation}")(
+                    x
+                )
             width *= 2
             x = CausalConv(width, 2 * stride, stride=stride, name=f"down_{block}")(x)
         return CausalConv(self.config.embed, LAST_KERNEL, name="last")(x)
@@ -196,7 +227,9 @@ class Decoder(nn.Module):
             width //= 2
             x = CausalUpsample(width, stride, name=f"up_{block}")(x)
             for dilation in DILATIONS:
-                x = ResidualUnit(dilation, self.config.activation, name=f"unit_{block}_{dilation}")(x)
+                x = ResidualUnit(dilation, self.config.activation, name=f"unit_{block}_{dilation}")(
+                    x
+                )
         return CausalConv(1, KERNEL, name="last")(x)[:, :, 0]
 
 
@@ -245,16 +278,21 @@ def brown_noise(key: jax.Array, clips: int, samples: int) -> jax.Array:
     """[clips, samples] noise of unit mean power whose power falls by 6 dB an octave; its period is `samples`."""
     cycles = jnp.arange(samples // 2 + 1, dtype=jnp.float32)
     amplitude = jnp.where(cycles > 0.0, 1.0 / jnp.maximum(cycles, 1.0), 0.0)
-    spectrum = jnp.fft.rfft(jax.random.normal(key, (clips, samples))) * amplitude[None, :].astype(jnp.complex64)
+    spectrum = jnp.fft.rfft(jax.random.normal(key, (clips, samples))) * amplitude[None, :].astype(
+        jnp.complex64
+    )
     noise = jnp.fft.irfft(spectrum, n=samples)
     return noise / jnp.sqrt(jnp.mean(jnp.square(noise)))
 
 
 def principal_directions(x: jax.Array, count: int) -> jax.Array:
     """The `count` directions [D, count] in which x [..., D] has most energy (not centred), strongest first; columns
-    beyond x's rank are zero."""
+    beyond x's rank are zero.
+    """
     flat = x.reshape(-1, x.shape[-1])
-    energy, directions = jnp.linalg.eigh(jnp.matmul(flat.T, flat, precision=jax.lax.Precision.HIGHEST))
+    energy, directions = jnp.linalg.eigh(
+        jnp.matmul(flat.T, flat, precision=jax.lax.Precision.HIGHEST)
+    )
     audible = energy > LEAST_ENERGY * energy[-1]
     strongest = jnp.where(audible[None, :], directions, 0.0)[:, ::-1][:, :count]
     return jnp.pad(strongest, ((0, 0), (0, count - strongest.shape[1])))
@@ -268,7 +306,9 @@ def _last_tap(conv: Params, matrix: jax.Array) -> Params:
 class Training(NamedTuple):
     """What a training pass returns."""
 
-    wav: jax.Array  # [B, N] float32, decoded from a random number of levels a clip (quantizer dropout)
+    wav: (
+        jax.Array
+    )  # [B, N] float32, decoded from a random number of levels a clip (quantizer dropout)
     commitment: jax.Array  # [] see rvq.Trained
     codes: jax.Array  # [B, T, Q] int32, all levels
 
@@ -293,7 +333,9 @@ class SoundStream(nn.Module):
         self.decoder = Decoder(config)
         sizes = (config.levels, config.codes, config.embed)
         if config.code_width is None:
-            self.rvq = self.variable("codebooks", "rvq", lambda: rvq.init(self.make_rng("params"), *sizes))
+            self.rvq = self.variable(
+                "codebooks", "rvq", lambda: rvq.init(self.make_rng("params"), *sizes)
+            )
         else:
             self.factored = self.param("rvq", rvq.init_factored, *sizes, config.code_width)
 
@@ -319,12 +361,17 @@ class SoundStream(nn.Module):
 
     def decode(self, codes: jax.Array) -> jax.Array:
         """Waveform [B, T * stride] float32 of codes [B, T, q] of the first q <= Q levels, -1 where a level is not
-        heard; not clipped to [-1, 1]."""
+        heard; not clipped to [-1, 1].
+        """
         return self.wav(rvq.dequantize(self.codebooks(), codes))
 
     def codebooks(self) -> jax.Array:
         """The vectors [Q, C, D] float32 that codes stand for."""
-        return self.rvq.value["codebooks"] if self.config.code_width is None else rvq.expanded(self.factored)
+        return (
+            self.rvq.value["codebooks"]
+            if self.config.code_width is None
+            else rvq.expanded(self.factored)
+        )
 
     def __call__(self, wav: jax.Array, key: jax.Array) -> Training:
         """A training pass; moves the collection `codebooks` if it is mutable. `key` draws dropout and new codes."""

@@ -58,7 +58,7 @@ class TokenLayout:
 
 
 def interleave(semantic: jax.Array, coarse: jax.Array) -> jax.Array:
-    """semantic int32 [..., F], coarse int32 [..., 2F, coarse_levels] -> tokens int32 [..., F, K]; a bijection."""
+    """Semantic int32 [..., F], coarse int32 [..., 2F, coarse_levels] -> tokens int32 [..., F, K]; a bijection."""
     if coarse.shape[:-1] != (*semantic.shape[:-1], CODEC_FRAMES_PER_FRAME * semantic.shape[-1]):
         raise ValueError(
             f"coarse codes {coarse.shape} do not fit semantic codes {semantic.shape}: "

@@ -19,8 +19,12 @@ from musicrl_jax.core import sharding
 from musicrl_jax.core.precision import LAYERS, at_least_float32
 from musicrl_jax.models.layers import BLOCK, in_a_loop
 
-Cache = list[tuple[jax.Array, jax.Array]]  # for each layer its keys and values, [B, G, P, g E] each; g is mostly 1
-LANES = {"tpu": 128}  # of a vector register, by platform: a shorter last axis of an array is filled up in memory
+Cache = list[
+    tuple[jax.Array, jax.Array]
+]  # for each layer its keys and values, [B, G, P, g E] each; g is mostly 1
+LANES = {
+    "tpu": 128
+}  # of a vector register, by platform: a shorter last axis of an array is filled up in memory
 QUERIES = 256  # that attend together where all positions are there: half of the scores of a long clip are never formed
 
 NEVER = -1e9  # a score that softmax turns into exactly 0 in float32
@@ -76,12 +80,15 @@ def partitioned(names: tuple[str | None, ...], fan_in_axes: int = 1) -> nn.initi
     in_axis = tuple(range(fan_in_axes))
     out_axis = tuple(range(fan_in_axes, len(names)))
     return nn.with_logical_partitioning(
-        nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", in_axis=in_axis, out_axis=out_axis), names
+        nn.initializers.variance_scaling(
+            1.0, "fan_in", "truncated_normal", in_axis=in_axis, out_axis=out_axis
+        ),
+        names,
     )
 
 
 def rms_norm(x: jax.Array, scale: jax.Array) -> jax.Array:
-    """x / rms(x) * scale over the last axis, T5's layer norm: computed in float32 at least, in x's dtype."""
+    """X / rms(x) * scale over the last axis, T5's layer norm: computed in float32 at least, in x's dtype."""
     wide = at_least_float32(x)
     inverse = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + 1e-6)
     return (wide * inverse * jnp.broadcast_to(at_least_float32(scale), x.shape)).astype(x.dtype)
@@ -98,7 +105,9 @@ def heads_together(config: TransformerConfig, lanes: int) -> int:
     """g, the heads that a cache keeps side by side: as few as fill the lanes and divide the heads."""
     width = config.embed // config.heads
     return next(
-        g for g in range(1, config.heads + 1) if config.heads % g == 0 and (g * width >= lanes or g == config.heads)
+        g
+        for g in range(1, config.heads + 1)
+        if config.heads % g == 0 and (g * width >= lanes or g == config.heads)
     )
 
 
@@ -109,7 +118,9 @@ def side_by_side(x: jax.Array, together: int) -> jax.Array:
     return grouped.swapaxes(2, 3).reshape(batch, heads // together, length, together * width)
 
 
-def attend_together(query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array) -> jax.Array:
+def attend_together(
+    query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array
+) -> jax.Array:
     """Attention over heads that stand side by side: [B, H, S, E], [B, G, P, g E] twice, [H, S, P] -> [B, S, H, E].
 
     Each head's query has zeros where the others' keys stand, and of what it gathers its own part is taken. That is g
@@ -149,7 +160,7 @@ class Block(nn.Module):
         start: jax.Array | int,
         deterministic: bool,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        """x [B, S, D] -> (y [B, S, D], the layer's keys and values).
+        """X [B, S, D] -> (y [B, S, D], the layer's keys and values).
 
         Each of the biases, [H, s, p], is for the s queries after the one's before it, which see the first p positions.
         """
@@ -160,13 +171,21 @@ class Block(nn.Module):
 
         x = sharding.by_row(x)
         h = rms_norm(x, self.param("attention_norm", ones, (c.embed,)))
-        query = jnp.einsum("bsd,dhe->bhse", h, self.param("query", heads_kernel, (c.embed, c.heads, width)))
-        key = jnp.einsum("bsd,dhe->bhse", h, self.param("key", heads_kernel, (c.embed, c.heads, width)))
-        value = jnp.einsum("bsd,dhe->bhse", h, self.param("value", heads_kernel, (c.embed, c.heads, width)))
+        query = jnp.einsum(
+            "bsd,dhe->bhse", h, self.param("query", heads_kernel, (c.embed, c.heads, width))
+        )
+        key = jnp.einsum(
+            "bsd,dhe->bhse", h, self.param("key", heads_kernel, (c.embed, c.heads, width))
+        )
+        value = jnp.einsum(
+            "bsd,dhe->bhse", h, self.param("value", heads_kernel, (c.embed, c.heads, width))
+        )
         query = query * width**-0.5
         if cache is not None:
             key, value = (
-                jax.lax.dynamic_update_slice_in_dim(past, side_by_side(new, self.together), start, axis=2)
+                jax.lax.dynamic_update_slice_in_dim(
+                    past, side_by_side(new, self.together), start, axis=2
+                )
                 for past, new in zip(cache, (key, value), strict=True)
             )
         if cache is not None and self.together > 1:
@@ -188,8 +207,12 @@ class Block(nn.Module):
         x = x + nn.Dropout(c.dropout)(h, deterministic=deterministic)
 
         h = rms_norm(x, self.param("mlp_norm", ones, (c.embed,)))
-        gate = jnp.einsum("bsd,dm->bsm", h, self.param("gate", partitioned(("embed", "mlp")), (c.embed, c.mlp)))
-        up = jnp.einsum("bsd,dm->bsm", h, self.param("up", partitioned(("embed", "mlp")), (c.embed, c.mlp)))
+        gate = jnp.einsum(
+            "bsd,dm->bsm", h, self.param("gate", partitioned(("embed", "mlp")), (c.embed, c.mlp))
+        )
+        up = jnp.einsum(
+            "bsd,dm->bsm", h, self.param("up", partitioned(("embed", "mlp")), (c.embed, c.mlp))
+        )
         down = self.param("down", partitioned(("mlp", "embed")), (c.mlp, c.embed))
         h = jnp.einsum("bsm,md->bsd", jax.nn.gelu(gate) * up, down)
         return x + nn.Dropout(c.dropout)(h, deterministic=deterministic), (key, value)
@@ -213,9 +236,13 @@ class Transformer(nn.Module):
         c = self.config
         small = nn.initializers.normal(0.1)
         self.relative = self.param(
-            "relative", nn.with_logical_partitioning(small, ("heads", None)), (c.heads, c.relative_buckets)
+            "relative",
+            nn.with_logical_partitioning(small, ("heads", None)),
+            (c.heads, c.relative_buckets),
         )
-        self.blocks = [Block(c, heads_together(c, self.lanes), name=f"{BLOCK}{i}") for i in range(c.layers)]
+        self.blocks = [
+            Block(c, heads_together(c, self.lanes), name=f"{BLOCK}{i}") for i in range(c.layers)
+        ]
         self.final_norm = self.param(
             "final_norm", nn.with_logical_partitioning(nn.initializers.ones, ("embed",)), (c.embed,)
         )
@@ -229,7 +256,9 @@ class Transformer(nn.Module):
         # A product with ones and zeros is what it picks, to the bit: on a TPU a fifth of the time of a lookup and its
         # gradient, and of the time that compiling them takes.
         picked = jax.nn.one_hot(bucket, c.relative_buckets, dtype=self.relative.dtype)
-        biases = jnp.einsum("hb,qpb->hqp", self.relative, picked, precision=jax.lax.Precision.HIGHEST)
+        biases = jnp.einsum(
+            "hb,qpb->hqp", self.relative, picked, precision=jax.lax.Precision.HIGHEST
+        )
         return jnp.where((distance >= 0)[None], biases, NEVER)
 
     def empty_cache(self, batch: int, length: int, dtype: Any) -> Cache:
@@ -247,33 +276,45 @@ class Transformer(nn.Module):
         """N sequences a row, none of which sees another: x [B, N, S, D] -> [B, N, S, D]."""
         sequences, length = x.shape[1:3]
         together = max(
-            n for n in range(1, sequences + 1) if sequences % n == 0 and (n == 1 or n * length <= self.lanes)
+            n
+            for n in range(1, sequences + 1)
+            if sequences % n == 0 and (n == 1 or n * length <= self.lanes)
         )
         bias = self.bias(length)
         if together > 1:
             same = np.eye(together, dtype=bool)[None, :, None, :, None]
-            bias = jnp.where(same, bias[:, None, :, None, :], NEVER).reshape(len(bias), together * length, -1)
-        return self._all(x.reshape(-1, together * length, x.shape[-1]), bias, deterministic).reshape(x.shape)
+            bias = jnp.where(same, bias[:, None, :, None, :], NEVER).reshape(
+                len(bias), together * length, -1
+            )
+        return self._all(
+            x.reshape(-1, together * length, x.shape[-1]), bias, deterministic
+        ).reshape(x.shape)
 
     def _all(self, x: jax.Array, bias: jax.Array, deterministic: bool) -> jax.Array:
         """Every position of x [B, S, D] under a causal bias [H, S, S]."""
         length = x.shape[1]
         ends = [min(start + QUERIES, length) for start in range(0, length, QUERIES)]
-        biases = tuple(bias[:, start:end, :end] for start, end in zip([0, *ends], ends, strict=False))
+        biases = tuple(
+            bias[:, start:end, :end] for start, end in zip([0, *ends], ends, strict=False)
+        )
         if self.has_variable("params", LAYERS) or (self.remat and not self.is_initializing()):
             return rms_norm(self._in_a_loop(x, biases, deterministic), self.final_norm)
         for block in self.blocks:
             x, _ = block(x, biases, None, 0, deterministic)
         return rms_norm(x, self.final_norm)
 
-    def _in_a_loop(self, x: jax.Array, biases: tuple[jax.Array, ...], deterministic: bool) -> jax.Array:
+    def _in_a_loop(
+        self, x: jax.Array, biases: tuple[jax.Array, ...], deterministic: bool
+    ) -> jax.Array:
         """All blocks, as one that compiles in a fraction of the time."""
         c = self.config
         block = Block(c, parent=None)
         if self.has_variable("params", LAYERS):
             weights = self.get_variable("params", LAYERS)
         else:
-            weights = jax.tree.map(lambda *each: jnp.stack(each), *(block.variables["params"] for block in self.blocks))
+            weights = jax.tree.map(
+                lambda *each: jnp.stack(each), *(block.variables["params"] for block in self.blocks)
+            )
         dropping = not deterministic and c.dropout > 0
         keys = jax.random.split(self.make_rng("dropout"), c.layers) if dropping else None
 
@@ -282,9 +323,13 @@ class Transformer(nn.Module):
             rngs = {} if key is None else {"dropout": key}
             return block.apply({"params": weights}, x, biases, None, 0, deterministic, rngs=rngs)[0]
 
-        return in_a_loop(jax.checkpoint(apply) if self.remat else apply, x, (weights, keys), c.layers)
+        return in_a_loop(
+            jax.checkpoint(apply) if self.remat else apply, x, (weights, keys), c.layers
+        )
 
-    def extend(self, x: jax.Array, cache: Cache, start: jax.Array | int, bias: jax.Array) -> tuple[jax.Array, Cache]:
+    def extend(
+        self, x: jax.Array, cache: Cache, start: jax.Array | int, bias: jax.Array
+    ) -> tuple[jax.Array, Cache]:
         """The positions start .. start + S - 1, given the cache of those before.
 
         Args:

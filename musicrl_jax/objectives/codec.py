@@ -58,7 +58,8 @@ class CodecObjective(Objective):
 
     def init(self, key: jax.Array, batch: Batch) -> dict[str, Any]:
         """Draws 'params' of the codec, started as a linear transform codec, and of the discriminators; 'codebooks',
-        random until the first training step starts them by k-means; 'balance', the norms of gradients."""
+        random until the first training step starts them by k-means; 'balance', the norms of gradients.
+        """
         codec_key, start_key, judge_key = jax.random.split(key, 3)
         variables = soundstream.SoundStream(self.model).init(codec_key, batch["audio"], codec_key)
         params = soundstream.linear_start(self.model, variables["params"], start_key)
@@ -80,12 +81,18 @@ class CodecObjective(Objective):
         state, params, wav = dict(state), dict(params), batch["audio"]
         norms, judges = state.pop("balance"), params.pop("discriminators", {})
         module = soundstream.SoundStream(self.model)
-        output, new_state = module.apply({"params": params, **state}, wav, key, mutable=["codebooks"])
+        output, new_state = module.apply(
+            {"params": params, **state}, wav, key, mutable=["codebooks"]
+        )
         decoded = jax.lax.stop_gradient(output.wav)
 
         metrics, pulls = {}, {}
-        metrics["spectral"], pulls["spectral"] = jax.value_and_grad(self._spectral, argnums=1)(wav, decoded)
-        metrics["waveform"], pulls["waveform"] = jax.value_and_grad(_waveform, argnums=1)(wav, decoded)
+        metrics["spectral"], pulls["spectral"] = jax.value_and_grad(self._spectral, argnums=1)(
+            wav, decoded
+        )
+        metrics["waveform"], pulls["waveform"] = jax.value_and_grad(_waveform, argnums=1)(
+            wav, decoded
+        )
         judgement = jnp.zeros(())
         if self.discriminators is not None:
             judgement, seen, adverse = self._judged(judges, wav, decoded)
@@ -96,7 +103,8 @@ class CodecObjective(Objective):
         pulled = jnp.sum(jax.lax.stop_gradient(pull) * output.wav)
         loss = pulled + self.commitment_weight * output.commitment + judgement
         metrics |= {
-            "loss": self.spectral_weight * metrics["spectral"] + self.waveform_weight * metrics["waveform"],
+            "loss": self.spectral_weight * metrics["spectral"]
+            + self.waveform_weight * metrics["waveform"],
             "commitment": output.commitment,
             "perplexity": jnp.mean(rvq.perplexity(output.codes, self.model.codes)),
         }
@@ -125,10 +133,13 @@ class CodecObjective(Objective):
         )
         return loss, {"adversarial": adversarial, "feature": feature}, pulls
 
-    def evaluate(self, params: Any, state: Any, frozen: Any, batch: Batch, key: jax.Array) -> Metrics:
+    def evaluate(
+        self, params: Any, state: Any, frozen: Any, batch: Batch, key: jax.Array
+    ) -> Metrics:
         """Distances of clips decoded from all levels: mel_distance (mean absolute difference of natural log-mels,
         80 bands, window 1024), stft_distance, si_sdr in dB (median over clips); perplexity, as in training: the
-        effective number of codes in a batch of B T vectors says little of codebooks that are larger than that."""
+        effective number of codes in a batch of B T vectors says little of codebooks that are larger than that.
+        """
         module = soundstream.SoundStream(self.model)
         variables, wav = {"params": params, **state}, batch["audio"]
         codes = module.apply(variables, wav, method=soundstream.SoundStream.encode)
@@ -141,25 +152,39 @@ class CodecObjective(Objective):
         }
 
     def finish(
-        self, variables: dict[str, Any], frozen: Any, batches: Callable[[], Iterator[dict[str, np.ndarray]]]
+        self,
+        variables: dict[str, Any],
+        frozen: Any,
+        batches: Callable[[], Iterator[dict[str, np.ndarray]]],
     ) -> dict[str, Any]:
         """The codec alone; where codebooks are moving averages, fitted anew by k-means to the trained encoder's
-        vectors of training clips, 64 a code: moving averages lag behind an encoder that moves."""
-        params = {name: value for name, value in variables["params"].items() if name != "discriminators"}
+        vectors of training clips, 64 a code: moving averages lag behind an encoder that moves.
+        """
+        params = {
+            name: value for name, value in variables["params"].items() if name != "discriminators"
+        }
         if self.model.code_width is not None:
             return {"params": params}
         variables = {"params": params, "codebooks": variables["codebooks"]}
         module = soundstream.SoundStream(self.model)
-        vectors = jax.jit(lambda variables, wav: module.apply(variables, wav, method=soundstream.SoundStream.vectors))
+        vectors = jax.jit(
+            lambda variables, wav: module.apply(
+                variables, wav, method=soundstream.SoundStream.vectors
+            )
+        )
         parts, found = [], 0
         for batch in batches():
-            parts.append(sharding.fetch(vectors(variables, batch["audio"])).reshape(-1, self.model.embed))
+            parts.append(
+                sharding.fetch(vectors(variables, batch["audio"])).reshape(-1, self.model.embed)
+            )
             found += len(parts[-1])
             if found >= FRAMES_PER_CODE * self.model.codes:
                 break
         points = jnp.asarray(np.concatenate(parts))
         state = variables["codebooks"]["rvq"]
-        fitted = rvq.fit(jax.random.key(0), points, self.model.levels, self.model.codes, state["codebooks"])
+        fitted = rvq.fit(
+            jax.random.key(0), points, self.model.levels, self.model.codes, state["codebooks"]
+        )
         return variables | {"codebooks": {"rvq": state | {"codebooks": fitted}}}
 
 

@@ -22,7 +22,9 @@ from musicrl_jax.core import spectral
 
 KINDS = ("clean", "codec", "noise", "band_limit", "clipping", "dropouts", "wow")
 
-DISTANCE_SCALE_DB = 12.0  # d0: a thin codec, some 11 dB off, lies mid-scale, and what is worse still has room
+DISTANCE_SCALE_DB = (
+    12.0  # d0: a thin codec, some 11 dB off, lies mid-scale, and what is worse still has room
+)
 DISTANCE_WINDOWS = (512, 2048)
 DISTANCE_MELS = 64
 DISTANCE_RANGE = 1e-3  # bands 60 dB under the clean clip's loudest band count as silent
@@ -89,7 +91,9 @@ def kept_levels(strength: jax.Array, levels: int) -> jax.Array:
     return jnp.clip(levels - jnp.floor(strength * levels).astype(jnp.int32), 1, levels)
 
 
-def degrade(key: jax.Array, wav: jax.Array, strength: jax.Array, sample_rate_hz: int, codec: Codec) -> jax.Array:
+def degrade(
+    key: jax.Array, wav: jax.Array, strength: jax.Array, sample_rate_hz: int, codec: Codec
+) -> jax.Array:
     """Damaged clips [B, N] for wav [B, N] and strength [B] in [0, 1].
 
     Row i gets kind i mod 7 of KINDS. Batches come in a random order, so that is as good as a draw; it is balanced, and
@@ -121,10 +125,13 @@ def distance(clean: jax.Array, degraded: jax.Array, sample_rate_hz: int) -> jax.
     total = 0.0
     for window in DISTANCE_WINDOWS:
         first, second = (
-            spectral.mel_magnitude(wav, sample_rate_hz, DISTANCE_MELS, window, window // 4) for wav in (clean, degraded)
+            spectral.mel_magnitude(wav, sample_rate_hz, DISTANCE_MELS, window, window // 4)
+            for wav in (clean, degraded)
         )  # [B, S, M]
         floor = jnp.maximum(DISTANCE_RANGE * jnp.max(first, axis=(1, 2), keepdims=True), 1e-5)
-        gap = 20.0 * jnp.abs(jnp.log10(jnp.maximum(first, floor)) - jnp.log10(jnp.maximum(second, floor)))
+        gap = 20.0 * jnp.abs(
+            jnp.log10(jnp.maximum(first, floor)) - jnp.log10(jnp.maximum(second, floor))
+        )
         total = total + jnp.mean(gap, axis=(1, 2)) / len(DISTANCE_WINDOWS)
     return total
 

@@ -43,7 +43,9 @@ class DPOObjective(TokenObjective):
 
     def __post_init__(self) -> None:
         if not 0 < self.kl_strength < 1:
-            raise ValueError(f"DPOObjective.kl_strength = {self.kl_strength} must lie between 0 and 1")
+            raise ValueError(
+                f"DPOObjective.kl_strength = {self.kl_strength} must lie between 0 and 1"
+            )
 
     def check(self, batch: Batch) -> None:
         """Raises ValueError if the clips' tokens are of another layout."""

@@ -25,7 +25,9 @@ class FineObjective(TokenObjective):
     def init(self, key: jax.Array, batch: Batch) -> dict[str, Any]:
         """Draws the variables of SoundStorm."""
         codes = batch["acoustic"]
-        return SoundStorm(self.model).init(key, codes, jnp.zeros(codes.shape, bool), self.model.coarse_levels)
+        return SoundStorm(self.model).init(
+            key, codes, jnp.zeros(codes.shape, bool), self.model.coarse_levels
+        )
 
     def loss(
         self, params: Any, state: Any, frozen: Any, batch: Batch, key: jax.Array
@@ -33,7 +35,9 @@ class FineObjective(TokenObjective):
         """Nats per hidden code of the level that is drawn for each clip."""
         codes = batch["acoustic"]
         hidden = training_mask(key, codes.shape, self.model.coarse_levels)
-        logits = SoundStorm(self.model).apply({"params": params}, codes, hidden.masked, hidden.level)
+        logits = SoundStorm(self.model).apply(
+            {"params": params}, codes, hidden.masked, hidden.level
+        )
         truth = jnp.take_along_axis(codes, hidden.level[:, None, None], axis=2)[:, :, 0]  # [B, T]
         loss, metrics = cross_entropy(logits, truth, hidden.target.astype(jnp.float32))
         return loss, (state, {"loss": loss, **metrics})

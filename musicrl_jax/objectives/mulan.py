@@ -47,7 +47,9 @@ class MuLanObjective(Objective):
     def check(self, batch: Batch) -> None:
         """ValueError where the vocabulary or the number of clips does not fit the model, or the batch has no text."""
         if "text" not in batch:
-            raise ValueError("the data gives no 'text': set Clips.vocabulary to the vocabulary's path")
+            raise ValueError(
+                "the data gives no 'text': set Clips.vocabulary to the vocabulary's path"
+            )
         size = pieces.size(self.assets()[VOCABULARY])
         if size > self.model.text.pieces:
             raise ValueError(
@@ -57,7 +59,10 @@ class MuLanObjective(Objective):
 
     def frozen(self, read: checkpoint.Reader = checkpoint.load_model) -> Any:
         """Returns nothing; says that no pretrained weights are used."""
-        print("MuLan's towers are trained from nothing; gin/pretrained.gin starts from published weights", flush=True)
+        print(
+            "MuLan's towers are trained from nothing; gin/pretrained.gin starts from published weights",
+            flush=True,
+        )
         return {}
 
     def loss(
@@ -65,13 +70,18 @@ class MuLanObjective(Objective):
     ) -> tuple[jax.Array, tuple[Any, Metrics]]:
         """See `losses.contrastive`. Nothing random happens."""
         variables = {"params": params, **state}
-        audio, text, temperature = mulan.MuLan(self.model).apply(variables, batch["audio"], batch["text"])
+        audio, text, temperature = mulan.MuLan(self.model).apply(
+            variables, batch["audio"], batch["text"]
+        )
         identical = contrastive.identical_rows(batch["text"])
         loss, metrics = contrastive.contrastive(audio, text, temperature, identical)
         return loss, (state, metrics)
 
     def finish(
-        self, variables: dict[str, Any], frozen: Any, batches: Callable[[], Iterator[dict[str, np.ndarray]]]
+        self,
+        variables: dict[str, Any],
+        frozen: Any,
+        batches: Callable[[], Iterator[dict[str, np.ndarray]]],
     ) -> dict[str, Any]:
         """Fills 'rvq': k-means, level after level, of the embeddings of training clips.
 
@@ -79,7 +89,9 @@ class MuLanObjective(Objective):
         set has fewer clips than a level has codes.
         """
         module = mulan.MuLan(self.model)
-        embed = jax.jit(lambda variables, wav: module.apply(variables, wav, method=mulan.MuLan.embed_audio))
+        embed = jax.jit(
+            lambda variables, wav: module.apply(variables, wav, method=mulan.MuLan.embed_audio)
+        )
         return variables | self.quantizer(embed(variables, batch["audio"]) for batch in batches())
 
     def quantizer(self, embeddings: Iterable[jax.Array]) -> dict[str, Any]:
@@ -101,4 +113,6 @@ class MuLanObjective(Objective):
 
     def _check_clips(self, count: int) -> None:
         if count < self.model.codes:
-            raise ValueError(f"MuLanConfig.codes = {self.model.codes}, but there are {count} training clips: lower it")
+            raise ValueError(
+                f"MuLanConfig.codes = {self.model.codes}, but there are {count} training clips: lower it"
+            )

@@ -47,7 +47,9 @@ class PretrainedTowers:
     def params(self) -> dict[str, Any]:
         """Parameters of `mulan.Towers`; ValueError where a file does not fit the model's config."""
         if not isinstance(self.model.audio, musicnn.MusicnnConfig):
-            raise ValueError("audio_weights are musicnn's: set MuLanConfig.audio to a MusicnnConfig")
+            raise ValueError(
+                "audio_weights are musicnn's: set MuLanConfig.audio to a MusicnnConfig"
+            )
         filters, _ = pretrained.read(self.audio_weights)
         layers, settings = pretrained.read(self.text_weights)
         found = bert.sizes(layers, settings, self.text_weights)
@@ -127,14 +129,21 @@ class Heard:
             raise ValueError(
                 f"batch_size {batch_size} is more than the {self.count(split)} clips of split {split!r}: lower it"
             )
-        rates = {name: rate for name, rate in self.clips.datasets.items() if split in self.clips.records(name)}
+        rates = {
+            name: rate
+            for name, rate in self.clips.datasets.items()
+            if split in self.clips.records(name)
+        }
         sets = [self.found(name, split) for name in sorted(rates)]
         sizes = [len(found["text"]) for found in sets]
         turns = [rates[name] for name in sorted(rates)] if epochs is None else sizes
         end = None if epochs is None else epochs * sum(sizes)
         for position in order.positions(batch_size, start_step, end, rows):
             places = zip(*order.example_at(seed, position, sizes, turns), strict=True)
-            found = [{field: values[row] for field, values in sets[component].items()} for component, row in places]
+            found = [
+                {field: values[row] for field, values in sets[component].items()}
+                for component, row in places
+            ]
             yield {field: np.stack([each[field] for each in found]) for field in found[0]}
 
     def count(self, split: str) -> int:
@@ -184,14 +193,21 @@ class Heard:
         batches = clips.batches(split, HEARD_AT_ONCE, seed=0, epochs=1)
         for batch in Progress(batches, f"hear {split}", -(-clips.count(split) // HEARD_AT_ONCE)):
             count = len(batch["audio"])
-            wav, text = (np.pad(batch[name], ((0, HEARD_AT_ONCE - count), (0, 0))) for name in ("audio", "text"))
+            wav, text = (
+                np.pad(batch[name], ((0, HEARD_AT_ONCE - count), (0, 0)))
+                for name in ("audio", "text")
+            )
             found = jax.device_get(_look(self.towers.model, variables, wav, text))
-            parts.append({name: value[:count] for name, value in found.items()} | {"pieces": batch["text"]})
+            parts.append(
+                {name: value[:count] for name, value in found.items()} | {"pieces": batch["text"]}
+            )
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _look(model: mulan.MuLanConfig, variables: Any, wav: jax.Array, text: jax.Array) -> dict[str, jax.Array]:
+def _look(
+    model: mulan.MuLanConfig, variables: Any, wav: jax.Array, text: jax.Array
+) -> dict[str, jax.Array]:
     """What the towers find, {'audio' [B, V, W], 'text' [B, D]}."""
     towers = mulan.Towers(model)
     heard = towers.apply(variables, wav, method=mulan.Towers.hear)
@@ -219,11 +235,17 @@ class MuLanProjectionsObjective(MuLanObjective):
 
     def init(self, key: jax.Array, batch: Batch) -> dict[str, Any]:
         """Draws the variables without the towers' weights."""
-        return dict(mulan.MuLan(self.model).init(key, batch["audio"][:1], batch["text"][:1], method=mulan.MuLan.place))
+        return dict(
+            mulan.MuLan(self.model).init(
+                key, batch["audio"][:1], batch["text"][:1], method=mulan.MuLan.place
+            )
+        )
 
     def frozen(self, read: checkpoint.Reader = checkpoint.load_model) -> Any:
         """Returns nothing that the loss needs; says which weights the towers have."""
-        print(f"MuLan's towers are {self.data.towers.audio_weights} and {self.data.towers.text_weights}, frozen")
+        print(
+            f"MuLan's towers are {self.data.towers.audio_weights} and {self.data.towers.text_weights}, frozen"
+        )
         return {}
 
     def loss(
@@ -234,7 +256,9 @@ class MuLanProjectionsObjective(MuLanObjective):
         audio, text = _dropped(audio_key, batch["audio"]), _dropped(text_key, batch["text"])
         return self._loss(params, state, batch | {"audio": audio, "text": text})
 
-    def evaluate(self, params: Any, state: Any, frozen: Any, batch: Batch, key: jax.Array) -> Metrics:
+    def evaluate(
+        self, params: Any, state: Any, frozen: Any, batch: Batch, key: jax.Array
+    ) -> Metrics:
         """Metrics of the loss with nothing dropped."""
         return self._loss(params, state, batch)[1][1]
 
@@ -242,20 +266,31 @@ class MuLanProjectionsObjective(MuLanObjective):
         placed = mulan.MuLan(self.model).apply(
             {"params": params, **state}, batch["audio"], batch["text"], method=mulan.MuLan.place
         )
-        loss, metrics = contrastive.contrastive(*placed, contrastive.identical_rows(batch["pieces"]))
+        loss, metrics = contrastive.contrastive(
+            *placed, contrastive.identical_rows(batch["pieces"])
+        )
         return loss, (state, metrics)
 
     def finish(
-        self, variables: dict[str, Any], frozen: Any, batches: Callable[[], Iterator[dict[str, np.ndarray]]]
+        self,
+        variables: dict[str, Any],
+        frozen: Any,
+        batches: Callable[[], Iterator[dict[str, np.ndarray]]],
     ) -> dict[str, Any]:
         """The towers' weights joined to the parameters, and 'rvq' as in `MuLanObjective.finish`."""
         module = mulan.MuLan(self.model)
-        place = jax.jit(lambda variables, audio: module.apply(variables, audio, method=mulan.MuLan.place_audio))
+        place = jax.jit(
+            lambda variables, audio: module.apply(variables, audio, method=mulan.MuLan.place_audio)
+        )
         fitted = self.quantizer(place(variables, batch["audio"]) for batch in batches())
-        return variables | fitted | {"params": {**variables["params"], "towers": self.data.towers.params()}}
+        return (
+            variables
+            | fitted
+            | {"params": {**variables["params"], "towers": self.data.towers.params()}}
+        )
 
 
 def _dropped(key: jax.Array, x: jax.Array) -> jax.Array:
-    """x with DROPPED of its entries 0, scaled so that the mean stays."""
+    """X with DROPPED of its entries 0, scaled so that the mean stays."""
     kept = jax.random.bernoulli(key, 1 - DROPPED, x.shape)
     return jnp.where(kept, x / (1 - DROPPED), 0.0)

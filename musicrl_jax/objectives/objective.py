@@ -76,7 +76,9 @@ class Objective:
         """(loss f32 [], (new state, metrics f32 [] each)) in training mode. Pure; jitted by train."""
         raise NotImplementedError(f"{type(self).__name__} must define loss")
 
-    def evaluate(self, params: Any, state: Any, frozen: Any, batch: Batch, key: jax.Array) -> Metrics:
+    def evaluate(
+        self, params: Any, state: Any, frozen: Any, batch: Batch, key: jax.Array
+    ) -> Metrics:
         """Metrics of one validation batch; by default those of the loss."""
         return self.loss(params, state, frozen, batch, key)[1][1]
 
@@ -85,7 +87,10 @@ class Objective:
         return {}
 
     def finish(
-        self, variables: dict[str, Any], frozen: Any, batches: Callable[[], Iterator[dict[str, np.ndarray]]]
+        self,
+        variables: dict[str, Any],
+        frozen: Any,
+        batches: Callable[[], Iterator[dict[str, np.ndarray]]],
     ) -> dict[str, Any]:
         """The variables after what follows the last step, such as k-means; `batches()` is an epoch of training data."""
         return variables

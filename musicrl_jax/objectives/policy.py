@@ -43,12 +43,18 @@ class PolicyObjective(TokenObjective):
         """Nats per token, with dropout."""
         tokens = policy_tokens(batch, self.model)
         logits = MusicLM(self.model, self.remat).apply(
-            {"params": in_dtype(params, self.dtype)}, tokens, batch["mulan"], deterministic=False, rngs={"dropout": key}
+            {"params": in_dtype(params, self.dtype)},
+            tokens,
+            batch["mulan"],
+            deterministic=False,
+            rngs={"dropout": key},
         )
         loss, metrics = cross_entropy(logits, tokens)
         return loss, (state, {"loss": loss, **metrics})
 
-    def evaluate(self, params: Any, state: Any, frozen: Any, batch: Batch, key: jax.Array) -> Metrics:
+    def evaluate(
+        self, params: Any, state: Any, frozen: Any, batch: Batch, key: jax.Array
+    ) -> Metrics:
         """Nats per token without dropout: all, semantic alone, coarse alone."""
         tokens = policy_tokens(batch, self.model)
         logits = MusicLM(self.model).apply({"params": params}, tokens, batch["mulan"])

@@ -37,7 +37,9 @@ class PreferenceObjective(TokenObjective):
 
     def __post_init__(self) -> None:
         if not 0 < self.crop <= 1:
-            raise ValueError(f"PreferenceObjective.crop = {self.crop} must be above 0 and at most 1")
+            raise ValueError(
+                f"PreferenceObjective.crop = {self.crop} must be above 0 and at most 1"
+            )
 
     def check(self, batch: Batch) -> None:
         """Raises ValueError if the clips' tokens are of another layout."""
@@ -68,7 +70,9 @@ class PreferenceObjective(TokenObjective):
         tokens = tokens.reshape(2 * pairs, frames, places)
         if (kept := max(round(self.crop * frames), 1)) < frames:
             starts = jax.random.randint(key, (2 * pairs,), 0, frames - kept + 1)
-            tokens = jax.vmap(lambda clip, start: jax.lax.dynamic_slice_in_dim(clip, start, kept))(tokens, starts)
+            tokens = jax.vmap(lambda clip, start: jax.lax.dynamic_slice_in_dim(clip, start, kept))(
+                tokens, starts
+            )
         mulan = jnp.repeat(batch["mulan"], 2, axis=0)
         scores = Preference(self.model).apply({"params": params}, tokens, mulan).reshape(pairs, 2)
         return scores[:, 0] - scores[:, 1]
@@ -82,5 +86,7 @@ def load_policy(
     found, wanted = (checkpoint.config_to_json(each) for each in (model.config, config))
     for field in wanted:
         if found[field] != wanted[field]:
-            raise ValueError(f"policy {system}: {field} is {found[field]}, and MusicLMConfig's is {wanted[field]}")
+            raise ValueError(
+                f"policy {system}: {field} is {found[field]}, and MusicLMConfig's is {wanted[field]}"
+            )
     return model.variables["params"]

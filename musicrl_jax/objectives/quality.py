@@ -45,7 +45,9 @@ class QualityObjective(Objective):
     def init(self, key: jax.Array, batch: Batch) -> dict[str, Any]:
         """The variables; ValueError where there are neither ratings nor a codec to make pseudo-MOS with."""
         if "score" not in batch and not self.codec:
-            raise ValueError("codec = '': pseudo-MOS needs a codec checkpoint; set it, or take inputs.Ratings as data")
+            raise ValueError(
+                "codec = '': pseudo-MOS needs a codec checkpoint; set it, or take inputs.Ratings as data"
+            )
         return dict(rewards.Quality(self.model).init(key, batch["audio"][:1]))
 
     def frozen(self, read: checkpoint.Reader = checkpoint.load_model) -> Codec | dict[str, Any]:
@@ -65,12 +67,17 @@ class QualityObjective(Objective):
     ) -> tuple[jax.Array, tuple[Any, Metrics]]:
         """Squared error; metrics: loss, mae, and `order`, the share of pairs ordered as labelled."""
         wav, score = self._labelled(frozen, batch, key)
-        metrics = _metrics(rewards.Quality(self.model).apply({"params": params, **state}, wav), score)
+        metrics = _metrics(
+            rewards.Quality(self.model).apply({"params": params, **state}, wav), score
+        )
         return metrics["loss"], (state, metrics)
 
-    def evaluate(self, params: Any, state: Any, frozen: Any, batch: Batch, key: jax.Array) -> Metrics:
+    def evaluate(
+        self, params: Any, state: Any, frozen: Any, batch: Batch, key: jax.Array
+    ) -> Metrics:
         """The loss's metrics; with pseudo-MOS also `clean_first`, the share of damaged clips rated under their clean
-        selves."""
+        selves.
+        """
         wav, score = self._labelled(frozen, batch, key)
         module, variables = rewards.Quality(self.model), {"params": params, **state}
         guess = module.apply(variables, wav)
@@ -102,17 +109,25 @@ def through(codec: Codec) -> degradations.Codec:
 
     def send(wav: jax.Array, strength: jax.Array) -> jax.Array:
         module, config = soundstream.SoundStream(codec.config), codec.config
-        codes = module.apply(codec.variables, wav, method=soundstream.SoundStream.encode)  # [B, T, Q]
+        codes = module.apply(
+            codec.variables, wav, method=soundstream.SoundStream.encode
+        )  # [B, T, Q]
         kept = degradations.kept_levels(strength, config.levels)
         heard = jnp.arange(config.levels)[None, None, :] < kept[:, None, None]  # [B, 1, Q]
-        return module.apply(codec.variables, jnp.where(heard, codes, -1), method=soundstream.SoundStream.decode)
+        return module.apply(
+            codec.variables, jnp.where(heard, codes, -1), method=soundstream.SoundStream.decode
+        )
 
     return send
 
 
 def _metrics(guess: jax.Array, score: jax.Array) -> Metrics:
     gap = guess - score  # [B]
-    return {"loss": jnp.mean(jnp.square(gap)), "mae": jnp.mean(jnp.abs(gap)), "order": order(guess, score)}
+    return {
+        "loss": jnp.mean(jnp.square(gap)),
+        "mae": jnp.mean(jnp.abs(gap)),
+        "order": order(guess, score),
+    }
 
 
 def order(guess: jax.Array, score: jax.Array) -> jax.Array:

@@ -40,7 +40,9 @@ class SemanticObjective(Objective):
     def init(self, key: jax.Array, batch: Batch) -> dict[str, Any]:
         """Draws variables whose mel statistics are those of `batch`; k-means is still all zeros."""
         module = semantic.SemanticEncoder(self.model)
-        variables = dict(module.init(key, batch["audio"], *_masking(key, self.model, batch["audio"])))
+        variables = dict(
+            module.init(key, batch["audio"], *_masking(key, self.model, batch["audio"]))
+        )
         mels = module.apply(variables, batch["audio"], method=semantic.SemanticEncoder.log_mels)
         std = jnp.maximum(jnp.std(mels, axis=(0, 1)), semantic.LEAST_STD)
         return variables | {"statistics": {"mean": jnp.mean(mels, axis=(0, 1)), "std": std}}
@@ -52,7 +54,9 @@ class SemanticObjective(Objective):
         module = semantic.SemanticEncoder(self.model)
         mask, noise = _masking(key, self.model, batch["audio"])
         logits, targets = module.apply({"params": params, **state}, batch["audio"], mask, noise)
-        weight = mask.astype(jnp.float32) / jnp.maximum(jnp.sum(mask), 1).astype(jnp.float32)  # [B, F]
+        weight = mask.astype(jnp.float32) / jnp.maximum(jnp.sum(mask), 1).astype(
+            jnp.float32
+        )  # [B, F]
         nats = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), targets)
         hit = (jnp.argmax(logits, axis=-1) == targets).astype(jnp.float32)
         loss = jnp.sum(weight * nats)
@@ -63,9 +67,12 @@ class SemanticObjective(Objective):
         }
         return loss, (state, metrics)
 
-    def evaluate(self, params: Any, state: Any, frozen: Any, batch: Batch, key: jax.Array) -> Metrics:
+    def evaluate(
+        self, params: Any, state: Any, frozen: Any, batch: Batch, key: jax.Array
+    ) -> Metrics:
         """The loss's metrics; token_perplexity, how many tokens this batch uses in effect; and kmeans_*, how well the
-        centroids fit the training clips (`kmeans.Fit.usage`), the same for every batch."""
+        centroids fit the training clips (`kmeans.Fit.usage`), the same for every batch.
+        """
         variables = {"params": params, **state}
         module = semantic.SemanticEncoder(self.model)
         tokens = module.apply(variables, batch["audio"], method=semantic.SemanticEncoder.tokens)
@@ -77,7 +84,10 @@ class SemanticObjective(Objective):
         }
 
     def finish(
-        self, variables: dict[str, Any], frozen: Any, batches: Callable[[], Iterator[dict[str, np.ndarray]]]
+        self,
+        variables: dict[str, Any],
+        frozen: Any,
+        batches: Callable[[], Iterator[dict[str, np.ndarray]]],
     ) -> dict[str, Any]:
         """Fills 'kmeans': standardises the features of training clips per dimension and clusters them.
 
@@ -85,13 +95,19 @@ class SemanticObjective(Objective):
         """
         features = self._features(variables, batches())  # [P, D]
         mean, std = features.mean(axis=0), np.maximum(features.std(axis=0), LEAST_STD)
-        fit = kmeans.fit(jax.random.key(0), (features - mean) / std, self.model.codes, KMEANS_ITERATIONS)
+        fit = kmeans.fit(
+            jax.random.key(0), (features - mean) / std, self.model.codes, KMEANS_ITERATIONS
+        )
         usage = "  ".join(f"{name} {float(figure):.4g}" for name, figure in fit.usage().items())
-        print(f"k-means of {len(features)} frames in {self.model.codes} codes:  {usage}", flush=True)
+        print(
+            f"k-means of {len(features)} frames in {self.model.codes} codes:  {usage}", flush=True
+        )
         fitted = {"mean": jnp.asarray(mean), "std": jnp.asarray(std), **fit._asdict()}
         return variables | {"kmeans": fitted}
 
-    def _features(self, variables: dict[str, Any], batches: Iterator[dict[str, np.ndarray]]) -> np.ndarray:
+    def _features(
+        self, variables: dict[str, Any], batches: Iterator[dict[str, np.ndarray]]
+    ) -> np.ndarray:
         """[P, D] float32, P = 256 * codes or all there are; each batch is split over the mesh that is set."""
         module = semantic.SemanticEncoder(self.model)
         method = semantic.SemanticEncoder.features
@@ -102,7 +118,9 @@ class SemanticObjective(Objective):
         for batch in batches:
             wav = batch["audio"]
             clips = clips or len(wav)
-            filled = {"audio": np.pad(wav, ((0, clips - len(wav)), (0, 0)))}  # the last batch may be smaller
+            filled = {
+                "audio": np.pad(wav, ((0, clips - len(wav)), (0, 0)))
+            }  # the last batch may be smaller
             placed = filled if mesh.empty else sharding.put_batch(mesh, filled)
             part = sharding.fetch(features(variables, placed["audio"]))[: len(wav)]
             parts.append(part.reshape(-1, part.shape[-1]))
@@ -117,7 +135,9 @@ def _frames(config: semantic.SemanticConfig, wav: jax.Array) -> int:
     return wav.shape[1] * semantic.FRAME_RATE_HZ // (semantic.STACK * config.sample_rate_hz)
 
 
-def _masking(key: jax.Array, config: semantic.SemanticConfig, wav: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _masking(
+    key: jax.Array, config: semantic.SemanticConfig, wav: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """(mask [B, F] bool, noise [B, F, 4M] standard normal) for wav [B, N]."""
     mask_key, noise_key = jax.random.split(key)
     clips, frames = wav.shape[0], _frames(config, wav)

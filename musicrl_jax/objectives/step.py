@@ -22,7 +22,11 @@ def first_state(
 
 
 def training_step(
-    objective: Objective, transform: optax.GradientTransformation, seed: int, mesh: Mesh, shardings: Any
+    objective: Objective,
+    transform: optax.GradientTransformation,
+    seed: int,
+    mesh: Mesh,
+    shardings: Any,
 ) -> Callable[[TrainState, Any, Batch], tuple[TrainState, Metrics]]:
     """(state, frozen, batch) -> (state, metrics), jitted, the old state gone.
 
@@ -32,14 +36,20 @@ def training_step(
     def step(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, Metrics]:
         key = step_key(seed, state.step, Stream.TRAINING)
         gradient = jax.value_and_grad(objective.loss, has_aux=True)
-        (loss, (other, metrics)), gradients = gradient(state.params, state.state, frozen, batch, key)
+        (loss, (other, metrics)), gradients = gradient(
+            state.params, state.state, frozen, batch, key
+        )
         params, opt_state = moved(transform, gradients, state.opt_state, state.params)
         norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(norm) & jnp.isfinite(loss)
-        taken = state.replace(params=params, state=other, opt_state=opt_state, in_a_row=jnp.zeros_like(state.in_a_row))
+        taken = state.replace(
+            params=params, state=other, opt_state=opt_state, in_a_row=jnp.zeros_like(state.in_a_row)
+        )
         left_out = state.replace(skipped=state.skipped + 1, in_a_row=state.in_a_row + 1)
         after = jax.tree.map(lambda new, old: jnp.where(finite, new, old), taken, left_out)
-        counts = {name: getattr(after, name).astype(jnp.float32) for name in ("skipped", "in_a_row")}
+        counts = {
+            name: getattr(after, name).astype(jnp.float32) for name in ("skipped", "in_a_row")
+        }
         return after.replace(step=state.step + 1), {**metrics, "gradient_norm": norm, **counts}
 
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, sharding.replicated(mesh)))

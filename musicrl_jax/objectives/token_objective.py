@@ -25,7 +25,8 @@ class TokenObjective(Objective):
 
     def check_layout(self, **wanted: int) -> None:
         """ValueError, naming the field, where the tokens are of other sizes than the model's: indices out of range
-        would be clamped in silence."""
+        would be clamped in silence.
+        """
         layout = self.data.layout()
         for name, size in wanted.items():
             if layout[name] != size:

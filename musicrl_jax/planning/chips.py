@@ -50,4 +50,9 @@ CHIPS = {
     "v5p": Chip(459e12, int(95.74 * 2**30), 2.765e12, 9e10, 6, 6.25e9, 459e12 / 2**18),
     "v6e": Chip(918e12, int(31.25 * 2**30), 1.638e12, 9e10, 4, 12.5e9, 918e12 / 2**19),
 }
-KINDS = {"TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e"}  # jax.Device.device_kind
+KINDS = {
+    "TPU v4": "v4",
+    "TPU v5 lite": "v5e",
+    "TPU v5": "v5p",
+    "TPU v6 lite": "v6e",
+}  # jax.Device.device_kind

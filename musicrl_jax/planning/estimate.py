@@ -66,12 +66,19 @@ class Estimate:
     @property
     def seconds(self) -> float:
         """What a call takes where nothing overlaps: the compiler's time, no less than any limit, and the network's."""
-        return max(self.compiler_seconds, self.matrix_seconds, self.memory_seconds) + self.network_seconds
+        return (
+            max(self.compiler_seconds, self.matrix_seconds, self.memory_seconds)
+            + self.network_seconds
+        )
 
     @property
     def limit(self) -> str:
         """Which limit is the highest."""
-        limits = {"matrix unit": self.matrix_seconds, "memory": self.memory_seconds, "network": self.network_seconds}
+        limits = {
+            "matrix unit": self.matrix_seconds,
+            "memory": self.memory_seconds,
+            "network": self.network_seconds,
+        }
         return max(limits, key=limits.get)
 
     def told(self) -> dict[str, Any]:
@@ -83,7 +90,8 @@ class Estimate:
 def bytes_a_chip(tree: Any) -> int:
     """What arrays, or their shapes, with shardings take on each device."""
     return sum(
-        int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * _itemsize(leaf.dtype) for leaf in jax.tree.leaves(tree)
+        int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * _itemsize(leaf.dtype)
+        for leaf in jax.tree.leaves(tree)
     )
 
 
@@ -131,6 +139,7 @@ def _run(program: hlo.Program, chip: Chip) -> dict[str, Any]:
         "between_slices": across,
         "unknown_loops": program.unknown_loops,
         "memory_seconds": moved / chip.memory_bandwidth,
-        "network_seconds": sum(wire.values()) / chip.link_bandwidth + across / chip.slices_bandwidth,
+        "network_seconds": sum(wire.values()) / chip.link_bandwidth
+        + across / chip.slices_bandwidth,
         "compiler_seconds": hlo.scheduled_cycles(program) / chip.clock,
     }

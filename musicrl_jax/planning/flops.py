@@ -15,7 +15,15 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Var
 
 # Data that moves or changes its type: nothing is computed.
 MOVES = {
-    *("broadcast_in_dim", "concatenate", "convert_element_type", "copy", "copy_p", "device_put", "dynamic_slice"),
+    *(
+        "broadcast_in_dim",
+        "concatenate",
+        "convert_element_type",
+        "copy",
+        "copy_p",
+        "device_put",
+        "dynamic_slice",
+    ),
     *("dynamic_update_slice", "gather", "imag", "iota", "optimization_barrier", "pad", "pvary"),
     *("real", "reduce_precision", "reshape", "rev", "scatter", "sharding_constraint", "slice"),
     *("sort", "split", "squeeze", "stack", "stop_gradient", "tile", "transpose"),
@@ -40,7 +48,9 @@ class Flops:
     unknown: tuple[str, ...] = ()
 
     def __add__(self, more: "Flops") -> "Flops":
-        return Flops(self.matmul + more.matmul, self.other + more.other, self.unknown + more.unknown)
+        return Flops(
+            self.matmul + more.matmul, self.other + more.other, self.unknown + more.unknown
+        )
 
     def times(self, rounds: int) -> "Flops":
         return Flops(self.matmul * rounds, self.other * rounds, self.unknown)
@@ -79,15 +89,24 @@ def _integer(v: Var | Literal, known: dict[Var, int]) -> int | None:
 def _scalars(jaxpr: ClosedJaxpr) -> dict[Var, int]:
     """The integers that a closed jaxpr closes over."""
     consts = zip(jaxpr.jaxpr.constvars, jaxpr.consts, strict=True)
-    scalar = ((v, c) for v, c in consts if v.aval.shape == () and jnp.issubdtype(v.aval.dtype, jnp.integer))
+    scalar = (
+        (v, c)
+        for v, c in consts
+        if v.aval.shape == () and jnp.issubdtype(v.aval.dtype, jnp.integer)
+    )
     return {v: int(c) for v, c in scalar}
 
 
 def _inner(
-    jaxpr: Jaxpr | ClosedJaxpr, inputs: list[Any], known: dict[Var, int], used: list[bool] | None = None
+    jaxpr: Jaxpr | ClosedJaxpr,
+    inputs: list[Any],
+    known: dict[Var, int],
+    used: list[bool] | None = None,
 ) -> Flops:
     """A called jaxpr's, with the integers known here of its inputs and which of its outputs are used, if not all."""
-    opened, passed = (jaxpr.jaxpr, _scalars(jaxpr)) if isinstance(jaxpr, ClosedJaxpr) else (jaxpr, {})
+    opened, passed = (
+        (jaxpr.jaxpr, _scalars(jaxpr)) if isinstance(jaxpr, ClosedJaxpr) else (jaxpr, {})
+    )
     if len(inputs) == len(opened.invars):
         values = ((v, _integer(i, known)) for v, i in zip(opened.invars, inputs, strict=True))
         passed |= {v: value for v, value in values if value is not None}
@@ -108,13 +127,18 @@ def _jaxprs(value: Any) -> Iterator[Jaxpr | ClosedJaxpr]:
 def _jaxpr_flops(jaxpr: Jaxpr, known: dict[Var, int], used: list[bool]) -> Flops:
     known = dict(known)
     for equation in jaxpr.eqns:
-        if equation.primitive.name in ("convert_element_type", "copy") and equation.outvars[0].aval.shape == ():
+        if (
+            equation.primitive.name in ("convert_element_type", "copy")
+            and equation.outvars[0].aval.shape == ()
+        ):
             value = _integer(equation.invars[0], known)
             if value is not None and jnp.issubdtype(equation.outvars[0].aval.dtype, jnp.integer):
                 known[equation.outvars[0]] = value
     # Backwards, as the compiler drops what nothing uses: the value of a function of which only the gradient is taken.
     total = Flops()
-    live = {v for v, use in zip(jaxpr.outvars, used, strict=True) if use and not isinstance(v, Literal)}
+    live = {
+        v for v, use in zip(jaxpr.outvars, used, strict=True) if use and not isinstance(v, Literal)
+    }
     for equation in reversed(jaxpr.eqns):
         uses = [v in live for v in equation.outvars]
         if any(uses) or equation.effects:
@@ -189,7 +213,9 @@ def _while(equation: Any, known: dict[Var, int]) -> Flops:
     condition, body = params["cond_jaxpr"], params["body_jaxpr"]
     of_condition = _inner(condition, [], known)
     of_body = _inner(body, [], known)
-    rounds = _rounds(condition, body, params["cond_nconsts"], params["body_nconsts"], equation.invars, known)
+    rounds = _rounds(
+        condition, body, params["cond_nconsts"], params["body_nconsts"], equation.invars, known
+    )
     if rounds is None:
         where = str(equation.source_info.name_stack) or "while"
         return of_condition + of_body + Flops(unknown=(where,))
@@ -197,7 +223,12 @@ def _while(equation: Any, known: dict[Var, int]) -> Flops:
 
 
 def _rounds(
-    condition: ClosedJaxpr, body: ClosedJaxpr, of_condition: int, of_body: int, inputs: list[Any], known: dict[Var, int]
+    condition: ClosedJaxpr,
+    body: ClosedJaxpr,
+    of_condition: int,
+    of_body: int,
+    inputs: list[Any],
+    known: dict[Var, int],
 ) -> int | None:
     """Of a loop `while counter < limit: counter += step`, all three known; None of any other."""
     if not condition.eqns or condition.jaxpr.outvars[0] not in condition.eqns[-1].outvars:
@@ -209,15 +240,26 @@ def _rounds(
     # Constants and whatever the body hands on as it came in.
     handed_on = zip(body.jaxpr.invars[of_body:], body.jaxpr.outvars, strict=True)
     same = [True] * of_condition + [into is out for into, out in handed_on]
-    values = [_integer(i, known) for i in [*inputs[:of_condition], *inputs[of_condition + of_body :]]]
-    here |= {v: n for v, n, keeps in zip(condition.jaxpr.invars, values, same, strict=True) if keeps and n is not None}
+    values = [
+        _integer(i, known) for i in [*inputs[:of_condition], *inputs[of_condition + of_body :]]
+    ]
+    here |= {
+        v: n
+        for v, n, keeps in zip(condition.jaxpr.invars, values, same, strict=True)
+        if keeps and n is not None
+    }
     sign = {"lt": 1, "le": 1, "gt": -1, "ge": -1}[test.primitive.name]
     counter, limit = test.invars
     if _integer(counter, here) is not None:
         counter, limit, sign = limit, counter, -sign
     end = _integer(limit, here)
     places = {v: place for place, v in enumerate(condition.jaxpr.invars)}
-    if end is None or isinstance(counter, Literal) or counter not in places or places[counter] < of_condition:
+    if (
+        end is None
+        or isinstance(counter, Literal)
+        or counter not in places
+        or places[counter] < of_condition
+    ):
         return None
     place = places[counter] - of_condition
     start, step = values[places[counter]], _step(body, of_body + place, place)

@@ -29,12 +29,36 @@ _PAIRS = re.compile(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}")
 _MEGASCALE = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
 _TARGET = re.compile(r'_xla_megascale_target="?(\{.*?\}x\{[^}]*\}|\{\{.*?\}\})')
 
-BITS = {"pred": 8, "token": 0, "opaque": 0, "bf16": 16, "c64": 64, "c128": 128}  # others: the digits of their names
+BITS = {
+    "pred": 8,
+    "token": 0,
+    "opaque": 0,
+    "bf16": 16,
+    "c64": 64,
+    "c128": 128,
+}  # others: the digits of their names
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 # Neither read nor write by themselves; a `-done` is part of its `-start`.
 FREE = {
-    *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call"),
-    *("after-all", "partition-id", "replica-id", "opt-barrier", "add-dependency", "domain", "async-start"),
+    *(
+        "parameter",
+        "constant",
+        "tuple",
+        "get-tuple-element",
+        "bitcast",
+        "while",
+        "conditional",
+        "call",
+    ),
+    *(
+        "after-all",
+        "partition-id",
+        "replica-id",
+        "opt-barrier",
+        "add-dependency",
+        "domain",
+        "async-start",
+    ),
     "async-update",
 }
 PASSED_ON = {"copy", "copy-start", "copy-done", "bitcast", "convert", "reshape", "opt-barrier"}
@@ -195,7 +219,11 @@ def _instruction(line: str) -> tuple[Instruction, bool]:
                 raise ValueError(f"operands without an end: {line.strip()[:200]}")
     if end < 0:
         raise ValueError(f"operands without an end: {line.strip()[:200]}")
-    operands = tuple(_NAMES.findall(after, 0, end)) if opcode not in ("constant", "parameter") else (after[:end],)
+    operands = (
+        tuple(_NAMES.findall(after, 0, end))
+        if opcode not in ("constant", "parameter")
+        else (after[:end],)
+    )
     if not operands and after[:end].strip():
         raise ValueError(f"operands without names: {line.strip()[:200]}")
     return Instruction(name, type_, opcode, operands, after[end + 1 :]), is_root is not None
@@ -227,7 +255,9 @@ def _own_cycles(computation: Computation) -> int:
 Value = tuple[int | None, int] | None
 
 
-def _executions(computations: dict[str, Computation], entry: str) -> tuple[dict[str, int], tuple[str, ...]]:
+def _executions(
+    computations: dict[str, Computation], entry: str
+) -> tuple[dict[str, int], tuple[str, ...]]:
     counts, unknown = collections.Counter(), {}
 
     def visit(name: str, times: int, known: dict[int, int]) -> int:
@@ -266,7 +296,10 @@ def _executions(computations: dict[str, Computation], entry: str) -> tuple[dict[
 
 
 def _loop(
-    computations: dict[str, Computation], outside: Computation, loop: Instruction, known: dict[int, int]
+    computations: dict[str, Computation],
+    outside: Computation,
+    loop: Instruction,
+    known: dict[int, int],
 ) -> tuple[int | None, dict[int, int]]:
     """How often a loop goes round, and the elements of its tuple that are the same known number in every round."""
     parts = _called(loop)
@@ -318,7 +351,9 @@ def _loop(
         return ((limit - start) // step[1] if whole else None), inside
     if step[1] * sign < 0:
         return None, inside
-    return max(-(-((limit - start) * sign + (direction in ("LE", "GE"))) // abs(step[1])), 0), inside
+    return max(
+        -(-((limit - start) * sign + (direction in ("LE", "GE"))) // abs(step[1])), 0
+    ), inside
 
 
 def _nothing(place: int) -> Value:
@@ -334,7 +369,9 @@ def _scalar_integer(type_: str) -> bool:
     return re.match(r"[su]\d+\[\]", type_) is not None
 
 
-def _comparison(computations: dict[str, Computation], condition: Computation) -> tuple[tuple[Value, Value], str] | None:
+def _comparison(
+    computations: dict[str, Computation], condition: Computation
+) -> tuple[tuple[Value, Value], str] | None:
     """What a loop's condition compares, and how; None where it is not one comparison."""
     computation, root, bound = condition, condition.root, _nothing
     while root.opcode in ("fusion", "call", *PASSED_ON):
@@ -343,7 +380,10 @@ def _comparison(computations: dict[str, Computation], condition: Computation) ->
             continue
         values = [_follow(computations, computation, operand, bound) for operand in root.operands]
         parts = _called(root)
-        computation, bound = computations[parts.get("calls") or parts["to_apply"]], dict(enumerate(values)).get
+        computation, bound = (
+            computations[parts.get("calls") or parts["to_apply"]],
+            dict(enumerate(values)).get,
+        )
         root = computation.root
     if root.opcode != "compare":
         return None
@@ -352,7 +392,10 @@ def _comparison(computations: dict[str, Computation], condition: Computation) ->
 
 
 def _follow(
-    computations: dict[str, Computation], computation: Computation, name: str, bound: Callable[[int], Value]
+    computations: dict[str, Computation],
+    computation: Computation,
+    name: str,
+    bound: Callable[[int], Value],
 ) -> Value:
     """A scalar integer back to where it comes from. `bound`: the values of a fused computation's parameters."""
     instruction = computation.instructions[name]
@@ -373,9 +416,15 @@ def _follow(
                 return _follow_into(computations, computation, source, element, bound)
             return None
         case "add" | "subtract":
-            left, right = (_follow(computations, computation, operand, bound) for operand in operands)
+            left, right = (
+                _follow(computations, computation, operand, bound) for operand in operands
+            )
             sign = 1 if instruction.opcode == "add" else -1
-            if left is None or right is None or (right[0] is not None and (left[0] is not None or sign < 0)):
+            if (
+                left is None
+                or right is None
+                or (right[0] is not None and (left[0] is not None or sign < 0))
+            ):
                 return None
             return (left[0] if left[0] is not None else right[0], left[1] + sign * right[1])
         case "fusion":
@@ -468,7 +517,9 @@ def _elements(type_: str) -> tuple[str, ...]:
 # Network
 
 
-def _sent(program: Program, computation: Computation, instruction: Instruction) -> Iterator[tuple[str, int, bool, int]]:
+def _sent(
+    program: Program, computation: Computation, instruction: Instruction
+) -> Iterator[tuple[str, int, bool, int]]:
     """The (kind, group, crosses, bytes) of an instruction's communication: of itself, or of what a fusion holds."""
     if instruction.opcode == "send" and (match := _MEGASCALE.search(instruction.rest)):
         yield _sent_by_host(match[1], instruction)
@@ -481,7 +532,9 @@ def _sent(program: Program, computation: Computation, instruction: Instruction) 
             return
         for collective in inner:
             scattered = collective.opcode == "all-reduce" and fused.root.opcode == "dynamic-slice"
-            yield _ring(program, fused, collective, "reduce-scatter" if scattered else collective.opcode)
+            yield _ring(
+                program, fused, collective, "reduce-scatter" if scattered else collective.opcode
+            )
     else:
         kind = instruction.opcode.removesuffix("-start")
         if kind in COLLECTIVES:
@@ -541,7 +594,9 @@ def _group(instruction: Instruction, devices: int) -> int:
             raise ValueError(f"groups that do not divide the devices: {instruction}")
         return size
     if match := _LISTED.search(rest):
-        sizes = {len(_numbers(group)) for group in re.findall(r"\{([\d,]*)\}", match[1])} or {devices}
+        sizes = {len(_numbers(group)) for group in re.findall(r"\{([\d,]*)\}", match[1])} or {
+            devices
+        }
         if len(sizes) != 1:
             raise ValueError(f"groups of several sizes: {instruction}")
         return sizes.pop()
@@ -581,7 +636,9 @@ def _moved(program: Program, computation: Computation, instruction: Instruction)
     opcode = instruction.opcode
     if opcode in FREE or opcode.endswith("-done"):
         return 0
-    if opcode == "custom-call" and re.search('custom_call_target="(AllocateBuffer|ConcatBitcast)"', instruction.rest):
+    if opcode == "custom-call" and re.search(
+        'custom_call_target="(AllocateBuffer|ConcatBitcast)"', instruction.rest
+    ):
         return 0
     types = [computation.instructions[operand].type for operand in instruction.operands]
     if opcode == "fusion":
@@ -593,7 +650,9 @@ def _moved(program: Program, computation: Computation, instruction: Instruction)
     if opcode == "dynamic-update-slice":
         return (_bytes(types[1]) if _in_memory(types[0]) else 0) + sum(map(_in_memory, types[1:]))
     if opcode == "scatter":  # reads what it adds to
-        return (2 * _bytes(types[2]) if _in_memory(types[0]) else 0) + sum(map(_in_memory, types[1:]))
+        return (2 * _bytes(types[2]) if _in_memory(types[0]) else 0) + sum(
+            map(_in_memory, types[1:])
+        )
     return written + sum(map(_in_memory, types))
 
 
@@ -621,7 +680,8 @@ def _moved_by_fusion(program: Program, fusion: Instruction, types: list[str]) ->
 
 def _parameters(program: Program, fused: Computation) -> tuple[dict[int, int], dict[int, int]]:
     """Of a fused computation, the bytes read of each parameter of which only slices are, and the bytes written of each
-    result that is a parameter updated in place."""
+    result that is a parameter updated in place.
+    """
     users = collections.defaultdict(list)
     for instruction in fused.instructions.values():
         if instruction.opcode not in ("parameter", "constant"):
@@ -644,7 +704,9 @@ def _parameters(program: Program, fused: Computation) -> tuple[dict[int, int], d
             elif user.opcode == "bitcast":
                 part = taken(user.name)
             elif user.opcode == "fusion":
-                part = _parameters(program, program.computations[_called(user)["calls"]])[0].get(place)
+                part = _parameters(program, program.computations[_called(user)["calls"]])[0].get(
+                    place
+                )
             if part is None:
                 return None
             total += part
@@ -660,11 +722,15 @@ def _parameters(program: Program, fused: Computation) -> tuple[dict[int, int], d
         instruction, written = fused.instructions[name], None
         while instruction.opcode in ("bitcast", "dynamic-update-slice", "scatter"):
             if instruction.opcode != "bitcast":
-                update = fused.instructions[instruction.operands[1 if instruction.opcode != "scatter" else 2]]
+                update = fused.instructions[
+                    instruction.operands[1 if instruction.opcode != "scatter" else 2]
+                ]
                 written = (written or 0) + _bytes(update.type)
             instruction = fused.instructions[instruction.operands[0]]
         if instruction.opcode == "fusion" and written is None:
-            written = _parameters(program, program.computations[_called(instruction)["calls"]])[1].get(0)
+            written = _parameters(program, program.computations[_called(instruction)["calls"]])[
+                1
+            ].get(0)
         elif instruction.opcode != "parameter":  # a new array, all of which is written
             written = None
         if written is not None:

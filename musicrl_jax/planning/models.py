@@ -128,7 +128,9 @@ class PlannedModels:
             try:
                 described = folder.describe(directory)
             except FileNotFoundError as error:
-                raise ValueError(f"plan: no stage of the run makes {directory}, and {error}") from error
+                raise ValueError(
+                    f"plan: no stage of the run makes {directory}, and {error}"
+                ) from error
         elif stage.verb == "assemble":
             parts = {name: {"folder": part} for name, part in stage.arguments["parts"].items()}
             described = {"kind": stage.arguments["kind"], "parts": parts}
@@ -148,7 +150,10 @@ def _drawn_features(loaded: folder.LoadedSystem, clip_seconds: float) -> Shapes:
     system = loaded.system
 
     def features(weights: Weights, text: Text) -> dict[str, jax.Array]:
-        weights, keys = system.compute_copy(weights, "float32"), jax.random.split(jax.random.key(0), 1)
+        weights, keys = (
+            system.compute_copy(weights, "float32"),
+            jax.random.split(jax.random.key(0), 1),
+        )
         length = system.length(clip_seconds)
         return system.features(roll_out(system, weights, text, keys, length, Sampling()))
 

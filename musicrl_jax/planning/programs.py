@@ -61,7 +61,10 @@ def amount(stage: Stage, rows: int) -> tuple[int, str]:
             batches = sum(-(-2 * pairs // rows) for pairs in config.counts.values())
             return batches, f"{config.pairs} pairs"
         case "evaluate":
-            clips, best_of = config.count * config.seeds, config.best_of if config.best_of > 1 else 0
+            clips, best_of = (
+                config.count * config.seeds,
+                config.best_of if config.best_of > 1 else 0,
+            )
             plays = len(stage.arguments["systems"]) + best_of
             return plays * -(-clips // rows), f"{plays} x {clips} clips"
         case _:
@@ -248,5 +251,6 @@ def _rows(player: Player, arrays: Tree) -> Tree:
     """Returns the shapes of arrays [1 or B, ...] as those of B rows, sharded by row."""
     by_row = sharding.batch_sharding(player.mesh)
     return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct((player.rows, *x.shape[1:]), x.dtype, sharding=by_row), arrays
+        lambda x: jax.ShapeDtypeStruct((player.rows, *x.shape[1:]), x.dtype, sharding=by_row),
+        arrays,
     )

@@ -56,7 +56,9 @@ def read_metrics(path: str | pathlib.Path) -> dict[str, tuple[np.ndarray, np.nda
     """
     path = pathlib.Path(path)
     if not path.exists():
-        raise FileNotFoundError(f"no metrics file at {path}: give the metrics.jsonl of a run folder")
+        raise FileNotFoundError(
+            f"no metrics file at {path}: give the metrics.jsonl of a run folder"
+        )
     records, fault = read_records(path)
     if fault:
         print(f"{path} is damaged: {fault}; the {len(records)} good lines are read", flush=True)
@@ -66,6 +68,9 @@ def read_metrics(path: str | pathlib.Path) -> dict[str, tuple[np.ndarray, np.nda
             if name != "step":
                 points.setdefault(name, {})[int(record["step"])] = float(value)
     return {
-        name: (np.array(sorted(values), np.int64), np.array([values[s] for s in sorted(values)], np.float64))
+        name: (
+            np.array(sorted(values), np.int64),
+            np.array([values[s] for s in sorted(values)], np.float64),
+        )
         for name, values in points.items()
     }

@@ -15,9 +15,13 @@ from musicrl_jax.core.audio import encoded
 TARGET_LUFS = -20.0
 PEAK = 10.0 ** (-1.0 / 20.0)  # Sample peak of -1 dB full scale.
 BLOCK_SECONDS = 0.4  # One gating block of BS.1770: a shorter clip has no loudness in its sense.
-MOST_GAIN_DB = 30.0  # What is quieter than that below the target is the noise of a codec, not music.
+MOST_GAIN_DB = (
+    30.0  # What is quieter than that below the target is the noise of a codec, not music.
+)
 OVERSAMPLED = 4  # True peaks are those of the signal at four times its rate (BS.1770-4, annex 2).
-SILENCE = -70.0  # The absolute gate of BS.1770, in LUFS; for clips shorter than a block in dB full scale.
+SILENCE = (
+    -70.0
+)  # The absolute gate of BS.1770, in LUFS; for clips shorter than a block in dB full scale.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +68,10 @@ def level_match(clips: Sequence[np.ndarray], sample_rate_hz: int) -> list[Levell
         (np.asarray(clip, np.float64) * 10.0 ** (gain / 20.0)).astype(np.float32)
         for clip, gain in zip(clips, gains, strict=True)
     ]
-    return [Levelled(wav, loudness, unit, gain) for wav, loudness, gain in zip(scaled, measured, gains, strict=True)]
+    return [
+        Levelled(wav, loudness, unit, gain)
+        for wav, loudness, gain in zip(scaled, measured, gains, strict=True)
+    ]
 
 
 def levelled(wav: np.ndarray, sample_rate_hz: int, target_lufs: float) -> Levelled:
@@ -89,7 +96,12 @@ def levelled(wav: np.ndarray, sample_rate_hz: int, target_lufs: float) -> Levell
         return Levelled(np.asarray(wav, np.float32), -np.inf, unit, 0.0)
     headroom = 20.0 * np.log10(PEAK / true_peak(wav))
     gain = float(min(target_lufs - loudness, headroom, MOST_GAIN_DB))
-    return Levelled((np.asarray(wav, np.float64) * 10.0 ** (gain / 20.0)).astype(np.float32), loudness, unit, gain)
+    return Levelled(
+        (np.asarray(wav, np.float64) * 10.0 ** (gain / 20.0)).astype(np.float32),
+        loudness,
+        unit,
+        gain,
+    )
 
 
 def true_peak(wav: np.ndarray) -> float:
@@ -98,7 +110,9 @@ def true_peak(wav: np.ndarray) -> float:
     peak = float(np.max(np.abs(wav), initial=0.0))
     for start in range(0, len(wav), block):
         first = max(start - margin, 0)
-        part = signal.resample_poly(np.asarray(wav[first : start + block + margin], np.float64), OVERSAMPLED, 1)
+        part = signal.resample_poly(
+            np.asarray(wav[first : start + block + margin], np.float64), OVERSAMPLED, 1
+        )
         inner = part[(start - first) * OVERSAMPLED :][: block * OVERSAMPLED]
         peak = max(peak, float(np.max(np.abs(inner))))
     return peak

@@ -38,10 +38,14 @@ class Interval:
 
     def __post_init__(self) -> None:
         if not self.low <= self.high:  # NaN lands here too
-            raise ValueError(f"interval low = {self.low} must not be above high = {self.high}, nor NaN")
+            raise ValueError(
+                f"interval low = {self.low} must not be above high = {self.high}, nor NaN"
+            )
 
 
-Figure = Interval | str  # of too few prompts there is no figure, but words such as "n too small (3 < 8)"
+Figure = (
+    Interval | str
+)  # of too few prompts there is no figure, but words such as "n too small (3 < 8)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +102,10 @@ class Match:
     def __post_init__(self) -> None:
         if isinstance(self.win_rate, str):
             return
-        if not abs(self.win + self.tie + self.loss - 1.0) < 1e-3 or min(self.win, self.tie, self.loss) < 0:
+        if (
+            not abs(self.win + self.tie + self.loss - 1.0) < 1e-3
+            or min(self.win, self.tie, self.loss) < 0
+        ):
             raise ValueError(
                 f"{self.first} against {self.second}: win = {self.win}, tie = {self.tie}, loss = {self.loss}: "
                 "give shares, which add up to 1"
@@ -147,7 +154,9 @@ class Clip:
         if np.ndim(self.wav) != 1 or np.size(self.wav) == 0:
             raise ValueError(f"wav has shape {np.shape(self.wav)}: give one channel, [N], N >= 1")
         if not np.all(np.isfinite(self.wav)):
-            raise ValueError(f"wav has {np.sum(~np.isfinite(self.wav))} samples that are NaN or infinite")
+            raise ValueError(
+                f"wav has {np.sum(~np.isfinite(self.wav))} samples that are NaN or infinite"
+            )
         if self.sample_rate_hz <= 0:
             raise ValueError(f"sample_rate_hz = {self.sample_rate_hz} must be positive")
 
@@ -166,13 +175,17 @@ class Trial:
 
     def __post_init__(self) -> None:
         if len(self.clips) < 2:
-            raise ValueError(f"prompt {self.prompt!r}: clips has {len(self.clips)} sides: give two or more")
+            raise ValueError(
+                f"prompt {self.prompt!r}: clips has {len(self.clips)} sides: give two or more"
+            )
         rates = {name: clip.sample_rate_hz for name, clip in self.clips.items()}
         if len(set(rates.values())) > 1:
             raise ValueError(f"prompt {self.prompt!r}: sample rates differ, {rates} Hz: resample")
         terms = {name: sorted(clip.scores) for name, clip in self.clips.items() if clip.scores}
         if len({tuple(names) for names in terms.values()}) > 1:
-            raise ValueError(f"prompt {self.prompt!r}: scores differ, {terms}: score all clips with the same terms")
+            raise ValueError(
+                f"prompt {self.prompt!r}: scores differ, {terms}: score all clips with the same terms"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,11 +249,15 @@ class Report:
 
     def __post_init__(self) -> None:
         if len(set(self.policies)) < max(2, len(self.policies)):
-            raise ValueError(f"policies = {list(self.policies)}: give two or more, each once, the base first")
+            raise ValueError(
+                f"policies = {list(self.policies)}: give two or more, each once, the base first"
+            )
         if not self.rewards:
             raise ValueError("rewards is empty: give the trained reward, then its terms")
         for reward in self.rewards:
-            if set(reward.means) != set(self.policies) or set(reward.gains) != set(self.policies[1:]):
+            if set(reward.means) != set(self.policies) or set(reward.gains) != set(
+                self.policies[1:]
+            ):
                 raise ValueError(
                     f"reward {reward.name!r} has means of {list(reward.means)} and gains of {list(reward.gains)}: "
                     f"give the means of {list(self.policies)} and the gains of all but the first"
@@ -262,7 +279,8 @@ def write_page(path: str | pathlib.Path, report: Report) -> pathlib.Path:
         lstrip_blocks=True,
     )
     environment.globals |= {
-        function.__name__: function for function in (number, signed, percent, probability, duration, side_of, listed)
+        function.__name__: function
+        for function in (number, signed, percent, probability, duration, side_of, listed)
     }
     script_hash = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
     base, *others = report.policies
@@ -271,7 +289,8 @@ def write_page(path: str | pathlib.Path, report: Report) -> pathlib.Path:
         report=report,
         base=base,
         others=others,
-        colours={base: "base"} | {policy: f"series-{i % len(plots.SERIES)}" for i, policy in enumerate(others)},
+        colours={base: "base"}
+        | {policy: f"series-{i % len(plots.SERIES)}" for i, policy in enumerate(others)},
         series=len(plots.SERIES),
         edges=edges,
         verdict=verdict(base, edges, report.panel is not None),
@@ -355,7 +374,11 @@ def edges_over_base(report: Report) -> dict[str, Figure]:
         if match.second == base:
             edges[match.first] = rate
         elif match.first == base:
-            other = rate if isinstance(rate, str) else Interval(1.0 - rate.mean, 1.0 - rate.high, 1.0 - rate.low)
+            other = (
+                rate
+                if isinstance(rate, str)
+                else Interval(1.0 - rate.mean, 1.0 - rate.high, 1.0 - rate.low)
+            )
             edges[match.second] = other
     return edges
 
@@ -365,7 +388,9 @@ def verdict(base: str, edges: Mapping[str, Figure], heard: bool) -> str:
     if not edges:
         return f"No policy stood against {base}."
     sides: dict[str, list[str]] = {"up": [], "down": [], "": []}
-    if few := [policy for policy, edge in edges.items() if isinstance(edge, str)]:  # all have the same prompts
+    if few := [
+        policy for policy, edge in edges.items() if isinstance(edge, str)
+    ]:  # all have the same prompts
         return f"Too few prompts to compare {listed(few)} with {base}: {edges[few[0]]}."
     for policy, edge in edges.items():
         sides[side_of(edge, 0.5 if heard else 0.0)].append(policy)
@@ -379,16 +404,31 @@ def verdict(base: str, edges: Mapping[str, Figure], heard: bool) -> str:
     else:
         opening = f"By the interval of the gain over {base}, the reward"
         words = {"up": ("rose for", ""), "down": ("fell for", ""), "": ("shows no gain for", "")}
-    clauses = [f"{words[side][0]} {listed(names)}{words[side][1]}" for side, names in sides.items() if names]
+    clauses = [
+        f"{words[side][0]} {listed(names)}{words[side][1]}"
+        for side, names in sides.items()
+        if names
+    ]
     return f"{opening} {', and '.join(clauses)}."
 
 
 def gain_marks(gains: Mapping[str, Figure]) -> dict[str, dict[str, float]]:
     """Where to draw intervals on strips of one scale with zero in their middle, in percent: left, width and mean.
-    Words are not drawn."""
-    ends = {policy: dataclasses.asdict(gain) for policy, gain in gains.items() if not isinstance(gain, str)}
-    reach = 1.08 * max((abs(end) for gain in ends.values() for end in gain.values()), default=0.0) or 1.0
-    places = {policy: {end: 50.0 + 50.0 * x / reach for end, x in gain.items()} for policy, gain in ends.items()}
+    Words are not drawn.
+    """
+    ends = {
+        policy: dataclasses.asdict(gain)
+        for policy, gain in gains.items()
+        if not isinstance(gain, str)
+    }
+    reach = (
+        1.08 * max((abs(end) for gain in ends.values() for end in gain.values()), default=0.0)
+        or 1.0
+    )
+    places = {
+        policy: {end: 50.0 + 50.0 * x / reach for end, x in gain.items()}
+        for policy, gain in ends.items()
+    }
     return {
         policy: {"left": place["low"], "width": place["high"] - place["low"], "mean": place["mean"]}
         for policy, place in places.items()
@@ -406,7 +446,9 @@ def _hearable(trial: Trial) -> dict[str, object]:
     rate, first = clips[0].sample_rate_hz, clips[0].scores
     levelled = loudness.level_match([clip.wav for clip in clips], rate)
     drawings = plots.spectrogram_svgs(
-        [level.wav for level in levelled], rate, [f"Mel spectrogram, {name}: {trial.prompt}" for name in names]
+        [level.wav for level in levelled],
+        rate,
+        [f"Mel spectrogram, {name}: {trial.prompt}" for name in names],
     )
     sides = [
         {
@@ -420,7 +462,9 @@ def _hearable(trial: Trial) -> dict[str, object]:
             "drawing": Markup(drawing),
             "scores": clip.scores,
             "changes": {
-                term: score - first[term] for term, score in clip.scores.items() if first and clip is not clips[0]
+                term: score - first[term]
+                for term, score in clip.scores.items()
+                if first and clip is not clips[0]
             },
         }
         for name, clip, level, drawing in zip(names, clips, levelled, drawings, strict=True)

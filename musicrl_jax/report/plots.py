@@ -28,7 +28,9 @@ from musicrl_jax.report.curves import Curve
 SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 DASHES = ("-", "--", ":", "-.")  # Changes with every round through the colours.
 INK, RULE = "#5c6069", "#dddad3"
-VARIABLES = {INK: "--ink-soft", RULE: "--rule"} | {colour: f"--series-{i}" for i, colour in enumerate(SERIES)}
+VARIABLES = {INK: "--ink-soft", RULE: "--rule"} | {
+    colour: f"--series-{i}" for i, colour in enumerate(SERIES)
+}
 
 SMOOTHED_FROM = 40  # points; a shorter series is drawn as it is
 SMOOTHED_PART = 20  # the thick line is a mean over 1 / 20 of the series
@@ -85,13 +87,17 @@ def curve_svg(curve: Curve) -> str:
             slanted = {"rotation": 35, "ha": "right", "rotation_mode": "anchor"}
             axes.set_xticks(np.arange(len(curve.ticks)), curve.ticks, parse_math=False, **slanted)
         else:
-            axes.xaxis.set_major_locator(ticker.MaxNLocator(nbins=6, integer=True, steps=[1, 2, 5, 10]))
+            axes.xaxis.set_major_locator(
+                ticker.MaxNLocator(nbins=6, integer=True, steps=[1, 2, 5, 10])
+            )
             axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda x, _: f"{x:,.6g}"))
         axes.yaxis.set_major_locator(ticker.MaxNLocator(nbins=5, steps=[1, 2, 2.5, 5, 10]))
         axes.margins(x=0.02, y=0.08)
         if not any(drawn):
             axes.set(xticks=[], yticks=[])
-            axes.text(0.5, 0.5, "nothing was logged", ha="center", va="center", transform=axes.transAxes)
+            axes.text(
+                0.5, 0.5, "nothing was logged", ha="center", va="center", transform=axes.transAxes
+            )
         elif len(curve.series) > 1:
             legend = figure.legend(
                 [line for line in drawn if line],
@@ -108,7 +114,9 @@ def curve_svg(curve: Curve) -> str:
         return _inline_svg(figure, f"{curve.title}: {', '.join(curve.series)} over {curve.x_label}")
 
 
-def spectrogram_svgs(wavs: Sequence[np.ndarray], sample_rate_hz: int, labels: Sequence[str]) -> list[str]:
+def spectrogram_svgs(
+    wavs: Sequence[np.ndarray], sample_rate_hz: int, labels: Sequence[str]
+) -> list[str]:
     """Draw clips, each f32 [N], as mel spectrograms on one colour scale: an <svg> element each.
 
     The scale spans 80 dB down from the loudest clip's loudest cell, so a difference in colour is one in level.
@@ -172,7 +180,9 @@ def _draw_series(
 
 def _draw_bars(axes: Axes, curve: Curve) -> list[matplotlib.patches.Rectangle | None]:
     """Add the series as bars side by side: for each the patch that a legend shows, None without finite points."""
-    series = [(np.asarray(x, np.float64), np.asarray(y, np.float64)) for x, y in curve.series.values()]
+    series = [
+        (np.asarray(x, np.float64), np.asarray(y, np.float64)) for x, y in curve.series.values()
+    ]
     finite = [np.isfinite(x) & np.isfinite(y) for x, y in series]
     count, place, drawn = sum(found.any() for found in finite), 0, []
     for index, ((x, y), found) in enumerate(zip(series, finite, strict=True)):
@@ -180,7 +190,9 @@ def _draw_bars(axes: Axes, curve: Curve) -> list[matplotlib.patches.Rectangle | 
         if found.any():
             left = x[found] + 0.8 * (place / count - 0.5)
             place += 1
-            patch = axes.bar(left, y[found], 0.8 / count, align="edge", color=SERIES[index % len(SERIES)])[0]
+            patch = axes.bar(
+                left, y[found], 0.8 / count, align="edge", color=SERIES[index % len(SERIES)]
+            )[0]
         drawn.append(patch)
     return drawn
 
@@ -211,7 +223,9 @@ def _spectrogram_svg(
             vmin=low,
             vmax=high,
         )
-        axes.set_yticks(spectral.hz_to_mel(np.array(ticks)) / top_mel, [f"{hz / 1000:g}" for hz in ticks])
+        axes.set_yticks(
+            spectral.hz_to_mel(np.array(ticks)) / top_mel, [f"{hz / 1000:g}" for hz in ticks]
+        )
         axes.set_ylabel("kHz")
         axes.set_xlabel("seconds")
         axes.xaxis.set_major_locator(ticker.MaxNLocator(nbins=8, steps=[1, 2, 5, 10]))
@@ -226,13 +240,19 @@ def _inline_svg(figure: Figure, label: str) -> str:
     Matplotlib writes a document: its header, sizes, style sheet and unused ids would act on the whole page.
     """
     out = io.StringIO()
-    FigureCanvasSVG(figure).print_svg(out, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    FigureCanvasSVG(figure).print_svg(
+        out, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    )
     svg = out.getvalue()
     view_box = re.search(r'viewBox="([^"]*)"', svg).group(1)
     body = svg[svg.index(">", svg.index("<svg")) + 1 :]
     body = re.sub(r"<style.*?</style>", "", body, flags=re.DOTALL).replace("xlink:href", "href")
-    body = body.replace("image-rendering:crisp-edges;image-rendering:pixelated", "image-rendering:auto")
-    body = re.sub(r' d="[^"]*"', lambda m: re.sub(r"(\.\d\d)\d+", r"\1", m[0]).replace("\n", ""), body)
+    body = body.replace(
+        "image-rendering:crisp-edges;image-rendering:pixelated", "image-rendering:auto"
+    )
+    body = re.sub(
+        r' d="[^"]*"', lambda m: re.sub(r"(\.\d\d)\d+", r"\1", m[0]).replace("\n", ""), body
+    )
     body = re.sub(r'base64,[^"]*"', lambda m: m[0].replace("\n", ""), body)
     used = set(re.findall(r'(?:url\(#|href="#)([^")]+)', body))
     own = hashlib.sha256((label + svg).encode()).hexdigest()[:10]

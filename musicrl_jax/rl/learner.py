@@ -235,9 +235,7 @@ class Learner:
             layout and (layout.policy, None),
         )
         metrics["policy_norm"] = norm = optax.tree.norm(gradients)
-        policy, policy_opt = moved(
-            self.policy_transform, gradients, state.policy_opt, state.policy
-        )
+        policy, policy_opt = moved(self.policy_transform, gradients, state.policy_opt, state.policy)
         taken = state.replace(policy=policy, policy_opt=policy_opt)
 
         # The value.
@@ -248,9 +246,7 @@ class Learner:
                 (parts, rewards),
                 layout and (None, layout.value),
             )
-            value, value_opt = moved(
-                self.value_transform, gradients, state.value_opt, state.value
-            )
+            value, value_opt = moved(self.value_transform, gradients, state.value_opt, state.value)
             taken = taken.replace(value=value, value_opt=value_opt)
             metrics["value_norm"] = optax.tree.norm(gradients)
             norm += metrics["value_norm"]
@@ -291,9 +287,7 @@ class Learner:
     def _map(self, function: Callable, *parts: Tree) -> Tree:
         """Returns function(part) of every microbatch, stacked."""
         if self.config.microbatches == 1:  # without a loop, in which XLA's CPU products are slower
-            return jax.tree.map(
-                lambda x: x[None], function(*jax.tree.map(lambda x: x[0], parts))
-            )
+            return jax.tree.map(lambda x: x[None], function(*jax.tree.map(lambda x: x[0], parts)))
         return jax.lax.map(lambda part: function(*part), parts)
 
     def _mean(

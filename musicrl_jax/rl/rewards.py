@@ -78,7 +78,9 @@ class Mixture:
         if not names:
             raise ValueError("Mixture.terms is empty: name a reward")
         if wrong := [name for name, weight in self.weights.items() if not math.isfinite(weight)]:
-            raise ValueError(f"Mixture.weights[{wrong[0]!r}] = {self.weights[wrong[0]]} must be finite")
+            raise ValueError(
+                f"Mixture.weights[{wrong[0]!r}] = {self.weights[wrong[0]]} must be finite"
+            )
         if set(names) != set(self.weights):
             raise ValueError(
                 f"Mixture.weights is for {sorted(self.weights)}, Mixture.terms are {sorted(names)}; make them match"
@@ -194,7 +196,9 @@ class LoadedMixture:
         """ValueError where a term left its range; what is not finite is left to the update, which skips it."""
         for term in self.mixture.terms:
             values = np.asarray(scores[term.name])
-            outside = values[np.isfinite(values) & ((values < term.low - 1e-4) | (values > term.high + 1e-4))]
+            outside = values[
+                np.isfinite(values) & ((values < term.low - 1e-4) | (values > term.high + 1e-4))
+            ]
             if outside.size:
                 raise ValueError(
                     f"reward {term.name} is {outside[0]:.4g}, outside [{term.low}, {term.high}]: mend the term"

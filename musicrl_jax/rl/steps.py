@@ -45,9 +45,7 @@ class Run:
       copy_shardings: of the weights that an update computes with.
     """
 
-    def __init__(
-        self, loaded: LoadedSystem, mixture: LoadedMixture, config: RLConfig, mesh: Mesh
-    ):
+    def __init__(self, loaded: LoadedSystem, mixture: LoadedMixture, config: RLConfig, mesh: Mesh):
         """Builds the functions, and compiles nothing; ValueError if the batch does not divide."""
         system = loaded.system.tuned(mesh.devices.flat[0].platform, config.remat)
         self.config, self.mesh, self._loaded, self._mixture = config, mesh, loaded, mixture
@@ -92,9 +90,7 @@ class Run:
         )
         return state, anchor
 
-    def draw(
-        self, policy: Tree, prompts: Sequence[str], step: int, stream: Stream
-    ) -> Rollout:
+    def draw(self, policy: Tree, prompts: Sequence[str], step: int, stream: Stream) -> Rollout:
         """Draws a clip for each of B prompts."""
         weights = self.player.compute_copy(Weights(policy, self._frozen))
         return self.player.draw(weights, prompts, self.config.seed, step, stream)

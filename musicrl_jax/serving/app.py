@@ -250,7 +250,6 @@ def _token_check(access: Access) -> Callable:
 
 def _clip_request(about: dict[str, Any], limits: Limits) -> type[pydantic.BaseModel]:
     """Returns the model of a request for a clip, with the ranges of this bundle and service."""
-
     length, least = min(about["clip_seconds"], limits.seconds), _frame_seconds(about)
     any_seed = "The same seed gives the same clip; by default any."
     to_choose = "Clips to choose the one of the best reward from."

@@ -163,7 +163,11 @@ class Batcher:
                 while not self._waiting and not self._closed:
                     self._news.wait()
                 until = time.monotonic() + self._window
-                while len(self._waiting) < self._rows and not self._closed and (left := until - time.monotonic()) > 0:
+                while (
+                    len(self._waiting) < self._rows
+                    and not self._closed
+                    and (left := until - time.monotonic()) > 0
+                ):
                     self._news.wait(left)
                 batch = []
                 while self._waiting and len(batch) < self._rows:
@@ -177,7 +181,9 @@ class Batcher:
         """Each row's clip, in [-1, 1], or what is wrong with that row alone."""
         found = draw(self._bundle, batch, self._rows)
         return [
-            each if isinstance(each, Exception) else dataclasses.replace(each, wav=np.clip(each.wav, -1.0, 1.0))
+            each
+            if isinstance(each, Exception)
+            else dataclasses.replace(each, wav=np.clip(each.wav, -1.0, 1.0))
             for each in found
         ]
 

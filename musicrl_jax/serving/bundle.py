@@ -74,10 +74,18 @@ from jax.sharding import Mesh
 
 FORMAT = "musicrl-bundle 2"
 # The first format does not name the outputs of the draw function.
-FIRST_FORMAT, FIRST_OUTPUTS = "musicrl-bundle 1", ["tokens", "acoustic", "mulan", "embedding", "wav"]
+FIRST_FORMAT, FIRST_OUTPUTS = (
+    "musicrl-bundle 1",
+    ["tokens", "acoustic", "mulan", "embedding", "wav"],
+)
 DRAW, SCORE = "draw", "score"
 VOCABULARY, GOLDEN, WEIGHTS = "vocabulary", "golden.safetensors", "weights"
-PLATFORMS = {"cpu": "cpu", "gpu": "cuda", "cuda": "cuda", "tpu": "tpu"}  # of a jax backend, a function's folder
+PLATFORMS = {
+    "cpu": "cpu",
+    "gpu": "cuda",
+    "cuda": "cuda",
+    "tpu": "tpu",
+}  # of a jax backend, a function's folder
 LARGEST_SEED = 2**32 - 1
 WAV_ERROR = 1e-4  # that the golden clips' samples may be off, of a full scale of 1
 SCORE_ERROR = 1e-3  # that their rewards may be off, of themselves or of 1
@@ -112,7 +120,9 @@ class Clips(NamedTuple):
 
     tokens: Any  # int32 [B, F, K]
     wav: Any  # f32 [B, N]; [B, C, N] if C is above 1
-    others: dict[str, Any]  # the draw function's other outputs [B, ...], by name: codes and what rewards read
+    others: dict[
+        str, Any
+    ]  # the draw function's other outputs [B, ...], by name: codes and what rewards read
 
 
 class Bundle:
@@ -126,7 +136,8 @@ class Bundle:
 
     def __init__(self, folder: str | Path, devices: Sequence[Any] | None = None):
         """Reads `folder`, for `devices` or all; ValueError, by name of file, where one is not what was exported, or
-        where this jax, or these devices, cannot run it; FileNotFoundError where there is none."""
+        where this jax, or these devices, cannot run it; FileNotFoundError where there is none.
+        """
         self.folder = Path(folder)
         if not (self.folder / MANIFEST).exists():
             raise FileNotFoundError(f"no bundle in {folder}: `musicrl export` writes one")
@@ -145,7 +156,9 @@ class Bundle:
                 "it again with fewer, or run it where there are as many"
             )
         self._text = (self.folder / VOCABULARY).read_bytes()
-        exported = {name: self._function(name) for name in (DRAW, SCORE) if name in self.about["functions"]}
+        exported = {
+            name: self._function(name) for name in (DRAW, SCORE) if name in self.about["functions"]
+        }
         mesh = Mesh(np.array(devices[:chips]), ("tensor",))
         layouts = {
             name: jax.tree.unflatten(found.in_tree, found.in_shardings_jax(mesh))[0][0]
@@ -181,7 +194,9 @@ class Bundle:
           ValueError: where a seed or another number is not a whole one or out of its range.
         """
         rows, frames = len(text), self.about["frames"]
-        temperatures = np.asarray([self.about["temperature"]] * rows if temperatures is None else temperatures)
+        temperatures = np.asarray(
+            [self.about["temperature"]] * rows if temperatures is None else temperatures
+        )
         if not (np.isfinite(temperatures).all() and (temperatures > 0).all()):
             raise ValueError(f"temperatures={temperatures.tolist()} must be above 0 and finite")
         arrays = self._functions[DRAW](
@@ -193,7 +208,9 @@ class Bundle:
             np.zeros((rows, frames, self.about["places"]), np.int32)
             if given is None
             else whole("given", given, 2**31 - 1).astype(np.int32),
-            whole("given_frames", [0] * rows if given_frames is None else given_frames, frames).astype(np.int32),
+            whole(
+                "given_frames", [0] * rows if given_frames is None else given_frames, frames
+            ).astype(np.int32),
         )
         named = dict(zip(self.about["outputs"], arrays, strict=True))
         return Clips(named.pop("tokens"), named.pop("wav"), named)
@@ -203,7 +220,9 @@ class Bundle:
         if SCORE not in self._functions:
             return {}
         named = {**clips.others, "tokens": clips.tokens, "wav": clips.wav}
-        return self._functions[SCORE](self.weights[SCORE], *(named[name] for name in self.about["outputs"]))
+        return self._functions[SCORE](
+            self.weights[SCORE], *(named[name] for name in self.about["outputs"])
+        )
 
     def _function(self, name: str) -> export.Exported:
         file = f"functions/{self.platform}/{name}.stablehlo"
@@ -221,7 +240,9 @@ class Bundle:
             found.mlir_module()  # which is not read until then; a newer jax writes what an older one cannot read
             return found
         except ModuleNotFoundError as error:
-            raise ValueError(f"reading a bundle needs {error.name}: pip install {error.name}") from error
+            raise ValueError(
+                f"reading a bundle needs {error.name}: pip install {error.name}"
+            ) from error
         except Exception as error:  # the library raises nothing narrower
             raise ValueError(
                 f"{written}, and jax {jax.__version__} cannot read it ({error}): install jax {self.about['jax']} or "
@@ -231,7 +252,11 @@ class Bundle:
     def _weights(self, layouts: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, jax.Array]]:
         """By function, by name, as they are to lie; an array that several read alike is there once."""
         arguments = self.about["arguments"]
-        wanted = {stored: layouts[f][name] for f, names in arguments.items() for name, stored in names.items()}
+        wanted = {
+            stored: layouts[f][name]
+            for f, names in arguments.items()
+            for name, stored in names.items()
+        }
         there = {}
         for file in sorted((self.folder / WEIGHTS).glob("*.safetensors")):
             try:
@@ -239,11 +264,16 @@ class Bundle:
                     for name in tensors.keys():  # noqa: SIM118
                         there[name] = jax.device_put(tensors.get_tensor(name), wanted[name])
             except (safetensors.SafetensorError, KeyError) as error:
-                raise ValueError(f"{file} is not what {MANIFEST} describes ({error}): export it again") from error
+                raise ValueError(
+                    f"{file} is not what {MANIFEST} describes ({error}): export it again"
+                ) from error
         if missing := sorted(set(wanted) - set(there)):
             raise ValueError(f"{self.folder}/{WEIGHTS} lacks {missing[0]}: copy or export it again")
         return {
-            function: {name: jax.device_put(there[stored], layouts[function][name]) for name, stored in names.items()}
+            function: {
+                name: jax.device_put(there[stored], layouts[function][name])
+                for name, stored in names.items()
+            }
             for function, names in arguments.items()
         }
 
@@ -257,21 +287,36 @@ class Bundle:
         try:
             golden = safetensors.numpy.load_file(self.folder / GOLDEN)
         except safetensors.SafetensorError as error:
-            raise ValueError(f"{self.folder / GOLDEN} cannot be read ({error}): export it again") from error
+            raise ValueError(
+                f"{self.folder / GOLDEN} cannot be read ({error}): export it again"
+            ) from error
         if missing := sorted(GOLDEN_ARRAYS - set(golden)):
             raise ValueError(f"{self.folder / GOLDEN} lacks {missing[0]}: export it again")
         prompts = self.about["golden"]["prompts"]
         text = self.encode([*prompts, prompts[0]])
         if not np.array_equal(text, golden["text"]):
-            raise ValueError("the golden prompts have other pieces than when they were exported: mend the tokenizer")
+            raise ValueError(
+                "the golden prompts have other pieces than when they were exported: mend the tokenizer"
+            )
         clips = self.draw(text, golden["seeds"], given_frames=golden["given_frames"])
-        exact = {"tokens": clips.tokens, **{name: x for name, x in clips.others.items() if name in golden}}
+        exact = {
+            "tokens": clips.tokens,
+            **{name: x for name, x in clips.others.items() if name in golden},
+        }
         exact.pop("text", None)  # an argument
         shares = {name: np.asarray(array) == golden[name] for name, array in exact.items()}
-        whole = np.all([equal.reshape(len(text), -1).all(axis=1) for equal in shares.values()], axis=0)
+        whole = np.all(
+            [equal.reshape(len(text), -1).all(axis=1) for equal in shares.values()], axis=0
+        )
         wav_error = np.abs(np.asarray(clips.wav) - golden["wav"])[whole].max(initial=0.0)
-        scores = {name: (np.asarray(score)[whole], golden[name][whole]) for name, score in self.score(clips).items()}
-        off = [np.abs(found - wanted) / np.maximum(1.0, np.abs(wanted)) for found, wanted in scores.values()]
+        scores = {
+            name: (np.asarray(score)[whole], golden[name][whole])
+            for name, score in self.score(clips).items()
+        }
+        off = [
+            np.abs(found - wanted) / np.maximum(1.0, np.abs(wanted))
+            for found, wanted in scores.values()
+        ]
         return {
             **{name: float(equal.mean()) for name, equal in {**shares, "clips": whole}.items()},
             "wav_error": float(wav_error),
@@ -304,16 +349,22 @@ def _described(folder: Path) -> dict[str, Any]:
     if about.get("format") == FIRST_FORMAT:
         about["outputs"] = FIRST_OUTPUTS
     elif about.get("format") != FORMAT:
-        raise ValueError(f"{folder}/{MANIFEST} is of format {about.get('format')!r}, not {FORMAT!r}: export it again")
+        raise ValueError(
+            f"{folder}/{MANIFEST} is of format {about.get('format')!r}, not {FORMAT!r}: export it again"
+        )
     try:
         manifest.check_kind(about, ABOUT)
     except ValueError as error:
         raise ValueError(f"{folder}/{MANIFEST}: {error}; copy or export it again") from error
     for name in about["functions"]:
         if missing := sorted(set(about["platforms"]) - set(about["functions"][name])):
-            raise ValueError(f"{folder}/{MANIFEST} has no function {name!r} for {missing[0]}: export it again")
+            raise ValueError(
+                f"{folder}/{MANIFEST} has no function {name!r} for {missing[0]}: export it again"
+            )
     if not (DRAW in about["functions"] and set(about["functions"]) <= set(about["arguments"])):
-        raise ValueError(f"{folder}/{MANIFEST} lacks {DRAW!r} or the arguments of a function: export it again")
+        raise ValueError(
+            f"{folder}/{MANIFEST} lacks {DRAW!r} or the arguments of a function: export it again"
+        )
     if wrong := manifest.damage(folder, about["files"], more=False):
         raise ValueError(f"{folder} is damaged: {wrong}; copy or export it again")
     return {**about, "sha256": hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()}
@@ -337,7 +388,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _checked(bundle)
         wav = np.asarray(bundle.draw(bundle.encode([asked.prompt]), [seed]).wav[0])
         tags = audio.made_from(asked.prompt, seed=seed, model=bundle.about["sha256"])
-        Path(asked.out).write_bytes(audio.encoded(np.clip(wav, -1, 1), bundle.about["sample_rate_hz"], form, tags))
+        Path(asked.out).write_bytes(
+            audio.encoded(np.clip(wav, -1, 1), bundle.about["sample_rate_hz"], form, tags)
+        )
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 1
@@ -355,8 +408,14 @@ def _checked(bundle: Bundle) -> int:
             print(f"{name} is {found[name]:.2g}, more than {most:g}", file=sys.stderr)
             return 1
     if found["clips"] < 1 and bundle.platform == bundle.about["golden"]["platform"]:
-        shares = {name: share for name, share in found.items() if name == "tokens" or name in bundle.about["outputs"]}
-        differ = " and ".join(f"{1 - share:.2%} of the golden {name}" for name, share in shares.items())
+        shares = {
+            name: share
+            for name, share in found.items()
+            if name == "tokens" or name in bundle.about["outputs"]
+        }
+        differ = " and ".join(
+            f"{1 - share:.2%} of the golden {name}" for name, share in shares.items()
+        )
         print(f"{differ} differ", file=sys.stderr)
         return 1
     return 0

@@ -15,7 +15,9 @@ import numpy as np
 from musicrl_jax.serving.batcher import Drawn, Wanted
 
 FADE_SECONDS = 0.04  # from one window of a long piece to the next
-NEXT_WINDOW = 1 << 16  # added to a candidate's number for each window, so that no two are drawn with the same keys
+NEXT_WINDOW = (
+    1 << 16
+)  # added to a candidate's number for each window, so that no two are drawn with the same keys
 
 
 class Piece:
@@ -82,8 +84,12 @@ class Piece:
         means = []
         for candidate in range(self._candidates):
             scores = [window[candidate].scores for window in self._windows]
-            means.append({name: float(np.mean([each[name] for each in scores])) for name in scores[0]})
-        best = max(range(self._candidates), key=lambda candidate: means[candidate].get("total", 0.0))
+            means.append(
+                {name: float(np.mean([each[name] for each in scores])) for name in scores[0]}
+            )
+        best = max(
+            range(self._candidates), key=lambda candidate: means[candidate].get("total", 0.0)
+        )
         frames, rate = self._about["frames"], self._about["sample_rate_hz"]
         wav = joined([window[best].wav for window in self._windows], frames // 2 / frames, rate)
         return wav[..., : round(self._seconds * rate)], best, means[best]
@@ -103,7 +109,8 @@ def continued(tokens: np.ndarray, half: int) -> np.ndarray:
 
 def joined(wavs: Sequence[np.ndarray], overlap: float, rate: int) -> np.ndarray:
     """Joins windows that each repeat the share `overlap` of the one before, f32 [N]; each fades into the next where
-    the repetition ends."""
+    the repetition ends.
+    """
     whole = wavs[0]
     for wav in wavs[1:]:
         again = round(overlap * wav.shape[-1])

@@ -161,9 +161,7 @@ def read_part(
     return model
 
 
-def read_policy(
-    folder: str, read: checkpoint.Reader = checkpoint.load_model
-) -> checkpoint.Model:
+def read_policy(folder: str, read: checkpoint.Reader = checkpoint.load_model) -> checkpoint.Model:
     """Reads the policy of a system, for those who need nothing else of it."""
     return read_part(folder, "policy", read, _policy_alone(folder))
 
@@ -195,7 +193,9 @@ def encoding_parts(folder: str) -> tuple[str, ...]:
     described = describe(folder)
     kind = described["kind"]
     if not (parts := system_class(kind, folder).ENCODING):
-        raise ValueError(f"{folder} is of kind {kind!r}, which cannot encode sound: name another system")
+        raise ValueError(
+            f"{folder} is of kind {kind!r}, which cannot encode sound: name another system"
+        )
     return parts
 
 
@@ -215,7 +215,9 @@ def describe(folder: str) -> dict[str, Any]:
     if path.is_file():
         described = read_json(path, KIND, "restore a copy, or assemble the system again")
         if described["format"] != FORMAT:
-            raise ValueError(f"{path} has format {described['format']}, not {FORMAT}: update musicrl-jax")
+            raise ValueError(
+                f"{path} has format {described['format']}, not {FORMAT}: update musicrl-jax"
+            )
         for part in described["parts"].values():
             # As they were written: relative to where the folder really is.
             part["folder"] = os.path.normpath(Path(os.path.realpath(folder)) / part["folder"])

@@ -93,7 +93,9 @@ class Player:
 
         self.policy_sharding = sharding.laid_out(mesh, drawn_policy, key, rules=rules)[1]
 
-        def keys(seed: jax.Array, step: jax.Array, stream: jax.Array, first: jax.Array) -> jax.Array:
+        def keys(
+            seed: jax.Array, step: jax.Array, stream: jax.Array, first: jax.Array
+        ) -> jax.Array:
             return row_keys(step_key(seed, step, stream), rows, first)
 
         def sample(

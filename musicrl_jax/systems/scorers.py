@@ -55,9 +55,7 @@ class TextAdherence:
         vocabulary = model.assets[VOCABULARY]
         return {"pieces": pieces.encode(vocabulary, prompts, model.config.text_length)}
 
-    def score(
-        self, model: MuLanConfig, variables: Tree, rollout: Rollout, text: Text
-    ) -> jax.Array:
+    def score(self, model: MuLanConfig, variables: Tree, rollout: Rollout, text: Text) -> jax.Array:
         """Returns cosines, f32 [B]."""
         module = MuLan(model)
         if isinstance(rollout.condition, MuLanCondition):

@@ -327,9 +327,7 @@ class MusicSystem(abc.ABC):
     def decode(self, frozen: Mapping[str, Tree], codes: Tree) -> jax.Array:
         """Returns waveforms, f32 [B, C, N]."""
 
-    def sound(
-        self, frozen: Mapping[str, Tree], tokens: jax.Array, keys: jax.Array
-    ) -> jax.Array:
+    def sound(self, frozen: Mapping[str, Tree], tokens: jax.Array, keys: jax.Array) -> jax.Array:
         """Returns the waveforms of tokens int32 [B, S], f32 [B, C, N]."""
         return self.decode(frozen, self.codes(frozen, tokens, keys))
 
@@ -361,5 +359,3 @@ def roll_out(
     sampled = stages.sample(weights.policy, condition, keys, *sampling)
     codes = stages.codes(weights.frozen, sampled.tokens, keys)
     return Rollout(condition, sampled, codes, stages.decode(weights.frozen, codes))
-
-

@@ -5,7 +5,14 @@ import pytest
 from musicrl_jax.arena.audience import Audience, asked_for
 from musicrl_jax.arena.listeners import training_panel
 
-KNOWN = {"family": "keyboard", "key": "A", "mode": "major", "tempo_bpm": 89, "register": "middle", "density": "steady"}
+KNOWN = {
+    "family": "keyboard",
+    "key": "A",
+    "mode": "major",
+    "tempo_bpm": 89,
+    "register": "middle",
+    "density": "steady",
+}
 
 
 @pytest.mark.parametrize(
@@ -31,7 +38,9 @@ def test_only_what_is_said_is_asked_for(caption, said):
 def test_ears_hear_at_one_rate():
     audience = Audience(training_panel(), None)
     audience.check(16_000)
-    with pytest.raises(ValueError, match="decodes at 24000 Hz, and simulated listeners hear at 16000"):
+    with pytest.raises(
+        ValueError, match="decodes at 24000 Hz, and simulated listeners hear at 16000"
+    ):
         audience.check(24_000)
 
 

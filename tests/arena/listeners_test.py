@@ -35,21 +35,29 @@ def test_listeners_differ_and_are_the_same_each_time():
 def test_a_choice_is_logistic_in_the_utilities():
     panel = training_panel(noise=2.0)
     for difference in (0.0, 1.0, -3.0):
-        drawn = panel.choose(np.full(200_000, difference), np.zeros(200_000), np.random.default_rng(1))
+        drawn = panel.choose(
+            np.full(200_000, difference), np.zeros(200_000), np.random.default_rng(1)
+        )
         edge = panel.indifference
         for_a, for_b = (1 / (1 + np.exp(edge - side * difference / 2)) for side in (1, -1))
-        np.testing.assert_allclose([(drawn == "a").mean(), (drawn == "b").mean()], [for_a, for_b], atol=0.005)
+        np.testing.assert_allclose(
+            [(drawn == "a").mean(), (drawn == "b").mean()], [for_a, for_b], atol=0.005
+        )
         assert (drawn == "abstain").mean() == pytest.approx(1 - for_a - for_b, abs=0.005)
 
 
-@pytest.mark.parametrize("panel", [training_panel(), judging_panel(), training_panel(noise=4.0)], ids=str)
+@pytest.mark.parametrize(
+    "panel", [training_panel(), judging_panel(), training_panel(noise=4.0)], ids=str
+)
 def test_agreement_is_that_of_drawn_votes(panel, measured):
     a, b = (panel.utilities(each) for each in measured)
     rng = np.random.default_rng(2)
     same = both = 0
     for _ in range(40):
         one, other = rng.permuted(np.tile(np.arange(panel.size)[:, None], (1, 200)), axis=0)[:2]
-        first, second = (panel.choose(a[who, range(200)], b[who, range(200)], rng) for who in (one, other))
+        first, second = (
+            panel.choose(a[who, range(200)], b[who, range(200)], rng) for who in (one, other)
+        )
         decided = (first != "abstain") & (second != "abstain")
         same, both = same + (first == second)[decided].sum(), both + decided.sum()
     assert same / both == pytest.approx(panel.agreement(a, b), abs=0.02)
@@ -69,13 +77,17 @@ def test_ratings_go_from_one_to_five_and_real_clips_get_four():
     rng = np.random.default_rng(3)
     ratings = [panel.rate(np.full(20_000, utility), rng) for utility in (-40.0, 0.0, 40.0)]
     assert [set(np.unique(each)) for each in (ratings[0], ratings[2])] == [{1.0}, {5.0}]
-    assert set(np.unique(ratings[1])) <= {1.0, 2.0, 3.0, 4.0, 5.0} and abs(ratings[1].mean() - 4) < 0.1
+    assert (
+        set(np.unique(ratings[1])) <= {1.0, 2.0, 3.0, 4.0, 5.0} and abs(ratings[1].mean() - 4) < 0.1
+    )
 
 
 def test_raters_agree_about_as_often_as_voters(measured):
     """People did on 60 to 70 % of pairs; whole points alone, with half of this noise, would make it 80 %."""
     panel = judging_panel()
-    a, b = (panel.utilities(0.6 * each) for each in measured)  # clips of one prompt differ less than clips at large
+    a, b = (
+        panel.utilities(0.6 * each) for each in measured
+    )  # clips of one prompt differ less than clips at large
     rng = np.random.default_rng(4)
     same = both = 0
     for _ in range(40):
@@ -110,7 +122,8 @@ def test_the_ceiling_is_that_of_a_guess_by_the_majority(panel, measured):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"weights": {}}, {"weights": {"beat": -1.0}}, {"noise": 0.0}, {"size": 1}, {"spread": -0.1}]
+    "changes",
+    [{"weights": {}}, {"weights": {"beat": -1.0}}, {"noise": 0.0}, {"size": 1}, {"spread": -0.1}],
 )
 def test_a_panel_that_cannot_choose_is_refused(changes):
     with pytest.raises(ValueError, match="Panel odd: "):

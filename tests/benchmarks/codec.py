@@ -37,19 +37,30 @@ from musicrl_jax.models import rvq
 from musicrl_jax.models.soundstream import SoundStream, SoundStreamConfig
 
 BATCH = 20
-OPUS_LEVELS = (1.0, 0.98, 0.95)  # libsndfile's compression levels: about 6, 11 and 19 kbps for one channel at 16 kHz
+OPUS_LEVELS = (
+    1.0,
+    0.98,
+    0.95,
+)  # libsndfile's compression levels: about 6, 11 and 19 kbps for one channel at 16 kHz
 OPUS_LOWEST, OPUS_12 = 0, 1
 VISQOL_HZ = 48_000
 LOWER_IS_BETTER = ("mel", "stft")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--codec", required=True, help="folder of the trained codec")
     parser.add_argument("--data_dir", required=True)
     parser.add_argument("--dataset", required=True)
     parser.add_argument("--clips", type=int, default=300)
-    parser.add_argument("--visqol", type=int, default=20, help="clips that ViSQOL hears, about a second each and rate")
+    parser.add_argument(
+        "--visqol",
+        type=int,
+        default=20,
+        help="clips that ViSQOL hears, about a second each and rate",
+    )
     asked = parser.parse_args()
     model = checkpoint.load_model(asked.codec, SoundStreamConfig)
     config, rate_hz = model.config, model.config.sample_rate_hz
@@ -70,25 +81,39 @@ def main() -> None:
         found[f"ours, {levels} levels"] = judged(wavs, decoded, rates, rate_hz, asked.visqol)
     for level in OPUS_LEVELS:
         decoded, bits = opus(wavs, rate_hz, level)
-        found[f"Opus, compression {level}"] = judged(wavs, decoded, bits / seconds / 1000, rate_hz, asked.visqol)
+        found[f"Opus, compression {level}"] = judged(
+            wavs, decoded, bits / seconds / 1000, rate_hz, asked.visqol
+        )
 
     print(f"\n{len(wavs)} clips of {seconds:g} s")
     for name, figures in found.items():
         if silent := int(np.isnan(figures["visqol"]).sum()):
-            print(f"{name}: {silent} of {len(figures['visqol'])} clips are silent for ViSQOL, and left out of its mean")
+            print(
+                f"{name}: {silent} of {len(figures['visqol'])} clips are silent for ViSQOL, and left out of its mean"
+            )
     names = ("kbps", "mel", "stft", "si_sdr", "visqol")
     print("  ".join([f"{'':26}", *(f"{name:>22}" for name in names)]))
     for name, figures in found.items():
-        print("  ".join([f"{name:26}", *(f"{interval(figures[figure], places):>22}" for figure in names)]))
+        print(
+            "  ".join(
+                [f"{name:26}", *(f"{interval(figures[figure], places):>22}" for figure in names)]
+            )
+        )
 
     print("\nours minus Opus, paired; below 0 ours is nearer to the original")
     peers = [name for name in found if name.startswith("Opus")]
     for limit, peer in ((6.1, peers[OPUS_LOWEST]), (3.1, peers[OPUS_12])):
         ours = max(
-            (name for name in found if name.startswith("ours") and found[name]["kbps"].mean() <= limit),
+            (
+                name
+                for name in found
+                if name.startswith("ours") and found[name]["kbps"].mean() <= limit
+            ),
             key=lambda name: found[name]["kbps"].mean(),
         )
-        gains = "  ".join(f"{f} {interval(found[ours][f] - found[peer][f], places)}" for f in LOWER_IS_BETTER)
+        gains = "  ".join(
+            f"{f} {interval(found[ours][f] - found[peer][f], places)}" for f in LOWER_IS_BETTER
+        )
         rates = [found[name]["kbps"].mean() for name in (ours, peer)]
         print(f"{ours} ({rates[0]:.2f} kbps) - {peer} ({rates[1]:.2f} kbps)  {gains}")
 
@@ -103,14 +128,24 @@ def main() -> None:
 def held_out(clips: Clips, stride: int, count: int) -> tuple[np.ndarray, np.ndarray]:
     """Up to `count` clips of the test split [clips, N], cut to whole codec frames, and the piece of each [clips]."""
     parts = list(clips.batches("test", min(BATCH, clips.count("test")), 0, epochs=1))
-    wavs, names = (np.concatenate([part[field] for part in parts])[:count] for field in ("audio", "id"))
+    wavs, names = (
+        np.concatenate([part[field] for part in parts])[:count] for field in ("audio", "id")
+    )
     known = clips.attributes("test")
-    return wavs[:, : wavs.shape[1] // stride * stride], np.asarray([known[name]["piece"] for name in names])
+    return wavs[:, : wavs.shape[1] // stride * stride], np.asarray(
+        [known[name]["piece"] for name in names]
+    )
 
 
 def batches(items: np.ndarray, name: str) -> Iterator[np.ndarray]:
     """Parts of at most BATCH items, with progress."""
-    return iter(Progress((items[i : i + BATCH] for i in range(0, len(items), BATCH)), name, -(-len(items) // BATCH)))
+    return iter(
+        Progress(
+            (items[i : i + BATCH] for i in range(0, len(items), BATCH)),
+            name,
+            -(-len(items) // BATCH),
+        )
+    )
 
 
 def judged(
@@ -122,7 +157,9 @@ def judged(
         for name, value in distances(jnp.asarray(wav), jnp.asarray(heard), rate_hz).items():
             figures[name].append(float(value))
     count = min(visqol_clips, len(wavs))
-    figures["visqol"] = [visqol(wavs[i], decoded[i], rate_hz) for i in Progress(range(count), "ViSQOL", count)]
+    figures["visqol"] = [
+        visqol(wavs[i], decoded[i], rate_hz) for i in Progress(range(count), "ViSQOL", count)
+    ]
     return {name: np.asarray(values) for name, values in figures.items()}
 
 
@@ -151,7 +188,9 @@ def visqol(wav: np.ndarray, decoded: np.ndarray, rate_hz: int) -> float:
     """
     if not (np.any(wav) and np.any(decoded)):
         return math.nan
-    original, heard = (soxr.resample(x, rate_hz, VISQOL_HZ).astype(np.float64) for x in (wav, decoded))
+    original, heard = (
+        soxr.resample(x, rate_hz, VISQOL_HZ).astype(np.float64) for x in (wav, decoded)
+    )
     return float(_visqol().measure_from_arrays(original, heard, VISQOL_HZ).moslqo)
 
 
@@ -160,7 +199,9 @@ def opus(wavs: np.ndarray, rate_hz: int, level: float) -> tuple[np.ndarray, np.n
     decoded, bits = [], []
     for wav in Progress(wavs, f"Opus {level}", len(wavs)):
         file = io.BytesIO()
-        with soundfile.SoundFile(file, "w", rate_hz, 1, format="OGG", subtype="OPUS", compression_level=level) as sink:
+        with soundfile.SoundFile(
+            file, "w", rate_hz, 1, format="OGG", subtype="OPUS", compression_level=level
+        ) as sink:
             sink.write(wav)
         bits.append(8 * sum(packets(file.getvalue())[2:]))  # the first two are headers
         file.seek(0)

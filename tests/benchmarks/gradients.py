@@ -25,7 +25,9 @@ STEP = 0.05  # of gradient ascent, before the second update of a rollout
 def contexts(tokens):
     """A number for the prefix before each token, [..., S]: 0 for the empty one, then 1 .. 4, then 5 .. 20."""
     first, second = tokens[..., 0], tokens[..., 1]
-    return jnp.stack([jnp.zeros_like(first), 1 + first, 1 + CODES + CODES * first + second], axis=-1)
+    return jnp.stack(
+        [jnp.zeros_like(first), 1 + first, 1 + CODES + CODES * first + second], axis=-1
+    )
 
 
 def log_distribution(theta, tokens, allowed=None):
@@ -35,7 +37,9 @@ def log_distribution(theta, tokens, allowed=None):
 
 def probabilities(theta, allowed=None):
     """Of all clips, [64]."""
-    scores = jnp.take_along_axis(log_distribution(theta, CLIPS, allowed), CLIPS[:, :, None], axis=-1)
+    scores = jnp.take_along_axis(
+        log_distribution(theta, CLIPS, allowed), CLIPS[:, :, None], axis=-1
+    )
     return jnp.exp(scores.sum(axis=(1, 2)))
 
 
@@ -75,7 +79,13 @@ def finite_difference(function, theta):
 
 
 def mean_gradient(
-    choice, problem, theta=None, loss=policy_gradient.policy_loss, values=None, batch=None, scored_on="allowed"
+    choice,
+    problem,
+    theta=None,
+    loss=policy_gradient.policy_loss,
+    values=None,
+    batch=None,
+    scored_on="allowed",
 ):
     """Minus the expected gradient of the library's loss at `theta`, over all batches that the problem's policy draws.
 
@@ -85,11 +95,17 @@ def mean_gradient(
     drawn, allowed = jnp.asarray(problem["theta"]), problem["allowed"]
     theta = drawn if theta is None else jnp.asarray(theta)
     weight = probabilities(drawn, allowed)
-    rows = PAIRS if (batch or choice.clips_per_prompt) == 2 else np.arange(len(CLIPS))[:, None]  # [N, B]
+    rows = (
+        PAIRS if (batch or choice.clips_per_prompt) == 2 else np.arange(len(CLIPS))[:, None]
+    )  # [N, B]
     rows = rows if allowed is None else rows[np.asarray(weight[rows].prod(axis=1) > 0)]
-    scoring = functools.partial(log_distribution, allowed=allowed if scored_on == "allowed" else None)
+    scoring = functools.partial(
+        log_distribution, allowed=allowed if scored_on == "allowed" else None
+    )
     tokens, rewards = jnp.asarray(CLIPS[rows]), jnp.asarray(problem["rewards"])[rows]
-    values = jnp.asarray(problem["values"])[contexts(CLIPS)] if values is None else jnp.asarray(values)
+    values = (
+        jnp.asarray(problem["values"])[contexts(CLIPS)] if values is None else jnp.asarray(values)
+    )
     anchor = jnp.asarray(problem["anchor"])
 
     def one(theta, tokens, rewards, values):
@@ -101,7 +117,9 @@ def mean_gradient(
         current = policy_gradient.scores(scoring(theta, tokens), log_anchor, tokens)
         return -loss(choice, current, found, STRENGTH)[0]
 
-    gradients = jax.jit(jax.vmap(jax.grad(one), in_axes=(None, 0, 0, 0)))(theta, tokens, rewards, values[rows])
+    gradients = jax.jit(jax.vmap(jax.grad(one), in_axes=(None, 0, 0, 0)))(
+        theta, tokens, rewards, values[rows]
+    )
     return jnp.einsum("n,nij->ij", weight[rows].prod(axis=1), gradients)
 
 
@@ -120,7 +138,9 @@ def table(problem, truth):
     after = finite_difference(lambda theta: objective(theta, problem), moved)
     names = [f'kl="{kl_}"' for kl_ in policy_gradient.KLS]
     lines = [f"| baseline | surrogate | {' | '.join(names)} |", "|---" * (2 + len(names)) + "|"]
-    for baseline, surrogate in itertools.product(policy_gradient.BASELINES, policy_gradient.SURROGATES):
+    for baseline, surrogate in itertools.product(
+        policy_gradient.BASELINES, policy_gradient.SURROGATES
+    ):
         cells = []
         for kl_ in policy_gradient.KLS:
             choice = policy_gradient.PolicyGradient(baseline, surrogate, kl_, group=2)
@@ -140,7 +160,9 @@ def _cell(found, truth):
 def main():
     with jax.enable_x64(True):
         found = problem()
-        print(table(found, finite_difference(lambda theta: objective(theta, found), found["theta"])))
+        print(
+            table(found, finite_difference(lambda theta: objective(theta, found), found["theta"]))
+        )
 
 
 if __name__ == "__main__":

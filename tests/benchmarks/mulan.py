@@ -36,27 +36,36 @@ RESAMPLES = 2000
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--mulan", required=True, help="folder of the trained MuLan")
     parser.add_argument("--pretrained", required=True, help="folder that `musicrl fetch` filled")
     parser.add_argument("--data_dir", required=True)
     parser.add_argument("--dataset", required=True, help="clips whose attributes say their piece")
     asked = parser.parse_args()
     model = checkpoint.load_model(asked.mulan, mulan.MuLanConfig)
-    clips = Clips({asked.dataset: 1.0}, asked.data_dir, model.config.sample_rate_hz, with_captions=True)
+    clips = Clips(
+        {asked.dataset: 1.0}, asked.data_dir, model.config.sample_rate_hz, with_captions=True
+    )
     audio, text, captions, names = embedded(model, clips)
     known = clips.attributes("test")
     places = np.unique([known[name]["piece"] for name in names], return_inverse=True)[1]
     same = np.array(captions)[:, None] == np.array(captions)[None, :]
     predicted, wanted, penalty = ridge(asked, clips)
     cosines = {"MuLan": audio @ text.T, "ridge": unit(predicted) @ unit(wanted).T}
-    print(f"{len(captions)} test clips of {places.max() + 1} pieces; the ridge's penalty is {penalty:g}")
+    print(
+        f"{len(captions)} test clips of {places.max() + 1} pieces; the ridge's penalty is {penalty:g}"
+    )
     print(f"{'':26}{'R@1':>25}{'R@10':>25}{'median rank':>25}")
     for direction in ("clip -> caption", "caption -> clip"):
         found = {}
         for name, cosine in cosines.items():
             found[name] = ranks(cosine if direction.startswith("clip") else cosine.T, same)
-            print(f"{direction:18}{name:8}" + "".join(f"{interval(m, [found[name]], places):>25}" for m in MEASURES))
+            print(
+                f"{direction:18}{name:8}"
+                + "".join(f"{interval(m, [found[name]], places):>25}" for m in MEASURES)
+            )
         both = [found["MuLan"], found["ridge"]]
         print(f"{'':18}{'gain':8}" + "".join(f"{interval(m, both, places):>25}" for m in MEASURES))
     size = len(captions)
@@ -65,11 +74,15 @@ def main() -> None:
         return
     print(f"{'chance':26}{1 / size:>25.3f}{10 / size:>25.3f}{(size + 1) / 2:>25.1f}")
 
-    temperature = float(mulan.MuLan(model.config).apply(model.variables, method=mulan.MuLan.temperature))
+    temperature = float(
+        mulan.MuLan(model.config).apply(model.variables, method=mulan.MuLan.temperature)
+    )
     logits = np.where(same & ~np.eye(size, dtype=bool), -np.inf, cosines["MuLan"] / temperature)
     own = np.diag(logits)
     loss = (logsumexp(logits, axis=0) - own + logsumexp(logits, axis=1) - own).mean() / 2
-    print(f"\nloss over the split {loss:.3f}, ln({size}) = {math.log(size):.3f}; temperature {temperature:.3f}")
+    print(
+        f"\nloss over the split {loss:.3f}, ln({size}) = {math.log(size):.3f}; temperature {temperature:.3f}"
+    )
     print_quantizer(model, audio, text)
 
 
@@ -80,14 +93,18 @@ MEASURES = {
 }
 
 
-def embedded(model: checkpoint.Model, clips: Clips) -> tuple[np.ndarray, np.ndarray, list[str], list[str]]:
+def embedded(
+    model: checkpoint.Model, clips: Clips
+) -> tuple[np.ndarray, np.ndarray, list[str], list[str]]:
     """(audio embeddings [P, E], text embeddings [P, E], captions, ids) of the test split, by the whole model."""
     module = mulan.MuLan(model.config)
     use = jax.jit(module.apply, static_argnames="method")
     audio, text, captions, names = [], [], [], []
     for batch in clips.batches("test", BATCH, seed=0, epochs=1):
         count = len(batch["audio"])
-        ids = pieces.encode(model.assets["vocabulary"], list(batch["caption"]), model.config.text_length)
+        ids = pieces.encode(
+            model.assets["vocabulary"], list(batch["caption"]), model.config.text_length
+        )
         wav, ids = (np.pad(part, ((0, BATCH - count), (0, 0))) for part in (batch["audio"], ids))
         audio.append(np.asarray(use(model.variables, wav, method=mulan.MuLan.embed_audio))[:count])
         text.append(np.asarray(use(model.variables, ids, method=mulan.MuLan.embed_text))[:count])
@@ -103,7 +120,9 @@ def ridge(asked: argparse.Namespace, clips: Clips) -> tuple[np.ndarray, np.ndarr
     vocabulary = str(folder / "minilm/tokenizer.json")
     seconds = clips.samples() / clips.sample_rate_hz
     config = mulan.MuLanConfig(clips.sample_rate_hz, seconds, musicnn.MusicnnConfig(), MINILM)
-    read = Clips(clips.datasets, clips.data_dir, clips.sample_rate_hz, vocabulary=vocabulary, text_length=48)
+    read = Clips(
+        clips.datasets, clips.data_dir, clips.sample_rate_hz, vocabulary=vocabulary, text_length=48
+    )
     heard = Heard(read, PretrainedTowers(config, *weights), str(Path(asked.mulan) / "heard"))
     tensors, _ = pretrained.read(weights[0])
     x, y = {}, {}
@@ -114,7 +133,11 @@ def ridge(asked: argparse.Namespace, clips: Clips) -> tuple[np.ndarray, np.ndarr
         y[split] = unit(found["text"])
         if split == "validation":
             equal = (found["pieces"][:, None] == found["pieces"][None]).all(axis=-1)
-    centre, spread, mean = x["train"].mean(axis=0), x["train"].std(axis=0) + 1e-3, y["train"].mean(axis=0)
+    centre, spread, mean = (
+        x["train"].mean(axis=0),
+        x["train"].std(axis=0) + 1e-3,
+        y["train"].mean(axis=0),
+    )
     x = {split: (value - centre) / spread for split, value in x.items()}
     gram, target = x["train"].T @ x["train"], x["train"].T @ (y["train"] - mean)
     best = (-1.0, 0.0, target)
@@ -130,7 +153,8 @@ def penultimate(tensors: dict[str, np.ndarray], pooled: np.ndarray) -> np.ndarra
     """The 200 activations that musicnn's last layer makes tags of, [P, 200], from its pooled features."""
     x = np.maximum(pooled @ tensors["dense/kernel"] + tensors["dense/bias"], 0)
     gamma, beta, mean, variance = (
-        tensors[f"batch_normalization_10/{part}"] for part in ("gamma", "beta", "moving_mean", "moving_variance")
+        tensors[f"batch_normalization_10/{part}"]
+        for part in ("gamma", "beta", "moving_mean", "moving_variance")
     )
     return (x - mean) / np.sqrt(variance + musicnn.TF_EPSILON) * gamma + beta
 
@@ -159,29 +183,42 @@ def interval(measure: str, found: list[np.ndarray], places: np.ndarray) -> str:
     members = [np.flatnonzero(places == place) for place in range(places.max() + 1)]
     draws = []
     for _ in range(RESAMPLES):
-        draws.append(value(np.concatenate([members[i] for i in rng.integers(len(members), size=len(members))])))
+        draws.append(
+            value(
+                np.concatenate([members[i] for i in rng.integers(len(members), size=len(members))])
+            )
+        )
     low, high = np.percentile(draws, [2.5, 97.5])
     digits = 1 if measure == "median rank" else 3
     sign = "+" if len(found) > 1 else ""
-    return printed({"mean": value(np.arange(len(places))), "low": low, "high": high}, digits, sign=sign)
+    return printed(
+        {"mean": value(np.arange(len(places))), "low": low, "high": high}, digits, sign=sign
+    )
 
 
 def print_quantizer(model: checkpoint.Model, audio: np.ndarray, text: np.ndarray) -> None:
     """How far the tokens of captions are those of their clips, and what they keep."""
-    quantize = jax.jit(lambda v, e: mulan.MuLan(model.config).apply(v, e, method=mulan.MuLan.quantize))
+    quantize = jax.jit(
+        lambda v, e: mulan.MuLan(model.config).apply(v, e, method=mulan.MuLan.quantize)
+    )
     codes = [np.asarray(quantize(model.variables, part)) for part in (audio, text)]
     books = model.variables["rvq"]["codebooks"]
     kept = [unit(np.asarray(rvq.dequantize(books, code))) for code in codes]
     print(f"\nquantizer, {model.config.levels} levels of {model.config.codes} codes")
     used = [len(np.unique(codes[0][:, level])) for level in range(codes[0].shape[1])]
     print(f"  codes in use by the test clips, level by level: {used}")
-    print(f"  cosine of an embedding and its tokens: clips {np.mean(np.sum(audio * kept[0], 1)):.3f}, ", end="")
+    print(
+        f"  cosine of an embedding and its tokens: clips {np.mean(np.sum(audio * kept[0], 1)):.3f}, ",
+        end="",
+    )
     print(f"captions {np.mean(np.sum(text * kept[1], 1)):.3f}")
     other = np.roll(np.arange(len(audio)), 1)
     for name, rows in (("own caption", np.arange(len(audio))), ("another's", other)):
         agree = " ".join(f"{share:.2f}" for share in np.mean(codes[0] == codes[1][rows], axis=0))
         cosine = np.mean(np.sum(kept[0] * kept[1][rows], axis=1))
-        print(f"  {name:12} cosine of what the tokens stand for {cosine:.3f}; tokens that agree, by level: {agree}")
+        print(
+            f"  {name:12} cosine of what the tokens stand for {cosine:.3f}; tokens that agree, by level: {agree}"
+        )
 
 
 if __name__ == "__main__":

@@ -38,7 +38,9 @@ def table(head: list[str], rows: list[list[str]]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--run", type=Path, required=True, help="folder of the run")
     found = read_json(parser.parse_args().run / "summary.json")
     policies = found["policies"]
@@ -49,10 +51,27 @@ def main() -> None:
         rate = printed(pair["win_rate"], 0, 100)
         if "win" in pair:
             points = " / ".join(f"{100 * pair[side]:.1f}" for side in ("win", "tie", "loss"))
-            rows.append([" - ".join(names), points, f"{rate} %", f"{pair['wilcoxon_p']:.1g}", PAPER.get(names, "")])
+            rows.append(
+                [
+                    " - ".join(names),
+                    points,
+                    f"{rate} %",
+                    f"{pair['wilcoxon_p']:.1g}",
+                    PAPER.get(names, ""),
+                ]
+            )
         else:
             rows.append([" - ".join(names), rate, rate, rate, PAPER.get(names, "")])
-    table(["pair", "win / tie / loss %", "win rate", "Wilcoxon p", "paper, people: win / tie / loss %, win rate"], rows)
+    table(
+        [
+            "pair",
+            "win / tie / loss %",
+            "win rate",
+            "Wilcoxon p",
+            "paper, people: win / tie / loss %, win rate",
+        ],
+        rows,
+    )
 
     rewards = list(found["rewards"])
     rows = [
@@ -69,14 +88,22 @@ def main() -> None:
     ]
     rows.append(["real clips", printed(found["real"]["mos"], 2), *[""] * (len(rewards) + 2)])
     rows[-1] += [plain(found["diversity"]["real"], 2), "0"]
-    head = ["", "MOS, simulated listeners", "MOS, paper's people", *(name.replace("_", " ") for name in rewards)]
+    head = [
+        "",
+        "MOS, simulated listeners",
+        "MOS, paper's people",
+        *(name.replace("_", " ") for name in rewards),
+    ]
     table([*head, "KL to the base, nats a clip", "diversity", "Frechet distance"], rows)
 
     heard = found["measurements"] | {"real clips": found["real"]["measurements"]}
     names = list(found["real"]["measurements"])
     table(
         ["measured", *heard],
-        [[name.replace("_", " "), *(f"{each[name]:+.2f}" for each in heard.values())] for name in names],
+        [
+            [name.replace("_", " "), *(f"{each[name]:+.2f}" for each in heard.values())]
+            for name in names
+        ],
     )
 
     watched = {name.lower(): watch for name, watch in found["watched"].items() if watch}
@@ -86,7 +113,11 @@ def main() -> None:
             ""
             if not watch
             else f", {watch['looks']} looks of the held-out judge, "
-            + ("no alarm" if watch["kept"] is None else f"stopped by its alarm, step {watch['kept']} kept")
+            + (
+                "no alarm"
+                if watch["kept"] is None
+                else f"stopped by its alarm, step {watch['kept']} kept"
+            )
         )
         print(f"* {stage}: {seconds:.0f} s{told}")
 

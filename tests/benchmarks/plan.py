@@ -23,27 +23,46 @@ def planned(topology: str, slices: int, chips: int, asked: argparse.Namespace) -
     """The rows of the plan, by name."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "plan.json")
-        command = [sys.executable, "-m", "musicrl_jax.cli", "plan", f"--topology={topology}", f"--slices={slices}"]
+        command = [
+            sys.executable,
+            "-m",
+            "musicrl_jax.cli",
+            "plan",
+            f"--topology={topology}",
+            f"--slices={slices}",
+        ]
         command += [
             "--gin_file=gin/experiments/musicrl_ru.gin",
             "--gin_file=gin/sizes/base.gin",
             f"--only={asked.stage}",
         ]
-        command += [f"--gin.RLConfig.batch_size={asked.rows_a_chip * chips}", f"--json_file={file}", *asked.flags]
-        done = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True, check=False)
+        command += [
+            f"--gin.RLConfig.batch_size={asked.rows_a_chip * chips}",
+            f"--json_file={file}",
+            *asked.flags,
+        ]
+        done = subprocess.run(
+            command, cwd=ROOT, env=os.environ, capture_output=True, text=True, check=False
+        )
         if not file.exists():
             raise SystemExit(f"{' '.join(command)}\n{done.stderr[-2000:]}")
         return {row["name"]: row for row in json.loads(file.read_text())["functions"]}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("topologies", nargs="+", help="such as v5e:4x4, or 2xv5e:16x16 for two slices")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "topologies", nargs="+", help="such as v5e:4x4, or 2xv5e:16x16 for two slices"
+    )
     parser.add_argument("--rows_a_chip", type=int, default=8, help="clips")
     parser.add_argument("--stage", default="r")
     parser.add_argument("--flags", nargs="*", default=[], help="more flags for musicrl plan")
     asked = parser.parse_args()
-    print("| slice | chips, clips | function | GiB a chip | seconds: matrix / memory / network / compiler | limit |")
+    print(
+        "| slice | chips, clips | function | GiB a chip | seconds: matrix / memory / network / compiler | limit |"
+    )
     print("|---|---|---|---|---|---|", flush=True)
     first = None
     for each in asked.topologies:
@@ -55,10 +74,19 @@ def main() -> None:
         for name, row in rows.items():
             space = f"{row['needed'] / 2**30:.1f} of {row['memory'] / 2**30:.1f}"
             if not row["fits"]:
-                print(f"| {each} | {chips}, {row['clips']} | {name} | {space} | does not fit | |", flush=True)
+                print(
+                    f"| {each} | {chips}, {row['clips']} | {name} | {space} | does not fit | |",
+                    flush=True,
+                )
                 continue
-            parts = " / ".join(f"{row[f'{part}_seconds']:.2f}" for part in ("matrix", "memory", "network", "compiler"))
-            print(f"| {each} | {chips}, {row['clips']} | {name} | {space} | {parts} | {row['limit']} |", flush=True)
+            parts = " / ".join(
+                f"{row[f'{part}_seconds']:.2f}"
+                for part in ("matrix", "memory", "network", "compiler")
+            )
+            print(
+                f"| {each} | {chips}, {row['clips']} | {name} | {space} | {parts} | {row['limit']} |",
+                flush=True,
+            )
         if all(row["fits"] for row in rows.values()):
             seconds = sum(row["seconds"] for row in rows.values() if not row["once"])
             speed = row["clips"] / seconds / chips

@@ -60,10 +60,14 @@ def read_pairs(votes: Votes, split: str, limit: int | None = None) -> Pairs:
     """The first `limit` pairs that have a vote, or all."""
     records = {record["id"].decode(): record for record in tokens.read(votes.directory, split)[0]}
     cast = votes.votes(split)
-    places = {key: place for place, key in enumerate(list(dict.fromkeys((vote.a, vote.b) for vote in cast))[:limit])}
+    places = {
+        key: place
+        for place, key in enumerate(list(dict.fromkeys((vote.a, vote.b) for vote in cast))[:limit])
+    }
     cast = [vote for vote in cast if (vote.a, vote.b) in places]
     clips = {
-        name: np.stack([[records[a][name], records[b][name]] for a, b in places]) for name in ("semantic", "acoustic")
+        name: np.stack([[records[a][name], records[b][name]] for a, b in places])
+        for name in ("semantic", "acoustic")
     }
     clips["mulan"] = np.stack([records[a]["mulan"] for a, _ in places])
     pair = np.array([places[vote.a, vote.b] for vote in cast])
@@ -80,7 +84,11 @@ def in_batches(function: Callable, pairs: Pairs) -> np.ndarray:
     count, found = len(pairs.prompts), []
     for number, first in enumerate(range(0, count, BATCH)):
         rows = np.arange(first, first + BATCH) % count
-        found.append(np.asarray(function({name: part[rows] for name, part in pairs.clips.items()}, rows, number)))
+        found.append(
+            np.asarray(
+                function({name: part[rows] for name, part in pairs.clips.items()}, rows, number)
+            )
+        )
     return np.concatenate(found)[:count]
 
 
@@ -90,16 +98,21 @@ def model_margin(folder: Path, votes: Votes, crop: float) -> Callable[[Pairs], n
     objective = PreferenceObjective(model.config, votes, crop=crop)
     margin = jax.jit(objective.margin)
     params = model.variables["params"]
-    return lambda pairs: in_batches(lambda batch, _, number: margin(params, batch, jax.random.key(number)), pairs)
+    return lambda pairs: in_batches(
+        lambda batch, _, number: margin(params, batch, jax.random.key(number)), pairs
+    )
 
 
 def calibration_error(chances: np.ndarray, outcomes: np.ndarray, bins: int = 10) -> float:
     """Expected calibration error: how far the mean of foretold chances f64 [n] is from that of what came, f64 [n] in
-    [0, 1], averaged over `bins` bins of equal size, by chance; values with the same chance fall into one bin."""
+    [0, 1], averaged over `bins` bins of equal size, by chance; values with the same chance fall into one bin.
+    """
     _, place = np.unique(chances, return_inverse=True)
     ranks = np.cumsum(np.bincount(place)) - np.bincount(place)  # of the first value at each level
     bin_of = (ranks * bins // len(chances))[place]
-    return float(sum(abs(np.sum((chances - outcomes)[bin_of == b])) for b in range(bins)) / len(chances))
+    return float(
+        sum(abs(np.sum((chances - outcomes)[bin_of == b])) for b in range(bins)) / len(chances)
+    )
 
 
 def reward_margins(run: Path) -> Callable[[Pairs], dict[str, np.ndarray]]:
@@ -109,11 +122,15 @@ def reward_margins(run: Path) -> Callable[[Pairs], dict[str, np.ndarray]]:
     quality = checkpoint.load_model(run / "quality", QualityConfig)
 
     @jax.jit
-    def score(codec_v: dict, mulan_v: dict, quality_v: dict, acoustic: jax.Array, text: jax.Array) -> jax.Array:
+    def score(
+        codec_v: dict, mulan_v: dict, quality_v: dict, acoustic: jax.Array, text: jax.Array
+    ) -> jax.Array:
         acoustic = acoustic.reshape(-1, *acoustic.shape[2:])
         wav = SoundStream(codec.config).apply(codec_v, acoustic, method=SoundStream.decode)
         audio = MuLan(mulan.config).apply(mulan_v, wav, method=MuLan.embed_windows)
-        asked = jnp.repeat(MuLan(mulan.config).apply(mulan_v, text, method=MuLan.embed_text), 2, axis=0)
+        asked = jnp.repeat(
+            MuLan(mulan.config).apply(mulan_v, text, method=MuLan.embed_text), 2, axis=0
+        )
         adherence = jnp.sum(audio * asked[:, None], axis=-1).mean(axis=1)
         mos = (Quality(quality.config).apply(quality_v, wav) - 1) / 4
         return jnp.stack([each[::2] - each[1::2] for each in (adherence, mos)], axis=1)
@@ -121,7 +138,9 @@ def reward_margins(run: Path) -> Callable[[Pairs], dict[str, np.ndarray]]:
     def margins(pairs: Pairs) -> dict[str, np.ndarray]:
         text = pieces.encode(mulan.assets["vocabulary"], pairs.prompts, mulan.config.text_length)
         weights = codec.variables, mulan.variables, quality.variables
-        found = in_batches(lambda batch, rows, _: score(*weights, batch["acoustic"], text[rows]), pairs)
+        found = in_batches(
+            lambda batch, rows, _: score(*weights, batch["acoustic"], text[rows]), pairs
+        )
         return {"text adherence alone": found[:, 0], "acoustic quality alone": found[:, 1]}
 
     return margins
@@ -152,11 +171,15 @@ def row(name: str, margin: np.ndarray, pairs: Pairs, families: np.ndarray, shown
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--run", type=Path, required=True, help="folder of the run")
     parser.add_argument("--data_dir", required=True)
     parser.add_argument("--dataset", required=True, help="clips whose captions are the prompts")
-    parser.add_argument("--ablations", nargs="*", default=[], help="names of gin/ablations/ that were trained")
+    parser.add_argument(
+        "--ablations", nargs="*", default=[], help="names of gin/ablations/ that were trained"
+    )
     asked = parser.parse_args()
     votes = Votes(str(asked.run / "votes"))
     pairs, fitted = read_pairs(votes, "validation"), read_pairs(votes, "train", FITTED_ON)
@@ -169,7 +192,9 @@ def main() -> None:
     names, counts = np.unique(families[pairs.pair], return_counts=True)
     shown = list(names[np.argsort(-counts)][:5])
 
-    print(f"{len(pairs.pair)} votes on {len(pairs.prompts)} held-out pairs, {len(set(pairs.prompts))} prompts")
+    print(
+        f"{len(pairs.pair)} votes on {len(pairs.prompts)} held-out pairs, {len(set(pairs.prompts))} prompts"
+    )
     print(f"| | accuracy | ECE | loss, nats a vote | {' | '.join(shown)} |")
     print("|---" * (4 + len(shown)) + "|")
     for name in ("", *asked.ablations):
@@ -179,22 +204,34 @@ def main() -> None:
     score = reward_margins(asked.run)
     ours, theirs = score(pairs), score(fitted)
     for name, margin in ours.items():
-        fit = scipy.optimize.minimize_scalar(lambda k, m=theirs[name]: loss(k * m[fitted.pair], fitted.share))
+        fit = scipy.optimize.minimize_scalar(
+            lambda k, m=theirs[name]: loss(k * m[fitted.pair], fitted.share)
+        )
         print(row(name, fit.x * margin if fit.x > 0 else margin, pairs, families, shown))
 
     # How often voters agree, from pairs with several votes.
     by_pair = [pairs.share[pairs.pair == pair] for pair in range(len(pairs.prompts))]
-    both = [(a, b) for cast in by_pair for i, a in enumerate(cast) for b in cast[:i] if 0.5 not in (a, b)]
+    both = [
+        (a, b)
+        for cast in by_pair
+        for i, a in enumerate(cast)
+        for b in cast[:i]
+        if 0.5 not in (a, b)
+    ]
     if few := too_small(len(both), LEAST_INTERVAL):
         print(f"\nhow often two voters on one pair agree: {few}")
     else:
-        print(f"\ntwo voters on one pair agree: {np.mean([a == b for a, b in both]):.3f} of {len(both)}")
+        print(
+            f"\ntwo voters on one pair agree: {np.mean([a == b for a, b in both]):.3f} of {len(both)}"
+        )
     figures = asked.run / "votes/agreement.json"
     if figures.exists():
         found = read_json(figures, {"panel": str, "ceiling": {"validation": (float, str)}})
         ceiling = found["ceiling"]["validation"]
         words = ceiling if isinstance(ceiling, str) else f"{ceiling:.3f}"
-        print(f"ceiling, who votes being unknown (simulated listeners of the {found['panel']}): {words}")
+        print(
+            f"ceiling, who votes being unknown (simulated listeners of the {found['panel']}): {words}"
+        )
 
 
 if __name__ == "__main__":

@@ -49,40 +49,61 @@ TASKS = {"instrument": accuracy_score, "tempo": r2_score, "mode": roc_auc_score}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--semantic", required=True, help="folder of the trained semantic encoder")
     parser.add_argument("--data_dir", required=True)
-    parser.add_argument("--dataset", required=True, help="clips whose attributes say instrument, mode, tempo and piece")
+    parser.add_argument(
+        "--dataset",
+        required=True,
+        help="clips whose attributes say instrument, mode, tempo and piece",
+    )
     asked = parser.parse_args()
     model = checkpoint.load_model(asked.semantic, SemanticConfig)
-    data = Clips({asked.dataset: 1.0}, asked.data_dir, model.config.sample_rate_hz, with_captions=True)
+    data = Clips(
+        {asked.dataset: 1.0}, asked.data_dir, model.config.sample_rate_hz, with_captions=True
+    )
     train, train_attributes = read(data, ["train"], model)
     held_out, attributes = read(data, ["validation", "test"], model)
     print(f"{len(train_attributes)} clips to train probes, {len(attributes)} to test them")
     fit = kmeans.Fit(**{name: model.variables["kmeans"][name] for name in kmeans.Fit._fields})
-    print("tokens of the training clips: ", "  ".join(f"{name} {float(x):.4g}" for name, x in fit.usage().items()))
+    print(
+        "tokens of the training clips: ",
+        "  ".join(f"{name} {float(x):.4g}" for name, x in fit.usage().items()),
+    )
 
     for task, score in TASKS.items():
         truth, chosen = answers(task, train_attributes)
         truth_held_out, chosen_held_out = answers(task, attributes)
         pieces = np.array([clip["piece"] for clip in train_attributes])[chosen]
         pieces_held_out = np.array([clip["piece"] for clip in attributes])[chosen_held_out]
-        print(f"\n{task}, {score.__name__}; held out: {len(truth_held_out)} clips; across: {len(truth)} clips")
+        print(
+            f"\n{task}, {score.__name__}; held out: {len(truth_held_out)} clips; across: {len(truth)} clips"
+        )
         found = {}
         for name in train:
-            guesses = probe(task, train[name][chosen], truth, pieces, held_out[name][chosen_held_out])
+            guesses = probe(
+                task, train[name][chosen], truth, pieces, held_out[name][chosen_held_out]
+            )
             found[name] = guesses
             row = [interval(score, truth_held_out, [guesses[0]], pieces_held_out)]
             row.append(interval(score, truth, [guesses[1]], pieces))
             print(f"  {name:28}{train[name].shape[1]:6} columns  {'   '.join(row)}", flush=True)
         for name in (name for name in found if name.startswith("tokens")):
             for peer in (MELS, MOMENTS):
-                row = [interval(score, truth_held_out, [found[name][0], found[peer][0]], pieces_held_out)]
+                row = [
+                    interval(
+                        score, truth_held_out, [found[name][0], found[peer][0]], pieces_held_out
+                    )
+                ]
                 row.append(interval(score, truth, [found[name][1], found[peer][1]], pieces))
                 print(f"  {name:28} less {peer:28} {'   '.join(row)}", flush=True)
 
 
-def read(data: Clips, splits: list[str], model: checkpoint.Model) -> tuple[dict[str, np.ndarray], list[dict[str, Any]]]:
+def read(
+    data: Clips, splits: list[str], model: checkpoint.Model
+) -> tuple[dict[str, np.ndarray], list[dict[str, Any]]]:
     """Each representation of the clips, [clips, columns], and the clips' attributes."""
     module = SemanticEncoder(model.config)
 
@@ -91,8 +112,15 @@ def read(data: Clips, splits: list[str], model: checkpoint.Model) -> tuple[dict[
         mels = module.apply(variables, wav, method=SemanticEncoder.log_mels)  # [B, S, M]
         features = module.apply(variables, wav, method=SemanticEncoder.features)  # [B, F, D]
         tokens = module.apply(variables, wav, method=SemanticEncoder.tokens)  # [B, F]
-        bag = jnp.sqrt(jax.vmap(lambda t: jnp.bincount(t, length=model.config.codes))(tokens).astype(jnp.float32))
-        lags = [(tokens[:, k:] == tokens[:, :-k]).astype(jnp.float32).mean(1) for k in range(1, LAGS + 1)]
+        bag = jnp.sqrt(
+            jax.vmap(lambda t: jnp.bincount(t, length=model.config.codes))(tokens).astype(
+                jnp.float32
+            )
+        )
+        lags = [
+            (tokens[:, k:] == tokens[:, :-k]).astype(jnp.float32).mean(1)
+            for k in range(1, LAGS + 1)
+        ]
         centroids = moments(variables["kmeans"]["centroids"][tokens])
         return {
             "constant": jnp.zeros((len(wav), 1)),
@@ -162,7 +190,9 @@ def interval(score, truth: np.ndarray, guesses: list[np.ndarray], pieces: np.nda
     members = [np.flatnonzero(index == piece) for piece in range(index.max() + 1)]
     drawn = []
     while len(drawn) < RESAMPLES:
-        rows = np.concatenate([members[piece] for piece in rng.integers(len(members), size=len(members))])
+        rows = np.concatenate(
+            [members[piece] for piece in rng.integers(len(members), size=len(members))]
+        )
         if len(np.unique(truth[rows])) > 1:
             drawn.append(value(rows))
     low, high = np.percentile(drawn, [2.5, 97.5])

@@ -48,7 +48,15 @@ def service(bundle: str, *flags: str):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "musicrl_jax.cli", "serve", f"--bundle={bundle}", f"--port={port}", *flags]
+    command = [
+        sys.executable,
+        "-m",
+        "musicrl_jax.cli",
+        "serve",
+        f"--bundle={bundle}",
+        f"--port={port}",
+        *flags,
+    ]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     address = f"http://127.0.0.1:{port}"
     try:
@@ -58,7 +66,9 @@ def service(bundle: str, *flags: str):
                 break
             except (URLError, OSError):
                 if process.poll() is not None:
-                    raise SystemExit(f"musicrl serve ended with {process.returncode}: {' '.join(command)}") from None
+                    raise SystemExit(
+                        f"musicrl serve ended with {process.returncode}: {' '.join(command)}"
+                    ) from None
                 time.sleep(0.5)
         yield address, process
     finally:
@@ -76,11 +86,20 @@ def load(
     address: str, clients: int, pace: float, seconds: float, process: subprocess.Popen
 ) -> tuple[np.ndarray, list[float]]:
     """(a row an answer: when it was asked for, when it came, in seconds from the first one asked, its status, 0 where
-    none came; MB that were resident, twice a second)."""
+    none came; MB that were resident, twice a second).
+    """
     with tempfile.TemporaryDirectory() as folder:
         client = CLIENT.format(pace=pace, answers=f"{folder}/answers.csv")
         Path(folder, "client.py").write_text(client)
-        command = [sys.executable, "-m", "locust", "-f", f"{folder}/client.py", "--headless", f"--host={address}"]
+        command = [
+            sys.executable,
+            "-m",
+            "locust",
+            "-f",
+            f"{folder}/client.py",
+            "--headless",
+            f"--host={address}",
+        ]
         spawn = max(1.0, pace * clients) if pace < 1 else clients  # a second
         command += [f"-u{clients}", f"-r{spawn}", f"-t{seconds:.0f}s", "--stop-timeout=600"]
         with open(f"{folder}/log", "w") as log:
@@ -103,7 +122,9 @@ def told(rows: np.ndarray) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--bundle", required=True)
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--seconds", type=float, default=60.0, help="of each turn")
@@ -115,7 +136,9 @@ def main() -> None:
         for rows in found:
             with service(asked.bundle, f"--rows={rows}") as (address, process):
                 answers, _ = load(address, 2 * rows, 1000.0, asked.seconds, process)
-                found[rows].append(answers[answers[:, 1] <= asked.seconds])  # what came while all clients asked
+                found[rows].append(
+                    answers[answers[:, 1] <= asked.seconds]
+                )  # what came while all clients asked
     print("| --rows | clips a second | p50 s | p99 s | slowest s |\n|---|---|---|---|---|")
     pace = {}
     for rows, turns in found.items():
@@ -125,7 +148,9 @@ def main() -> None:
     offered = 4 * pace[asked.rows]
     clients = 400
     with service(asked.bundle, f"--rows={asked.rows}") as (address, process):
-        answers, resident = load(address, clients, offered / clients, asked.requests / offered, process)
+        answers, resident = load(
+            address, clients, offered / clients, asked.requests / offered, process
+        )
     print(f"{offered:.1f} requests a second, {len(answers)} in all\n")
     print("| answer | requests | p50 s | p99 s | slowest s |\n|---|---|---|---|---|")
     for status in np.unique(answers[:, 2]):

@@ -28,11 +28,22 @@ from musicrl_jax.core import checkpoint, hosts
 
 ROOT = Path(__file__).parents[2]
 # What each stage of the run writes in the run's folder.
-TRAINED = {name: name for name in ("codec", "semantic", "mulan", "quality", "policy", "fine", "preference", "r", "ru")}
-STAGES = {"vocabulary": "vocabulary.model", "encode": "tokens", **TRAINED, "votes": "votes", "evaluate": "evaluation"}
+TRAINED = {
+    name: name
+    for name in ("codec", "semantic", "mulan", "quality", "policy", "fine", "preference", "r", "ru")
+}
+STAGES = {
+    "vocabulary": "vocabulary.model",
+    "encode": "tokens",
+    **TRAINED,
+    "votes": "votes",
+    "evaluate": "evaluation",
+}
 OTHERS = "build", "generate", "pack", "unpack", "export"
 MODELS = "{'codec': '%s/codec', 'semantic': '%s/semantic', 'policy': '%s/policy'}"
-PROMPTS = "\n".join(f"{mood} music with {what}" for mood in ("slow", "loud", "sad") for what in ("drums", "a flute"))
+PROMPTS = "\n".join(
+    f"{mood} music with {what}" for mood in ("slow", "loud", "sad") for what in ("drums", "a flute")
+)
 LONGEST_EXIT, LONGEST_START, LONGEST_RUN = 120.0, 300.0, 600.0
 LATEST = 20.0  # seconds from the first progress line to the signal
 NOISE = re.compile(r"$|WARNING|[IWEF]\d{4} ")  # of libraries, before a verb says anything
@@ -55,7 +66,12 @@ def command(verb, folder):
         ],
         "pack": [f"--gin.pack.models={MODELS % (whole, whole, whole)}", f"--out={out}"],
         "unpack": [f"--source={folder / 'packed'}", f"--out={out}"],
-        "export": [f"--system={whole / 'r'}", f"--out={out}", "--clip_seconds=1.0", "--platforms=['cpu']"],
+        "export": [
+            f"--system={whole / 'r'}",
+            f"--out={out}",
+            "--clip_seconds=1.0",
+            "--platforms=['cpu']",
+        ],
     }
     return [*run, verb, *arguments[verb]]
 
@@ -84,10 +100,14 @@ def written(verb, folder):
     if verb in TRAINED:
         if not checkpoint.has_model(place):
             return None
-        steps = [json.loads(line)["step"] for line in (place / "metrics.jsonl").read_text().splitlines()]
+        steps = [
+            json.loads(line)["step"] for line in (place / "metrics.jsonl").read_text().splitlines()
+        ]
         return json.dumps([checkpoint.model_hash(place), steps])
     if verb == "unpack":
-        models = {path.parent.name: checkpoint.model_hash(path.parent) for path in place.glob("*/model")}
+        models = {
+            path.parent.name: checkpoint.model_hash(path.parent) for path in place.glob("*/model")
+        }
         return json.dumps(models) if models else None
     if verb == "evaluate":
         if not (place / "summary.json").exists():
@@ -104,7 +124,11 @@ def written(verb, folder):
         "export": "out/weights/*",
     }[verb]
     files = sorted(path for path in folder.glob(kept) if "incomplete" not in str(path))
-    return json.dumps([hashlib.sha256(path.read_bytes()).hexdigest() for path in files]) if files else None
+    return (
+        json.dumps([hashlib.sha256(path.read_bytes()).hexdigest() for path in files])
+        if files
+        else None
+    )
 
 
 def start(verb, folder):
@@ -156,7 +180,14 @@ def attempt(verb, folder, delay):
         process.kill()
     seconds = time.monotonic() - sent
     words = "" if status in (0, hosts.AGAIN, -signal.SIGTERM) else "".join(lines[-8:])
-    return {"verb": verb, "told": told, "status": status, "delay": delay, "seconds": seconds, "words": words}
+    return {
+        "verb": verb,
+        "told": told,
+        "status": status,
+        "delay": delay,
+        "seconds": seconds,
+        "words": words,
+    }
 
 
 def trial(verb, folder, log, delay):
@@ -194,7 +225,9 @@ def reference(verb, root):
 
 def report(lines):
     """A table: for each verb its exits, the seconds that they took, and whether what it made was whole."""
-    print("| verb | signals | exits | seconds to exit: median, longest | work compared: equal, not |")
+    print(
+        "| verb | signals | exits | seconds to exit: median, longest | work compared: equal, not |"
+    )
     print("|---|---|---|---|---|")
     by_verb = collections.defaultdict(list)
     for line in lines:
@@ -216,10 +249,14 @@ def report(lines):
 
 def main():
     """Makes the whole run, sends the signals that are still due, finishes what was cut off, and prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--signals", type=int, default=60, help="over all verbs and all calls")
-    parser.add_argument("--minutes", type=float, default=10.0, help="in which new signals are sent, in this call")
+    parser.add_argument(
+        "--minutes", type=float, default=10.0, help="in which new signals are sent, in this call"
+    )
     parser.add_argument("--parallel", type=int, default=2, help="verbs at a time")
     parser.add_argument("--verbs", default=",".join([*OTHERS, *STAGES]))
     parser.add_argument("--seed", type=int, default=0)
@@ -235,11 +272,24 @@ def main():
         with write, path.open("a") as file:
             lines.append(line)
             file.write(json.dumps(line) + "\n")
-            print(line["verb"], line["status"], f"{line['seconds']:.1f} s", line.get("whole", ""), flush=True)
+            print(
+                line["verb"],
+                line["status"],
+                f"{line['seconds']:.1f} s",
+                line.get("whole", ""),
+                flush=True,
+            )
 
     if not (root / "whole/summary.json").exists():
         places = [f"--gin.MODEL_DIR='{root / 'whole'}'", f"--gin.DATA_DIR='{root / 'data'}'"]
-        run = [sys.executable, "-m", "musicrl_jax.cli", "run", "--gin_file=gin/runs/tiny.gin", *places]
+        run = [
+            sys.executable,
+            "-m",
+            "musicrl_jax.cli",
+            "run",
+            "--gin_file=gin/runs/tiny.gin",
+            *places,
+        ]
         subprocess.run(run, check=True, cwd=ROOT)
     for verb in OTHERS:
         if verb in verbs or (verb == "pack" and "unpack" in verbs):
@@ -260,7 +310,12 @@ def main():
             if folder.exists():
                 began = time.monotonic()
                 status, words = finished(verb, folder)
-                line = {"verb": verb, "told": False, "status": status, "seconds": time.monotonic() - began}
+                line = {
+                    "verb": verb,
+                    "told": False,
+                    "status": status,
+                    "seconds": time.monotonic() - began,
+                }
                 log({**line, "words": words, "whole": status == 0 and compare(verb, folder)})
 
     with concurrent.futures.ThreadPoolExecutor(given.parallel) as pool:

@@ -45,7 +45,9 @@ MARGINAL_CLIPS = 2000
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--run", required=True, help="a run's folder with codec, fine and tokens")
     parser.add_argument("--codec", help="another folder of the codec")
     parser.add_argument("--fine", help="another folder of SoundStorm")
@@ -55,7 +57,13 @@ def main() -> None:
     parser.add_argument("--split", default="test")
     parser.add_argument("--clips", type=int, default=64)
     parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--first_passes", type=int, nargs="+", default=[1, 4, 16, 32], help="over the first fine level")
+    parser.add_argument(
+        "--first_passes",
+        type=int,
+        nargs="+",
+        default=[1, 4, 16, 32],
+        help="over the first fine level",
+    )
     parser.add_argument("--rounds", type=int, default=5, help="turns that each of the two takes")
     parser.add_argument("--skip_speed", action="store_true")
     asked = parser.parse_args()
@@ -63,15 +71,21 @@ def main() -> None:
     codec = checkpoint.load_model(asked.codec or run / "codec", SoundStreamConfig)
     storm = checkpoint.load_model(asked.fine or run / "fine", SoundStormConfig)
     if (spoken := storm.json_asset("tokens.json", {"codec": str})["codec"]) != codec.hash:
-        raise SystemExit(f"SoundStorm was trained on tokens of codec {spoken[:12]}, not of {codec.hash[:12]}")
-    data = Clips({asked.dataset: 1.0}, asked.data_dir, codec.config.sample_rate_hz, with_captions=True)
+        raise SystemExit(
+            f"SoundStorm was trained on tokens of codec {spoken[:12]}, not of {codec.hash[:12]}"
+        )
+    data = Clips(
+        {asked.dataset: 1.0}, asked.data_dir, codec.config.sample_rate_hz, with_captions=True
+    )
     count = min(asked.clips, data.count(asked.split)) // asked.batch_size * asked.batch_size
     batches = data.batches(asked.split, asked.batch_size, seed=0)
     found = [next(batches) for _ in range(count // asked.batch_size)]
     wav, names = (np.concatenate([batch[field] for batch in found]) for field in ("audio", "id"))
     known = data.attributes(asked.split)
     places = np.asarray([known[name]["piece"] for name in names])
-    encode = jax.jit(lambda wav: SoundStream(codec.config).apply(codec.variables, wav, method=SoundStream.encode))
+    encode = jax.jit(
+        lambda wav: SoundStream(codec.config).apply(codec.variables, wav, method=SoundStream.encode)
+    )
     codes = np.concatenate([encode(part) for part in parts(wav, asked.batch_size)])
     shares = frequencies(str(asked.tokens or run / "tokens"), storm.config)
     c = storm.config
@@ -94,8 +108,13 @@ def parts(array: np.ndarray, size: int) -> Iterator[np.ndarray]:
 def frequencies(tokens: str, config: SoundStormConfig) -> np.ndarray:
     """How often each code comes up in each level of the training tokens, one added to each count: f64 [Q, C]."""
     rows = read(tokens, "train")[0]
-    codes = np.stack([row["acoustic"] for row in rows.__getitems__(list(range(min(len(rows), MARGINAL_CLIPS))))])
-    counts = [np.bincount(codes[:, :, q].reshape(-1), minlength=config.codes) + 1 for q in range(config.levels)]
+    codes = np.stack(
+        [row["acoustic"] for row in rows.__getitems__(list(range(min(len(rows), MARGINAL_CLIPS))))]
+    )
+    counts = [
+        np.bincount(codes[:, :, q].reshape(-1), minlength=config.codes) + 1
+        for q in range(config.levels)
+    ]
     return np.stack([count / count.sum() for count in counts])
 
 
@@ -110,13 +129,19 @@ def distances(
 ) -> None:
     """Prints the first table."""
     c, coarse = storm.config, codes[:, :, : storm.config.coarse_levels]
-    decode = jax.jit(lambda codes: SoundStream(codec.config).apply(codec.variables, codes, method=SoundStream.decode))
+    decode = jax.jit(
+        lambda codes: SoundStream(codec.config).apply(
+            codec.variables, codes, method=SoundStream.decode
+        )
+    )
 
     @jax.jit
     def measure(wav: jax.Array, decoded: jax.Array) -> tuple[jax.Array, jax.Array]:
         # Of each clip, [B] both.
         mel = jax.vmap(lambda x, y: mel_distance(x[None], y[None], codec.config.sample_rate_hz))
-        return mel(wav, decoded), jax.vmap(lambda x, y: stft_distance(x[None], y[None]))(wav, decoded)
+        return mel(wav, decoded), jax.vmap(lambda x, y: stft_distance(x[None], y[None]))(
+            wav, decoded
+        )
 
     def judged(codes: np.ndarray) -> np.ndarray:
         # Mel and STFT distance of each clip, [B, 2].
@@ -143,22 +168,35 @@ def distances(
     guess = jax.jit(functools.partial(nearest_to_expected, c))
     books = SoundStream(codec.config).apply(codec.variables, method=SoundStream.codebooks)
     rows["nearest to what is expected"] = judged(
-        np.concatenate([guess(storm.variables, books, part) for part in parts(codes, asked.batch_size)])
+        np.concatenate(
+            [guess(storm.variables, books, part) for part in parts(codes, asked.batch_size)]
+        )
     )
-    print(f"\n{'':28} {'mel distance, nat':>24} {'STFT distance':>24} {'mel, less than coarse alone':>30}")
+    print(
+        f"\n{'':28} {'mel distance, nat':>24} {'STFT distance':>24} {'mel, less than coarse alone':>30}"
+    )
     for name, found in rows.items():
         gain = interval(rows["coarse levels alone"][:, 0] - found[:, 0], places)
-        print(f"{name:28} {interval(found[:, 0], places):>24} {interval(found[:, 1], places):>24} {gain:>30}")
+        print(
+            f"{name:28} {interval(found[:, 0], places):>24} {interval(found[:, 1], places):>24} {gain:>30}"
+        )
 
 
-def nearest_to_expected(config: SoundStormConfig, variables: Any, books: jax.Array, codes: jax.Array) -> jax.Array:
+def nearest_to_expected(
+    config: SoundStormConfig, variables: Any, books: jax.Array, codes: jax.Array
+) -> jax.Array:
     """Level after level, the code nearest to the mean of the codebook under SoundStorm's distribution: books f32
-    [Q, C, D], codes int32 [B, T, Q] of which the coarse levels are kept."""
+    [Q, C, D], codes int32 [B, T, Q] of which the coarse levels are kept.
+    """
     for level in range(config.coarse_levels, config.levels):
         masked = jnp.broadcast_to(jnp.arange(config.levels)[None, None, :] >= level, codes.shape)
-        chances = jax.nn.softmax(SoundStorm(config).apply(variables, codes, masked, level))  # [B, T, C]
+        chances = jax.nn.softmax(
+            SoundStorm(config).apply(variables, codes, masked, level)
+        )  # [B, T, C]
         expected = chances @ books[level]  # [B, T, D]
-        distance = jnp.sum(jnp.square(books[level]), axis=1)[None, None, :] - 2 * expected @ books[level].T
+        distance = (
+            jnp.sum(jnp.square(books[level]), axis=1)[None, None, :] - 2 * expected @ books[level].T
+        )
         codes = codes.at[:, :, level].set(distance.argmin(axis=2).astype(codes.dtype))
     return codes
 
@@ -173,7 +211,13 @@ def interval(values: np.ndarray, places: np.ndarray) -> str:
     return printed(mean_interval(values, clusters=places))
 
 
-def levels(storm: checkpoint.Model, codes: np.ndarray, shares: np.ndarray, places: np.ndarray, batch_size: int) -> None:
+def levels(
+    storm: checkpoint.Model,
+    codes: np.ndarray,
+    shares: np.ndarray,
+    places: np.ndarray,
+    batch_size: int,
+) -> None:
     """Prints the second table."""
     c = storm.config
 
@@ -183,9 +227,13 @@ def levels(storm: checkpoint.Model, codes: np.ndarray, shares: np.ndarray, place
         masked = jnp.broadcast_to(jnp.arange(c.levels)[None, None, :] >= level, codes.shape)
         scores = jax.nn.log_softmax(SoundStorm(c).apply(variables, codes, masked, level))
         truth = codes[:, :, level]
-        return -jnp.take_along_axis(scores, truth[:, :, None], axis=2)[:, :, 0], scores.argmax(axis=2) == truth
+        return -jnp.take_along_axis(scores, truth[:, :, None], axis=2)[:, :, 0], scores.argmax(
+            axis=2
+        ) == truth
 
-    print(f"\n{'level':>5} {'nats a code':>24} {'by frequency':>14} {'accuracy':>9}   (uniform: {np.log(c.codes):.3f})")
+    print(
+        f"\n{'level':>5} {'nats a code':>24} {'by frequency':>14} {'accuracy':>9}   (uniform: {np.log(c.codes):.3f})"
+    )
     for q in range(c.coarse_levels, c.levels):
         both = [judged(storm.variables, part, jnp.int32(q)) for part in parts(codes, batch_size)]
         nats, hits = (np.concatenate(found) for found in zip(*both, strict=True))
@@ -202,16 +250,22 @@ class Autoregressive(nn.Module):
     def setup(self) -> None:
         c, width = self.config, self.transformer.embed
         self.body = Transformer(self.transformer)
-        self.table = self.param("table", partitioned((None, None, None), 2), (c.levels, c.codes, width))
-        self.head = self.param("head", partitioned((None, None, None), 2), (c.levels - c.coarse_levels, width, c.codes))
+        self.table = self.param(
+            "table", partitioned((None, None, None), 2), (c.levels, c.codes, width)
+        )
+        self.head = self.param(
+            "head", partitioned((None, None, None), 2), (c.levels - c.coarse_levels, width, c.codes)
+        )
 
     def __call__(self, coarse: jax.Array, key: jax.Array) -> jax.Array:
-        """coarse int32 [B, T, coarse_levels] -> fine codes int32 [B, T, Q - coarse_levels]."""
+        """Coarse int32 [B, T, coarse_levels] -> fine codes int32 [B, T, Q - coarse_levels]."""
         c, (batch, frames, _) = self.config, coarse.shape
         fine = c.levels - c.coarse_levels
         x = sum(self.table[q][coarse[:, :, q]] for q in range(c.coarse_levels))  # [B, T, D]
         bias = self.body.bias(frames * (1 + fine))
-        y, cache = self.body.extend(x, self.body.empty_cache(batch, frames * (1 + fine), jnp.float32), 0, bias)
+        y, cache = self.body.extend(
+            x, self.body.empty_cache(batch, frames * (1 + fine), jnp.float32), 0, bias
+        )
 
         def step(state: tuple, number: jax.Array) -> tuple[tuple, jax.Array]:
             y, cache = state  # y [B, D], of the position before
@@ -231,17 +285,28 @@ def speed(storm: checkpoint.Model, codes: np.ndarray, rounds: int) -> None:
     c, net = storm.config, storm.config.conformer
     batch, frames, _ = codes.shape
     fine = c.levels - c.coarse_levels
-    mlp = (4 * net.mlp + 3 * net.embed) // 3  # gives a block as many weights in its products as the conformer's has
+    mlp = (
+        4 * net.mlp + 3 * net.embed
+    ) // 3  # gives a block as many weights in its products as the conformer's has
     peer = Autoregressive(c, TransformerConfig(net.layers, net.embed, net.heads, mlp))
     coarse, keys = codes[:, :, : c.coarse_levels], row_keys(jax.random.key(0), batch)
     weights = nn.meta.unbox(jax.jit(peer.init)(jax.random.key(0), coarse[:, :1], jax.random.key(0)))
     runs: dict[str, Callable[[], jax.Array]] = {}
-    for name, config in (("SoundStorm", c), ("SoundStorm, 1 pass a level", dataclasses.replace(c, first_passes=1))):
+    for name, config in (
+        ("SoundStorm", c),
+        ("SoundStorm, 1 pass a level", dataclasses.replace(c, first_passes=1)),
+    ):
         fill = filler(config)
-        label = f"{name}, {config.first_passes + fine - 1} passes" if config is c else f"{name}, {fine} passes"
+        label = (
+            f"{name}, {config.first_passes + fine - 1} passes"
+            if config is c
+            else f"{name}, {fine} passes"
+        )
         runs[label] = lambda fill=fill: fill(storm.variables, coarse, keys)
     draw = jax.jit(peer.apply)
-    runs[f"autoregressive, {frames * fine} steps"] = lambda: draw(weights, coarse, jax.random.key(1))
+    runs[f"autoregressive, {frames * fine} steps"] = lambda: draw(
+        weights, coarse, jax.random.key(1)
+    )
     machine = {
         "many rows": products(batch * frames, net.embed, net.mlp),
         "few rows": products(batch, net.embed, mlp),
@@ -259,9 +324,13 @@ def speed(storm: checkpoint.Model, codes: np.ndarray, rounds: int) -> None:
     # Multiply-adds of the products at one position.
     block, own = 4 * net.embed * net.mlp + 7 * net.embed**2, 3 * net.embed * mlp + 4 * net.embed**2
     head = net.embed * c.codes
-    passed = batch * frames * (net.layers * (block + 2 * net.embed * frames) + head)  # one pass over all clips
+    passed = (
+        batch * frames * (net.layers * (block + 2 * net.embed * frames) + head)
+    )  # one pass over all clips
     steps = frames * fine
-    cached = 4 * 2 * net.embed * (frames + steps / 2)  # bytes of a clip's and layer's keys and values, halfway through
+    cached = (
+        4 * 2 * net.embed * (frames + steps / 2)
+    )  # bytes of a clip's and layer's keys and values, halfway through
     drawn = steps * batch * (2 * (net.layers * own + head) / few + net.layers * cached / read_speed)
     limits = [2 * passed * passes / many for passes in (c.first_passes + fine - 1, fine)] + [drawn]
     slowest = np.median(times[next(reversed(runs))])
@@ -282,10 +351,13 @@ def speed(storm: checkpoint.Model, codes: np.ndarray, rounds: int) -> None:
 def products(rows: int, width: int, hidden: int) -> tuple[Callable[[], jax.Array], float]:
     """A hundred float32 products [rows, width] x [width, hidden] and back, and their FLOPs."""
     up, down = (
-        jax.random.normal(jax.random.key(n), shape) for n, shape in enumerate([(width, hidden), (hidden, width)])
+        jax.random.normal(jax.random.key(n), shape)
+        for n, shape in enumerate([(width, hidden), (hidden, width)])
     )
     scale = (width * hidden) ** -0.5
-    chain = jax.jit(lambda x, up, down: jax.lax.fori_loop(0, 50, lambda _, x: x @ up @ down * scale, x))
+    chain = jax.jit(
+        lambda x, up, down: jax.lax.fori_loop(0, 50, lambda _, x: x @ up @ down * scale, x)
+    )
     x = jax.random.normal(jax.random.key(2), (rows, width))
     return lambda: chain(x, up, down), 50 * 4 * rows * width * hidden
 

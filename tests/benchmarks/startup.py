@@ -50,7 +50,9 @@ def make_models(folder: Path) -> None:
     from musicrl_jax.models.transformer import TransformerConfig
     from musicrl_jax.objectives.mulan import VOCABULARY
 
-    captions = SimpleNamespace(captions=lambda split: ["a slow piano", "a fast reel on a harp"] * 20)
+    captions = SimpleNamespace(
+        captions=lambda split: ["a slow piano", "a fast reel on a harp"] * 20
+    )
     folder.mkdir(parents=True, exist_ok=True)
     vocabulary.build(captions, str(folder / "words.model"), 300)
     rate, key = 16_000, jax.random.key(0)
@@ -162,9 +164,17 @@ def one_turn(root: Path, models: Path) -> Iterator[tuple[str, float]]:
     with tempfile.TemporaryDirectory() as folder:
         # A checkout reads no bundle of a later one.
         flag, seconds, bundle = system_flag(root), f"--clip_seconds={SECONDS}", f"{folder}/bundle"
-        flags = "export", f"{flag}={models / 'policy'}", seconds, "--platforms=cpu", f"--out={bundle}"
+        flags = (
+            "export",
+            f"{flag}={models / 'policy'}",
+            seconds,
+            "--platforms=cpu",
+            f"--out={bundle}",
+        )
         measured(root, Path(folder, "export"), *flags)
-        for number, (kind, source) in enumerate({"system": models / "policy", "bundle": bundle}.items()):
+        for number, (kind, source) in enumerate(
+            {"system": models / "policy", "bundle": bundle}.items()
+        ):
             flags = "generate", f"{flag}={source}", seconds, "--prompt=a slow piano"
             for state in ("cold", "warm"):
                 out = f"--out={folder}/{kind}_{state}"

@@ -39,7 +39,13 @@ from musicrl_jax.rl.rollout import Loaded, Studio
 from musicrl_jax.rl.steps import Steps, build
 
 TINY = Studio(
-    MusicLM(MusicLMConfig(TransformerConfig(2, 64, 2, 128), TransformerConfig(1, 32, 2, 64), TokenLayout(64, 64, 4))),
+    MusicLM(
+        MusicLMConfig(
+            TransformerConfig(2, 64, 2, 128),
+            TransformerConfig(1, 32, 2, 64),
+            TokenLayout(64, 64, 4),
+        )
+    ),
     SoundStorm(SoundStormConfig(ConformerConfig(1, 2, 32, 64), codes=64)),
     SoundStream(SoundStreamConfig(channels=4, embed=16, codes=64)),
     MuLan(MuLanConfig()),
@@ -55,7 +61,10 @@ def seconds(function: Callable[[], Any]) -> float:
 
 def limits(side: int) -> tuple[float, float]:
     """(FLOP/s of bfloat16 products, bytes/s read and written by a copy), the best of five each, of 8 calls in a row."""
-    a, b = (jax.random.normal(jax.random.key(0), shape, jnp.bfloat16) for shape in ((side, side), (8 * side, side)))
+    a, b = (
+        jax.random.normal(jax.random.key(0), shape, jnp.bfloat16)
+        for shape in ((side, side), (8 * side, side))
+    )
     product, copied = jax.jit(lambda a: a @ a), jax.jit(lambda b: -b)
     jax.block_until_ready((product(a), copied(b)))
     return (
@@ -68,13 +77,17 @@ def random_weights(init: Callable[[jax.Array], Any]) -> Any:
     """Of the shapes that `init` makes, without compiling it."""
     shapes = meta.unbox(jax.eval_shape(init, jax.random.key(0)))
     rng = np.random.default_rng(0)
-    return jax.tree.map(lambda x: jnp.asarray(0.02 * rng.standard_normal(x.shape, np.float32), x.dtype), shapes)
+    return jax.tree.map(
+        lambda x: jnp.asarray(0.02 * rng.standard_normal(x.shape, np.float32), x.dtype), shapes
+    )
 
 
 class Run:
     """A step in one dtype: its functions, compiled all at once and timed one by one, and what they act on."""
 
-    def __init__(self, learner: Learner, steps: Steps, mesh: Mesh, frozen: dict[str, Any], text: jax.Array) -> None:
+    def __init__(
+        self, learner: Learner, steps: Steps, mesh: Mesh, frozen: dict[str, Any], text: jax.Array
+    ) -> None:
         self.frozen, self.text = frozen, text
         state, _ = sharding.born_sharded(mesh, learner.create, jax.random.key(0))
         self.anchor = jax.tree.map(jnp.copy, state.policy)
@@ -90,7 +103,12 @@ class Run:
             "fill": (others["soundstorm"], rollout.tokens, self.keys),
             "sound": (others["soundstream"], rollout.acoustic),
             "gather_learner": (self.state, self.anchor),
-            "update": (self.state, jax.eval_shape(steps.gather_learner, state, self.anchor), rollout, self.reward),
+            "update": (
+                self.state,
+                jax.eval_shape(steps.gather_learner, state, self.anchor),
+                rollout,
+                self.reward,
+            ),
         }
         traces = {name: getattr(steps, name).trace(*given) for name, given in arguments.items()}
         self.work = {name: flops(traced.jaxpr).matmul for name, traced in traces.items()}
@@ -98,7 +116,9 @@ class Run:
         self.compiled: dict[str, float] = {}
         with ThreadPoolExecutor() as pool:
             programs = dict(zip(traces, pool.map(self._compile, traces.items()), strict=True))
-        self.steps = steps._replace(**{name: partial(self._timed, name, program) for name, program in programs.items()})
+        self.steps = steps._replace(
+            **{name: partial(self._timed, name, program) for name, program in programs.items()}
+        )
 
     def _compile(self, named: tuple[str, Any]) -> Any:
         name, traced = named
@@ -125,12 +145,17 @@ class Run:
     def weights_read(self, config: MusicLMConfig, frames: int) -> int:
         """Bytes of the policy's weights that `draw` reads if each is read once for every frame, or code, it serves."""
         trunk = self.state.policy["trunk"]
-        temporal, depth = (sum(leaf.nbytes for leaf in jax.tree.leaves(trunk[part])) for part in ("temporal", "depth"))
+        temporal, depth = (
+            sum(leaf.nbytes for leaf in jax.tree.leaves(trunk[part]))
+            for part in ("temporal", "depth")
+        )
         return frames * (temporal + config.layout.depth * depth)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--size", choices=("base", "tiny"), default="base")
     parser.add_argument("--clips", type=int, default=8)
     parser.add_argument("--seconds", type=float, default=30.0)
@@ -143,7 +168,10 @@ def main() -> None:
         lanes = LANES.get(jax.default_backend(), 1)
         stream = SoundStream(SoundStreamConfig())
         studio = Studio(
-            MusicLM(MusicLMConfig(), lanes=lanes), SoundStorm(SoundStormConfig()), stream, MuLan(MuLanConfig())
+            MusicLM(MusicLMConfig(), lanes=lanes),
+            SoundStorm(SoundStormConfig()),
+            stream,
+            MuLan(MuLanConfig()),
         )
     joint, storm = studio.mulan.config, studio.soundstorm.config
     wav = jnp.zeros((1, studio.sample_rate_hz))
@@ -152,12 +180,15 @@ def main() -> None:
     frozen = {
         "mulan": random_weights(lambda key: studio.mulan.init(key, wav, text[:1])),
         "soundstream": random_weights(lambda key: studio.soundstream.init(key, wav, key)),
-        "soundstorm": random_weights(lambda key: studio.soundstorm.init(key, codes, codes > 0, storm.coarse_levels)),
+        "soundstorm": random_weights(
+            lambda key: studio.soundstorm.init(key, codes, codes > 0, storm.coarse_levels)
+        ),
     }
     mesh = sharding.make_mesh()
     side = 8192 if asked.size == "base" else 512
     print(
-        f"{jax.devices()[0].device_kind}, jax {jax.__version__}: {asked.clips} clips of {asked.seconds:g} s", flush=True
+        f"{jax.devices()[0].device_kind}, jax {jax.__version__}: {asked.clips} clips of {asked.seconds:g} s",
+        flush=True,
     )
 
     runs = {}
@@ -194,7 +225,9 @@ def main() -> None:
                 jax.block_until_ready(run.step())
             found.append(limits(side))
     products, copying = (max(column) for column in zip(*found, strict=True))
-    print(f"this machine: {products / 1e12:.0f} TFLOP/s of bfloat16 products, {copying / 1e9:.0f} GB/s by a copy\n")
+    print(
+        f"this machine: {products / 1e12:.0f} TFLOP/s of bfloat16 products, {copying / 1e9:.0f} GB/s by a copy\n"
+    )
     print(
         f"| function | dtype | median s of {asked.turns} | matrix s | memory s | ratio to the higher | compiled in s |"
     )
@@ -204,7 +237,9 @@ def main() -> None:
         medians = {name: float(np.median(times)) for name, times in run.took.items()}
         for name, took in medians.items():
             matrix = run.work[name] / products
-            memory = run.weights_read(studio.musiclm.config, frames) / copying if name == "draw" else 0.0
+            memory = (
+                run.weights_read(studio.musiclm.config, frames) / copying if name == "draw" else 0.0
+            )
             limit = max(matrix, memory)
             print(
                 f"| {name} | {dtype} | {took:.4f} | {matrix:.4f} | {f'{memory:.4f}' if memory else ''} | "

@@ -27,12 +27,20 @@ def tree():
 
 
 def assert_equal_bits(a, b):
-    jax.tree.map(lambda x, y: np.testing.assert_array_equal(np.asarray(x).tobytes(), np.asarray(y).tobytes()), a, b)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_array_equal(
+            np.asarray(x).tobytes(), np.asarray(y).tobytes()
+        ),
+        a,
+        b,
+    )
     assert jax.tree.structure(a) == jax.tree.structure(b)
 
 
 def test_model_comes_back_with_config_hash_and_assets(tmp_path, tree):
-    config = MusicLMConfig(TransformerConfig(1, 8, 2, 8), TransformerConfig(1, 4, 1, 8), TokenLayout(5, 6, 2), 3, 4)
+    config = MusicLMConfig(
+        TransformerConfig(1, 8, 2, 8), TransformerConfig(1, 4, 1, 8), TokenLayout(5, 6, 2), 3, 4
+    )
     saved = checkpoint.save_model(tmp_path / "m", config, tree, {"words.txt": b"\x00hello"})
     model = checkpoint.load_model(tmp_path / "m", MusicLMConfig)
     assert_equal_bits(tree, model.variables)
@@ -95,11 +103,16 @@ def test_a_setting_is_described_by_what_it_holds(tmp_path, tree, monkeypatch):
     (tmp_path / "votes.jsonl").write_text("one vote\n")
     few = describe(tmp_path)
     (tmp_path / "votes.jsonl").write_text("one vote\nanother\n")
-    assert tmp_path.name != few != describe(tmp_path)  # a reward learned from more votes is another reward
+    assert (
+        tmp_path.name != few != describe(tmp_path)
+    )  # a reward learned from more votes is another reward
     assert describe(("score_clips/mine", "x" * 5000)) == ["score_clips/mine", "x" * 5000]
     assert describe("") == "" and describe(None) is None  # not the working directory
     assert checkpoint.describe({"layout": TokenLayout(5, 6, 2)})["layout"]["semantic_codes"] == 5
-    assert checkpoint.describe(["votes.jsonl", tmp_path / "m"]) == ["votes.jsonl", describe(str(tmp_path / "m"))]
+    assert checkpoint.describe(["votes.jsonl", tmp_path / "m"]) == [
+        "votes.jsonl",
+        describe(str(tmp_path / "m")),
+    ]
 
 
 def test_full_disk_is_said_before_anything_is_written(tmp_path, tree, monkeypatch):
@@ -134,7 +147,9 @@ def test_a_model_of_an_older_version_is_read(tmp_path, tree):
     saved = checkpoint.save_model(tmp_path, TokenLayout(), tree, {"words.txt": b"hello"})
     path = tmp_path / "model/manifest.json"
     manifest = json.loads(path.read_text())
-    path.write_text(json.dumps({name: manifest[name] for name in ("config", "hash", "assets")}, indent=1))
+    path.write_text(
+        json.dumps({name: manifest[name] for name in ("config", "hash", "assets")}, indent=1)
+    )
     assert checkpoint.model_hash(tmp_path) == saved
     assert checkpoint.load_model(tmp_path, TokenLayout).assets == {"words.txt": b"hello"}
 
@@ -144,7 +159,9 @@ def test_a_model_is_replaced_in_one_move(tmp_path, tree, monkeypatch):
     seen = []
 
     def watched(folder, *arguments, **keywords):
-        if checkpoint.has_model(tmp_path):  # whenever something is removed, what is called the model can be read
+        if checkpoint.has_model(
+            tmp_path
+        ):  # whenever something is removed, what is called the model can be read
             seen.append(checkpoint.load_model(tmp_path, TokenLayout).hash)
         remove(folder, *arguments, **keywords)
 

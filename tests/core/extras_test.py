@@ -15,7 +15,9 @@ def test_a_missing_package_is_named_with_commands_that_work(monkeypatch):
     with pytest.raises(ModuleNotFoundError) as error:
         extras.check("plan", "plan", "json", "no_such_module")
     words = str(error.value)
-    assert words.startswith("plan needs no_such_module: pip install --editable '.[plan]' in a checkout")
+    assert words.startswith(
+        "plan needs no_such_module: pip install --editable '.[plan]' in a checkout"
+    )
     assert "pip install 'WHEEL[plan]'" in words
 
 

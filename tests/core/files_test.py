@@ -52,7 +52,9 @@ def test_two_writers_of_a_file_do_not_share_what_is_half_written(tmp_path, monke
 
 
 def test_unfinished_work_of_dead_writers_is_removed_and_other_work_is_named(tmp_path, capsys):
-    old, young, finished = (tmp_path / name for name in ("incomplete.A_1.0.0", "incomplete.B_1.0.0", "1.0.0"))
+    old, young, finished = (
+        tmp_path / name for name in ("incomplete.A_1.0.0", "incomplete.B_1.0.0", "1.0.0")
+    )
     for path in (old, young, finished):
         path.mkdir()
         (path / "shard").write_bytes(b"data")
@@ -79,7 +81,9 @@ def test_caches_go_to_a_folder_of_our_own_where_home_is_read_only(tmp_path, monk
     files.provide_caches()
     folder = Path(variables["NUMBA_CACHE_DIR"])
     assert folder == tmp_path / f"musicrl-cache-{os.getuid()}/numba"
-    assert folder.parent.stat().st_mode & 0o777 == 0o700 and variables["MPLCONFIGDIR"] == "the user's"
+    assert (
+        folder.parent.stat().st_mode & 0o777 == 0o700 and variables["MPLCONFIGDIR"] == "the user's"
+    )
     # A folder that others can write to, or that is a link to elsewhere, is not taken: numba runs what it holds.
     folder.parent.chmod(0o777)
     for _ in range(2):
@@ -109,9 +113,13 @@ print("heard")
 def test_listening_works_where_home_and_the_environment_are_read_only(tmp_path, provided):
     """As in a container that runs as nobody: numba finds no other place, and without one it raises."""
     pytest.importorskip("librosa")
-    environment = {k: v for k, v in os.environ.items() if k not in (*files.CACHES, "XDG_CACHE_HOME")}
+    environment = {
+        k: v for k, v in os.environ.items() if k not in (*files.CACHES, "XDG_CACHE_HOME")
+    }
     environment |= {"HOME": "/proc/nobody", "TMPDIR": str(tmp_path)}
-    environment["NUMBA_CACHE_LOCATOR_CLASSES"] = "UserProvidedCacheLocator,UserWideCacheLocator"  # none beside librosa
+    environment["NUMBA_CACHE_LOCATOR_CLASSES"] = (
+        "UserProvidedCacheLocator,UserWideCacheLocator"  # none beside librosa
+    )
     command = [sys.executable, "-c", LISTEN, "provided" if provided else ""]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert ("heard" in done.stdout) == provided, done.stderr

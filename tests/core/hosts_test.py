@@ -67,7 +67,9 @@ while True:
 
 def process_of(code, ignored=()):
     """A process of its own that has joined and is ready; started with signals ignored, as by nohup, cron and `&`."""
-    ignore = "".join(f"import signal; signal.signal({int(number)}, signal.SIG_IGN)\n" for number in ignored)
+    ignore = "".join(
+        f"import signal; signal.signal({int(number)}, signal.SIG_IGN)\n" for number in ignored
+    )
     launch = "import os, sys; os.execv(sys.executable, [sys.executable, '-c', sys.argv[1]])"
     command = [sys.executable, "-c", ignore + launch, PRELUDE + code]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -75,7 +77,9 @@ def process_of(code, ignored=()):
     return process
 
 
-@pytest.mark.parametrize("ignored", [(), (signal.SIGINT, signal.SIGHUP)], ids=["", "behind nohup and &"])
+@pytest.mark.parametrize(
+    "ignored", [(), (signal.SIGINT, signal.SIGHUP)], ids=["", "behind nohup and &"]
+)
 @pytest.mark.parametrize(
     ("code", "said"),
     [(STEPS, "saved\n"), (ITEMS, ""), (IN_A_CALLBACK, "")],
@@ -117,7 +121,9 @@ def test_a_stop_is_put_off_where_a_training_loop_saves(monkeypatch):
 @pytest.mark.parametrize("count", [None, "1"])
 def test_a_lone_process_starts_no_coordination_service(monkeypatch, count):
     """Its heartbeat would end the process at a step of the wall clock, and there is nobody who waits for it."""
-    monkeypatch.setattr(hosts.jax.distributed, "initialize", lambda *_, **__: pytest.fail("a service was started"))
+    monkeypatch.setattr(
+        hosts.jax.distributed, "initialize", lambda *_, **__: pytest.fail("a service was started")
+    )
     for name, value in zip(hosts.ADDRESS, ("localhost:1", count, "0"), strict=True):
         if count:
             monkeypatch.setenv(name, value)
@@ -201,13 +207,20 @@ def test_all_hosts_hear_of_a_stop_and_leave_with_75_once_one_has_left(beats, mon
 
 def test_half_an_address_is_refused(monkeypatch):
     monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
-    with pytest.raises(ValueError, match="JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID belong together"):
+    with pytest.raises(
+        ValueError,
+        match="JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID belong together",
+    ):
         hosts.join()
 
 
 @pytest.mark.parametrize(
     ("processes", "message", "lost"),
-    [(2, "peer closed", True), (1, "peer closed", False), (2, "RESOURCE_EXHAUSTED: no memory", False)],
+    [
+        (2, "peer closed", True),
+        (1, "peer closed", False),
+        (2, "RESOURCE_EXHAUSTED: no memory", False),
+    ],
 )
 def test_what_counts_as_a_lost_host(monkeypatch, processes, message, lost):
     monkeypatch.setattr(hosts.jax, "process_count", lambda: processes)
@@ -249,14 +262,22 @@ def processes_of(code, count, folder, environment=None):
         address = f"localhost:{free.getsockname()[1]}"
     started = []
     for number in range(count):
-        who = dict(zip(hosts.ADDRESS, (address, f"{count}", f"{number}"), strict=True)) if count > 1 else {}
+        who = (
+            dict(zip(hosts.ADDRESS, (address, f"{count}", f"{number}"), strict=True))
+            if count > 1
+            else {}
+        )
         with (folder / f"{number}").open("w") as file:
             command = [sys.executable, "-c", PRELUDE + code]
             settings = {**os.environ, **(environment or {}), **who}
-            started.append(subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=settings))
+            started.append(
+                subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=settings)
+            )
     deadline = time.monotonic() + 120
     while not all("ready" in (folder / f"{number}").read_text() for number in range(count)):
-        assert time.monotonic() < deadline and not any(process.poll() for process in started), said(folder)
+        assert time.monotonic() < deadline and not any(process.poll() for process in started), said(
+            folder
+        )
         time.sleep(0.05)
     return started
 
@@ -278,7 +299,9 @@ def ended(processes, seconds):
 
 @pytest.mark.slow
 @pytest.mark.skipif(FAKETIME is None, reason="needs libfaketime: apt-get install libfaketime")
-@pytest.mark.parametrize(("code", "count"), [(WAITS, 1), (STEPS_TOGETHER, 2)], ids=["alone", "two hosts"])
+@pytest.mark.parametrize(
+    ("code", "count"), [(WAITS, 1), (STEPS_TOGETHER, 2)], ids=["alone", "two hosts"]
+)
 def test_a_step_of_the_wall_clock_ends_no_run(tmp_path, code, count):
     clock = tmp_path / "clock"
     clock.write_text("+0")
@@ -288,7 +311,9 @@ def test_a_step_of_the_wall_clock_ends_no_run(tmp_path, code, count):
         "FAKETIME_DONT_FAKE_MONOTONIC": "1",
         "FAKETIME_NO_CACHE": "1",
     }
-    code = code.replace("time.sleep(", "select.select([], [], [], ")  # libfaketime breaks the former
+    code = code.replace(
+        "time.sleep(", "select.select([], [], [], "
+    )  # libfaketime breaks the former
     processes = processes_of(code, count, tmp_path, faked)
     for step in ("-3600", "+60", "+3600", "+315360000", "+0"):
         (tmp_path / "next").write_text(step)
@@ -301,7 +326,9 @@ def test_a_step_of_the_wall_clock_ends_no_run(tmp_path, code, count):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("told", [0, 1])
-@pytest.mark.parametrize("code", [STEPS_TOGETHER, FIRST_ALONE, WAITS], ids=["steps", "work of the first", "loops"])
+@pytest.mark.parametrize(
+    "code", [STEPS_TOGETHER, FIRST_ALONE, WAITS], ids=["steps", "work of the first", "loops"]
+)
 def test_two_hosts_stop_together_whichever_is_told(tmp_path, code, told):
     processes = processes_of(code, 2, tmp_path)
     time.sleep(1)
@@ -315,7 +342,9 @@ def test_a_host_that_is_lost_ends_the_other_within_about_a_minute(tmp_path, gone
     processes = processes_of(STEPS_TOGETHER, 2, tmp_path)
     processes[gone].kill()
     status = ended(processes, 90)[1 - gone]
-    assert status in (hosts.LOST, -signal.SIGABRT), said(tmp_path)  # ours, or JAX's own where the first is gone
+    assert status in (hosts.LOST, -signal.SIGABRT), said(
+        tmp_path
+    )  # ours, or JAX's own where the first is gone
 
 
 @pytest.mark.slow

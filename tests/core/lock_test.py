@@ -61,7 +61,10 @@ def test_a_second_process_is_refused_with_who_the_first_is(tmp_path):
             with pytest.raises(ValueError, match=refused) as error, lock.locked(folder):
                 pass
             assert before <= str(error.value).split("since ")[1][: len(before)] <= lock._now()
-            with lock.locked(folder, "another"), lock.locked(tmp_path):  # other things are others' locks
+            with (
+                lock.locked(folder, "another"),
+                lock.locked(tmp_path),
+            ):  # other things are others' locks
                 pass
         finally:
             process.kill()
@@ -92,7 +95,9 @@ def test_a_lock_of_a_recycled_process_number_is_taken_over(tmp_path):
     with lock.locked(tmp_path):
         marker, about = ((tmp_path / f".musicrl.lock{end}").read_text() for end in ("", ".json"))
     start = next(line for line in marker.splitlines() if line.startswith("start="))
-    earlier = marker.replace(start, f"start={int(start[6:]) - 1}")  # this process's number, an earlier start
+    earlier = marker.replace(
+        start, f"start={int(start[6:]) - 1}"
+    )  # this process's number, an earlier start
     (tmp_path / ".musicrl.lock").write_text(earlier)
     (tmp_path / ".musicrl.lock.json").write_text(about)
     with lock.locked(tmp_path):
@@ -104,7 +109,9 @@ def test_of_a_process_on_another_host_a_touch_is_waited_for(tmp_path, monkeypatc
     monkeypatch.setattr(lock, "LEASE_SECONDS", 0.4)
     monkeypatch.setattr(lock, "POLL_SECONDS", 0.05)
     path = tmp_path / ".musicrl.lock"
-    owner = filelock.SoftFileLease(path, lease_duration=0.4, heartbeat_interval=0.1 if alive else 0.39)
+    owner = filelock.SoftFileLease(
+        path, lease_duration=0.4, heartbeat_interval=0.1 if alive else 0.39
+    )
     owner.acquire()
     path.write_text(path.read_text().replace("host=", "host=far-"))
     about = {"machine": "far", "host": "far", "process": os.getpid(), "since": "yesterday"}
@@ -120,7 +127,9 @@ def test_of_a_process_on_another_host_a_touch_is_waited_for(tmp_path, monkeypatc
         owner.release()
     else:
         with lock.locked(tmp_path):
-            assert json.loads((tmp_path / ".musicrl.lock.json").read_text())["process"] == os.getpid()
+            assert (
+                json.loads((tmp_path / ".musicrl.lock.json").read_text())["process"] == os.getpid()
+            )
     assert f"locked by process {os.getpid()} on host far" in capsys.readouterr().out
 
 

@@ -65,9 +65,17 @@ def test_a_damaged_file_is_set_aside_and_its_good_lines_are_kept(tmp_path, damag
 
 def test_steps_that_stand_twice_and_a_line_that_is_cut_off_are_no_damage(tmp_path, capsys):
     path = tmp_path / "metrics.jsonl"
-    path.write_text("\n".join([*GOOD[:2], '{"step": 1, "loss": 7.0}', '{"step": 1, "kl": 3.0}', '{"step": 2, "lo']))
+    path.write_text(
+        "\n".join(
+            [*GOOD[:2], '{"step": 1, "loss": 7.0}', '{"step": 1, "kl": 3.0}', '{"step": 2, "lo']
+        )
+    )
     MetricWriter(tmp_path, start_step=2).close()
-    assert lines(tmp_path) == [{"step": 0, "loss": 1.0}, {"step": 1, "loss": 7.0}, {"step": 1, "kl": 3.0}]
+    assert lines(tmp_path) == [
+        {"step": 0, "loss": 1.0},
+        {"step": 1, "loss": 7.0},
+        {"step": 1, "kl": 3.0},
+    ]
     assert not list(tmp_path.glob("*.damaged")) and not capsys.readouterr().out
 
 

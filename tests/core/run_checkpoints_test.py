@@ -30,7 +30,10 @@ def state(step):
     """A state of several kinds of arrays, another one at each step."""
     key = jax.random.fold_in(jax.random.key(0), step)
     return {
-        "policy": {"w": jax.random.normal(key, (6, 4)), "half": jnp.full(5, step, jnp.bfloat16) / 3},
+        "policy": {
+            "w": jax.random.normal(key, (6, 4)),
+            "half": jnp.full(5, step, jnp.bfloat16) / 3,
+        },
         "value": (jnp.zeros((), jnp.float32), jnp.arange(3) + step),
         "key": key,
         "step": jnp.int32(step),
@@ -141,7 +144,11 @@ def add(path):
         ("state/_METADATA", add, "state/more does not belong to it"),
         ("manifest.json", cut, "manifest.json does not have the digest"),
         ("manifest.json", lambda path: path.write_bytes(b""), "manifest.json is not JSON"),
-        ("manifest.json", lambda path: path.write_text("{}"), "manifest.json does not have the digest"),
+        (
+            "manifest.json",
+            lambda path: path.write_text("{}"),
+            "manifest.json does not have the digest",
+        ),
     ],
 )
 def test_what_is_wrong_is_said_and_the_run_goes_on(folder, capfd, name, harm, told):
@@ -179,7 +186,10 @@ def test_a_manifest_without_a_field_is_damaged(folder, field, capsys):
     step, run = opened(folder)
     run.close()
     assert (step, run.steps()) == (1, [1])
-    assert f"is damaged: manifest.json: {field} is missing; set aside as 2.damaged" in capsys.readouterr().out
+    assert (
+        f"is damaged: manifest.json: {field} is missing; set aside as 2.damaged"
+        in capsys.readouterr().out
+    )
 
 
 def test_a_leftover_without_a_manifest_is_removed(folder, capsys):
@@ -200,7 +210,9 @@ def test_the_newest_are_kept(tmp_path):
         RunCheckpoints(tmp_path, IDENTITY, keep=0)
 
 
-def test_saving_does_not_wait_and_the_old_step_stays_until_the_new_one_is_whole(tmp_path, monkeypatch):
+def test_saving_does_not_wait_and_the_old_step_stays_until_the_new_one_is_whole(
+    tmp_path, monkeypatch
+):
     go_on, inner = threading.Event(), run_checkpoints.described_files
 
     def slow(folder):
@@ -300,7 +312,8 @@ def test_another_run_is_refused_and_nothing_of_this_one_is_touched(folder):
 
 def test_a_run_of_another_size_names_the_field_and_binds_nobody_before_its_first_state(tmp_path):
     identity, other = (
-        {"model": dataclasses.asdict(layout)} for layout in (TokenLayout(), TokenLayout(semantic_codes=8))
+        {"model": dataclasses.asdict(layout)}
+        for layout in (TokenLayout(), TokenLayout(semantic_codes=8))
     )
     RunCheckpoints(tmp_path, other).close()
     run = RunCheckpoints(tmp_path, identity)
@@ -369,7 +382,10 @@ def test_an_error_in_the_background_is_raised_at_the_next_call(folder, monkeypat
         with monkeypatch.context() as patch:
             patch.setattr(run_checkpoints, "described_files", broken)
             run.save(3, state(3))
-            with pytest.raises(OSError, match=r"step 3 cannot be saved in .*: Input/output error; .*that of step 2\."):
+            with pytest.raises(
+                OSError,
+                match=r"step 3 cannot be saved in .*: Input/output error; .*that of step 2\.",
+            ):
                 run.save(4, state(4)) if then == "save" else run.close()
         run.close()
         assert run.steps() == [1, 2]
@@ -386,7 +402,9 @@ def test_an_error_in_the_background_is_raised_at_the_next_call(folder, monkeypat
 def small_disk(tmp_path):
     path = tmp_path / "disk"
     path.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", path], capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", path], capture_output=True
+    ).returncode:
         pytest.skip("no file system can be mounted here")
     yield path
     subprocess.run(["umount", path], check=True)
@@ -406,7 +424,9 @@ def test_a_disk_that_fills_up_leaves_the_last_step(small_disk, monkeypatch, capf
         patch.setattr(run_checkpoints.shutil, "disk_usage", lambda _: SimpleNamespace(free=1 << 40))
         run.save(2, {"x": jax.random.normal(jax.random.key(1), (1 << 20,))})
         patch.setattr(run_checkpoints.shutil, "disk_usage", usage)
-        with pytest.raises(OSError, match=r"step 2 .* in .*: No space left on device; 5 MB needed, .* step 1\."):
+        with pytest.raises(
+            OSError, match=r"step 2 .* in .*: No space left on device; 5 MB needed, .* step 1\."
+        ):
             run.close()
     assert not capfd.readouterr().err  # one error, not what is below it as well
     run = RunCheckpoints(small_disk, IDENTITY)
@@ -419,7 +439,9 @@ def test_a_disk_that_fills_up_leaves_the_last_step(small_disk, monkeypatch, capf
 
 def test_a_folder_that_cannot_be_written_to_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match=r"file/run/checkpoints cannot be written to: Not a directory; mend"):
+    with pytest.raises(
+        OSError, match=r"file/run/checkpoints cannot be written to: Not a directory; mend"
+    ):
         RunCheckpoints(tmp_path / "file/run", IDENTITY)
 
 
@@ -427,7 +449,9 @@ def test_a_folder_that_is_gone_is_named(folder):
     run = RunCheckpoints(folder, IDENTITY)
     assert run.latest_step() == 2
     shutil.move(folder, folder.with_name("elsewhere"))
-    with pytest.raises(OSError, match=r"checkpoints cannot be written to: No such file .* that of step 2\."):
+    with pytest.raises(
+        OSError, match=r"checkpoints cannot be written to: No such file .* that of step 2\."
+    ):
         run.save(3, state(3))
     run.close()
     assert not folder.exists()
@@ -446,9 +470,11 @@ while True:
 
 
 def test_a_killed_run_goes_on_from_a_whole_step(tmp_path, processes):
-    """kill -9 at any time: of the steps whose save has begun, the newest or the one before is whole."""
+    """Kill -9 at any time: of the steps whose save has begun, the newest or the one before is whole."""
     random = np.random.default_rng(0)
-    paths = os.pathsep.join(str(path) for path in (Path(__file__).parent, Path(__file__).parents[2]))
+    paths = os.pathsep.join(
+        str(path) for path in (Path(__file__).parent, Path(__file__).parents[2])
+    )
     settings = {"env": {**os.environ, "PYTHONPATH": paths}, "stdout": subprocess.PIPE, "text": True}
     before = 0
     for _ in range(4):

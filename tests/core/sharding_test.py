@@ -26,14 +26,19 @@ def test_weights_are_whole_but_for_tensor_while_clips_are_drawn():
 @pytest.mark.parametrize(("fsdp", "tensor"), [(1, 1), (2, 1), (2, 2), (1, 8)])
 def test_every_row_of_a_batch_lies_where_its_number_says(fsdp, tensor):
     mesh = sharding.make_mesh(fsdp, tensor)
-    batch = {"x": np.arange(16 * 3).reshape(16, 3).astype(np.float32), "id": np.array(["t"] * 16, object)}
+    batch = {
+        "x": np.arange(16 * 3).reshape(16, 3).astype(np.float32),
+        "id": np.array(["t"] * 16, object),
+    }
     whole = sharding.put_batch(mesh, batch)
     assert set(whole) == {"x"}
     np.testing.assert_array_equal(whole["x"], batch["x"])
     rows = sharding.own_rows(mesh, 16)  # one process: all
     np.testing.assert_array_equal(rows, np.arange(16))
     own = sharding.put_batch(mesh, {"x": batch["x"][rows]}, 16)
-    assert own["x"].sharding == whole["x"].sharding and own["x"].sharding.spec == PartitionSpec(("data", "fsdp"))
+    assert own["x"].sharding == whole["x"].sharding and own["x"].sharding.spec == PartitionSpec(
+        ("data", "fsdp")
+    )
     for piece in own["x"].addressable_shards:
         np.testing.assert_array_equal(piece.data, batch["x"][piece.index])
     with pytest.raises(ValueError, match=r"batch_size=7 must be a multiple of the \d data shards"):
@@ -77,11 +82,17 @@ def test_a_host_of_several_puts_the_rows_that_it_has(monkeypatch):
 
 def test_large_weights_without_names_are_split_over_fsdp():
     mesh = sharding.make_mesh(4, 1)
-    tree = {"large": np.zeros((3, 512, 256), np.float32), "odd": np.zeros((301, 303), np.float32), "small": np.zeros(8)}
+    tree = {
+        "large": np.zeros((3, 512, 256), np.float32),
+        "odd": np.zeros((301, 303), np.float32),
+        "small": np.zeros(8),
+    }
     found = sharding.spread(mesh, tree)
     assert found["large"].spec == PartitionSpec(None, "fsdp")
     assert found["odd"].is_fully_replicated and found["small"].is_fully_replicated
     placed = sharding.put(tree, found)
     assert placed["large"].addressable_shards[0].data.shape == (3, 128, 256)
     jax.tree.map(np.testing.assert_array_equal, sharding.fetch(placed), tree)
-    assert all(sharding.spread(sharding.make_mesh(1, 1), tree)[name].is_fully_replicated for name in tree)
+    assert all(
+        sharding.spread(sharding.make_mesh(1, 1), tree)[name].is_fully_replicated for name in tree
+    )

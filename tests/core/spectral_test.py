@@ -16,7 +16,9 @@ def test_filterbank_equals_librosa(rate, n_fft, n_mels):
 
 def test_filterbank_with_edges_equals_librosa():
     expected = librosa.filters.mel(sr=16000, n_fft=512, n_mels=20, fmin=300.0, fmax=5000.0).T
-    np.testing.assert_allclose(spectral.mel_filterbank(16000, 512, 20, 300.0, 5000.0), expected, atol=1e-8)
+    np.testing.assert_allclose(
+        spectral.mel_filterbank(16000, 512, 20, 300.0, 5000.0), expected, atol=1e-8
+    )
 
 
 @pytest.mark.parametrize(("window", "hop"), [(1024, 320), (64, 16), (240, 240)])
@@ -31,7 +33,9 @@ def test_magnitude_equals_scipy(window, hop):
     # SciPy's slice p is centred on p * hop; ours starts at s * hop: compare by moving the signal.
     shifted = np.pad(padded, ((0, 0), (first * hop - window // 2, 0)))
     expected = np.abs(transform.stft(shifted, p0=first, p1=first + 3000 // hop)).transpose(0, 2, 1)
-    np.testing.assert_allclose(spectral.stft_magnitude(jnp.asarray(wav), window, hop), expected, atol=3e-5)
+    np.testing.assert_allclose(
+        spectral.stft_magnitude(jnp.asarray(wav), window, hop), expected, atol=3e-5
+    )
 
 
 def test_log_mel_equals_librosa_and_has_one_frame_a_hop():

@@ -34,7 +34,9 @@ def test_values_of_a_cluster_are_drawn_together():
     assert tenfold == pytest.approx(once, rel=1e-12)
     alone = mean_interval(np.repeat(values, 10))
     assert alone["high"] - alone["low"] < 0.4 * (once["high"] - once["low"])
-    uneven = mean_interval(np.asarray([1.0, 1.0, 1.0, 5.0]), clusters=np.asarray([0, 0, 0, 1]), least=2)
+    uneven = mean_interval(
+        np.asarray([1.0, 1.0, 1.0, 5.0]), clusters=np.asarray([0, 0, 0, 1]), least=2
+    )
     assert uneven == {"mean": 2.0, "low": 1.0, "high": 5.0}
 
 
@@ -58,7 +60,9 @@ def test_an_interval_of_a_rate_covers_the_truth_as_often_as_it_says(of_prompt, o
         rng = np.random.default_rng(seed)
         prompts = np.repeat(np.arange(60), 4)
         listeners = rng.integers(30, size=240)
-        edge = of_prompt * rng.normal(size=60)[prompts] + of_listener * rng.normal(size=30)[listeners]
+        edge = (
+            of_prompt * rng.normal(size=60)[prompts] + of_listener * rng.normal(size=30)[listeners]
+        )
         felt = edge + rng.logistic(size=240)
         win, loss = felt > 0.3, felt < -0.3
         found = ratio_interval(win, win | loss, prompts, listeners)
@@ -70,8 +74,12 @@ def test_a_rate_of_all_or_nothing_is_not_certain():
     """Ten prompts that all won: the rule of three."""
     prompts, raters = np.repeat(np.arange(10), 3), np.tile(np.arange(3), 10)
     wins = np.ones(30, bool)
-    assert ratio_interval(wins, wins, prompts, raters) == pytest.approx({"mean": 1, "low": 0.7, "high": 1})
-    assert ratio_interval(~wins, wins, prompts, raters) == pytest.approx({"mean": 0, "low": 0, "high": 0.3})
+    assert ratio_interval(wins, wins, prompts, raters) == pytest.approx(
+        {"mean": 1, "low": 0.7, "high": 1}
+    )
+    assert ratio_interval(~wins, wins, prompts, raters) == pytest.approx(
+        {"mean": 0, "low": 0, "high": 0.3}
+    )
 
 
 def test_a_rate_of_nothing_is_unknown():
@@ -86,7 +94,11 @@ def test_of_too_few_things_there_is_no_figure():
     """Clusters count, however many values each has; the words and the figure are printed alike."""
     values, pieces = np.arange(70.0), np.repeat(np.arange(7), 10)
     few = mean_interval(values, clusters=pieces)
-    assert few == ratio_interval(values, np.ones(70), pieces, np.arange(70)) == {"too_small": "n too small (7 < 8)"}
+    assert (
+        few
+        == ratio_interval(values, np.ones(70), pieces, np.arange(70))
+        == {"too_small": "n too small (7 < 8)"}
+    )
     assert printed(few) == too_small(7, LEAST_INTERVAL) == "n too small (7 < 8)"
     enough = mean_interval(values[:8])
     assert enough["mean"] == 3.5 and too_small(8, LEAST_INTERVAL) == ""
@@ -95,7 +107,10 @@ def test_of_too_few_things_there_is_no_figure():
 
 def test_frechet_distance_is_that_of_the_textbook():
     rng = np.random.default_rng(0)
-    first, second = rng.normal(size=(500, 6)), rng.normal(size=(400, 6)) @ rng.normal(size=(6, 6)) + 1
+    first, second = (
+        rng.normal(size=(500, 6)),
+        rng.normal(size=(400, 6)) @ rng.normal(size=(6, 6)) + 1,
+    )
     s1, s2 = np.cov(first, rowvar=False), np.cov(second, rowvar=False)
     cross = scipy.linalg.sqrtm(s1 @ s2).real
     expected = np.square(first.mean(0) - second.mean(0)).sum() + np.trace(s1 + s2 - 2 * cross)
@@ -105,6 +120,11 @@ def test_frechet_distance_is_that_of_the_textbook():
 
 def test_pairwise_distance_is_the_mean_over_pairs():
     points = np.random.default_rng(0).normal(size=(7, 3))
-    pairs = [np.sqrt(((a - b) ** 2).sum()) for i, a in enumerate(points) for j, b in enumerate(points) if i != j]
+    pairs = [
+        np.sqrt(((a - b) ** 2).sum())
+        for i, a in enumerate(points)
+        for j, b in enumerate(points)
+        if i != j
+    ]
     np.testing.assert_allclose(mean_pairwise_distance(points), np.mean(pairs))
     assert mean_pairwise_distance(np.ones((4, 3))) == 0.0

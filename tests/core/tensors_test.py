@@ -45,7 +45,11 @@ def test_all_safetensors_are_written_by_one_function():
     writers = set()
     for path in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("safetensors.numpy.save"):
+            if isinstance(node, ast.Call) and ast.unparse(node.func).startswith(
+                "safetensors.numpy.save"
+            ):
                 writers.add(path.relative_to(PACKAGE).as_posix())
-            assert not (isinstance(node, ast.ImportFrom) and str(node.module).startswith("safetensors")), path
+            assert not (
+                isinstance(node, ast.ImportFrom) and str(node.module).startswith("safetensors")
+            ), path
     assert writers == {"core/tensors.py"}

@@ -26,12 +26,20 @@ from data.audio_folder.audio_folder_dataset_builder import AudioFolderConfig, Bu
 
 RATE_HZ = 16000
 DATA_FILES = pathlib.Path(__file__).parents[1] / "data_files"
-FORMATS = {"wav": {}, "flac": {}, "ogg": {}, "mp3": {}, "opus": {"format": "OGG", "subtype": "OPUS"}}
+FORMATS = {
+    "wav": {},
+    "flac": {},
+    "ogg": {},
+    "mp3": {},
+    "opus": {"format": "OGG", "subtype": "OPUS"},
+}
 
 
 def _music(seconds: float, rate_hz: int = RATE_HZ) -> np.ndarray:
     time = np.arange(round(seconds * rate_hz)) / rate_hz
-    return sum(0.2 * np.sin(2 * np.pi * hertz * time) for hertz in (330, 440, 550)).astype(np.float32)
+    return sum(0.2 * np.sin(2 * np.pi * hertz * time) for hertz in (330, 440, 550)).astype(
+        np.float32
+    )
 
 
 def _write(path: pathlib.Path, samples: np.ndarray, rate_hz: int = RATE_HZ) -> pathlib.Path:
@@ -40,7 +48,11 @@ def _write(path: pathlib.Path, samples: np.ndarray, rate_hz: int = RATE_HZ) -> p
 
 
 def _build(
-    folder: pathlib.Path, table: str = "captions.jsonl", inside: str = "", seconds: float = 1, **settings
+    folder: pathlib.Path,
+    table: str = "captions.jsonl",
+    inside: str = "",
+    seconds: float = 1,
+    **settings,
 ) -> Builder:
     config = AudioFolderConfig(
         name="mine",
@@ -62,7 +74,10 @@ def _say(folder: pathlib.Path, *files: str) -> None:
 
 def _examples(builder: Builder) -> list[dict]:
     source = tfds.builder_from_directory(builder.data_dir).as_data_source()
-    return sorted((example for split in source for example in source[split]), key=lambda example: example["id"])
+    return sorted(
+        (example for split in source for example in source[split]),
+        key=lambda example: example["id"],
+    )
 
 
 def _skipped(builder: Builder) -> dict:
@@ -74,7 +89,9 @@ def _clips(path: pathlib.Path, seconds: float = 1.0) -> list[np.ndarray]:
     return list(recordings.read_clips(path, seconds, RATE_HZ, peak))
 
 
-@pytest.mark.parametrize(("ending", "floor_db"), [("wav", 70), ("flac", 70), ("ogg", 20), ("mp3", 20), ("opus", 15)])
+@pytest.mark.parametrize(
+    ("ending", "floor_db"), [("wav", 70), ("flac", 70), ("ogg", 20), ("mp3", 20), ("opus", 15)]
+)
 def test_every_format_gives_the_samples_that_were_written(tmp_path, ending, floor_db):
     rate_hz = 48000 if ending == "opus" else RATE_HZ
     left = _music(2.0, rate_hz)
@@ -96,7 +113,12 @@ def _seconds(path: pathlib.Path) -> float:
 
 @pytest.mark.parametrize(
     ("name", "seconds"),
-    [("vbr_piped.mp3", 8.034), ("cbr_piped.mp3", 8.034), ("info_counts_itself.mp3", 8.0), ("piped.flac", 3.0)],
+    [
+        ("vbr_piped.mp3", 8.034),
+        ("cbr_piped.mp3", 8.034),
+        ("info_counts_itself.mp3", 8.0),
+        ("piped.flac", 3.0),
+    ],
 )
 def test_a_length_that_a_header_estimates_or_leaves_open_is_no_claim(name, seconds):
     path = DATA_FILES / name
@@ -104,23 +126,40 @@ def test_a_length_that_a_header_estimates_or_leaves_open_is_no_claim(name, secon
     assert len(_clips(path)) == int(seconds)
 
 
-@pytest.mark.parametrize("tail", ["ID3v1", "APEv2", "APEv2 and ID3v1", "Lyrics3 and ID3v1", "zeros", "text"])
-@pytest.mark.parametrize("name", ["vbr_piped.mp3", "info_counts_itself.mp3", "flac", "ogg", "opus", "wav"])
+@pytest.mark.parametrize(
+    "tail", ["ID3v1", "APEv2", "APEv2 and ID3v1", "Lyrics3 and ID3v1", "zeros", "text"]
+)
+@pytest.mark.parametrize(
+    "name", ["vbr_piped.mp3", "info_counts_itself.mp3", "flac", "ogg", "opus", "wav"]
+)
 def test_a_tag_behind_the_sound_is_not_sound(tmp_path, name, tail):
     """The sound in front is whole, sample by sample."""
     path = DATA_FILES / name
     if not path.exists():
         path = _write(tmp_path / f"a.{name}", _music(2.0))
     ape = struct.pack("<8sIIIQ", b"APETAGEX", 2000, 72, 1, 0)[:-8]
-    ape = ape + struct.pack("<IQ", 0xA0000000, 0) + b"\xff\xfb\x90\x40" * 10 + ape + struct.pack("<IQ", 0x80000000, 0)
+    ape = (
+        ape
+        + struct.pack("<IQ", 0xA0000000, 0)
+        + b"\xff\xfb\x90\x40" * 10
+        + ape
+        + struct.pack("<IQ", 0x80000000, 0)
+    )
     id3 = b"TAG" + b"\xff\xfb\x90" * 41 + b"xx"
     assert len(ape) == 104 and len(id3) == 128
     lyrics = b"LYRICSBEGIN" + b"IND0000210" + b"000021LYRICS200"
-    tails = {"ID3v1": id3, "APEv2": ape, "APEv2 and ID3v1": ape + id3, "Lyrics3 and ID3v1": lyrics + id3}
+    tails = {
+        "ID3v1": id3,
+        "APEv2": ape,
+        "APEv2 and ID3v1": ape + id3,
+        "Lyrics3 and ID3v1": lyrics + id3,
+    }
     tails |= {"zeros": bytes(4000), "text": b"not a sound " * 333}
     tagged = tmp_path / f"tagged{path.suffix}"
     tagged.write_bytes(path.read_bytes() + tails[tail])
-    there, wanted = (np.concatenate(list(recordings._blocks(each, RATE_HZ))) for each in (tagged, path))
+    there, wanted = (
+        np.concatenate(list(recordings._blocks(each, RATE_HZ))) for each in (tagged, path)
+    )
     np.testing.assert_array_equal(there, wanted)
 
 
@@ -137,11 +176,17 @@ def test_files_that_were_joined_are_read_to_the_end(tmp_path, names):
     parts = []
     for number, name in enumerate(names):
         path = DATA_FILES / name
-        parts.append(path if path.exists() else _write(tmp_path / f"{number}.{name}", (number + 1) / 4 * _music(2.0)))
+        parts.append(
+            path
+            if path.exists()
+            else _write(tmp_path / f"{number}.{name}", (number + 1) / 4 * _music(2.0))
+        )
     joined = tmp_path / f"joined{parts[0].suffix}"
     joined.write_bytes(b"".join(part.read_bytes() for part in parts))
     there = np.concatenate(list(recordings._blocks(joined, RATE_HZ)))
-    wanted = np.concatenate([block for part in parts for block in recordings._blocks(part, RATE_HZ)])
+    wanted = np.concatenate(
+        [block for part in parts for block in recordings._blocks(part, RATE_HZ)]
+    )
     if names[0] == "vbr_piped.mp3":  # the last one has no Info frame, and so goes on in the second
         assert len(there) / RATE_HZ == pytest.approx(len(wanted) / RATE_HZ, abs=0.1)
     else:
@@ -152,12 +197,16 @@ def test_links_of_a_chain_may_have_other_rates(tmp_path):
     """The first is that of a recorder at 8 kHz stereo, the second one at 44.1 kHz mono."""
     soundfile.write(tmp_path / "a.ogg", np.stack([_music(2.0, 8000)] * 2, axis=1), 8000)
     _write(tmp_path / "b.ogg", _music(3.0, 44100), 44100)
-    (tmp_path / "c.ogg").write_bytes((tmp_path / "a.ogg").read_bytes() + (tmp_path / "b.ogg").read_bytes())
+    (tmp_path / "c.ogg").write_bytes(
+        (tmp_path / "a.ogg").read_bytes() + (tmp_path / "b.ogg").read_bytes()
+    )
     assert _seconds(tmp_path / "c.ogg") == pytest.approx(5.0, abs=0.01)
 
 
 @pytest.mark.parametrize(
-    "size", [0, 0x7FFFF000, 0x7FFFFFFF, 0x7FFFFFDB, 0x80000000, 0xFFFFFFFF, 0xFFFFFFDB, 64044], ids=hex
+    "size",
+    [0, 0x7FFFF000, 0x7FFFFFFF, 0x7FFFFFDB, 0x80000000, 0xFFFFFFFF, 0xFFFFFFDB, 64044],
+    ids=hex,
 )
 @pytest.mark.parametrize("channels", [1, 2])
 def test_a_wav_of_unknown_length_is_read_to_its_end(tmp_path, size, channels):
@@ -206,7 +255,9 @@ def test_a_recorder_that_died_leaves_what_it_wrote(tmp_path):
     whole = (DATA_FILES / "cbr_piped.mp3").read_bytes()
     (tmp_path / "a.mp3").write_bytes(whole[: len(whole) // 2])
     assert _seconds(tmp_path / "a.mp3") == pytest.approx(4.0, abs=0.06)
-    whole = _write(tmp_path / "b.ogg", 0.1 * np.random.default_rng(0).standard_normal(20 * RATE_HZ)).read_bytes()
+    whole = _write(
+        tmp_path / "b.ogg", 0.1 * np.random.default_rng(0).standard_normal(20 * RATE_HZ)
+    ).read_bytes()
     (tmp_path / "a.ogg").write_bytes(whole[: whole.index(b"OggS", len(whole) // 2)])
     assert 9 < _seconds(tmp_path / "a.ogg") < 12
 
@@ -215,13 +266,23 @@ def test_a_recorder_that_died_leaves_what_it_wrote(tmp_path):
 def test_any_odd_bytes_are_read_or_refused(tmp_path, ending):
     """Sixty changes of a file's bytes: no other error than Unusable."""
     whole, rng = _write(tmp_path / f"a.{ending}", _music(0.5)).read_bytes(), random.Random(0)
-    marks = (b"ID3\x04\0\0\x7f\x7f\x7f\x7f", b"APETAGEX", b"TAG", b"OggS", b"fLaC\0\0\0\x22", b"RIFF", b"Xing")
+    marks = (
+        b"ID3\x04\0\0\x7f\x7f\x7f\x7f",
+        b"APETAGEX",
+        b"TAG",
+        b"OggS",
+        b"fLaC\0\0\0\x22",
+        b"RIFF",
+        b"Xing",
+    )
     for _ in range(60):
         content = bytearray(whole)
         for _ in range(rng.choice((1, 3, 20))):
             at = rng.randrange(1 + min(len(content), rng.choice((100, len(content)))))
             stop = at + rng.choice((0, 1, 8, 2000))
-            content[at:stop] = rng.choice((*marks, b"", bytes(8), b"\xff" * 8, bytes([rng.randrange(256)])))
+            content[at:stop] = rng.choice(
+                (*marks, b"", bytes(8), b"\xff" * 8, bytes([rng.randrange(256)]))
+            )
         (tmp_path / f"b.{ending}").write_bytes(bytes(content or b"x"))
         with contextlib.suppress(streams.Unusable):
             assert _seconds(tmp_path / f"b.{ending}") > 0
@@ -237,7 +298,9 @@ def test_clips_do_not_overlap_and_the_tail_is_dropped(tmp_path):
 def test_a_file_just_short_of_a_clip_is_repeated(tmp_path):
     samples = np.linspace(-0.5, 0.5, round(0.96 * RATE_HZ))
     (clip,) = _clips(_write(tmp_path / "a.wav", samples))
-    np.testing.assert_allclose(clip / 32767, np.concatenate([samples, samples[: len(clip) - len(samples)]]), atol=1e-4)
+    np.testing.assert_allclose(
+        clip / 32767, np.concatenate([samples, samples[: len(clip) - len(samples)]]), atol=1e-4
+    )
 
 
 def test_samples_beyond_full_scale_are_turned_down(tmp_path):
@@ -255,12 +318,17 @@ def test_a_folder_is_built_and_read(tmp_path):
     (tmp_path / "captions.csv").write_text("file,caption,id\n" + rows)
     builder = _build(tmp_path, "captions.csv")
     examples = _examples(builder)
-    assert [example["id"].decode() for example in examples] == [f"song-{n}-{k:04d}" for n in range(6) for k in (0, 1)]
+    assert [example["id"].decode() for example in examples] == [
+        f"song-{n}-{k:04d}" for n in range(6) for k in (0, 1)
+    ]
     for number, example in enumerate(examples):
         assert example["caption"].decode() == f"caption, with a comma: {number // 2}.wav"
         loudest = (number // 2 + 1) / 10 * _music(1.0).max() * 32767
         assert np.abs(example["audio"]).max() == pytest.approx(loudest, rel=0.02)
-        assert json.loads(example["attributes"]) == {"file": f"{number // 2}.wav", "start_seconds": float(number % 2)}
+        assert json.loads(example["attributes"]) == {
+            "file": f"{number // 2}.wav",
+            "start_seconds": float(number % 2),
+        }
     assert set(builder.info.splits) == {"train", "validation", "test"}
     assert _skipped(builder) == {}
 
@@ -270,7 +338,8 @@ def _counts(splits: dict[str, str]) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("count", "least", "most"), [(3, 1, 1), (9, 1, 1), (19, 1, 1), (20, 2, 2), (40, 4, 4), (79, 7, 7), (200, 8, 20)]
+    ("count", "least", "most"),
+    [(3, 1, 1), (9, 1, 1), (19, 1, 1), (20, 2, 2), (40, 4, 4), (79, 7, 7), (200, 8, 20)],
 )
 def test_splits_of_few_recordings_go_by_count(count, least, most):
     for start in range(0, 3000, 150):
@@ -302,7 +371,9 @@ def test_too_few_recordings_are_refused_with_the_number_that_is_needed(tmp_path)
         _write(tmp_path / file, _music(1.0) * (1 if file == "a.wav" else 0.5))
     (tmp_path / "copy.wav").write_bytes((tmp_path / "a.wav").read_bytes())
     _say(tmp_path, "a.wav", "b.wav", "copy.wav")
-    with pytest.raises(ValueError, match="audio_folder/mine: 2 recordings can be used, and 3 are needed"):
+    with pytest.raises(
+        ValueError, match="audio_folder/mine: 2 recordings can be used, and 3 are needed"
+    ):
         _build(tmp_path)
 
 
@@ -314,7 +385,12 @@ def test_clips_of_one_recording_do_not_straddle_splits(tmp_path):
     rows = []
     for number in range(4):
         shutil.copy(tmp_path / f"{number}.wav", tmp_path / f"copy of {number}.wav")
-        for file in (f"{number}.wav", f"./{number}.wav", f"x/../{number}.wav", f"copy of {number}.wav"):
+        for file in (
+            f"{number}.wav",
+            f"./{number}.wav",
+            f"x/../{number}.wav",
+            f"copy of {number}.wav",
+        ):
             rows.append({"file": file, "caption": f"this is {number}"})
     rows.append({"file": "link.wav", "caption": "this is 0"})
     (tmp_path / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -350,12 +426,15 @@ def _at_once(path: pathlib.Path, rate_hz: int) -> np.ndarray:
     """What the clips of a file should be, one after the other: the file read, mixed, resampled and scaled whole."""
     samples, file_rate_hz = soundfile.read(path, dtype="float32", always_2d=True)
     whole = soxr.resample(samples.mean(axis=1), file_rate_hz, rate_hz)
-    return np.round(whole / max(np.float32(1.0), np.abs(whole).max(initial=0.0)) * 32767).astype(np.int16)
+    return np.round(whole / max(np.float32(1.0), np.abs(whole).max(initial=0.0)) * 32767).astype(
+        np.int16
+    )
 
 
 @hypothesis.settings(deadline=None, max_examples=60, database=None)
 @hypothesis.given(
-    rate_hz=st.sampled_from((8000, 11025, 16000, 22050, 44100, 48000, 96000)) | st.integers(1000, 200_000),
+    rate_hz=st.sampled_from((8000, 11025, 16000, 22050, 44100, 48000, 96000))
+    | st.integers(1000, 200_000),
     channels=st.integers(1, 8),
     subtype=st.sampled_from(("PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE", "ULAW")),
     seconds=st.floats(0.0, 1.0),
@@ -367,8 +446,12 @@ def test_any_wav_in_blocks_is_what_it_is_at_once(
     tmp_path_factory, rate_hz, channels, subtype, seconds, gain, block, seed
 ):
     path = tmp_path_factory.mktemp("any") / "a.wav"
-    samples = gain * np.random.default_rng(seed).uniform(-1, 1, (round(seconds * rate_hz), channels))
-    if subtype == "ULAW":  # has nothing above full scale, and libsndfile reads beyond its table when asked to write it
+    samples = gain * np.random.default_rng(seed).uniform(
+        -1, 1, (round(seconds * rate_hz), channels)
+    )
+    if (
+        subtype == "ULAW"
+    ):  # has nothing above full scale, and libsndfile reads beyond its table when asked to write it
         samples = samples.clip(-1, 1)
     soundfile.write(path, samples, rate_hz, subtype=subtype)
     with pytest.MonkeyPatch.context() as patch:
@@ -417,7 +500,9 @@ def test_a_long_file_is_not_held_in_memory(tmp_path, monkeypatch):
 def test_files_are_read_ahead_by_no_more_than_two_a_thread(monkeypatch):
     monkeypatch.setattr(joblib, "cpu_count", lambda: 2)
     started = []
-    results = audio_folder_dataset_builder._in_parallel(lambda n: started.append(n) or -n, range(100))
+    results = audio_folder_dataset_builder._in_parallel(
+        lambda n: started.append(n) or -n, range(100)
+    )
     assert next(results) == 0
     time.sleep(0.1)
     assert len(started) <= 5
@@ -429,27 +514,49 @@ def test_of_a_long_file_little_is_read_before_its_turn(tmp_path, monkeypatch):
     monkeypatch.setattr(audio_folder_dataset_builder, "_AHEAD", 3 * RATE_HZ)
     monkeypatch.setattr(recordings, "_BLOCK", RATE_HZ)
     path = _write(tmp_path / "a.wav", np.linspace(0, 0.9, 8 * RATE_HZ))
-    config = AudioFolderConfig(name="mine", folder="", captions="", clip_seconds=1.0, sample_rate_hz=RATE_HZ)
+    config = AudioFolderConfig(
+        name="mine", folder="", captions="", clip_seconds=1.0, sample_rate_hz=RATE_HZ
+    )
     builder = Builder(config=config, data_dir=tmp_path / "built")
     clips = builder._clips(path, np.float32(0.9))
     np.testing.assert_array_equal(np.concatenate(list(clips)), np.concatenate(_clips(path)))
     path.write_bytes(b"")
-    with pytest.raises(ValueError, match=r"a.wav changed since it was checked: zero bytes long: .*; build again"):
+    with pytest.raises(
+        ValueError, match=r"a.wav changed since it was checked: zero bytes long: .*; build again"
+    ):
         builder._clips(path, np.float32(0.9))
 
 
-def _wav(samples: bytes = bytes(64000), rate_hz: int = RATE_HZ, channels: int = 1, bits: int = 16, **odd: int) -> bytes:
+def _wav(
+    samples: bytes = bytes(64000),
+    rate_hz: int = RATE_HZ,
+    channels: int = 1,
+    bits: int = 16,
+    **odd: int,
+) -> bytes:
     """A wav file by hand, with a header that may lie."""
     size = odd.get("size", len(samples))
-    form = struct.pack("<HHIIHH", odd.get("form", 1), channels, rate_hz, rate_hz * channels * bits // 8, 2, bits)
-    header = b"RIFF" + struct.pack("<I", min(36 + size, 2**32 - 1)) + b"WAVEfmt " + struct.pack("<I", 16) + form
+    form = struct.pack(
+        "<HHIIHH", odd.get("form", 1), channels, rate_hz, rate_hz * channels * bits // 8, 2, bits
+    )
+    header = (
+        b"RIFF"
+        + struct.pack("<I", min(36 + size, 2**32 - 1))
+        + b"WAVEfmt "
+        + struct.pack("<I", 16)
+        + form
+    )
     return header + b"data" + struct.pack("<I", size) + samples
 
 
 def _damaged(path: pathlib.Path, fault: str) -> pathlib.Path:
     whole = b""
     if path.suffix != ".raw" and len(path.name) < 200:
-        noise = 0.1 * np.random.default_rng(0).standard_normal(3 * RATE_HZ) if fault == "hole" else _music(3.0)
+        noise = (
+            0.1 * np.random.default_rng(0).standard_normal(3 * RATE_HZ)
+            if fault == "hole"
+            else _music(3.0)
+        )
         whole = _write(path, noise).read_bytes()
     contents = {
         "zero bytes": b"",
@@ -473,7 +580,11 @@ def _damaged(path: pathlib.Path, fault: str) -> pathlib.Path:
         path.unlink()
     elif fault in ("folder", "pipe", "device"):
         path.unlink()
-        make = {"folder": os.mkdir, "pipe": os.mkfifo, "device": lambda path: os.symlink("/dev/zero", path)}
+        make = {
+            "folder": os.mkdir,
+            "pipe": os.mkfifo,
+            "device": lambda path: os.symlink("/dev/zero", path),
+        }
         make[fault](path)
     elif len(fault) > 200:
         pass  # no file system has such a name
@@ -481,11 +592,17 @@ def _damaged(path: pathlib.Path, fault: str) -> pathlib.Path:
         path.write_bytes(contents[fault])
     elif fault in ("NaN", "infinite", "both infinities", "1e38", "3e38", "1e300"):
         samples = np.stack([samples, samples], axis=1).astype(np.float64)
-        value = {"NaN": np.nan, "infinite": -np.inf, "both infinities": [np.inf, -np.inf]}.get(fault)
+        value = {"NaN": np.nan, "infinite": -np.inf, "both infinities": [np.inf, -np.inf]}.get(
+            fault
+        )
         samples[20000] = float(fault) if value is None else value
         soundfile.write(path, samples, RATE_HZ, subtype="DOUBLE" if fault == "1e300" else "FLOAT")
     else:
-        _write(path, {"short": samples[:8000], "one sample": samples[:1]}[fault], 96000 if "one" in fault else RATE_HZ)
+        _write(
+            path,
+            {"short": samples[:8000], "one sample": samples[:1]}[fault],
+            96000 if "one" in fault else RATE_HZ,
+        )
     return path
 
 
@@ -503,7 +620,10 @@ FAULTS = {
     ("cut", "aiff"): (TRUNCATED, r"1\.\d+ of 3\.000 s"),
     ("cut", "w64"): (TRUNCATED, r"1\.\d+ of 2\.99\d s"),
     ("promises 1 GB", "wav"): (TRUNCATED, r"2\.000 of 33554\.432 s"),
-    ("states less", "wav"): ("more bytes behind the sound than its header states: export it again", r"0\.031 s, .*"),
+    ("states less", "wav"): (
+        "more bytes behind the sound than its header states: export it again",
+        r"0\.031 s, .*",
+    ),
     ("cut", "mp3"): (TRUNCATED, r"1\.\d+ of 3\.\d+ s"),
     ("cut", "opus"): (TRUNCATED, "its last page is cut"),
     ("cut", "ogg"): (TRUNCATED, "its last page is cut"),
@@ -513,7 +633,10 @@ FAULTS = {
     ("folder", "wav"): (IRREGULAR, ""),
     ("pipe", "wav"): (IRREGULAR, ""),
     ("device", "wav"): (IRREGULAR, ""),
-    ("n" * 300, "wav"): ("not readable: look at its name, its permissions and its disk", "File name too long"),
+    ("n" * 300, "wav"): (
+        "not readable: look at its name, its permissions and its disk",
+        "File name too long",
+    ),
     ("NaN", "wav"): (NOT_FINITE, r"the first at 1\.250 s"),
     ("infinite", "wav"): (NOT_FINITE, r"the first at 1\.250 s"),
     ("both infinities", "wav"): (NOT_FINITE, r"the first at 1\.250 s"),
@@ -528,7 +651,10 @@ FAULTS = {
     ("0 Hz", "wav"): (UNREADABLE, ""),
     ("no channels", "wav"): (UNREADABLE, ""),
     ("unknown codec", "wav"): (UNREADABLE, ""),
-    ("1 Hz", "wav"): ("a sample rate that no recording has: mend its header, or export it again", "1 Hz"),
+    ("1 Hz", "wav"): (
+        "a sample rate that no recording has: mend its header, or export it again",
+        "1 Hz",
+    ),
     ("text", "raw"): ("raw samples without a header: convert it to wav or flac", ""),
     ("short", "wav"): (SHORT, r"0\.500 s"),
     ("one sample", "wav"): (SHORT, r"0\.000 s"),
@@ -548,21 +674,34 @@ def test_a_bad_file_is_refused_with_reason_mend_and_value(tmp_path, fault, endin
 
 def test_bad_files_are_named_counted_and_skipped(tmp_path, capsys):
     """Every fault in one folder, and three good files between them."""
-    bad = {_damaged(tmp_path / f"{fault}.{ending}", fault).name: FAULTS[fault, ending] for fault, ending in FAULTS}
+    bad = {
+        _damaged(tmp_path / f"{fault}.{ending}", fault).name: FAULTS[fault, ending]
+        for fault, ending in FAULTS
+    }
     for good in ("a.wav", "b.wav", "c.wav"):
         _write(tmp_path / good, (ord(good[0]) - 96) / 4 * _music(1.0))
     _say(tmp_path, "a.wav", *list(bad)[:10], "b.wav", *list(bad)[10:], "c.wav")
     builder = _build(tmp_path)
-    assert [example["caption"].decode() for example in _examples(builder)] == [f"this is {x}.wav" for x in "abc"]
+    assert [example["caption"].decode() for example in _examples(builder)] == [
+        f"this is {x}.wav" for x in "abc"
+    ]
     skipped = _skipped(builder)
     assert {file for fault in skipped.values() for file in fault["files"]} == set(bad)
     for reason, fault in skipped.items():
-        assert fault["count"] == len(fault["files"]) == sum(reason == wanted for wanted, _ in bad.values())
+        assert (
+            fault["count"]
+            == len(fault["files"])
+            == sum(reason == wanted for wanted, _ in bad.values())
+        )
         assert all(re.fullmatch(bad[file][1], value) for file, value in fault["files"].items())
     told = capsys.readouterr().err
-    assert f"{len(bad)} files skipped: " in told and f"1 {bad['missing.wav'][0]} (missing.wav)" in told
+    assert (
+        f"{len(bad)} files skipped: " in told and f"1 {bad['missing.wav'][0]} (missing.wav)" in told
+    )
     assert f"3 {SHORT} (short.wav: 0.500 s, one sample.wav: 0.000 s, 2^31 Hz.wav: 0.000 s)" in told
-    assert re.search(r"8 not readable as audio.* \(text.wav, .*, zeros.flac and 3 more, all in skip", told)
+    assert re.search(
+        r"8 not readable as audio.* \(text.wav, .*, zeros.flac and 3 more, all in skip", told
+    )
 
 
 @pytest.mark.parametrize(
@@ -585,7 +724,13 @@ def test_extreme_sound_is_kept_as_it_is(tmp_path, samples, subtype):
 def test_silent_clips_are_left_out_and_counted(tmp_path, capsys):
     """Silence, a constant and noise at -66 dB; a clip that is half silent stays, with its own number."""
     quiet = 5e-4 * np.random.default_rng(0).uniform(-1, 1, RATE_HZ)
-    parts = [_music(1.0), np.zeros(RATE_HZ), np.full(RATE_HZ, 0.3), quiet, np.pad(_music(0.5), (0, RATE_HZ // 2))]
+    parts = [
+        _music(1.0),
+        np.zeros(RATE_HZ),
+        np.full(RATE_HZ, 0.3),
+        quiet,
+        np.pad(_music(0.5), (0, RATE_HZ // 2)),
+    ]
     _write(tmp_path / "a.wav", np.concatenate(parts))
     _write(tmp_path / "b.wav", 0.5 * _music(1.0))
     _write(tmp_path / "c.wav", 0.8 * _music(1.0))
@@ -599,11 +744,17 @@ def test_silent_clips_are_left_out_and_counted(tmp_path, capsys):
     whole = "more than 90% of each clip is silence or a constant: record it again, or build with a greater "
     assert _skipped(builder) == {
         whole + "silence_share_limit": {"count": 1, "files": {"d.wav": "3 clips"}},
-        "clips left out, each more than 90% silence or a constant": {"count": 3, "files": {"a.wav": "3 of 5 clips"}},
+        "clips left out, each more than 90% silence or a constant": {
+            "count": 3,
+            "files": {"a.wav": "3 of 5 clips"},
+        },
     }
     printed = capsys.readouterr().err
     assert "mine: 1 files skipped: 1 more than 90% of each clip is silence" in printed
-    assert "mine: 3 clips left out, each more than 90% silence or a constant (a.wav: 3 of 5 clips)" in printed
+    assert (
+        "mine: 3 clips left out, each more than 90% silence or a constant (a.wav: 3 of 5 clips)"
+        in printed
+    )
     shutil.rmtree(tmp_path / "built")
     assert len(_examples(_build(tmp_path, silence_share_limit=1.0))) == 10
     with pytest.raises(ValueError, match=r"another silence_share_limit \(1.0, now 0.4\): give"):
@@ -656,39 +807,97 @@ def test_no_usable_file_is_an_error_that_counts_reasons(tmp_path):
     (tmp_path / "a.wav").write_bytes(b"")
     _write(tmp_path / "b.wav", _music(0.1))
     _say(tmp_path, "a.wav", "b.wav", "c.wav")
-    with pytest.raises(ValueError, match=r"no file can be used: .* \(a.wav\); .* \(b.wav: 0.100 s\); .* \(c.wav\)$"):
+    with pytest.raises(
+        ValueError, match=r"no file can be used: .* \(a.wav\); .* \(b.wav: 0.100 s\); .* \(c.wav\)$"
+    ):
         _build(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("captions.csv", "file,text\na.wav,hello\n", r"captions.csv, line 1, column 'caption': the column is missing"),
-        ("captions.csv", "file,caption\na.wav,hello\nb.wav,\n", r"captions.csv, line 3, column 'caption'"),
+        (
+            "captions.csv",
+            "file,text\na.wav,hello\n",
+            r"captions.csv, line 1, column 'caption': the column is missing",
+        ),
+        (
+            "captions.csv",
+            "file,caption\na.wav,hello\nb.wav,\n",
+            r"captions.csv, line 3, column 'caption'",
+        ),
         (
             "captions.jsonl",
             '{"file": "a.wav", "caption": "x"}\n{"caption": "y"}\n',
             r"line 2, column 'file': the column is missing",
         ),
-        ("captions.jsonl", '{"file": "a.wav", "caption": "x"}\n\n{"file": oops}\n', r"line 3, column 10: not JSON"),
+        (
+            "captions.jsonl",
+            '{"file": "a.wav", "caption": "x"}\n\n{"file": oops}\n',
+            r"line 3, column 10: not JSON",
+        ),
         ("captions.jsonl", '["a.wav", "x"]\n', r"line 1, column 1: .* is not a JSON object"),
-        ("captions.jsonl", '{"file": "a.wav", "caption": 7}\n', r"line 1, column 'caption': 7 where text should be"),
+        (
+            "captions.jsonl",
+            '{"file": "a.wav", "caption": 7}\n',
+            r"line 1, column 'caption': 7 where text should be",
+        ),
         (
             "captions.jsonl",
             '{"file": "a.wav", "caption": "x"}\n' * 2,
             r"line 2, column 'id': 'a.wav' is also on line 1",
         ),
         ("captions.jsonl", "\n", "no rows"),
-        ("captions.csv", 'file,caption\na.wav,"slow\nb.wav,fast\n', r"line 2, column 'caption': the quote that opens"),
-        ("captions.csv", 'file,caption\na.wav,"slow\nb.wav,5"\n', r"line 2, column 'caption': .* takes in another row"),
-        ("captions.csv", "file,caption\na.wav,slow, sad\n", r"line 2, column 3: 3 values for 2 columns"),
-        ("captions.csv", "file,caption\na.wav,x\n../b.wav,y\n", r"line 3, column 'file': '../b.wav' is not inside"),
-        ("captions.csv", "file,caption\na/../../b.wav,x\n", r"line 2, column 'file': .* is not inside the folder"),
-        ("captions.csv", "file,caption\n/etc/passwd,x\n", r"line 2, column 'file': '/etc/passwd' is not inside"),
-        ("captions.jsonl", '{"file": "a\\u0000.wav", "caption": "x"}', r"line 1, column 'file': .* a NUL character"),
-        ("captions.jsonl", '{"file": "a\\ud800.wav", "caption": "x"}', r"line 1, column 'file': half of a surrogate"),
-        ("captions.jsonl", '{"file": "a.wav", "caption": "x", "id": true}', r"line 1, column 'id': True where text or"),
-        ("captions.jsonl", '{"file": "a.wav", "caption": "x", "id": [1]}', r"line 1, column 'id': \[1\] where text or"),
+        (
+            "captions.csv",
+            'file,caption\na.wav,"slow\nb.wav,fast\n',
+            r"line 2, column 'caption': the quote that opens",
+        ),
+        (
+            "captions.csv",
+            'file,caption\na.wav,"slow\nb.wav,5"\n',
+            r"line 2, column 'caption': .* takes in another row",
+        ),
+        (
+            "captions.csv",
+            "file,caption\na.wav,slow, sad\n",
+            r"line 2, column 3: 3 values for 2 columns",
+        ),
+        (
+            "captions.csv",
+            "file,caption\na.wav,x\n../b.wav,y\n",
+            r"line 3, column 'file': '../b.wav' is not inside",
+        ),
+        (
+            "captions.csv",
+            "file,caption\na/../../b.wav,x\n",
+            r"line 2, column 'file': .* is not inside the folder",
+        ),
+        (
+            "captions.csv",
+            "file,caption\n/etc/passwd,x\n",
+            r"line 2, column 'file': '/etc/passwd' is not inside",
+        ),
+        (
+            "captions.jsonl",
+            '{"file": "a\\u0000.wav", "caption": "x"}',
+            r"line 1, column 'file': .* a NUL character",
+        ),
+        (
+            "captions.jsonl",
+            '{"file": "a\\ud800.wav", "caption": "x"}',
+            r"line 1, column 'file': half of a surrogate",
+        ),
+        (
+            "captions.jsonl",
+            '{"file": "a.wav", "caption": "x", "id": true}',
+            r"line 1, column 'id': True where text or",
+        ),
+        (
+            "captions.jsonl",
+            '{"file": "a.wav", "caption": "x", "id": [1]}',
+            r"line 1, column 'id': \[1\] where text or",
+        ),
         ("captions.txt", "a.wav x\n", "'.txt'"),
     ],
 )
@@ -702,25 +911,43 @@ def test_a_mistake_in_the_captions_is_told_by_line_and_column(tmp_path, name, te
 def test_captions_that_are_not_utf8_are_told_by_file_and_line(tmp_path, ending):
     path = tmp_path / f"captions.{ending}"
     path.write_bytes("file,caption\na.wav,größer\n".encode("latin-1"))
-    with pytest.raises(ValueError, match=rf"captions.{ending}, line 2: byte 0xf6 is not UTF-8: save it as UTF-8"):
+    with pytest.raises(
+        ValueError, match=rf"captions.{ending}, line 2: byte 0xf6 is not UTF-8: save it as UTF-8"
+    ):
         captions.read_captions(path)
 
 
 def test_a_caption_may_hold_any_line_separator_that_json_allows(tmp_path):
     texts = [f"a reel{mark}for two" for mark in "\u2028\u2029\x85"]
-    rows = [json.dumps({"file": f"{i}.wav", "caption": text}, ensure_ascii=False) for i, text in enumerate(texts)]
+    rows = [
+        json.dumps({"file": f"{i}.wav", "caption": text}, ensure_ascii=False)
+        for i, text in enumerate(texts)
+    ]
     (tmp_path / "captions.jsonl").write_bytes("\r\n".join(rows).encode())
     assert [row["caption"] for row in captions.read_captions(tmp_path / "captions.jsonl")] == texts
 
 
 def test_an_id_of_0_or_an_empty_string_is_an_id(tmp_path):
     rows = [{"id": 0}, {"id": ""}, {"id": "0.wav-2"}, {"id": None}, {}]
-    lines = [json.dumps({"file": f"{number}.wav", "caption": "x"} | row) for number, row in enumerate(rows)]
+    lines = [
+        json.dumps({"file": f"{number}.wav", "caption": "x"} | row)
+        for number, row in enumerate(rows)
+    ]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
-    assert [row["id"] for row in captions.read_captions(tmp_path / "a.jsonl")] == ["0", "", "0.wav-2", "3.wav", "4.wav"]
+    assert [row["id"] for row in captions.read_captions(tmp_path / "a.jsonl")] == [
+        "0",
+        "",
+        "0.wav-2",
+        "3.wav",
+        "4.wav",
+    ]
     # An empty cell of a .csv is no id: there is no other way to leave one out.
     (tmp_path / "a.csv").write_text("file,caption,id\n0.wav,x,0\n1.wav,x,\n2.wav,x,\n")
-    assert [row["id"] for row in captions.read_captions(tmp_path / "a.csv")] == ["0", "1.wav", "2.wav"]
+    assert [row["id"] for row in captions.read_captions(tmp_path / "a.csv")] == [
+        "0",
+        "1.wav",
+        "2.wav",
+    ]
 
 
 def test_files_outside_the_folder_are_read_where_that_is_allowed_and_links_always(tmp_path):
@@ -733,7 +960,10 @@ def test_files_outside_the_folder_are_read_where_that_is_allowed_and_links_alway
     assert len(_examples(_build(tmp_path, inside="music"))) == 3
     shutil.rmtree(tmp_path / "built")
     _say(tmp_path, "a.wav", "../far/b.wav", str(tmp_path / "far/c.wav"))
-    with pytest.raises(ValueError, match=r"line 2, column 'file': '../far/b.wav' .* or build with allow_outside=True"):
+    with pytest.raises(
+        ValueError,
+        match=r"line 2, column 'file': '../far/b.wav' .* or build with allow_outside=True",
+    ):
         _build(tmp_path, inside="music")
     assert len(_examples(_build(tmp_path, inside="music", allow_outside=True))) == 3
 
@@ -747,7 +977,12 @@ def test_a_missing_captions_file_or_folder_is_told(tmp_path):
 
 @pytest.mark.parametrize(
     ("seconds", "told"),
-    [(0, "0: give more"), (np.nan, "nan: give"), (np.inf, "inf: give"), (1e-5, "1e-05, less than a")],
+    [
+        (0, "0: give more"),
+        (np.nan, "nan: give"),
+        (np.inf, "inf: give"),
+        (1e-5, "1e-05, less than a"),
+    ],
 )
 def test_bad_configs_name_the_field(tmp_path, seconds, told):
     with pytest.raises(ValueError, match=f"clip_seconds is {told}"):

@@ -39,7 +39,10 @@ PIECES = (
 @pytest.fixture(scope="module")
 def drawn() -> list[clips.Clip]:
     pieces = [scores.parse(name) for name in PIECES]
-    return [clips.draw_clip(pieces[index % len(pieces)], "train", index, 0, SECONDS, FEW) for index in range(96)]
+    return [
+        clips.draw_clip(pieces[index % len(pieces)], "train", index, 0, SECONDS, FEW)
+        for index in range(96)
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -88,25 +91,42 @@ def built(tmp_path_factory) -> Builder:
 
 
 def test_a_named_key_is_the_one_music21_finds(drawn, claims):
-    said = collections.defaultdict(set)  # by clip: (tonic, mode), or ("", mode) for "in a minor key"
+    said = collections.defaultdict(
+        set
+    )  # by clip: (tonic, mode), or ("", mode) for "in a minor key"
     for clip, caption in claims:
-        said[clip.id] |= set(re.findall(r"in (?:the key of )?([A-G](?: sharp| flat)?) (major|minor)", caption))
+        said[clip.id] |= set(
+            re.findall(r"in (?:the key of )?([A-G](?: sharp| flat)?) (major|minor)", caption)
+        )
         said[clip.id] |= set(re.findall(r"in a()? (major|minor) key", caption))
-    assert min(sum(bool(tonic) == told for key in said.values() for tonic, _ in key) for told in (True, False)) > 20
+    assert (
+        min(
+            sum(bool(tonic) == told for key in said.values() for tonic, _ in key)
+            for told in (True, False)
+        )
+        > 20
+    )
     for clip in (clip for clip in drawn if said[clip.id]):
         stream = music21.stream.Stream()
         for onset, duration, pitch, _ in clip.notes:
             stream.insert(onset, music21.note.Note(pitch, quarterLength=duration))
         key = music21.analysis.discrete.KrumhanslKessler().getSolution(stream)
         for tonic, mode in said[clip.id]:
-            named = music21.pitch.Pitch(tonic.replace(" sharp", "#").replace(" flat", "-")) if tonic else key.tonic
+            named = (
+                music21.pitch.Pitch(tonic.replace(" sharp", "#").replace(" flat", "-"))
+                if tonic
+                else key.tonic
+            )
             assert (named.pitchClass, mode) == (key.tonic.pitchClass, key.mode)
 
 
 def test_key_of_scales_by_hand():
     def scale(steps, tonic):
         # the tonic and the fifth sound longest, as they do in tunes
-        return [(float(n), 3.0 if step in (0, 7) else 1.0, tonic + step, 0) for n, step in enumerate(steps)]
+        return [
+            (float(n), 3.0 if step in (0, 7) else 1.0, tonic + step, 0)
+            for n, step in enumerate(steps)
+        ]
 
     assert analysis.clear_key(scale((0, 2, 4, 5, 7, 9, 11), 67)) == ("G", "major")
     assert analysis.clear_key(scale((0, 2, 3, 5, 7, 8, 11), 65)) == ("F", "minor")
@@ -119,7 +139,9 @@ def test_tempo_and_metre_against_the_score_itself(drawn, name):
     path, _, number = name.partition("#")
     corpus = pathlib.Path(music21.__file__).parent / "corpus"
     if number:
-        tunes = re.split(r"(?m)^(?=X:)", (corpus / path).read_text(encoding="utf-8", errors="replace"))[1:]
+        tunes = re.split(
+            r"(?m)^(?=X:)", (corpus / path).read_text(encoding="utf-8", errors="replace")
+        )[1:]
         score = music21.converter.parse(tunes[int(number)], format="abc")
     else:
         score = music21.converter.parseFile(corpus / path, forceSource=True, storePickle=False)
@@ -133,13 +155,21 @@ def test_tempo_and_metre_against_the_score_itself(drawn, name):
     for clip in mine:
         beats = 1.5 if metre.ratioString in ("6/8", "9/8") else 1.0
         changes = len(score.parts[0].recurse().getElementsByClass(music21.meter.TimeSignature)) > 1
-        assert clip.attributes["metre"] == metre.ratioString or (changes and clip.attributes["metre"] is None)
+        assert clip.attributes["metre"] == metre.ratioString or (
+            changes and clip.attributes["metre"] is None
+        )
         quarters = [
-            onset * clip.attributes["tempo_bpm"] / 60 * beats + clip.attributes["start_quarter"] + pickup
+            onset * clip.attributes["tempo_bpm"] / 60 * beats
+            + clip.attributes["start_quarter"]
+            + pickup
             for onset, _, _, _ in clip.notes
             if onset > 0
         ]
-        assert all(min(abs(offset - quarter) for offset in offsets) < 0.02 for quarter in quarters if quarter < end)
+        assert all(
+            min(abs(offset - quarter) for offset in offsets) < 0.02
+            for quarter in quarters
+            if quarter < end
+        )
 
 
 def test_tempo_words_and_numbers_of_captions(claims):
@@ -149,7 +179,9 @@ def test_tempo_words_and_numbers_of_captions(claims):
         for number in re.findall(r"(?:at|tempo) (\d+)", caption):
             numbers += 1
             assert int(number) == clip.attributes["tempo_bpm"]
-        for word in re.findall(r"\b(largo|adagio|andante|allegro|presto|brisk|rapid|unhurried)\b", caption.lower()):
+        for word in re.findall(
+            r"\b(largo|adagio|andante|allegro|presto|brisk|rapid|unhurried)\b", caption.lower()
+        ):
             named += 1
             low, high = {
                 "very slow": (0, 65),
@@ -209,7 +241,9 @@ def test_drums_texture_and_articulation_words(claims):
             if re.search(rf"{word}-part|{word} voices", caption.lower()):
                 assert len({part for _, _, _, part in clip.notes}) == count
         if "staccato" in caption.lower() or "detached" in caption:
-            assert facts["articulation"] == "staccato" and INSTRUMENTS[facts["instrument"]].sustained
+            assert (
+                facts["articulation"] == "staccato" and INSTRUMENTS[facts["instrument"]].sustained
+            )
 
 
 def test_clips_are_full_of_music(drawn):
@@ -219,7 +253,10 @@ def test_clips_are_full_of_music(drawn):
         for onset, duration, _, _ in clip.notes:
             grid[round(onset * 1000) : round((onset + duration * stretch) * 1000)] = True
         assert grid.mean() > 0.949
-        assert all(0 <= onset < SECONDS and onset + duration <= SECONDS + 1e-3 for onset, duration, _, _ in clip.notes)
+        assert all(
+            0 <= onset < SECONDS and onset + duration <= SECONDS + 1e-3
+            for onset, duration, _, _ in clip.notes
+        )
 
 
 def test_wording_varies(claims):
@@ -232,7 +269,9 @@ def test_wording_varies(claims):
 
 
 def test_parse_by_hand(monkeypatch):
-    tune = "X:1\nT:A Test Jig\nM:6/8\nL:1/8\nK:G\nD|GAB {c}d2 e-|e3 d2 c|" + "GAB cde|" * 5 + "G6|]\n"
+    tune = (
+        "X:1\nT:A Test Jig\nM:6/8\nL:1/8\nK:G\nD|GAB {c}d2 e-|e3 d2 c|" + "GAB cde|" * 5 + "G6|]\n"
+    )
     monkeypatch.setattr(scores, "_tunes", lambda path: [tune])
     piece = scores.parse("ryansMammoth/made-up.abc#0")
     assert (piece.metre, piece.pickup, piece.bar, piece.dance) == ("6/8", 0.5, 3.0, "jig")
@@ -318,7 +357,10 @@ def test_shares_of_the_splits():
 def test_no_opening_crosses_splits_in_a_build(built):
     source = tfds.builder_from_directory(built.data_dir).as_data_source()
     openings = {
-        split: {scores.opening(scores.parse(json.loads(example["attributes"])["piece"])) for example in source[split]}
+        split: {
+            scores.opening(scores.parse(json.loads(example["attributes"])["piece"]))
+            for example in source[split]
+        }
         for split in source
     }
     for split, found in openings.items():
@@ -331,7 +373,11 @@ def test_a_short_piece_is_repeated():
     piece = scores.Piece("made-up", "bach", None, "4/4", 0.0, 4.0, notes)
     clip = clips.draw_clip(piece, "train", 0, 0, 60.0, ("piano",))
     pitches = [pitch for _, _, pitch, _ in clip.notes]
-    assert len(pitches) >= 48 and all(np.diff(pitches)[7::8] == -7) and analysis.coverage(clip.notes, 0, 60) > 0.85
+    assert (
+        len(pitches) >= 48
+        and all(np.diff(pitches)[7::8] == -7)
+        and analysis.coverage(clip.notes, 0, 60) > 0.85
+    )
 
 
 # Audio.
@@ -347,10 +393,13 @@ def test_a_rendered_note_has_the_frequency_of_its_pitch(pitch):
     spectrum = np.abs(np.fft.rfft(_tone(pitch, "medium") * np.hanning(RATE_HZ), 8 * RATE_HZ))
     hertz = 440 * 2 ** ((pitch - 69) / 12)
     peaks = [
-        np.argmax(spectrum[round(8 * hertz * n * 0.94) : round(8 * hertz * n * 1.06)]) / 8 + hertz * n * 0.94
+        np.argmax(spectrum[round(8 * hertz * n * 0.94) : round(8 * hertz * n * 1.06)]) / 8
+        + hertz * n * 0.94
         for n in (1, 2)
     ]
-    assert peaks[0] == pytest.approx(hertz, rel=0.01) and peaks[1] == pytest.approx(2 * hertz, rel=0.01)
+    assert peaks[0] == pytest.approx(hertz, rel=0.01) and peaks[1] == pytest.approx(
+        2 * hertz, rel=0.01
+    )
 
 
 @pytest.mark.slow
@@ -371,7 +420,11 @@ def _sounding(clip: clips.Clip) -> list[tuple[int, float, float, int]]:
         at = 0.0
         for message in track:
             at += message.time / 1920  # 960 ticks a beat at 120 beats a minute
-            events += [(at, message)] if message.type in ("note_on", "note_off") and message.channel != 9 else []
+            events += (
+                [(at, message)]
+                if message.type in ("note_on", "note_off") and message.channel != 9
+                else []
+            )
     for at, message in events:
         key = message.channel, message.note
         if key in sounding:
@@ -384,10 +437,16 @@ def _sounding(clip: clips.Clip) -> list[tuple[int, float, float, int]]:
 def test_each_note_of_a_clip_sounds_as_long_as_its_record_says(drawn):
     quartet = scores.parse("haydn/opus74no1/movement1.mxl")
     instruments = ("string orchestra", "organ")
-    for clip in drawn + [clips.draw_clip(quartet, "train", index, 0, SECONDS, instruments) for index in range(20)]:
-        told = sorted((part, onset, onset + duration, pitch) for onset, duration, pitch, part in clip.notes)
+    for clip in drawn + [
+        clips.draw_clip(quartet, "train", index, 0, SECONDS, instruments) for index in range(20)
+    ]:
+        told = sorted(
+            (part, onset, onset + duration, pitch) for onset, duration, pitch, part in clip.notes
+        )
         sounding = _sounding(clip)
-        assert [(part, pitch) for part, _, _, pitch in sounding] == [(part, pitch) for part, _, _, pitch in told]
+        assert [(part, pitch) for part, _, _, pitch in sounding] == [
+            (part, pitch) for part, _, _, pitch in told
+        ]
         np.testing.assert_allclose(np.array(sounding)[:, 1:3], np.array(told)[:, 1:3], atol=1e-3)
 
 
@@ -395,15 +454,25 @@ def test_a_pitch_sounds_until_the_later_end():
     """Of a long note and a short one on the same pitch, as two voices of a part may have them."""
     played = scores.struck_anew([(0.0, 0.9, 72), (0.1, 0.1, 72)])
     facts = {"instrument": "flute", "dynamics": "medium", "parts": 1}
-    sound = render.render(clips.Clip("a", tuple((*note, 0) for note in played), (), facts), 1.0, RATE_HZ) / 32767
-    late, early = (np.sqrt(np.mean(sound[int(at * RATE_HZ) : int((at + 0.1) * RATE_HZ)] ** 2)) for at in (0.7, 0.1))
+    sound = (
+        render.render(
+            clips.Clip("a", tuple((*note, 0) for note in played), (), facts), 1.0, RATE_HZ
+        )
+        / 32767
+    )
+    late, early = (
+        np.sqrt(np.mean(sound[int(at * RATE_HZ) : int((at + 0.1) * RATE_HZ)] ** 2))
+        for at in (0.7, 0.1)
+    )
     assert late > 0.3 * early
 
 
 def test_loudness_is_what_the_word_says():
     for dynamics, level in {"quiet": -34, "medium": -27, "loud": -20}.items():
         samples = _tone(72, dynamics) / 32767
-        moments = [np.sqrt(np.mean(samples[at : at + 6400] ** 2)) for at in range(0, RATE_HZ - 6400, 100)]
+        moments = [
+            np.sqrt(np.mean(samples[at : at + 6400] ** 2)) for at in range(0, RATE_HZ - 6400, 100)
+        ]
         assert 20 * np.log10(max(moments)) == pytest.approx(level, abs=0.05)
 
 
@@ -418,7 +487,11 @@ def test_no_clip_is_silent_or_clipped(built):
 
 def test_random_access_gives_what_was_drawn(built):
     source = tfds.builder_from_directory(built.data_dir).as_data_source()
-    assert {split: len(source[split]) for split in source} == {"train": 20, "validation": 3, "test": 3}
+    assert {split: len(source[split]) for split in source} == {
+        "train": 20,
+        "validation": 3,
+        "test": 3,
+    }
     example = source["train"][7]
     facts = json.loads(example["attributes"])
     index = int(example["id"].decode().removeprefix("train-"))
@@ -438,7 +511,9 @@ from data.score_clips.score_clips_dataset_builder import Builder, ScoreClipsConf
 config = ScoreClipsConfig(name="built", **{built.info.metadata!r})
 Builder(config=config, data_dir={str(tmp_path)!r}).download_and_prepare(file_format="array_record")
 """
-    processes.run([sys.executable, "-c", again], check=True, env=os.environ | {"PYTHONHASHSEED": "1"})
+    processes.run(
+        [sys.executable, "-c", again], check=True, env=os.environ | {"PYTHONHASHSEED": "1"}
+    )
     again = tmp_path / "score_clips" / "built" / str(Builder.VERSION)
     assert _bytes(again) == _bytes(built.data_dir)
     assert content.read(again) == content.read(built.data_dir) == content.of_splits(built)
@@ -465,13 +540,17 @@ def test_an_interrupted_build_goes_on_where_it_was(built, tmp_path, monkeypatch)
         patch.setattr(score_clips_dataset_builder, "Progress", interrupted)
         _build(_config("built"), tmp_path)
     cache = tmp_path / "score_clips" / "built" / "cache"
-    kept = list((cache / str(Builder.VERSION)).rglob("output.pkl"))  # of no other version, whose clips were others
+    kept = list(
+        (cache / str(Builder.VERSION)).rglob("output.pkl")
+    )  # of no other version, whose clips were others
     assert kept and not (tmp_path / "score_clips" / "built" / str(Builder.VERSION)).exists()
 
     parsed, rendered = [], []
     parse, play = scores.parse, render.render
     monkeypatch.setattr(scores, "parse", lambda name: parsed.append(name) or parse(name))
-    monkeypatch.setattr(render, "render", lambda clip, *rest: rendered.append(clip.id) or play(clip, *rest))
+    monkeypatch.setattr(
+        render, "render", lambda clip, *rest: rendered.append(clip.id) or play(clip, *rest)
+    )
     assert _bytes(_build(_config("built"), tmp_path).data_dir) == _bytes(built.data_dir)
     assert not parsed and "train-000000" not in rendered and "train-000019" in rendered
     assert not cache.exists()
@@ -510,5 +589,10 @@ def test_shipped_configs():
         config.name: (config.train + config.validation + config.test) * config.clip_seconds / 3600
         for config in Builder.BUILDER_CONFIGS
     }
-    assert hours["demo"] == pytest.approx(6600 * 5 / 3600) and hours["hours50"] == pytest.approx(50.0)
-    assert [(c.train, c.validation, c.test) for c in Builder.BUILDER_CONFIGS[:2]] == [(8, 8, 16), (640, 64, 96)]
+    assert hours["demo"] == pytest.approx(6600 * 5 / 3600) and hours["hours50"] == pytest.approx(
+        50.0
+    )
+    assert [(c.train, c.validation, c.test) for c in Builder.BUILDER_CONFIGS[:2]] == [
+        (8, 8, 16),
+        (640, 64, 96),
+    ]

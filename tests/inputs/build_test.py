@@ -46,7 +46,11 @@ def test_clips_of_several_lengths_need_a_crop(ramp_builder, data_dir, tmp_path):
 def test_the_newest_version_is_read(data_dir, tmp_path):
     sets = tmp_path / "ramp" / "ten"
     sets.mkdir(parents=True)
-    for version, source in {"1.9.0": "five", "1.10.0": "ten", "1.11.0.incompleteAB": "five"}.items():
+    for version, source in {
+        "1.9.0": "five",
+        "1.10.0": "ten",
+        "1.11.0.incompleteAB": "five",
+    }.items():
         (sets / version).symlink_to(f"{data_dir}/ramp/{source}/1.0.0")
     assert Clips({"ramp/ten": 1.0}, str(tmp_path), 100).count("train") == 10
 
@@ -88,7 +92,10 @@ def test_unknown_configs_and_fields_are_refused(ramp_builder, tmp_path, config, 
 
 
 def test_a_missing_builder_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"builder: '.*/tunes' is no TFDS builder; .*tunes_dataset_builder.py"):
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"builder: '.*/tunes' is no TFDS builder; .*tunes_dataset_builder.py",
+    ):
         build.prepare(str(tmp_path / "tunes"), "ten", str(tmp_path))
 
 
@@ -114,7 +121,9 @@ def test_a_folder_of_recordings_can_be_built_and_read(tmp_path):
         "clip_seconds": 0.5,
         "sample_rate_hz": 8000,
     }
-    name = build.prepare(str(Path(__file__).parents[2] / "data/audio_folder"), config, str(tmp_path / "data"))
+    name = build.prepare(
+        str(Path(__file__).parents[2] / "data/audio_folder"), config, str(tmp_path / "data")
+    )
     clips = Clips({name: 1.0}, str(tmp_path / "data"), 8000, with_captions=True)
     assert sum(clips.count(split) for split in clips.splits()) == 12
     for batch in clips.batches("train", 1, seed=0, epochs=1):
@@ -124,9 +133,13 @@ def test_a_folder_of_recordings_can_be_built_and_read(tmp_path):
         np.testing.assert_allclose(batch["audio"][0], tone[start : start + 4000], atol=1e-4)
 
 
-def test_a_builder_that_ships_is_found_from_any_folder_and_says_what_it_lacks(monkeypatch, tmp_path):
+def test_a_builder_that_ships_is_found_from_any_folder_and_says_what_it_lacks(
+    monkeypatch, tmp_path
+):
     monkeypatch.chdir(tmp_path)
-    assert build._module("data/score_clips").__name__ == "data.score_clips.score_clips_dataset_builder"
+    assert (
+        build._module("data/score_clips").__name__ == "data.score_clips.score_clips_dataset_builder"
+    )
     (tmp_path / "mine/lacking").mkdir(parents=True)
     source = tmp_path / "mine/lacking/lacking_dataset_builder.py"
     monkeypatch.setattr(extras.importlib.util, "find_spec", lambda name: None)

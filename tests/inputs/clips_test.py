@@ -55,7 +55,10 @@ def test_a_resumed_run_reads_what_the_uninterrupted_one_would_have(mixture):
 @pytest.mark.parametrize("rows", [[0, 1], [2, 3], [1], [0, 3]])
 def test_a_host_reads_its_rows_of_each_batch(mixture, rows):
     found = take(mixture, 12, start_step=5, rows=np.array(rows))
-    equal(found, [{name: x[rows] for name, x in batch.items()} for batch in take(mixture, 12, start_step=5)])
+    equal(
+        found,
+        [{name: x[rows] for name, x in batch.items()} for batch in take(mixture, 12, start_step=5)],
+    )
 
 
 def test_other_seeds_give_other_orders_and_crops(mixture):
@@ -113,7 +116,11 @@ def test_captions_arrive_as_the_pieces_of_the_python_tokenizer(mixture):
 def test_counts_captions_and_attributes(mixture):
     assert [mixture.count(split) for split in ("train", "validation", "test")] == [15, 3, 12]
     captions, attributes = mixture.captions("test"), mixture.attributes("test")
-    ids = [text["id"] for name in ("ramp/five", "ramp/ten") for text in tasks.texts(name, mixture.data_dir, "test")]
+    ids = [
+        text["id"]
+        for name in ("ramp/five", "ramp/ten")
+        for text in tasks.texts(name, mixture.data_dir, "test")
+    ]
     assert list(attributes) == ids
     numbers = [known["number"] for known in attributes.values()]
     assert [int(name.rsplit("-", 1)[1]) for name in ids] == numbers
@@ -140,7 +147,12 @@ def test_a_registered_task_is_an_ordinary_seqio_task(mixture):
     ("change", "split", "error", "message"),
     [
         ({"datasets": {}}, "train", ValueError, "datasets is empty"),
-        ({"datasets": {"ramp/none": 1.0}}, "train", FileNotFoundError, r"'ramp/none'.*musicrl build"),
+        (
+            {"datasets": {"ramp/none": 1.0}},
+            "train",
+            FileNotFoundError,
+            r"'ramp/none'.*musicrl build",
+        ),
         ({"datasets": {"ramp/ten": 0.0}}, "train", ValueError, "must all be positive"),
         (
             {"sample_rate_hz": 16000},
@@ -150,18 +162,32 @@ def test_a_registered_task_is_an_ordinary_seqio_task(mixture):
         ),
         ({"crop_seconds": 4.01}, "train", ValueError, r"crop_seconds 4.01 .* at most 4.0"),
         ({"crop_seconds": 0.0}, "train", ValueError, "crop_seconds 0.0 must be above 0"),
-        ({"vocabulary": "/no/vocabulary.model"}, "train", FileNotFoundError, "vocabulary: '/no/vocabulary.model'"),
+        (
+            {"vocabulary": "/no/vocabulary.model"},
+            "train",
+            FileNotFoundError,
+            "vocabulary: '/no/vocabulary.model'",
+        ),
         ({}, "trian", ValueError, r"split 'trian' has no clips.*'test', 'train', 'validation'"),
-        ({"datasets": {"ramp/five": 1.0}}, "validation", ValueError, "split 'validation' has no clips"),
+        (
+            {"datasets": {"ramp/five": 1.0}},
+            "validation",
+            ValueError,
+            "split 'validation' has no clips",
+        ),
     ],
 )
-def test_what_cannot_be_read_is_refused_before_the_first_batch(mixture, change, split, error, message):
+def test_what_cannot_be_read_is_refused_before_the_first_batch(
+    mixture, change, split, error, message
+):
     with pytest.raises(error, match=message):
         dataclasses.replace(mixture, **change).batches(split, 2, seed=0)
 
 
 def test_a_batch_larger_than_the_split_is_refused_unless_the_data_end(mixture):
-    with pytest.raises(ValueError, match="batch_size 16 is more than the 15 clips of split 'train'"):
+    with pytest.raises(
+        ValueError, match="batch_size 16 is more than the 15 clips of split 'train'"
+    ):
         mixture.batches("train", 16, seed=0)
     (batch,) = mixture.batches("train", 16, seed=0, epochs=1)
     assert batch["audio"].shape == (15, 150)
@@ -181,8 +207,16 @@ def table(tmp_path):
 
 def test_ratings_carry_the_audio_and_score_of_their_row(data_dir, table):
     clips = Clips({"ramp/ten": 1.0, "ramp/five": 1.0}, data_dir, 100)
-    rows = ["ten-train-0,ann,1", "ten-train-0,bob,2.5", "five-train-4,ann,5", "ten-test-1,cy,3", '"ten-train-9",bob,4']
-    ratings = Ratings(clips, table("note,clip,rater,score\n" + "".join(f"x,{row}\n" for row in rows)))
+    rows = [
+        "ten-train-0,ann,1",
+        "ten-train-0,bob,2.5",
+        "five-train-4,ann,5",
+        "ten-test-1,cy,3",
+        '"ten-train-9",bob,4',
+    ]
+    ratings = Ratings(
+        clips, table("note,clip,rater,score\n" + "".join(f"x,{row}\n" for row in rows))
+    )
     assert (ratings.count("train"), ratings.count("test"), ratings.count("validation")) == (4, 1, 0)
     (batch,) = ratings.batches("train", 8, seed=0, epochs=1)
     assert set(batch) == {"audio", "score"}  # no objective reads who rated
@@ -197,7 +231,10 @@ def test_ratings_carry_the_audio_and_score_of_their_row(data_dir, table):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("clip,rater\nten-train-0,ann\n", "line 1, column 'score': the column is missing; there are"),
+        (
+            "clip,rater\nten-train-0,ann\n",
+            "line 1, column 'score': the column is missing; there are",
+        ),
         ("clip,rater,score\n", "no rows: give at least one"),
         ("", "line 1, column 'clip': the column is missing"),
         (
@@ -213,9 +250,18 @@ def test_ratings_carry_the_audio_and_score_of_their_row(data_dir, table):
         ("clip,rater,score\nten-train-0,ann,good\n", "line 2, column 'score': 'good'"),
         ("clip,rater,score\nten-train-0,ann,0_3\n", "line 2, column 'score': '0_3'"),
         ("clip,rater,score\nten-train-0,ann\n", "line 2, column 'score': the row ends before it"),
-        ("clip,rater,score\nten-train-0,ann,4,5\n", "line 2, column 4: 4 values for 3 columns: put quotes"),
-        ('clip,rater,score\nten-train-0,ann,"4,5"\n', "line 2, column 'score': '4,5' .*; write a point, not a comma"),
-        ('clip,rater,score\nten-train-0,"ann,4\nten-train-1,bob,4\n', "line 2, column 'rater': the quote that opens"),
+        (
+            "clip,rater,score\nten-train-0,ann,4,5\n",
+            "line 2, column 4: 4 values for 3 columns: put quotes",
+        ),
+        (
+            'clip,rater,score\nten-train-0,ann,"4,5"\n',
+            "line 2, column 'score': '4,5' .*; write a point, not a comma",
+        ),
+        (
+            'clip,rater,score\nten-train-0,"ann,4\nten-train-1,bob,4\n',
+            "line 2, column 'rater': the quote that opens",
+        ),
     ],
 )
 def test_a_wrong_table_of_ratings_is_refused_with_its_line(data_dir, table, text, message):
@@ -226,7 +272,9 @@ def test_a_wrong_table_of_ratings_is_refused_with_its_line(data_dir, table, text
 def test_a_table_of_ratings_that_is_not_utf8_is_told_by_file_and_line(data_dir, table):
     path = table("clip,rater,score\n")
     Path(path).write_bytes("clip,rater,score\nten-train-0,Jürgen,3\n".encode("latin-1"))
-    with pytest.raises(ValueError, match=r"ratings.csv, line 2: byte 0xfc is not UTF-8: save it as UTF-8"):
+    with pytest.raises(
+        ValueError, match=r"ratings.csv, line 2: byte 0xfc is not UTF-8: save it as UTF-8"
+    ):
         Ratings(Clips({"ramp/ten": 1.0}, data_dir, 100), path).count("train")
 
 

@@ -73,7 +73,10 @@ def ramp_builder(tmp_path_factory):
 def data_dir(ramp_builder, tmp_path_factory):
     """Where 'ramp/ten' (10, 3, 6 clips) and 'ramp/five' (5, 0, 6 clips) are prepared."""
     folder = str(tmp_path_factory.mktemp("prepared"))
-    assert [build.prepare(ramp_builder, name, folder) for name in ("ten", "five")] == ["ramp/ten", "ramp/five"]
+    assert [build.prepare(ramp_builder, name, folder) for name in ("ten", "five")] == [
+        "ramp/ten",
+        "ramp/five",
+    ]
     return folder
 
 

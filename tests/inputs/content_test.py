@@ -117,7 +117,9 @@ def test_a_set_without_hashes_is_what_it_was(ramp_builder, mine, tmp_path):
     run.save(1, {"w": np.zeros(1)})
     run.close()
     RunCheckpoints(tmp_path / "run", {"data": described(old)}).close()
-    with pytest.raises(ValueError, match=r"ramp/mine was built anew .now it has a content hash, then it has none"):
+    with pytest.raises(
+        ValueError, match=r"ramp/mine was built anew .now it has a content hash, then it has none"
+    ):
         RunCheckpoints(tmp_path / "run", {"data": described(mine)})
 
 

@@ -64,11 +64,17 @@ def test_each_component_counts_its_own_examples(seed, sizes, data):
 @settings(deadline=None)
 def test_rows_of_batches_are_those_of_whole_batches(batch_size, start, steps, end, data):
     rows = np.array(sorted(data.draw(st.sets(st.integers(0, batch_size - 1), min_size=1))))
-    whole = [np.arange(step * batch_size, (step + 1) * batch_size) for step in range(start, start + 6)]
+    whole = [
+        np.arange(step * batch_size, (step + 1) * batch_size) for step in range(start, start + 6)
+    ]
     endless = order.positions(batch_size, start, rows=rows, steps=steps)
     found = np.concatenate([next(endless) for _ in range(6)])[: 6 * len(rows)]
     np.testing.assert_array_equal(found, np.concatenate([batch[rows] for batch in whole]))
-    there = [position for part in order.positions(batch_size, start, end, steps=steps) for position in part]
+    there = [
+        position
+        for part in order.positions(batch_size, start, end, steps=steps)
+        for position in part
+    ]
     assert there == list(range(start * batch_size, end))
 
 
@@ -134,9 +140,14 @@ def test_order_is_the_same_for_ever():
     component, index = order.example_at(0, np.arange(8), [5, 3], [2.0, 1.0])
     assert component.tolist() == [0, 0, 1, 0, 1, 0, 1, 0]
     assert index.tolist() == [2, 0, 1, 1, 0, 4, 2, 3]
-    assert order.example_keys(0, 1, np.arange(2)).tolist() == [[5232180285511217261, 0], [5232180285511217261, 1]]
+    assert order.example_keys(0, 1, np.arange(2)).tolist() == [
+        [5232180285511217261, 0],
+        [5232180285511217261, 1],
+    ]
 
 
 def test_examples_have_keys_of_their_own():
-    keys = np.concatenate([order.example_keys(seed, c, np.arange(100)) for seed in (0, 1) for c in (0, 1)])
+    keys = np.concatenate(
+        [order.example_keys(seed, c, np.arange(100)) for seed in (0, 1) for c in (0, 1)]
+    )
     assert keys.dtype == np.int64 and len(np.unique(keys, axis=0)) == 400

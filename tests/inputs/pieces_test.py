@@ -45,8 +45,15 @@ def processor(model):
 
 def bert_json(words=WORDS, single=("[CLS]", "A", "[SEP]")):
     """A tokenizer.json as the published ones are, with settings for cutting and filling that must not matter."""
-    template = [{"SpecialToken" if name != "A" else "Sequence": {"id": name, "type_id": 0}} for name in single]
-    special = {name: {"id": name, "ids": [words.index(name)], "tokens": [name]} for name in single if name != "A"}
+    template = [
+        {"SpecialToken" if name != "A" else "Sequence": {"id": name, "type_id": 0}}
+        for name in single
+    ]
+    special = {
+        name: {"id": name, "ids": [words.index(name)], "tokens": [name]}
+        for name in single
+        if name != "A"
+    }
     content = {
         "version": "1.0",
         "truncation": {"max_length": 4, "strategy": "LongestFirst", "stride": 0},
@@ -67,7 +74,12 @@ def bert_json(words=WORDS, single=("[CLS]", "A", "[SEP]")):
             "lowercase": True,
         },
         "pre_tokenizer": {"type": "BertPreTokenizer"},
-        "post_processor": {"type": "TemplateProcessing", "single": template, "pair": [], "special_tokens": special},
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": template,
+            "pair": [],
+            "special_tokens": special,
+        },
         "decoder": None,
         "model": {
             "type": "WordPiece",
@@ -143,7 +155,9 @@ def test_word_pieces_of_any_text_stand_between_cls_and_sep_or_it_is_named(text, 
     try:
         (row,) = pieces.encode(bert_json(), [text], length)
     except ValueError as error:
-        assert str(error).startswith("prompt ") and ("is empty" in str(error) or "knows" in str(error))
+        assert str(error).startswith("prompt ") and (
+            "is empty" in str(error) or "knows" in str(error)
+        )
         return
     assert row.shape == (length,) and row.dtype == np.int32
     said = row[row != 0]
@@ -198,7 +212,9 @@ def test_the_pipeline_gives_the_same_word_pieces_to_the_bit_and_again(bert, data
     """Captions of clips, read by SeqIO, in any order of threads."""
     path = tmp_path / "tokenizer.json"
     path.write_bytes(bert)
-    clips = Clips({"ramp/ten": 1.0}, data_dir, 100, vocabulary=str(path), text_length=7, with_captions=True)
+    clips = Clips(
+        {"ramp/ten": 1.0}, data_dir, 100, vocabulary=str(path), text_length=7, with_captions=True
+    )
     first, again = (next(clips.batches("train", 10, seed=3)) for _ in range(2))
     np.testing.assert_array_equal(first["text"], pieces.encode(bert, list(first["caption"]), 7))
     np.testing.assert_array_equal(first["text"], again["text"])

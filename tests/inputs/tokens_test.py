@@ -36,7 +36,10 @@ def examples(count, start=0):
 @pytest.fixture
 def folder(tmp_path):
     folder = str(tmp_path / "tokens")
-    assert write_tokens(folder, "train", examples(11), MODELS, LAYOUT, DATA, examples_per_shard=4) == 11
+    assert (
+        write_tokens(folder, "train", examples(11), MODELS, LAYOUT, DATA, examples_per_shard=4)
+        == 11
+    )
     return folder
 
 
@@ -45,7 +48,10 @@ def test_what_is_written_is_read(folder):
     assert len(records) == 11
     assert len(list((Path(folder) / "train").glob("*array_record*"))) == 3
     for record, example in zip(records, examples(11), strict=True):
-        assert (record["id"].decode(), record["caption"].decode()) == (example["id"], example["caption"])
+        assert (record["id"].decode(), record["caption"].decode()) == (
+            example["id"],
+            example["caption"],
+        )
         for name in FIELDS:
             np.testing.assert_array_equal(record[name], example[name])
 
@@ -58,7 +64,9 @@ def test_batches_hold_every_example_once_an_epoch_and_resume(folder):
     assert [len(batch["semantic"]) for batch in batches] == [4, 4, 3]
     seen = set()
     for batch in batches:
-        assert set(batch) == set(FIELDS) and {a.dtype for a in batch.values()} == {np.dtype(np.int32)}
+        assert set(batch) == set(FIELDS) and {a.dtype for a in batch.values()} == {
+            np.dtype(np.int32)
+        }
         for semantic, acoustic, mulan in zip(*(batch[name] for name in FIELDS), strict=True):
             key = semantic.astype(np.int64).tobytes()
             seen.add(key)
@@ -66,7 +74,9 @@ def test_batches_hold_every_example_once_an_epoch_and_resume(folder):
             np.testing.assert_array_equal(mulan, written[key]["mulan"])
     assert seen == set(written)
     walk = list(itertools.islice(data.batches("train", 4, seed=5), 9))
-    for one, other in zip(itertools.islice(data.batches("train", 4, seed=5, start_step=6), 3), walk[6:], strict=True):
+    for one, other in zip(
+        itertools.islice(data.batches("train", 4, seed=5, start_step=6), 3), walk[6:], strict=True
+    ):
         for name in one:
             np.testing.assert_array_equal(one[name], other[name])
 
@@ -88,7 +98,9 @@ def test_arrays_of_any_name_and_rank_are_written_and_read(tmp_path):
 @pytest.mark.parametrize("name", sorted(MODELS))
 def test_tokens_of_other_models_are_refused(folder, name):
     data = Tokens(folder, {**MODELS, name: "ff99"})
-    message = rf"written by {name} {MODELS[name]}, and this run uses {name} ff99: run `musicrl encode`"
+    message = (
+        rf"written by {name} {MODELS[name]}, and this run uses {name} ff99: run `musicrl encode`"
+    )
     for read in (
         data.count,
         lambda split: data.batches(split, 2, seed=0),
@@ -116,7 +128,10 @@ def test_a_run_knows_its_tokens_by_their_content(folder, tmp_path):
     run.close()
     other = [{**example, "semantic": example["semantic"][::-1]} for example in examples(11)]
     write_tokens(folder, "train", other, MODELS, LAYOUT, DATA)
-    with pytest.raises(ValueError, match=r"other data: tokens was built anew .* hash of train \w+, now \w+\); choose"):
+    with pytest.raises(
+        ValueError,
+        match=r"other data: tokens was built anew .* hash of train \w+, now \w+\); choose",
+    ):
         RunCheckpoints(tmp_path / "run", {"data": checkpoint.describe(Tokens(folder))})
     write_tokens(folder, "train", examples(11), MODELS, LAYOUT, DATA, examples_per_shard=3)
     assert checkpoint.describe(Tokens(folder)) == before
@@ -136,7 +151,9 @@ def test_tokens_of_a_set_that_was_built_anew_are_refused(folder):
     message = r"score_clips/tiny was built anew with other examples \(content hash of train a{12}, now b{12}\): give"
     with pytest.raises(ValueError, match=message):
         tokens.complete(folder + "2", "train", MODELS, LAYOUT, new)
-    with pytest.raises(ValueError, match=r"/tiny was built anew .now it has a content hash, then it has none"):
+    with pytest.raises(
+        ValueError, match=r"/tiny was built anew .now it has a content hash, then it has none"
+    ):
         tokens.complete(folder, "train", MODELS, LAYOUT, new)
 
 
@@ -159,9 +176,7 @@ def test_the_manifest_says_what_is_complete(folder):
 
 def test_other_data_are_refused(folder):
     other = {**DATA, "datasets": {"audio_folder/mine": 0.5}}
-    message = (
-        r"encoded from datasets {'score_clips/tiny': 1.0}, not {'audio_folder/mine': 0.5}: give another TOKENS folder"
-    )
+    message = r"encoded from datasets {'score_clips/tiny': 1.0}, not {'audio_folder/mine': 0.5}: give another TOKENS folder"
     for split in ("train", "test"):
         with pytest.raises(ValueError, match=message):
             tokens.complete(folder, split, MODELS, LAYOUT, other)

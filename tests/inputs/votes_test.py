@@ -10,7 +10,13 @@ from musicrl_jax.inputs.tokens import Tokens, write_tokens
 from musicrl_jax.inputs.votes import FIGURES, SIMULATED, VOTES, Vote, Votes, read_votes, write_votes
 
 MODELS = {"codec": "c0", "mulan": "a1"}
-LAYOUT = {"semantic_codes": 5, "acoustic_codes": 7, "acoustic_levels": 4, "mulan_levels": 3, "mulan_codes": 4}
+LAYOUT = {
+    "semantic_codes": 5,
+    "acoustic_codes": 7,
+    "acoustic_levels": 4,
+    "mulan_levels": 3,
+    "mulan_codes": 4,
+}
 
 
 def clip(number):
@@ -36,7 +42,9 @@ def folder(tmp_path):
         write_tokens(str(tmp_path), split, map(clip, numbers), MODELS, LAYOUT, {})
     choices = {0: "a", 1: "b", 2: "tie", 3: "abstain", 4: "b"}
     votes = [vote(pair, choice) for pair, choice in choices.items()]
-    write_votes(str(tmp_path), [*votes, vote(0, "b", heard=(True, False)), vote(0, "b", listener="another")])
+    write_votes(
+        str(tmp_path), [*votes, vote(0, "b", heard=(True, False)), vote(0, "b", listener="another")]
+    )
     return str(tmp_path)
 
 
@@ -73,7 +81,10 @@ def test_clips_of_any_system_are_voted_on(tmp_path):
 def test_clips_swapped_in_the_file_are_swapped_in_the_batch(folder):
     before = next(Votes(folder).batches("train", 4, seed=3, epochs=1))
     opposite = {"a": "b", "b": "a", "tie": "tie", "abstain": "abstain"}
-    swapped = [v._replace(a=v.b, b=v.a, vote=opposite[v.vote], heard=v.heard[::-1]) for v in read_votes(folder)]
+    swapped = [
+        v._replace(a=v.b, b=v.a, vote=opposite[v.vote], heard=v.heard[::-1])
+        for v in read_votes(folder)
+    ]
     write_votes(folder, swapped)
     after = next(Votes(folder).batches("train", 4, seed=3, epochs=1))
     np.testing.assert_array_equal(after["vote"], 1 - before["vote"])
@@ -90,7 +101,9 @@ def test_batches_are_a_function_of_seed_and_step(folder):
         assert all((one[name] == other[name]).all() for name in one)
 
 
-@pytest.mark.parametrize("prompt", ["größer", "line\u2028separator", 'quotes " and \\', "two\nlines"])
+@pytest.mark.parametrize(
+    "prompt", ["größer", "line\u2028separator", 'quotes " and \\', "two\nlines"]
+)
 def test_any_prompt_is_kept(folder, prompt):
     write_votes(folder, [vote(0, prompt=prompt), vote(1)])
     assert [found.prompt for found in read_votes(folder)] == [prompt, "prompt 1"]
@@ -106,11 +119,21 @@ def test_any_prompt_is_kept(folder, prompt):
         ({"prompt": 3}, "line 2, column 'prompt': 3 where text should be"),
         ({"prompt": "a \ud800 b"}, "line 2, column 'prompt': half of a surrogate pair"),
         ({"b": "clip-0"}, "line 2, column 'b': 'clip-0' is clip a too"),
-        ({"time": 3}, "line 2, column 'time': no such column; there are prompt, a, b, vote, listener, heard"),
+        (
+            {"time": 3},
+            "line 2, column 'time': no such column; there are prompt, a, b, vote, listener, heard",
+        ),
     ],
 )
 def test_a_damaged_line_is_named(folder, changes, complaint):
-    good = {"prompt": "p", "a": "clip-0", "b": "clip-1", "vote": "a", "listener": "l", "heard": [True, True]}
+    good = {
+        "prompt": "p",
+        "a": "clip-0",
+        "b": "clip-1",
+        "vote": "a",
+        "listener": "l",
+        "heard": [True, True],
+    }
     with open(f"{folder}/{VOTES}", "w") as file:
         file.write(f"{json.dumps(good)}\n{json.dumps(good | changes)}\n")
     with pytest.raises(ValueError, match=complaint):
@@ -122,7 +145,9 @@ def test_what_is_no_json_or_missing_is_named(folder):
         file.write("{half a line")
     with pytest.raises(ValueError, match="line 8, column 2: not JSON"):
         read_votes(folder)
-    with pytest.raises(FileNotFoundError, match=r"no votes at .*elsewhere/votes\.jsonl; write them with"):
+    with pytest.raises(
+        FileNotFoundError, match=r"no votes at .*elsewhere/votes\.jsonl; write them with"
+    ):
         read_votes(f"{folder}/elsewhere")
 
 
@@ -139,13 +164,17 @@ def test_votes_without_tokens_are_told_the_verb_that_writes_both(tmp_path, there
         write_votes(str(tmp_path), [vote(0)])
     for data in (Votes(str(tmp_path)), *([Tokens(str(tmp_path))] if there else [])):
         for read in (data.layout, data.splits, lambda data=data: data.count("train")):
-            with pytest.raises(FileNotFoundError, match=r"no tokens at .* for the votes.*`musicrl collect`") as told:
+            with pytest.raises(
+                FileNotFoundError, match=r"no tokens at .* for the votes.*`musicrl collect`"
+            ) as told:
                 read()
             assert "encode" not in str(told.value)
 
 
 def test_a_split_and_models_of_votes_are_told_the_right_verb(folder):
-    with pytest.raises(ValueError, match=r"run `musicrl collect` again with the models of this run"):
+    with pytest.raises(
+        ValueError, match=r"run `musicrl collect` again with the models of this run"
+    ):
         Votes(folder, {"codec": "other"}).count("train")
     with pytest.raises(ValueError, match="`musicrl collect` did not finish it"):
         Votes(folder).layout() and next(Votes(folder).batches("test", 1, seed=0))
@@ -160,8 +189,14 @@ def test_figures_of_simulated_listeners_are_not_taken_for_peoples(folder, capsys
     lines = Path(folder, VOTES).read_text().replace(listener, "Ada")
     Path(folder, VOTES).write_text(lines)
     assert Votes(folder).count("train") == 1
-    assert not path.exists() and (Path(folder) / "agreement.training_panel.json").read_text() == content
-    assert "is of simulated listeners of the training panel, and 'Ada' voted; renamed" in capsys.readouterr().out
+    assert (
+        not path.exists()
+        and (Path(folder) / "agreement.training_panel.json").read_text() == content
+    )
+    assert (
+        "is of simulated listeners of the training panel, and 'Ada' voted; renamed"
+        in capsys.readouterr().out
+    )
 
 
 def test_a_clip_that_is_not_there_is_named(folder):

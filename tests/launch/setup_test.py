@@ -72,7 +72,9 @@ def test_every_requirement_of_every_extra_is_pinned_with_its_hashes(path):
             (version,) = (each.version for each in requirement.specifier)
             assert wanted.specifier.contains(version), (extra, text, version)
             asked = extra if extra in LOCK["OPTIONAL"] else ""
-            assert applies(requirement, asked), f"{text} of {extra or 'the package'} is left out: {requirement}"
+            assert applies(requirement, asked), (
+                f"{text} of {extra or 'the package'} is left out: {requirement}"
+            )
 
 
 def test_what_is_pinned_needs_nothing_that_is_not():
@@ -89,7 +91,9 @@ def test_what_is_pinned_needs_nothing_that_is_not():
             if name == UNHASHED or (name, frozenset(requirement.extras)) in seen:
                 continue
             seen.add((name, frozenset(requirement.extras)))
-            assert name in pinned and applies(pinned[name][0], extra), f"{name}, for {extra or 'the package'}"
+            assert name in pinned and applies(pinned[name][0], extra), (
+                f"{name}, for {extra or 'the package'}"
+            )
             try:
                 needs = importlib.metadata.requires(name) or []
             except importlib.metadata.PackageNotFoundError:
@@ -105,7 +109,9 @@ def test_an_entry_for_an_extra_keeps_its_marker_and_hashes():
     assert LOCK["for_extras"](entry, ["plan", "tpu"]) == (
         "a==1 ; (sys_platform == 'linux') and (extra == 'plan' or extra == 'tpu') \\\n    --hash=sha256:1\n"
     )
-    assert LOCK["for_extras"]("a==1 \\\n    --hash=sha256:1\n", ["plan"]).startswith("a==1 ; extra == 'plan' \\\n")
+    assert LOCK["for_extras"]("a==1 \\\n    --hash=sha256:1\n", ["plan"]).startswith(
+        "a==1 ; extra == 'plan' \\\n"
+    )
 
 
 @pytest.fixture
@@ -113,7 +119,13 @@ def checkout(tmp_path, processes):
     """(folder, run): a checkout with a stand-in for Python; run(script, *words, fails=...) gives status and calls."""
     folder = tmp_path / "checkout"
     (folder / "launch").mkdir(parents=True)
-    for name in ("launch/setup.sh", "launch/test.sh", HERE.relative_to(ROOT), "setup.py", "pyproject.toml"):
+    for name in (
+        "launch/setup.sh",
+        "launch/test.sh",
+        HERE.relative_to(ROOT),
+        "setup.py",
+        "pyproject.toml",
+    ):
         shutil.copy(ROOT / name, folder / name)
     shutil.copy(HERE, folder / "launch/requirements-3.11.txt")
     for name in ("python3", "apt-get", "chromedriver", "faketime"):
@@ -125,8 +137,14 @@ def checkout(tmp_path, processes):
     def run(script, *words, fails="nothing"):
         calls = tmp_path / "calls"
         calls.write_text("")
-        environment = {"PATH": f"{tmp_path / 'bin'}:/usr/bin:/bin", "CALLS": str(calls), "FAILS": fails}
-        done = processes.run([str(folder / script), *words], env=environment, capture_output=True, timeout=60)
+        environment = {
+            "PATH": f"{tmp_path / 'bin'}:/usr/bin:/bin",
+            "CALLS": str(calls),
+            "FAILS": fails,
+        }
+        done = processes.run(
+            [str(folder / script), *words], env=environment, capture_output=True, timeout=60
+        )
         asked = [line for line in calls.read_text().splitlines() if not line.startswith("-c")]
         return done.returncode, asked, done.stderr
 
@@ -160,7 +178,10 @@ def test_setup_installs_what_is_hashed_first_and_then_the_project_alone(checkout
     plan = entries(folder / ".venv/requirements-plan.txt")
     assert applies(plan["libtpu"][0], "") and not applies(plan["locust"][0], "")
     versions = (folder / ".venv/versions.txt").read_text().splitlines()
-    assert all(re.fullmatch(r"[A-Za-z0-9._-]+==[^ ;]+", line) for line in versions) and len(versions) > 150
+    assert (
+        all(re.fullmatch(r"[A-Za-z0-9._-]+==[^ ;]+", line) for line in versions)
+        and len(versions) > 150
+    )
 
     status, calls, said = run("launch/setup.sh", "plans")
     assert (status, calls) == (1, []) and "setup.py has no extra 'plans'" in said
@@ -181,7 +202,10 @@ def test_a_failed_half_of_the_tests_does_not_hide_the_other(fails, status, check
     assert ended == status, said
     halves = [call for call in calls if call.startswith("-m pytest")]
     assert len(halves) == 2 and "not slow" in halves[0] and halves[1] == "-m pytest -m slow"
-    assert len([call for call in run("launch/test.sh", "fast")[1] if call.startswith("-m pytest")]) == 1
+    assert (
+        len([call for call in run("launch/test.sh", "fast")[1] if call.startswith("-m pytest")])
+        == 1
+    )
 
 
 def test_licences_of_what_ships_are_listed_and_go_into_a_wheel():
@@ -191,8 +215,19 @@ def test_licences_of_what_ships_are_listed_and_go_into_a_wheel():
     pretrained = runpy.run_path(str(ROOT / "musicrl_jax/inputs/pretrained.py"))["WHEELS"]
     for wheel in pretrained.values():
         assert wheel.package in notice and wheel.version in notice
-        assert all(word in notice for word in re.findall(r"[A-Z][A-Za-z0-9.-]+", wheel.licence)), wheel.licence
-    for name in ("TimGM6mb.sf2", "GPL", "music21", "midirenderer", "pretty_midi", "data/pretrained/demo"):
+        assert all(word in notice for word in re.findall(r"[A-Z][A-Za-z0-9.-]+", wheel.licence)), (
+            wheel.licence
+        )
+    for name in (
+        "TimGM6mb.sf2",
+        "GPL",
+        "music21",
+        "midirenderer",
+        "pretty_midi",
+        "data/pretrained/demo",
+    ):
         assert name in notice
     for page in ("README.md", "data/score_clips/README.md", "data/pretrained/demo/README.md"):
-        assert re.search(r"contain its samples|samples of the soundfont", (ROOT / page).read_text()), page
+        assert re.search(
+            r"contain its samples|samples of the soundfont", (ROOT / page).read_text()
+        ), page

@@ -67,7 +67,11 @@ class Cloud:
 
     def __init__(self, folder, processes=None):
         self.processes = processes
-        self.fake, self.checkout, self.home = folder / "fake", folder / "a checkout", folder / "home"
+        self.fake, self.checkout, self.home = (
+            folder / "fake",
+            folder / "a checkout",
+            folder / "home",
+        )
         if not folder.exists():
             self.make()
 
@@ -99,7 +103,9 @@ class Cloud:
 
     def git(self, *words):
         who = ["-c", "user.name=a", "-c", "user.email=a@b"]
-        subprocess.run(["git", *who, *words], cwd=self.checkout, check=True, env={"PATH": os.environ["PATH"]})
+        subprocess.run(
+            ["git", *who, *words], cwd=self.checkout, check=True, env={"PATH": os.environ["PATH"]}
+        )
 
     def commit(self):
         self.git("add", "--all")
@@ -123,8 +129,14 @@ class Cloud:
     def start(self, *arguments, before=(), **settings):
         path = f"{self.fake / 'bin'}:{os.environ['PATH']}"
         environment = {"PATH": path, "HOME": str(self.home), "FAKE": str(self.fake), "HOST": "here"}
-        environment |= {name: value for name, value in (SETTINGS | settings).items() if value is not None}
-        command = [*before, str(self.checkout / "launch/tpu_rl.sh"), *(arguments or (f"--gin_file={GIN_FILE}",))]
+        environment |= {
+            name: value for name, value in (SETTINGS | settings).items() if value is not None
+        }
+        command = [
+            *before,
+            str(self.checkout / "launch/tpu_rl.sh"),
+            *(arguments or (f"--gin_file={GIN_FILE}",)),
+        ]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         return self.processes.start(command, env=environment, cwd=self.home, **pipes)
 
@@ -152,12 +164,16 @@ class Cloud:
 
     def call(self, verb):
         """All words of the first call of this verb."""
-        return next(words for words in map(json.loads, self.lines("calls.jsonl")) if words[3] == verb)
+        return next(
+            words for words in map(json.loads, self.lines("calls.jsonl")) if words[3] == verb
+        )
 
     def argv(self):
         """What each start of musicrl was given, in their order, with the worker's name."""
         paths = sorted((self.fake / "argv").iterdir())
-        return [(path.name.split("-", 1)[1][:-4], path.read_text().split("\0")[:-1]) for path in paths]
+        return [
+            (path.name.split("-", 1)[1][:-4], path.read_text().split("\0")[:-1]) for path in paths
+        ]
 
     def log(self, number):
         return (self.checkout / f"runs/tpu_rl/rl/attempt-{number:03}.log").read_text()
@@ -181,21 +197,32 @@ def test_a_fresh_run(cloud):
     assert cloud.run(SPOT="1", CREATE_FLAGS="--network=mine --labels=a=b") == 0, cloud.err
     assert cloud.calls() == [*NEW, "run"]
     created = cloud.call("create")
-    assert {"--spot", "--network=mine", "--labels=a=b", "--runtime-version=v2-alpha-tpuv5"} < set(created)
+    assert {"--spot", "--network=mine", "--labels=a=b", "--runtime-version=v2-alpha-tpuv5"} < set(
+        created
+    )
     assert {"--accelerator-type=v5p-16", "--node-id=rl", "--project=my-project"} < set(created)
     told = [line.split(" ", 2)[-1] for line in cloud.out.splitlines()]
     order = ["Plan of the run on 1 x v5p:2x2x2", "rl is MISSING", "Creating rl: 1 x v5p-16"]
     order += ["rl is WAITING_FOR_RESOURCES", "rl is PROVISIONING", "rl is READY"]
     assert [line for line in told if line in order] == order
     assert "Done: gs://my-bucket/it's a run" in told[-3]
-    assert cloud.out.splitlines()[-1].startswith("gcloud compute tpus queued-resources delete rl --project=my-project")
+    assert cloud.out.splitlines()[-1].startswith(
+        "gcloud compute tpus queued-resources delete rl --project=my-project"
+    )
     assert sorted(worker for worker, _ in cloud.argv()) == ["rl-w-0", "rl-w-1"]
     mounted = f"{cloud.fake}/workers/rl-w-0/gcs/my-bucket/it\\'s a run"
     argv = next(words for worker, words in cloud.argv() if worker == "rl-w-0")
     assert argv == ["run", f"--gin_file={GIN_FILE}", f"--gin.MODEL_DIR='{mounted}'"]
     mounts = cloud.lines("mounts")
-    assert len(mounts) == 2 and "--implicit-dirs --rename-dir-limit" in mounts[0] and " my-bucket " in mounts[0]
-    assert "rl-w-1: step 1" in cloud.log(1).splitlines() and "musicrl-exit rl-w-1 0" in cloud.log(1).splitlines()
+    assert (
+        len(mounts) == 2
+        and "--implicit-dirs --rename-dir-limit" in mounts[0]
+        and " my-bucket " in mounts[0]
+    )
+    assert (
+        "rl-w-1: step 1" in cloud.log(1).splitlines()
+        and "musicrl-exit rl-w-1 0" in cloud.log(1).splitlines()
+    )
 
 
 def test_a_ready_tpu_with_this_commit_is_used_as_it_is(cloud):
@@ -246,10 +273,20 @@ def test_two_pre_emptions(cloud):
     cloud.ends_as([134, "preempted"], ["unheard", 134], 0)
     assert cloud.run() == 0
     new = [*NEW, "run"]
-    assert cloud.calls() == [*new, "queued-resources delete", *new, "join", "queued-resources delete", *new]
+    assert cloud.calls() == [
+        *new,
+        "queued-resources delete",
+        *new,
+        "join",
+        "queued-resources delete",
+        *new,
+    ]
     folders = {words[-1].split("gcs/")[1] for _, words in cloud.argv()}
     assert folders == {"my-bucket/it\\'s a run'"}
-    assert "Lost: status 255, and rl is PREEMPTED" in cloud.out and "Lost: a worker left with status 255" in cloud.out
+    assert (
+        "Lost: status 255, and rl is PREEMPTED" in cloud.out
+        and "Lost: a worker left with status 255" in cloud.out
+    )
     assert [cloud.log(number).count("musicrl-exit") for number in (1, 2, 3)] == [1, 3, 2]
 
 
@@ -275,7 +312,10 @@ def test_mistakes_count_anew_after_an_attempt_that_saved(cloud):
 
 
 def test_workers_that_cannot_be_set_up_are_a_mistake(cloud):
-    cloud.write(cloud.checkout / "launch/setup.sh", SETUP.replace("mkdir", '[ "$HOST" = here ] || exit 5\nmkdir'))
+    cloud.write(
+        cloud.checkout / "launch/setup.sh",
+        SETUP.replace("mkdir", '[ "$HOST" = here ] || exit 5\nmkdir'),
+    )
     cloud.commit()
     assert cloud.run() == 1
     assert cloud.calls() == [*NEW, "tpu-vm scp", "setup", "tpu-vm scp", "setup"]
@@ -299,7 +339,10 @@ def test_without_an_answer_nothing_is_created(cloud):
     cloud.ends_as(offline=True)
     assert cloud.run() == 1
     assert cloud.calls() == [] and len(cloud.lines("calls.jsonl")) == 3
-    assert "gcloud cannot say in which state rl is: ERROR: (gcloud) There was a problem refreshing" in cloud.err
+    assert (
+        "gcloud cannot say in which state rl is: ERROR: (gcloud) There was a problem refreshing"
+        in cloud.err
+    )
 
 
 def test_a_broken_connection_does_not_start_the_run_twice(cloud):
@@ -315,7 +358,10 @@ def test_a_run_is_not_given_up_for_a_connection_that_gcloud_gives_up(cloud):
     cloud.has()
     assert cloud.run() == 0, cloud.out
     assert cloud.calls() == ["tpu-vm scp", "setup", "run", "join"]
-    assert len(cloud.argv()) == 2 and "Told how they ended: 1 of 2 workers. Connecting again" in cloud.out
+    assert (
+        len(cloud.argv()) == 2
+        and "Told how they ended: 1 of 2 workers. Connecting again" in cloud.out
+    )
 
 
 def test_an_older_run_is_stopped_before_another(cloud):
@@ -351,7 +397,9 @@ def test_a_signal_stops_the_run_and_keeps_the_tpu(by, status, cloud):
     for number in range(2):
         saved = cloud.fake.glob(f"workers/rl-w-{number}/tmp/musicrl-attempts/*/status")
         assert [path.read_text() for path in saved] == ["75\n"]
-    assert f"Told to stop by {by.name}: the workers save" in out and "The same command goes on" in out
+    assert (
+        f"Told to stop by {by.name}: the workers save" in out and "The same command goes on" in out
+    )
     assert out.splitlines()[-1].startswith("gcloud compute tpus queued-resources delete rl ")
 
 
@@ -366,7 +414,10 @@ def test_started_where_sigint_is_ignored_it_stops_by_sigterm_and_says_so(cloud):
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=30)
     assert process.returncode == 143 and "Told to stop by SIGTERM" in out, out + err
-    assert f"SIGINT is ignored here, as nohup, cron and & have it: stop with kill -TERM {process.pid}" in out
+    assert (
+        f"SIGINT is ignored here, as nohup, cron and & have it: stop with kill -TERM {process.pid}"
+        in out
+    )
     assert cloud.run("--help") == 0 and "SIGTERM" in cloud.out
 
 
@@ -415,8 +466,13 @@ def test_several_slices(cloud):
     assert cloud.run(SLICES="2") == 0, cloud.err
     assert {"--node-count=2", "--node-prefix=rl"} < set(cloud.call("create"))
     assert cloud.calls() == [NEW[0], *["tpu-vm scp"] * 2, *["setup"] * 2, *["run"] * 4]
-    assert {worker for worker, _ in cloud.argv()} == {f"rl-{n}-w-{m}" for n in range(2) for m in range(2)}
-    assert (cloud.fake / "plan").read_text().split("\0")[-3:-1] == ["--topology=v5p:2x2x2", "--slices=2"]
+    assert {worker for worker, _ in cloud.argv()} == {
+        f"rl-{n}-w-{m}" for n in range(2) for m in range(2)
+    }
+    assert (cloud.fake / "plan").read_text().split("\0")[-3:-1] == [
+        "--topology=v5p:2x2x2",
+        "--slices=2",
+    ]
 
 
 ODD = ["--gin.A='it''s'", '--gin.B="$HOME `id` \\n"', "--gin.C={'x  y': 1}"]
@@ -425,8 +481,17 @@ ODD += ["--skip=a b", "--gin.D", "'*'", "--gin.E=\n", ""]
 
 def test_arguments_reach_the_workers_as_they_are(cloud, tmp_path):
     cloud.ends_as(0, hosts=1)
-    files = [f"--gin_file={GIN_FILE}", "--gin_file", GIN_FILE, "--gin.DATA_DIR='gs://other.bucket/its data'"]
-    settings = {"ACCELERATOR_TYPE": "v4-8", "MODEL_DIR": "runs/$HOME \\'", "LOG_DIR": str(tmp_path / "the logs")}
+    files = [
+        f"--gin_file={GIN_FILE}",
+        "--gin_file",
+        GIN_FILE,
+        "--gin.DATA_DIR='gs://other.bucket/its data'",
+    ]
+    settings = {
+        "ACCELERATOR_TYPE": "v4-8",
+        "MODEL_DIR": "runs/$HOME \\'",
+        "LOG_DIR": str(tmp_path / "the logs"),
+    }
     assert cloud.run("--", *files, *ODD, **settings) == 0, cloud.err
     data = f"--gin.DATA_DIR='{cloud.fake}/workers/rl-w-0/gcs/other.bucket/its data'"
     expected = ["run", *files[:3], data, *ODD, "--gin.MODEL_DIR='runs/$HOME \\\\\\''"]
@@ -449,22 +514,37 @@ def test_the_launcher_is_as_good_at_spaces_in_what_it_prints(cloud):
         shutil.copytree(cloud.checkout, home / "musicrl", ignore=shutil.ignore_patterns(".git"))
         cloud.write(home / "musicrl/.venv/bin/musicrl", MUSICRL)
     path = f"{cloud.fake / 'bin'}:{os.environ['PATH']}"
-    cloud.processes.run(["bash", "-c", pasted], env={"PATH": path, "FAKE": str(cloud.fake)}, check=True)
+    cloud.processes.run(
+        ["bash", "-c", pasted], env={"PATH": path, "FAKE": str(cloud.fake)}, check=True
+    )
     assert all(words[1:-1] == [f"--gin_file={GIN_FILE}", *ODD] for _, words in cloud.argv())
     assert len(cloud.argv()) == 2
 
 
 GOLDEN = {
     "queued": {"ACCELERATOR_TYPE": "v5litepod-16"},
-    "slices": {"SLICES": "2", "ACCELERATOR_TYPE": "v5p-128", "SPOT": "1", "CREATE_FLAGS": "--reserved"},
-    "vm": {"PROVISION": "vm", "ACCELERATOR_TYPE": "v6e-8", "MODEL_DIR": "/mnt/nfs/a run", "SHARED_DIR": "/mnt/nfs/"},
+    "slices": {
+        "SLICES": "2",
+        "ACCELERATOR_TYPE": "v5p-128",
+        "SPOT": "1",
+        "CREATE_FLAGS": "--reserved",
+    },
+    "vm": {
+        "PROVISION": "vm",
+        "ACCELERATOR_TYPE": "v6e-8",
+        "MODEL_DIR": "/mnt/nfs/a run",
+        "SHARED_DIR": "/mnt/nfs/",
+    },
 }
 
 
 @pytest.mark.parametrize("name", GOLDEN)
 def test_a_dry_run_prints_what_it_would_do_and_does_nothing(name, cloud):
     before = sorted(cloud.checkout.parent.rglob("*"))
-    assert cloud.run("--dry-run", f"--gin_file={GIN_FILE}", "--gin.RLConfig.steps=20", **GOLDEN[name]) == 0
+    assert (
+        cloud.run("--dry-run", f"--gin_file={GIN_FILE}", "--gin.RLConfig.steps=20", **GOLDEN[name])
+        == 0
+    )
     assert cloud.calls() == [] and cloud.lines("calls.jsonl") == [] and not cloud.err
     assert sorted(cloud.checkout.parent.rglob("*")) == before
     printed = re.sub(r"\b[0-9a-f]{40}\b", "TREE", cloud.out)
@@ -485,16 +565,28 @@ def test_a_missing_setting_is_named(name, cloud):
 @pytest.mark.parametrize(
     ("settings", "complaint"),
     [
-        ({"ACCELERATOR_TYPE": "v3-8"}, "ACCELERATOR_TYPE=v3-8 must be v4-N, v5litepod-N, v5p-N or v6e-N"),
+        (
+            {"ACCELERATOR_TYPE": "v3-8"},
+            "ACCELERATOR_TYPE=v3-8 must be v4-N, v5litepod-N, v5p-N or v6e-N",
+        ),
         ({"ACCELERATOR_TYPE": "v5p"}, "'v5p' is no size; v5p-16 is a type"),
         ({"ACCELERATOR_TYPE": "v5p-x"}, "'x' is no size; v5p-16 is a type"),
         ({"ACCELERATOR_TYPE": "v5p-96"}, "known ( v5p-8 v5p-16 v5p-32"),
         ({"ACCELERATOR_TYPE": "v5p-96"}, "set TOPOLOGY=v5p:AxB or AxBxC, or SKIP_PLAN=1"),
-        ({"MODEL_DIR": "/data/run"}, "MODEL_DIR=/data/run is a folder of each of the 2 hosts, who need one in"),
+        (
+            {"MODEL_DIR": "/data/run"},
+            "MODEL_DIR=/data/run is a folder of each of the 2 hosts, who need one in",
+        ),
         ({"MODEL_DIR": "/data/run", "SHARED_DIR": "/dat"}, "or SHARED_DIR to a folder above it"),
         ({"MODEL_DIR": "/data/run", "ACCELERATOR_TYPE": "v5litepod-16"}, "each of the 4 hosts"),
-        ({"MODEL_DIR": "/data/run", "ACCELERATOR_TYPE": "v6e-8", "SLICES": "2"}, "each of the 2 hosts"),
-        ({"MODEL_DIR": "gs://my-bucket"}, "MODEL_DIR=gs://my-bucket must be of the form gs://BUCKET/FOLDER"),
+        (
+            {"MODEL_DIR": "/data/run", "ACCELERATOR_TYPE": "v6e-8", "SLICES": "2"},
+            "each of the 2 hosts",
+        ),
+        (
+            {"MODEL_DIR": "gs://my-bucket"},
+            "MODEL_DIR=gs://my-bucket must be of the form gs://BUCKET/FOLDER",
+        ),
         ({"MODEL_DIR": "gs:/my-bucket/x"}, "must be of the form gs://BUCKET/FOLDER"),
         ({"TPU_NAME": "my tpu"}, "TPU_NAME=my tpu must be of a-z, 0-9 and hyphens"),
         ({"PROVISION": "fast"}, "PROVISION=fast must be one of: queued vm"),
@@ -516,7 +608,10 @@ def test_a_bad_setting_is_named_with_its_value_and_the_mend(settings, complaint,
         (["--"], "say what to run: --gin_file="),
         (["--gin.MODEL_DIR='/x'"], "set MODEL_DIR=..."),
         (["--gin.A=1", "--dry-run"], "--dry-run must come first"),
-        (["--gin_file=gin/mine.gin"], "--gin_file=gin/mine.gin is not in the commit that the workers get"),
+        (
+            ["--gin_file=gin/mine.gin"],
+            "--gin_file=gin/mine.gin is not in the commit that the workers get",
+        ),
         (["--gin_file", "/x/mine.gin"], "--gin_file=/x/mine.gin is not in the commit"),
     ],
 )
@@ -535,7 +630,10 @@ def test_a_checkout_with_changes_is_refused(cloud):
 def test_what_does_not_fit_is_refused_before_anything_is_created(cloud):
     (cloud.fake / "plan_status").write_text("1")
     assert cloud.run() == 1
-    assert "4 functions of train_rl" in cloud.out and "does not fit ACCELERATOR_TYPE=v5p-16" in cloud.err
+    assert (
+        "4 functions of train_rl" in cloud.out
+        and "does not fit ACCELERATOR_TYPE=v5p-16" in cloud.err
+    )
     assert cloud.lines("calls.jsonl") == []
     assert cloud.run(SKIP_PLAN="1") == 0
     assert "No plan: SKIP_PLAN=1" in cloud.out
@@ -554,7 +652,9 @@ def test_help_is_its_heading(cloud):
         assert name in cloud.out, f"{name} is a setting that the heading leaves out"
 
 
-SHAPES = re.search(r'TOPOLOGIES="\n(.*?)\n"', (ROOT / "launch/tpu_rl.sh").read_text(), flags=re.DOTALL)[1].splitlines()
+SHAPES = re.search(
+    r'TOPOLOGIES="\n(.*?)\n"', (ROOT / "launch/tpu_rl.sh").read_text(), flags=re.DOTALL
+)[1].splitlines()
 
 
 @pytest.mark.parametrize("row", SHAPES, ids=lambda row: row.split()[0])
@@ -573,13 +673,21 @@ def test_shapes_are_those_that_jax_knows(processes):
     names = [f"{row.split()[1]}:{size.split('=')[1]}" for row in SHAPES for size in row.split()[2:]]
     code = "import sys\nfrom jax.experimental import topologies\n"
     code += "for name in sys.argv[1:]: topologies.get_topology_desc(name, platform='tpu')"
-    environment = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-    processes.run([sys.executable, "-c", code, *names], env=os.environ | environment, check=True, timeout=60)
+    environment = {
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    }
+    processes.run(
+        [sys.executable, "-c", code, *names], env=os.environ | environment, check=True, timeout=60
+    )
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "launch").glob("*.sh")), ids=lambda path: path.name)
 def test_scripts_are_clean(path, processes):
-    shellcheck = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    shellcheck = shutil.which(
+        "shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    )
     if shellcheck is None:
         pytest.skip("no shellcheck: launch/setup.sh installs it")
     found = processes.run([shellcheck, str(path)], capture_output=True)
@@ -591,7 +699,10 @@ def test_the_job_set_restarts_as_the_launcher_does():
     assert (manifest["apiVersion"], manifest["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
     policy = manifest["spec"]["failurePolicy"]
     assert policy["maxRestarts"] == 2  # three attempts
-    free = {"action": "RestartJobSetAndIgnoreMaxRestarts", "onJobFailureReasons": ["PodFailurePolicy"]}
+    free = {
+        "action": "RestartJobSetAndIgnoreMaxRestarts",
+        "onJobFailureReasons": ["PodFailurePolicy"],
+    }
     assert policy["rules"] == [free]
     (slices,) = manifest["spec"]["replicatedJobs"]
     job = slices["template"]["spec"]
@@ -603,7 +714,11 @@ def test_the_job_set_restarts_as_the_launcher_does():
     assert job["completions"] == job["parallelism"] == chips // limit
     assert job["completionMode"] == "Indexed" and pod["restartPolicy"] == "Never"
     codes, disruption = job["podFailurePolicy"]["rules"]
-    assert codes["onExitCodes"] == {"containerName": container["name"], "operator": "In", "values": [75, 134, 137, 143]}
+    assert codes["onExitCodes"] == {
+        "containerName": container["name"],
+        "operator": "In",
+        "values": [75, 134, 137, 143],
+    }
     assert disruption["onPodConditions"] == [{"type": "DisruptionTarget"}]
     assert codes["action"] == disruption["action"] == "FailJob"
     assert pod["terminationGracePeriodSeconds"] >= 60
@@ -612,7 +727,11 @@ def test_the_job_set_restarts_as_the_launcher_does():
     assert job["template"]["metadata"]["annotations"]["gke-gcsfuse/volumes"] == "true"
     (mount,) = container["volumeMounts"]
     assert mount["name"] == volume["name"]
-    assert any(word.startswith(f"--gin.MODEL_DIR='{mount['mountPath']}/") for word in container["command"])
+    assert any(
+        word.startswith(f"--gin.MODEL_DIR='{mount['mountPath']}/") for word in container["command"]
+    )
     assert manifest["spec"]["network"]["enableDNSHostnames"]
-    files = [word.partition("=")[2] for word in container["command"] if word.startswith("--gin_file=")]
+    files = [
+        word.partition("=")[2] for word in container["command"] if word.startswith("--gin_file=")
+    ]
     assert files[-1:] == ["YOUR_RUN"] and all((ROOT / file).exists() for file in files[:-1])

@@ -30,7 +30,9 @@ def test_reconstruction_equals_numpy():
             a, b = numpy_mel(x, window), numpy_mel(y, window)
             l1 = np.abs(a - b).sum(-1).mean()
             log = np.sqrt(
-                np.square(np.log(np.maximum(a, 1e-8 * window)) - np.log(np.maximum(b, 1e-8 * window))).sum(-1)
+                np.square(
+                    np.log(np.maximum(a, 1e-8 * window)) - np.log(np.maximum(b, 1e-8 * window))
+                ).sum(-1)
             ).mean()
             expected += (l1 + np.sqrt(window / 2) * log) / (len(windows) * len(wav))
     got = codec.reconstruction(jnp.asarray(wav), jnp.asarray(decoded), 16000, windows)
@@ -57,7 +59,9 @@ def test_si_sdr_is_the_ratio_it_was_made_with_and_ignores_gain():
     noise *= np.sqrt(np.square(wav).sum() / np.square(noise).sum()) * 10 ** (-12 / 20)
     for gain in (1.0, 0.3):
         decoded = jnp.asarray(gain * (wav + noise), jnp.float32)
-        np.testing.assert_allclose(codec.si_sdr(jnp.asarray(wav, jnp.float32), decoded), [12.0], atol=1e-3)
+        np.testing.assert_allclose(
+            codec.si_sdr(jnp.asarray(wav, jnp.float32), decoded), [12.0], atol=1e-3
+        )
 
 
 def test_mel_distance_of_a_halved_clip_is_ln_2():
@@ -76,12 +80,20 @@ def test_stft_distance_equals_numpy():
         left = (window - hop) // 2
         pads = [np.pad(x.astype(np.float64), ((0, 0), (left, window))) for x in (wav, decoded)]
         a, b = (
-            np.abs(np.fft.rfft(np.stack([p[:, s * hop : s * hop + window] * hann for s in range(4096 // hop)], 1)))
+            np.abs(
+                np.fft.rfft(
+                    np.stack(
+                        [p[:, s * hop : s * hop + window] * hann for s in range(4096 // hop)], 1
+                    )
+                )
+            )
             for p in pads
         )
         log_ratio = 2 * np.log10(np.maximum(a, 1e-5) / np.maximum(b, 1e-5))
         terms.append(np.abs(a - b).mean() + np.abs(log_ratio).mean())
-    np.testing.assert_allclose(codec.stft_distance(jnp.asarray(wav), jnp.asarray(decoded)), np.mean(terms), rtol=1e-4)
+    np.testing.assert_allclose(
+        codec.stft_distance(jnp.asarray(wav), jnp.asarray(decoded)), np.mean(terms), rtol=1e-4
+    )
 
 
 def features(*scores):
@@ -91,7 +103,9 @@ def features(*scores):
 
 def test_hinge_losses_by_hand():
     real, decoded = features([[0.5, 2.0]], [[-1.0]]), features([[0.0, -3.0]], [[1.0]])
-    np.testing.assert_allclose(codec.discriminator_hinge(real, decoded), ((0.25 + 0.5) + (2.0 + 2.0)) / 2)
+    np.testing.assert_allclose(
+        codec.discriminator_hinge(real, decoded), ((0.25 + 0.5) + (2.0 + 2.0)) / 2
+    )
     np.testing.assert_allclose(codec.generator_hinge(decoded), ((1.0 + 4.0) / 2 + 0.0) / 2)
 
 
@@ -108,7 +122,9 @@ def test_balanced_gradients_pull_by_their_weights_whatever_their_units():
     norms = {"a": jnp.zeros(()), "b": jnp.zeros(())}
     pulls = []
     for units in ({"a": 1.0, "b": 1.0}, {"a": 1e6, "b": 1e-6}):
-        gradients = {name: jnp.asarray(units[name] * d, jnp.float32) for name, d in directions.items()}
+        gradients = {
+            name: jnp.asarray(units[name] * d, jnp.float32) for name, d in directions.items()
+        }
         pull, moved = codec.balanced(gradients, weights, norms)
         pulls.append(pull)
     np.testing.assert_allclose(*pulls, rtol=1e-4)
@@ -117,13 +133,17 @@ def test_balanced_gradients_pull_by_their_weights_whatever_their_units():
     np.testing.assert_allclose(pulls[0], expected, rtol=1e-4)
     np.testing.assert_allclose(moved["a"], 1e6 * clip_norms["a"], rtol=1e-5)
     twice, after = codec.balanced({name: 2 * g for name, g in gradients.items()}, weights, moved)
-    np.testing.assert_allclose(after["a"], 1.01 * moved["a"], rtol=1e-5)  # 0.99 of the old, 0.01 of the double
+    np.testing.assert_allclose(
+        after["a"], 1.01 * moved["a"], rtol=1e-5
+    )  # 0.99 of the old, 0.01 of the double
     np.testing.assert_allclose(twice, 2 / 1.01 * pulls[1], rtol=1e-4)
 
 
 def test_a_loss_that_has_not_begun_neither_pulls_nor_leaves_a_mark():
     gradients = {"a": jnp.ones((1, 4)), "late": jnp.zeros((1, 4))}
-    pull, norms = codec.balanced(gradients, {"a": 1.0, "late": 1.0}, {"a": jnp.zeros(()), "late": jnp.zeros(())})
+    pull, norms = codec.balanced(
+        gradients, {"a": 1.0, "late": 1.0}, {"a": jnp.zeros(()), "late": jnp.zeros(())}
+    )
     np.testing.assert_allclose(pull, jnp.full((1, 4), 0.5))  # all of the pull: of norm 1
     assert norms["late"] == 0.0
     late = {"a": jnp.ones((1, 4)), "late": 5 * jnp.ones((1, 4))}

@@ -46,7 +46,10 @@ def test_a_model_that_gives_all_clips_one_embedding_is_at_chance():
 def test_identical_captions_are_not_held_against_each_other():
     rng = np.random.default_rng(2)
     audio, text = _unit(rng, 3, 6), _unit(rng, 3, 6)
-    audio, text = np.concatenate([audio, audio[:1]]), np.concatenate([text, text[:1]])  # rows 0 and 3 are equal
+    audio, text = (
+        np.concatenate([audio, audio[:1]]),
+        np.concatenate([text, text[:1]]),
+    )  # rows 0 and 3 are equal
     identical = np.eye(4, dtype=bool)
     identical[0, 3] = identical[3, 0] = True
     loss, metrics = _loss(audio, text, 0.1, identical)
@@ -54,7 +57,10 @@ def test_identical_captions_are_not_held_against_each_other():
     nats = []
     for row in range(4):
         others = [column for column in range(4) if column == row or not identical[row, column]]
-        nats += [logsumexp(logits[row, others]) - logits[row, row], logsumexp(logits[others, row]) - logits[row, row]]
+        nats += [
+            logsumexp(logits[row, others]) - logits[row, row],
+            logsumexp(logits[others, row]) - logits[row, row],
+        ]
     np.testing.assert_allclose(loss, np.mean(nats), rtol=1e-5)
     strict, _ = _loss(audio, text, 0.1, np.eye(4, dtype=bool))
     assert strict > loss + 0.1
@@ -80,8 +86,12 @@ def test_gradient_equals_finite_differences():
     audio, text = _unit(rng, 4, 3), _unit(rng, 4, 3)
     identical = jnp.eye(4, dtype=bool).at[0, 1].set(True).at[1, 0].set(True)
     audio, text = jnp.asarray(audio), jnp.asarray(text)
-    loss = jax.jit(lambda audio: contrastive.contrastive(audio, text, jnp.float32(0.5), identical)[0])
+    loss = jax.jit(
+        lambda audio: contrastive.contrastive(audio, text, jnp.float32(0.5), identical)[0]
+    )
     slope = jax.jit(jax.grad(loss))(audio)
     for row, column in ((0, 0), (2, 1), (3, 2)):
         step = jnp.zeros_like(audio).at[row, column].set(1e-2)
-        np.testing.assert_allclose((loss(audio + step) - loss(audio - step)) / 2e-2, slope[row, column], atol=1e-4)
+        np.testing.assert_allclose(
+            (loss(audio + step) - loss(audio - step)) / 2e-2, slope[row, column], atol=1e-4
+        )

@@ -10,7 +10,9 @@ from musicrl_jax.losses.lm import cross_entropy
 RNG = np.random.default_rng(0)
 LOGITS = RNG.normal(size=(3, 4, 5)).astype(np.float32)
 TOKENS = RNG.integers(0, 5, (3, 4)).astype(np.int32)
-NATS = -np.take_along_axis(scipy.special.log_softmax(LOGITS.astype(np.float64), axis=-1), TOKENS[..., None], -1)[..., 0]
+NATS = -np.take_along_axis(
+    scipy.special.log_softmax(LOGITS.astype(np.float64), axis=-1), TOKENS[..., None], -1
+)[..., 0]
 HITS = LOGITS.argmax(axis=-1) == TOKENS
 
 

@@ -10,7 +10,12 @@ import pytest
 from scipy.special import rel_entr, softmax
 
 from musicrl_jax.losses import policy_gradient
-from musicrl_jax.losses.policy_gradient import PolicyGradient, full_kl, other_clips_mean, still_to_come
+from musicrl_jax.losses.policy_gradient import (
+    PolicyGradient,
+    full_kl,
+    other_clips_mean,
+    still_to_come,
+)
 from musicrl_jax.systems.system import Sampling
 
 EXACT = [(baseline, kl) for baseline in ("value", "leave_one_out") for kl in ("exact", "sampled")]
@@ -33,7 +38,9 @@ def problem():
 
 @pytest.fixture(scope="module")
 def truth(double, problem):
-    return oracle.finite_difference(lambda theta: oracle.objective(theta, problem), problem["theta"])
+    return oracle.finite_difference(
+        lambda theta: oracle.objective(theta, problem), problem["theta"]
+    )
 
 
 def test_the_readme_shows_the_table_as_it_is(truth, problem):
@@ -44,8 +51,12 @@ def test_the_readme_shows_the_table_as_it_is(truth, problem):
 @pytest.mark.exactness(1, 4)
 @pytest.mark.parametrize("surrogate", ["reinforce", "clipped"])
 @pytest.mark.parametrize(("baseline", "kl"), EXACT)
-def test_the_mean_gradient_of_the_first_update_is_that_of_the_objective(truth, problem, baseline, surrogate, kl):
-    assert oracle.error(oracle.mean_gradient(a_choice(baseline, surrogate, kl), problem), truth) < 1e-7
+def test_the_mean_gradient_of_the_first_update_is_that_of_the_objective(
+    truth, problem, baseline, surrogate, kl
+):
+    assert (
+        oracle.error(oracle.mean_gradient(a_choice(baseline, surrogate, kl), problem), truth) < 1e-7
+    )
 
 
 @pytest.mark.exactness(1)
@@ -66,7 +77,12 @@ def test_a_mean_with_its_own_reward_in_it_shrinks_the_rewards_gradient(double, p
 
 
 def test_what_is_biased_by_definition_shows_it(truth, problem):
-    for choice in (a_choice("group"), a_choice("group_std"), a_choice("best"), a_choice(kl="local")):
+    for choice in (
+        a_choice("group"),
+        a_choice("group_std"),
+        a_choice("best"),
+        a_choice(kl="local"),
+    ):
         assert oracle.error(oracle.mean_gradient(choice, problem), truth) > 0.05, choice
 
 
@@ -78,11 +94,16 @@ def test_equal_rewards_of_a_group_give_no_advantage(double):
         np.testing.assert_array_equal(found[:4], np.zeros((4, 1)))
         assert found.shape == (6, 1) and found[4, 0] < 0 < found[5, 0]
     np.testing.assert_allclose(
-        policy_gradient.reward_advantage(a_choice("leave_one_out"), rewards, None)[4:, 0], [-0.4, 0.4]
+        policy_gradient.reward_advantage(a_choice("leave_one_out"), rewards, None)[4:, 0],
+        [-0.4, 0.4],
     )
-    np.testing.assert_allclose(policy_gradient.reward_advantage(a_choice("group"), rewards, None)[4:, 0], [-0.2, 0.2])
     np.testing.assert_allclose(
-        policy_gradient.reward_advantage(a_choice("group_std"), rewards, None)[4:, 0], [-1, 1], rtol=1e-3
+        policy_gradient.reward_advantage(a_choice("group"), rewards, None)[4:, 0], [-0.2, 0.2]
+    )
+    np.testing.assert_allclose(
+        policy_gradient.reward_advantage(a_choice("group_std"), rewards, None)[4:, 0],
+        [-1, 1],
+        rtol=1e-3,
     )
     best = policy_gradient.reward_advantage(a_choice("best"), rewards, None)[:, 0]
     np.testing.assert_array_equal(best, [0.5, 0.5, 0.5, 0.5, 0, 1])
@@ -91,7 +112,8 @@ def test_equal_rewards_of_a_group_give_no_advantage(double):
 @pytest.mark.exactness(2)
 def test_a_baseline_that_saw_the_action_is_caught(truth, problem):
     late = np.concatenate(
-        [problem["values"][oracle.contexts(oracle.CLIPS)][:, 1:], problem["rewards"][:, None]], axis=1
+        [problem["values"][oracle.contexts(oracle.CLIPS)][:, 1:], problem["rewards"][:, None]],
+        axis=1,
     )
     assert oracle.error(oracle.mean_gradient(a_choice(), problem, values=late), truth) > 1
 
@@ -109,9 +131,13 @@ def with_kl_loss(penalty):
 @pytest.mark.exactness(3)
 def test_sampled_log_ratio_as_a_loss_is_caught(truth, problem):
     """Its expected gradient is zero, so the KL term is missing altogether."""
-    found = oracle.mean_gradient(a_choice(kl="local"), problem, loss=with_kl_loss(lambda ours, theirs: ours - theirs))
+    found = oracle.mean_gradient(
+        a_choice(kl="local"), problem, loss=with_kl_loss(lambda ours, theirs: ours - theirs)
+    )
     assert oracle.error(found, truth) > 0.1
-    reward = oracle.finite_difference(lambda theta: oracle.expected_reward(theta, problem), problem["theta"])
+    reward = oracle.finite_difference(
+        lambda theta: oracle.expected_reward(theta, problem), problem["theta"]
+    )
     np.testing.assert_allclose(found, (1 - oracle.STRENGTH) * reward, atol=1e-8)
 
 
@@ -130,14 +156,21 @@ def test_other_estimates_of_the_kl_are_caught(truth, problem):
         return -(current.log_probs * weight).sum(axis=1).mean(), {}
 
     for loss in (with_kl_loss(k3), in_the_reward):
-        assert oracle.error(oracle.mean_gradient(a_choice(kl="local"), problem, loss=loss), truth) > 0.1
+        assert (
+            oracle.error(oracle.mean_gradient(a_choice(kl="local"), problem, loss=loss), truth)
+            > 0.1
+        )
 
 
 @pytest.fixture(scope="module")
 def filtered(double, problem):
     """The problem of a policy that draws the likelier two of the four codes, and what the gradient is there."""
-    problem = problem | {"allowed": np.asarray(Sampling(1.0, top_k=2).allowed(jnp.asarray(problem["theta"])))}
-    return problem, oracle.finite_difference(lambda theta: oracle.objective(theta, problem), problem["theta"])
+    problem = problem | {
+        "allowed": np.asarray(Sampling(1.0, top_k=2).allowed(jnp.asarray(problem["theta"])))
+    }
+    return problem, oracle.finite_difference(
+        lambda theta: oracle.objective(theta, problem), problem["theta"]
+    )
 
 
 @pytest.mark.exactness(7)
@@ -150,13 +183,16 @@ def test_a_filtered_policy_has_its_own_exact_gradient(filtered, baseline, kl):
 @pytest.mark.exactness(7)
 def test_scoring_a_filtered_policy_on_all_codes_is_caught(filtered):
     problem, truth = filtered
-    assert oracle.cosine(oracle.mean_gradient(a_choice(), problem, scored_on="all codes"), truth) < 0.9
+    assert (
+        oracle.cosine(oracle.mean_gradient(a_choice(), problem, scored_on="all codes"), truth) < 0.9
+    )
 
 
 @pytest.mark.exactness(14)
 def test_the_value_comes_to_the_expected_reward_of_each_prefix(double, problem):
     """Clips are uniform here, so that means over the batch are expectations. Least squares reaches E[R | prefix]; what
-    it explains of R is Var E[R | prefix] / Var R, the mean over the steps."""
+    it explains of R is Var E[R | prefix] / Var R, the mean over the steps.
+    """
     rewards, places = jnp.asarray(problem["rewards"]), oracle.contexts(oracle.CLIPS)
     slope = jax.grad(lambda v: policy_gradient.value_loss(v[places], rewards)[0])
     values = jnp.zeros(oracle.CONTEXTS)
@@ -166,7 +202,10 @@ def test_the_value_comes_to_the_expected_reward_of_each_prefix(double, problem):
     expected = np.concatenate([[table.mean()], table.mean(axis=(1, 2)), table.mean(axis=2).ravel()])
     np.testing.assert_allclose(values, expected, atol=1e-4)
     _, metrics = policy_gradient.value_loss(values[places], rewards)
-    shares = [level.var() / table.var() for level in (table.mean(), table.mean(axis=(1, 2)), table.mean(axis=2))]
+    shares = [
+        level.var() / table.var()
+        for level in (table.mean(), table.mean(axis=(1, 2)), table.mean(axis=2))
+    ]
     np.testing.assert_allclose(metrics["explained_variance"], np.mean(shares), atol=1e-6)
 
 
@@ -176,7 +215,9 @@ def ascended(problem, choice, steps=30_000, rate=0.5):
     def step(_, theta):
         return theta + rate * oracle.mean_gradient(choice, problem | {"theta": theta})
 
-    return jax.jit(lambda theta: jax.lax.fori_loop(0, steps, step, theta))(jnp.asarray(problem["anchor"]))
+    return jax.jit(lambda theta: jax.lax.fori_loop(0, steps, step, theta))(
+        jnp.asarray(problem["anchor"])
+    )
 
 
 @pytest.fixture(scope="module")
@@ -206,7 +247,13 @@ def test_a_second_update_on_a_rollout_is_biased_by_the_states_alone(double, prob
     """Clipped, after a small step: near the truth there, not on it; and 'reinforce' there is far off."""
     moved = problem["theta"] + oracle.STEP * truth
     there = oracle.finite_difference(lambda theta: oracle.objective(theta, problem), moved)
-    assert 1e-6 < oracle.error(oracle.mean_gradient(a_choice(surrogate="clipped"), problem, theta=moved), there) < 0.02
+    assert (
+        1e-6
+        < oracle.error(
+            oracle.mean_gradient(a_choice(surrogate="clipped"), problem, theta=moved), there
+        )
+        < 0.02
+    )
 
 
 def test_ratios_beyond_the_clip_stop_pulling(double):
@@ -219,7 +266,9 @@ def test_ratios_beyond_the_clip_stop_pulling(double):
 
     def pull(probability):
         def loss(logit):
-            log_new = jax.nn.log_softmax(jnp.stack([logit, jnp.zeros_like(logit)], axis=-1))[:, None]
+            log_new = jax.nn.log_softmax(jnp.stack([logit, jnp.zeros_like(logit)], axis=-1))[
+                :, None
+            ]
             current = policy_gradient.scores(log_new, log_old, tokens)
             return policy_gradient.policy_loss(choice, current, found, 0.0)
 
@@ -227,7 +276,9 @@ def test_ratios_beyond_the_clip_stop_pulling(double):
         gradient, metrics = jax.grad(loss, has_aux=True)(jnp.asarray([logit, logit]))
         return np.asarray(gradient), float(metrics["clipped"])
 
-    raised, share = pull(0.7)  # a ratio of 1.4: the good clip has had enough, the bad one is still pushed down
+    raised, share = pull(
+        0.7
+    )  # a ratio of 1.4: the good clip has had enough, the bad one is still pushed down
     assert raised[0] == 0 < raised[1] and share == 1
     lowered, _ = pull(0.3)
     assert lowered[0] < 0 == lowered[1]
@@ -237,10 +288,12 @@ def test_ratios_beyond_the_clip_stop_pulling(double):
 
 def test_kl_metric_is_the_enumerated_kl(double, problem):
     theta, anchor = (jnp.asarray(problem[name]) for name in ("theta", "anchor"))
-    per_clip = full_kl(oracle.log_distribution(theta, oracle.CLIPS), oracle.log_distribution(anchor, oracle.CLIPS)).sum(
-        1
+    per_clip = full_kl(
+        oracle.log_distribution(theta, oracle.CLIPS), oracle.log_distribution(anchor, oracle.CLIPS)
+    ).sum(1)
+    np.testing.assert_allclose(
+        (oracle.probabilities(theta) * per_clip).sum(), oracle.kl(theta, problem), rtol=1e-12
     )
-    np.testing.assert_allclose((oracle.probabilities(theta) * per_clip).sum(), oracle.kl(theta, problem), rtol=1e-12)
 
 
 @pytest.mark.parametrize("never", [-1e9, -np.inf])
@@ -249,10 +302,14 @@ def test_kl_of_a_token_equals_scipy(never):
     policy, anchor = np.random.default_rng(1).normal(size=(2, 3, 5, 7))
     policy[..., [0, 6]] = anchor[..., 6] = never
     expected = rel_entr(softmax(policy, axis=-1), softmax(anchor, axis=-1)).sum(axis=-1)
-    log_policy, log_anchor = (jax.nn.log_softmax(x.astype(np.float32), axis=-1) for x in (policy, anchor))
+    log_policy, log_anchor = (
+        jax.nn.log_softmax(x.astype(np.float32), axis=-1) for x in (policy, anchor)
+    )
     np.testing.assert_allclose(full_kl(log_policy, log_anchor), expected, rtol=1e-4)
     assert expected.min() > 0.1
-    slopes = jax.grad(lambda x: full_kl(jax.nn.log_softmax(x, axis=-1), log_anchor).sum())(policy.astype(np.float32))
+    slopes = jax.grad(lambda x: full_kl(jax.nn.log_softmax(x, axis=-1), log_anchor).sum())(
+        policy.astype(np.float32)
+    )
     assert np.isfinite(slopes).all() and np.abs(slopes[..., 1:6]).max() > 0.1
     np.testing.assert_array_equal(slopes[..., [0, 6]], 0.0)
 
@@ -281,7 +338,9 @@ def test_rewards_reach_the_advantage_as_they_are():
     found = policy_gradient.reward_advantage(a_choice(), rewards, values)
     np.testing.assert_allclose(found, np.tile(rewards[:, None] - 0.25, (1, 4)), atol=1e-6)
     order = np.random.default_rng(0).permutation(9)
-    np.testing.assert_array_equal(policy_gradient.reward_advantage(a_choice(), rewards[order], values), found[order])
+    np.testing.assert_array_equal(
+        policy_gradient.reward_advantage(a_choice(), rewards[order], values), found[order]
+    )
 
 
 @pytest.mark.exactness(14)
@@ -292,11 +351,15 @@ def test_values_fit_the_expected_reward_of_the_prefix(double, problem):
     expected = np.zeros(oracle.CONTEXTS)
     for context in range(len(expected)):
         rows = (index == context).any(axis=1)
-        expected[context] = (probabilities * problem["rewards"])[rows].sum() / probabilities[rows].sum()
+        expected[context] = (probabilities * problem["rewards"])[rows].sum() / probabilities[
+            rows
+        ].sum()
 
     def loss(values):
         def one(tokens, reward):
-            return policy_gradient.value_loss(values[oracle.contexts(tokens[None])], reward[None])[0]
+            return policy_gradient.value_loss(values[oracle.contexts(tokens[None])], reward[None])[
+                0
+            ]
 
         losses = jax.vmap(one)(jnp.asarray(oracle.CLIPS), jnp.asarray(problem["rewards"]))
         return (jnp.asarray(probabilities) * losses).sum()
@@ -307,8 +370,12 @@ def test_values_fit_the_expected_reward_of_the_prefix(double, problem):
 
 def test_the_kl_strength_follows_its_target():
     strength = jnp.float32(0.01)
-    assert policy_gradient.adapted_strength(strength, jnp.float32(3.0), target=2.0) == pytest.approx(0.0102)
-    assert policy_gradient.adapted_strength(strength, jnp.float32(1.0), target=2.0) == pytest.approx(0.0098)
+    assert policy_gradient.adapted_strength(
+        strength, jnp.float32(3.0), target=2.0
+    ) == pytest.approx(0.0102)
+    assert policy_gradient.adapted_strength(
+        strength, jnp.float32(1.0), target=2.0
+    ) == pytest.approx(0.0098)
     assert policy_gradient.adapted_strength(strength, jnp.float32(2.0), target=2.0) == strength
     assert policy_gradient.adapted_strength(jnp.float32(0.5), jnp.float32(9.0), target=2.0) == 0.5
 

@@ -102,6 +102,8 @@ def test_dpo_comes_to_the_regularised_optimum(double, utilities):
         return bradley_terry(dpo_margin(policy, jnp.log(anchor)[PAIRS], beta), votes)[0]
 
     slope = jax.grad(loss)
-    logits = jax.jit(lambda x: jax.lax.fori_loop(0, 4000, lambda _, x: x - 5 * slope(x), x))(jnp.zeros(CLIPS))
+    logits = jax.jit(lambda x: jax.lax.fori_loop(0, 4000, lambda _, x: x - 5 * slope(x), x))(
+        jnp.zeros(CLIPS)
+    )
     best = anchor * np.exp(utilities / beta)
     np.testing.assert_allclose(jax.nn.softmax(logits), best / best.sum(), atol=1e-6)

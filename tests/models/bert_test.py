@@ -12,14 +12,18 @@ from musicrl_jax.models import bert
 from musicrl_jax.models.layers import stacked
 
 CONFIG = bert.BertConfig(layers=2, heads=3, embed=24, mlp=40, positions=16, pieces=50)
-TEXT = np.array([[5, 7, 9, 11, 0, 0], [1, 2, 3, 49, 5, 6], [9, 7, 5, 0, 0, 0], [0, 0, 0, 0, 0, 0]], np.int32)
+TEXT = np.array(
+    [[5, 7, 9, 11, 0, 0], [1, 2, 3, 49, 5, 6], [9, 7, 5, 0, 0, 0], [0, 0, 0, 0, 0, 0]], np.int32
+)
 
 
 @pytest.fixture(scope="module")
 def fresh():
     params = nn.unbox(jax.jit(bert.Bert(CONFIG).init)(jax.random.key(0), TEXT))["params"]
     rng = np.random.default_rng(0)
-    return jax.tree.map(lambda w: np.asarray(w) + 0.2 * rng.normal(size=w.shape).astype(np.float32), params)
+    return jax.tree.map(
+        lambda w: np.asarray(w) + 0.2 * rng.normal(size=w.shape).astype(np.float32), params
+    )
 
 
 @jax.jit
@@ -57,7 +61,10 @@ def as_file(params, prefix=""):
             tensors[f"{prefix}{place}.{inside}.weight"] = block[name]["kernel"].T
             tensors[f"{prefix}{place}.{inside}.bias"] = block[name]["bias"]
     for place, norm in norms.items():
-        tensors[f"{prefix}{place}.weight"], tensors[f"{prefix}{place}.bias"] = norm["scale"], norm["bias"]
+        tensors[f"{prefix}{place}.weight"], tensors[f"{prefix}{place}.bias"] = (
+            norm["scale"],
+            norm["bias"],
+        )
     return tensors
 
 
@@ -66,7 +73,11 @@ def mean_of_hidden(model, text):
     torch = pytest.importorskip("torch")
     real = text != 0
     with torch.no_grad():
-        hidden = model(torch.tensor(text), attention_mask=torch.tensor(real)).last_hidden_state.double().numpy()
+        hidden = (
+            model(torch.tensor(text), attention_mask=torch.tensor(real))
+            .last_hidden_state.double()
+            .numpy()
+        )
     return (hidden * real[:, :, None]).sum(axis=1) / real.sum(axis=1, keepdims=True)
 
 
@@ -86,7 +97,9 @@ def test_equals_transformers_with_the_same_random_weights(fresh, prefix):
         add_pooling_layer=False,
     ).eval()
     tensors = as_file(fresh)
-    theirs.load_state_dict({name: torch.tensor(np.array(tensor)) for name, tensor in tensors.items()}, strict=False)
+    theirs.load_state_dict(
+        {name: torch.tensor(np.array(tensor)) for name, tensor in tensors.items()}, strict=False
+    )
     loaded = bert.params(CONFIG, as_file(fresh, prefix), "here")
     got = np.asarray(apply(loaded, TEXT))
     np.testing.assert_allclose(got[:3], mean_of_hidden(theirs, TEXT[:3]), atol=1e-5)
@@ -98,13 +111,18 @@ def test_a_file_is_read_whole_and_its_sizes_are_found(fresh):
     loaded = bert.params(CONFIG, tensors, "here")
     jax.tree.map(np.testing.assert_array_equal, loaded, fresh)
     assert bert.sizes(tensors, {"num_attention_heads": 3, "hidden_act": "gelu"}, "here") == CONFIG
-    wide = {name: np.zeros((*t.shape[:-1], 128)) if t.shape[-1] == 24 else t for name, t in tensors.items()}
+    wide = {
+        name: np.zeros((*t.shape[:-1], 128)) if t.shape[-1] == 24 else t
+        for name, t in tensors.items()
+    }
     assert bert.sizes(wide, {}, "here").heads == 2  # 64 wide, where no config.json says otherwise
 
 
 def test_padding_changes_nothing_and_order_does(fresh):
     got = apply(fresh, TEXT)
-    np.testing.assert_allclose(apply(fresh, jnp.pad(TEXT, ((0, 0), (0, 5))))[:3], got[:3], atol=1e-5)
+    np.testing.assert_allclose(
+        apply(fresh, jnp.pad(TEXT, ((0, 0), (0, 5))))[:3], got[:3], atol=1e-5
+    )
     np.testing.assert_allclose(apply(fresh, TEXT[:1, :4]), got[:1], atol=1e-5)
     assert np.abs(got[0] - got[2]).max() > 1e-2
 
@@ -112,9 +130,18 @@ def test_padding_changes_nothing_and_order_does(fresh):
 @pytest.mark.parametrize(
     ("lost", "complaint"),
     [
-        ("embeddings.word_embeddings.weight", "no BERT: it has no tensor embeddings.word_embeddings.weight"),
-        ("encoder.layer.0.intermediate.dense.weight", "no BERT: it has no tensor encoder.layer.0.intermediate"),
-        ("encoder.layer.1.attention.self.key.bias", "no tensor encoder.layer.1.attention.self.key.bias"),
+        (
+            "embeddings.word_embeddings.weight",
+            "no BERT: it has no tensor embeddings.word_embeddings.weight",
+        ),
+        (
+            "encoder.layer.0.intermediate.dense.weight",
+            "no BERT: it has no tensor encoder.layer.0.intermediate",
+        ),
+        (
+            "encoder.layer.1.attention.self.key.bias",
+            "no tensor encoder.layer.1.attention.self.key.bias",
+        ),
         ("embeddings.LayerNorm.weight", "no tensor embeddings.LayerNorm.weight"),
     ],
 )
@@ -122,7 +149,8 @@ def test_a_missing_tensor_is_named(fresh, lost, complaint):
     tensors = as_file(fresh)
     del tensors[lost]
     with pytest.raises(
-        ValueError, match=f"x.safetensors is {complaint}|x.safetensors is no BERT of 2 layers.*{complaint}"
+        ValueError,
+        match=f"x.safetensors is {complaint}|x.safetensors is no BERT of 2 layers.*{complaint}",
     ):
         bert.params(bert.sizes(tensors, {}, "x.safetensors"), tensors, "x.safetensors")
 
@@ -130,10 +158,15 @@ def test_a_missing_tensor_is_named(fresh, lost, complaint):
 def test_other_sizes_and_other_architectures_are_named(fresh):
     tensors = as_file(fresh)
     with pytest.raises(
-        ValueError, match=r"intermediate.dense.weight has the shape \(40, 24\).*mlp=41.* needs \(41, 24\)"
+        ValueError,
+        match=r"intermediate.dense.weight has the shape \(40, 24\).*mlp=41.* needs \(41, 24\)",
     ):
         bert.params(dataclasses.replace(CONFIG, mlp=41), tensors, "here")
-    for name, value in (("hidden_act", "relu"), ("model_type", "roberta"), ("layer_norm_eps", 1e-5)):
+    for name, value in (
+        ("hidden_act", "relu"),
+        ("model_type", "roberta"),
+        ("layer_norm_eps", 1e-5),
+    ):
         with pytest.raises(ValueError, match=f"here: config.json says {name} = {value!r}"):
             bert.sizes(tensors, {name: value}, "here")
 

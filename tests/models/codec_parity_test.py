@@ -7,7 +7,9 @@ import pytest
 
 from musicrl_jax.models import rvq, soundstream
 
-torch = pytest.importorskip("torch", reason="parity needs PyTorch, whose small CPU wheel is for Python 3.11 alone")
+torch = pytest.importorskip(
+    "torch", reason="parity needs PyTorch, whose small CPU wheel is for Python 3.11 alone"
+)
 pytest.importorskip("transformers", reason="parity needs transformers: pip install .[parity]")
 
 RNG = np.random.default_rng(0)
@@ -23,7 +25,7 @@ def their_conv(theirs, kernel, bias):
 
 
 def run(theirs, x):
-    """x [B, N, D] through a PyTorch module that takes [B, D, N]."""
+    """X [B, N, D] through a PyTorch module that takes [B, D, N]."""
     with torch.no_grad():
         return theirs(torch.tensor(np.transpose(x, (0, 2, 1)).copy())).numpy().transpose(0, 2, 1)
 
@@ -48,7 +50,9 @@ def encodec():
     )
 
 
-@pytest.mark.parametrize(("kernel", "stride", "dilation"), [(7, 1, 1), (7, 1, 9), (3, 1, 1), (4, 2, 1), (16, 8, 1)])
+@pytest.mark.parametrize(
+    ("kernel", "stride", "dilation"), [(7, 1, 1), (7, 1, 9), (3, 1, 1), (4, 2, 1), (16, 8, 1)]
+)
 def test_causal_convolution_is_encodecs(encodec, kernel, stride, dilation):
     module, config = encodec
     weight, bias, x = draw(kernel, 3, 5), draw(5), draw(2, 48, 3)
@@ -64,7 +68,9 @@ def test_causal_upsampling_is_encodecs(encodec, stride):
     module, config = encodec
     weight, bias, x = draw(3, 2 * stride, 4), draw(4), draw(2, 11, 3)
     theirs = module.EncodecConvTranspose1d(config, 3, 4, 2 * stride, stride)
-    their_conv(theirs.conv, weight.transpose(1, 2, 0), bias)  # transposed ones are [in, out, taps] there
+    their_conv(
+        theirs.conv, weight.transpose(1, 2, 0), bias
+    )  # transposed ones are [in, out, taps] there
     ours = soundstream.CausalUpsample(4, stride)
     got = ours.apply({"params": {"kernel": weight, "bias": bias}}, jnp.asarray(x))
     np.testing.assert_allclose(got, run(theirs, x), atol=1e-5)
@@ -88,7 +94,9 @@ def dac():
     from transformers import DacConfig
     from transformers.models.dac import modeling_dac
 
-    config = DacConfig(n_codebooks=3, codebook_size=16, codebook_dim=4, hidden_size=6, quantizer_dropout=0.0)
+    config = DacConfig(
+        n_codebooks=3, codebook_size=16, codebook_dim=4, hidden_size=6, quantizer_dropout=0.0
+    )
     assert config.hidden_size == 6
     return modeling_dac, config
 
@@ -111,7 +119,12 @@ def test_snake_residual_unit_is_dacs(dac, dilation):
         "between": {"alpha": alphas[1]},
         "narrow": {"kernel": narrow[0], "bias": narrow_bias},
     }
-    branch = np.asarray(soundstream.ResidualUnit(dilation, "snake").apply({"params": params}, jnp.asarray(x))) - x
+    branch = (
+        np.asarray(
+            soundstream.ResidualUnit(dilation, "snake").apply({"params": params}, jnp.asarray(x))
+        )
+        - x
+    )
     expected = run(theirs, x) - x
     np.testing.assert_allclose(branch[:, 2 * shift :], expected[:, shift:-shift], atol=1e-4)
 
@@ -123,7 +136,10 @@ def factored(dac):
     with torch.no_grad():
         for weight in theirs.parameters():
             weight.copy_(torch.tensor(draw(*weight.shape)))
-    numpy = [{name: value.detach().numpy() for name, value in level.named_parameters()} for level in theirs.quantizers]
+    numpy = [
+        {name: value.detach().numpy() for name, value in level.named_parameters()}
+        for level in theirs.quantizers
+    ]
     factors = {
         "in": np.stack([level["in_proj.weight"][:, :, 0].T for level in numpy]),
         "in_bias": np.stack([level["in_proj.bias"] for level in numpy]),
@@ -161,10 +177,14 @@ def test_factored_training_has_dacs_losses_and_gradients(factored):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rvq, "_heard", lambda key, levels, clips: jnp.ones((levels, clips)))
-        (_, got), (of_factors, of_x) = jax.value_and_grad(ours, argnums=(0, 1), has_aux=True)(factors, jnp.asarray(x))
+        (_, got), (of_factors, of_x) = jax.value_and_grad(ours, argnums=(0, 1), has_aux=True)(
+            factors, jnp.asarray(x)
+        )
     np.testing.assert_allclose(0.25 * got, loss.detach(), rtol=1e-5)
     np.testing.assert_allclose(of_x, there.grad.numpy().transpose(0, 2, 1), atol=1e-3)
     first = theirs.quantizers[0]
     np.testing.assert_allclose(of_factors["codebooks"][0], first.codebook.weight.grad, atol=1e-3)
     np.testing.assert_allclose(of_factors["in"][0], first.in_proj.weight.grad[:, :, 0].T, atol=1e-2)
-    np.testing.assert_allclose(of_factors["out"][0], first.out_proj.weight.grad[:, :, 0].T, atol=1e-2)
+    np.testing.assert_allclose(
+        of_factors["out"][0], first.out_proj.weight.grad[:, :, 0].T, atol=1e-2
+    )

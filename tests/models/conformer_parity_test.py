@@ -25,7 +25,12 @@ from transformers.models.wav2vec2_bert import modeling_wav2vec2_bert  # noqa: E4
 from transformers.models.wav2vec2_conformer import modeling_wav2vec2_conformer  # noqa: E402
 
 CONFIG = conformer.ConformerConfig(layers=2, heads=2, embed=16, mlp=24, kernel=9)
-SIZES = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24, "hidden_act": "swish"}
+SIZES = {
+    "hidden_size": 16,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+    "hidden_act": "swish",
+}
 CAUSAL_TAPS = 5  # those of our nine that look at the past and the present
 EPSILON = 1e-6  # Flax's; PyTorch's is 1e-5
 
@@ -53,7 +58,9 @@ def put(target: torch.nn.Module, params: dict) -> None:
             params["bias"][:] = 0.0
 
 
-def put_convolution(target: torch.nn.Module, params: dict, taps: np.ndarray, middle_norm: torch.nn.LayerNorm) -> None:
+def put_convolution(
+    target: torch.nn.Module, params: dict, taps: np.ndarray, middle_norm: torch.nn.LayerNorm
+) -> None:
     put(target.layer_norm, params["norm"])
     put(target.pointwise_conv1, params["up"])
     put(middle_norm, params["middle_norm"])
@@ -84,7 +91,9 @@ def test_blocks_equal_wav2vec2_berts(x):
     )
     ours = conformer.Conformer(CONFIG)
     params = drawn(ours, x)
-    theirs = torch.nn.ModuleList(modeling_wav2vec2_bert.Wav2Vec2BertEncoderLayer(config) for _ in range(2)).eval()
+    theirs = torch.nn.ModuleList(
+        modeling_wav2vec2_bert.Wav2Vec2BertEncoderLayer(config) for _ in range(2)
+    ).eval()
     rng = np.random.default_rng(2)
     for index, layer in enumerate(theirs):
         block = params[f"block_{index}"]
@@ -126,7 +135,11 @@ def test_rotary_attention_equals_llamas(x):
     ours = conformer.SelfAttention(CONFIG)
     params = drawn(ours, x)
     config = LlamaConfig(
-        hidden_size=16, num_attention_heads=2, num_key_value_heads=2, attention_bias=True, attn_implementation="eager"
+        hidden_size=16,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        attention_bias=True,
+        attn_implementation="eager",
     )
     theirs = modeling_llama.LlamaAttention(config, layer_idx=0).eval()
     norm = torch.nn.LayerNorm(16, eps=EPSILON)
@@ -162,4 +175,6 @@ def test_symmetric_convolution_equals_wav2vec2_conformers(x):
     put_convolution(theirs, params, params["depthwise"], theirs.batch_norm)
     with torch.no_grad():
         expected = theirs(torch.tensor(x)).numpy()
-    np.testing.assert_allclose(jax.jit(ours.apply)({"params": params}, jnp.asarray(x)), expected, atol=1e-5)
+    np.testing.assert_allclose(
+        jax.jit(ours.apply)({"params": params}, jnp.asarray(x)), expected, atol=1e-5
+    )

@@ -43,7 +43,9 @@ def _turn(x):
 
 def _attention(p, x, heads):
     x = _norm(p["norm"], x)
-    query, key, value = (np.split(_dense(p[name], x), heads, axis=1) for name in ("query", "key", "value"))
+    query, key, value = (
+        np.split(_dense(p[name], x), heads, axis=1) for name in ("query", "key", "value")
+    )
     mixed = []
     for q, k, v in zip(query, key, value, strict=True):
         scores = _turn(q) @ _turn(k).T / np.sqrt(q.shape[1])
@@ -54,7 +56,9 @@ def _attention(p, x, heads):
 def _convolution(p, x):
     x = _dense(p["up"], _norm(p["norm"], x))
     x = x[:, :8] * scipy.special.expit(x[:, 8:])
-    x = np.stack([scipy.signal.correlate(x[:, d], p["depthwise"][:, d], mode="same") for d in range(8)], 1)
+    x = np.stack(
+        [scipy.signal.correlate(x[:, d], p["depthwise"][:, d], mode="same") for d in range(8)], 1
+    )
     return _dense(p["down"], _swish(_norm(p["middle_norm"], x)))
 
 
@@ -73,7 +77,9 @@ def model():
     x = jax.random.normal(jax.random.key(1), (3, 11, 8))
     params = nn.unbox(jax.jit(module.init)(jax.random.key(0), x))["params"]
     rng = np.random.default_rng(2)
-    params = jax.tree.map(lambda a: np.asarray(a) + 0.3 * rng.normal(size=a.shape).astype(np.float32), params)
+    params = jax.tree.map(
+        lambda a: np.asarray(a) + 0.3 * rng.normal(size=a.shape).astype(np.float32), params
+    )
     return jax.jit(module.apply, static_argnames="layers"), params, x
 
 
@@ -92,7 +98,11 @@ def test_stacked_layers_are_one_loop_with_the_same_result_and_gradient(model):
     """As TPUs go through them: a block stands once in the program."""
     apply, params, x = model
     together = stacked(params)
-    assert list(together) == ["layers"] and together["layers"]["first"]["up"]["kernel"].shape == (2, 8, 24)
+    assert list(together) == ["layers"] and together["layers"]["first"]["up"]["kernel"].shape == (
+        2,
+        8,
+        24,
+    )
     for layers in (None, 1):
 
         def mean_square(params, layers=layers):
@@ -101,9 +111,14 @@ def test_stacked_layers_are_one_loop_with_the_same_result_and_gradient(model):
         value, slope = jax.value_and_grad(mean_square)(params)
         found, slopes = jax.value_and_grad(mean_square)(together)
         np.testing.assert_allclose(found, value, rtol=1e-6)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), unstacked(slopes), slope)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), unstacked(slopes), slope
+        )
     module = conformer.Conformer(CONFIG)
-    programs = [str(jax.make_jaxpr(lambda p: module.apply({"params": p}, x))(tree)) for tree in (params, together)]
+    programs = [
+        str(jax.make_jaxpr(lambda p: module.apply({"params": p}, x))(tree))
+        for tree in (params, together)
+    ]
     with pytest.raises(ValueError, match="length"):
         conformer.Conformer(dataclasses.replace(CONFIG, layers=1)).apply({"params": together}, x)
     # Between the two products of each of a block's two feed-forwards stands one.
@@ -114,7 +129,9 @@ def test_a_clip_does_not_see_the_batch(model):
     apply, params, x = model
     together = apply({"params": params}, x)
     alone = apply({"params": params}, x[1:2])
-    np.testing.assert_allclose(together[1], alone[0], atol=1e-5)  # sums of another batch have another order
+    np.testing.assert_allclose(
+        together[1], alone[0], atol=1e-5
+    )  # sums of another batch have another order
 
 
 def test_every_position_sees_both_directions(model):
@@ -130,17 +147,25 @@ def test_rotary_products_depend_on_distance_only():
     at = jnp.arange(6)
 
     def products(shift):
-        return jnp.einsum("bqhd,bkhd->bhqk", conformer.rotary(query, at + shift), conformer.rotary(other, at + shift))
+        return jnp.einsum(
+            "bqhd,bkhd->bhqk",
+            conformer.rotary(query, at + shift),
+            conformer.rotary(other, at + shift),
+        )
 
     np.testing.assert_allclose(products(0), products(137), atol=2e-4)
-    apart = jnp.einsum("bqhd,bkhd->bhqk", conformer.rotary(query, at + 1), conformer.rotary(other, at))
+    apart = jnp.einsum(
+        "bqhd,bkhd->bhqk", conformer.rotary(query, at + 1), conformer.rotary(other, at)
+    )
     assert np.abs(apart - products(0)).max() > 0.1
     lengths = jnp.linalg.norm(conformer.rotary(query, at), axis=-1)
     np.testing.assert_allclose(lengths, jnp.linalg.norm(query, axis=-1), rtol=1e-5)
 
 
 def test_kernels_carry_logical_axes():
-    variables = jax.eval_shape(conformer.Conformer(CONFIG).init, jax.random.key(0), jnp.zeros((1, 4, 8)))
+    variables = jax.eval_shape(
+        conformer.Conformer(CONFIG).init, jax.random.key(0), jnp.zeros((1, 4, 8))
+    )
     specs = nn.get_partition_spec(variables)["params"]["block_1"]
     assert tuple(specs["first"]["up"]["kernel"]) == ("embed", "mlp")
     assert tuple(specs["attention"]["query"]["kernel"]) == ("embed", "heads")
@@ -148,7 +173,9 @@ def test_kernels_carry_logical_axes():
     assert tuple(specs["convolution"]["down"]["kernel"]) == ("mlp", "embed")
 
 
-@pytest.mark.parametrize(("change", "word"), [({"heads": 3}, "embed = 8"), ({"kernel": 4}, "kernel = 4")])
+@pytest.mark.parametrize(
+    ("change", "word"), [({"heads": 3}, "embed = 8"), ({"kernel": 4}, "kernel = 4")]
+)
 def test_bad_sizes_are_named(change, word):
     with pytest.raises(ValueError, match=word):
         conformer.ConformerConfig(**{"heads": 2, "embed": 8, "mlp": 8, "kernel": 3} | change)

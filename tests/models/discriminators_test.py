@@ -7,7 +7,9 @@ import scipy.signal
 from musicrl_jax.models import discriminators
 from musicrl_jax.models.discriminators import Discriminators, DiscriminatorsConfig
 
-ALL = DiscriminatorsConfig(wave_scales=2, stft_windows=(256,), periods=(2, 5), band_windows=(256,), channels=4)
+ALL = DiscriminatorsConfig(
+    wave_scales=2, stft_windows=(256,), periods=(2, 5), band_windows=(256,), channels=4
+)
 
 
 def noise(clips, samples, seed=0):
@@ -23,7 +25,14 @@ def judges():
 
 def test_there_is_one_discriminator_for_each_that_the_config_names(judges):
     judge, variables = judges
-    assert set(variables["params"]) == {"wave_0", "wave_1", "stft_256", "period_2", "period_5", "bands_256"}
+    assert set(variables["params"]) == {
+        "wave_0",
+        "wave_1",
+        "stft_256",
+        "period_2",
+        "period_5",
+        "bands_256",
+    }
     found = judge(variables, noise(2, 2048))
     assert len(found) == 6
     for layers in found:
@@ -73,12 +82,19 @@ def test_bands_look_at_their_own_frequencies(judges):
     tone = jnp.asarray(np.sin(2 * np.pi * 0.45 * np.arange(2048)), jnp.float32)[None]
     mid = slice(8, -8)  # frames that the clip's sudden ends do not spread over all frequencies
     before, after = bands(variables, wav), bands(variables, wav + tone)
-    assert np.abs(before[0] - after[0])[:, mid].max() < 1e-3 < np.abs(before[-2] - after[-2])[:, mid].max()
+    assert (
+        np.abs(before[0] - after[0])[:, mid].max()
+        < 1e-3
+        < np.abs(before[-2] - after[-2])[:, mid].max()
+    )
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
-    [({"wave_scales": 0, "stft_windows": ()}, "no discriminator"), ({"channels": 6}, "multiple of 4")],
+    [
+        ({"wave_scales": 0, "stft_windows": ()}, "no discriminator"),
+        ({"channels": 6}, "multiple of 4"),
+    ],
 )
 def test_bad_configs_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):

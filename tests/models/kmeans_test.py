@@ -17,11 +17,18 @@ from musicrl_jax.models import kmeans
 def blobs(points, codes, width, seed=0):
     rng = np.random.default_rng(seed)
     centres = rng.normal(size=(codes, width)) * 10
-    return (centres[rng.integers(0, codes, points)] + rng.normal(size=(points, width))).astype(np.float32)
+    return (centres[rng.integers(0, codes, points)] + rng.normal(size=(points, width))).astype(
+        np.float32
+    )
 
 
 def inertia(x, centroids):
-    return np.square(x[:, None].astype(np.float64) - np.asarray(centroids, np.float64)[None]).sum(-1).min(1).sum()
+    return (
+        np.square(x[:, None].astype(np.float64) - np.asarray(centroids, np.float64)[None])
+        .sum(-1)
+        .min(1)
+        .sum()
+    )
 
 
 def cloud(points, width, seed=0):
@@ -52,7 +59,9 @@ def test_lloyd_equals_sklearn_from_the_same_start(monkeypatch, iterations, strea
         ours = kmeans.lloyd(jnp.asarray(x[:12]), jnp.asarray(x), iterations)
     np.testing.assert_allclose(ours.centroids, theirs.cluster_centers_, atol=1e-5)
     np.testing.assert_allclose(ours.inertia, theirs.inertia_ / x.size, rtol=1e-5)
-    np.testing.assert_allclose(ours.share, np.bincount(theirs.labels_, minlength=12) / 900, rtol=1e-6)
+    np.testing.assert_allclose(
+        ours.share, np.bincount(theirs.labels_, minlength=12) / 900, rtol=1e-6
+    )
     assert bool(ours.converged) == (iterations == 300)
     assert ours.iterations == iterations or (iterations == 300 and ours.iterations < 100)
 
@@ -67,7 +76,10 @@ def test_stops_when_an_iteration_gains_too_little(streamed):
     last = int(found.iterations)
     assert 5 < last < 100
     inertias = np.asarray(
-        [run(start, x if streamed else jnp.asarray(x), n).inertia for n in (last - 2, last - 1, last)]
+        [
+            run(start, x if streamed else jnp.asarray(x), n).inertia
+            for n in (last - 2, last - 1, last)
+        ]
     )
     gains = 1 - inertias[1:] / inertias[:-1]
     assert gains[0] > kmeans.TOLERANCE > gains[1] >= 0
@@ -91,7 +103,9 @@ def test_usage_is_that_of_the_returned_centroids():
 def test_empty_centroids_move_to_the_farthest_points(streamed):
     x = np.asarray([[0.0], [1.0], [2.0], [100.0], [200.0]], np.float32)
     start = jnp.asarray([[1.0], [-1e4], [-2e4]])
-    moved = kmeans.streamed_lloyd(start, x, 1) if streamed else kmeans.lloyd(start, jnp.asarray(x), 1)
+    moved = (
+        kmeans.streamed_lloyd(start, x, 1) if streamed else kmeans.lloyd(start, jnp.asarray(x), 1)
+    )
     np.testing.assert_allclose(moved.centroids, [[60.6], [200.0], [100.0]], rtol=1e-6)
 
 
@@ -102,8 +116,13 @@ def test_start_is_no_worse_than_sklearns():
     theirs = [inertia(x, kmeans_plusplus(x, 40, random_state=seed)[0]) for seed in range(40)]
     # One-sided Welch test: "ours is greater" is refuted or at least not shown. Plain k-means++ fails it by far.
     assert scipy.stats.ttest_ind(ours, theirs, equal_var=False, alternative="greater").pvalue > 0.01
-    plain = [inertia(x, kmeans_plusplus(x, 40, random_state=seed, n_local_trials=1)[0]) for seed in range(40)]
-    assert scipy.stats.ttest_ind(plain, theirs, equal_var=False, alternative="greater").pvalue < 1e-6
+    plain = [
+        inertia(x, kmeans_plusplus(x, 40, random_state=seed, n_local_trials=1)[0])
+        for seed in range(40)
+    ]
+    assert (
+        scipy.stats.ttest_ind(plain, theirs, equal_var=False, alternative="greater").pvalue < 1e-6
+    )
 
 
 def test_mini_batches_keep_each_centroid_at_the_mean_of_its_points(monkeypatch):
@@ -126,7 +145,9 @@ def test_mini_batches_and_then_a_few_passes_are_as_good_as_sklearns_full_batch(m
     found = kmeans.fit(jax.random.key(0), x, 64, 300)
     assert found.converged
     assert found.inertia < 1.02 * theirs
-    start = jax.jit(kmeans.plus_plus, static_argnames="codes")(jax.random.key(1), jnp.asarray(x), 64)
+    start = jax.jit(kmeans.plus_plus, static_argnames="codes")(
+        jax.random.key(1), jnp.asarray(x), 64
+    )
     once = inertia(x, kmeans.mini_batches(start, x)) / x.size
     assert once < 1.1 * theirs < 0.9 * inertia(x, start) / x.size
 
@@ -163,7 +184,9 @@ def test_plus_plus_reaches_every_far_blob():
 
 
 def test_finite_on_identical_points():
-    assert np.isfinite(kmeans.fit(jax.random.key(0), np.ones((40, 3), np.float32), 8, 3).centroids).all()
+    assert np.isfinite(
+        kmeans.fit(jax.random.key(0), np.ones((40, 3), np.float32), 8, 3).centroids
+    ).all()
 
 
 def test_too_few_points_are_refused():

@@ -21,7 +21,9 @@ CONFIG = mulan.MuLanConfig(
     codes=5,
 )
 MODULE = mulan.MuLan(CONFIG)
-TEXT = jnp.array([[7, 3, 9, 0, 0, 0], [4, 4, 5, 6, 30, 39], [9, 3, 7, 0, 0, 0], [0, 0, 0, 0, 0, 0]], jnp.int32)
+TEXT = jnp.array(
+    [[7, 3, 9, 0, 0, 0], [4, 4, 5, 6, 30, 39], [9, 3, 7, 0, 0, 0], [0, 0, 0, 0, 0, 0]], jnp.int32
+)
 
 
 @pytest.fixture(scope="module")
@@ -33,13 +35,19 @@ def fresh():
 def variables(fresh):
     """Weights with no zeros left in them, so that every path counts."""
     rng = np.random.default_rng(0)
-    shake = jax.tree.map(lambda a: np.asarray(a) + 0.1 * rng.normal(size=a.shape).astype(np.float32), fresh["params"])
+    shake = jax.tree.map(
+        lambda a: np.asarray(a) + 0.1 * rng.normal(size=a.shape).astype(np.float32), fresh["params"]
+    )
     return fresh | {"params": shake}
 
 
 @pytest.fixture(scope="module")
 def wav():
-    return 0.3 * jax.random.normal(jax.random.key(1), (4, 20_000)) * jnp.linspace(0, 1, 20_000)[None, :]
+    return (
+        0.3
+        * jax.random.normal(jax.random.key(1), (4, 20_000))
+        * jnp.linspace(0, 1, 20_000)[None, :]
+    )
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -71,11 +79,16 @@ def test_windows_cover_the_clip_from_start_to_end():
 
 
 def test_a_long_clip_is_the_mean_of_its_windows(variables, wav):
-    parts = [np.float64(apply(variables, "embed_audio", wav[:, start : start + 8000])) for start in (0, 6000, 12_000)]
+    parts = [
+        np.float64(apply(variables, "embed_audio", wav[:, start : start + 8000]))
+        for start in (0, 6000, 12_000)
+    ]
     mean = np.mean(parts, axis=0)
     mean /= np.linalg.norm(mean, axis=1, keepdims=True)
     np.testing.assert_allclose(apply(variables, "embed_audio", wav), mean, atol=1e-5)
-    np.testing.assert_allclose(apply(variables, "embed_windows", wav), np.stack(parts, axis=1), atol=1e-5)
+    np.testing.assert_allclose(
+        apply(variables, "embed_windows", wav), np.stack(parts, axis=1), atol=1e-5
+    )
 
 
 def test_a_clip_does_not_see_the_batch(variables, wav):
@@ -125,15 +138,28 @@ def test_bad_sizes_are_named(change, word):
 
 def test_musicnn_hears_any_rate_as_16_khz():
     """A sweep at 24 kHz and the same sweep at 16 kHz are nearer to each other than one's windows."""
-    small = {"window_seconds": 0.5, "audio": musicnn.MusicnnConfig(3, 2, 4), "text": CONFIG.text, "text_length": 12}
-    low, high = (mulan.MuLan(mulan.MuLanConfig(sample_rate_hz=rate, **small)) for rate in (16_000, 24_000))
+    small = {
+        "window_seconds": 0.5,
+        "audio": musicnn.MusicnnConfig(3, 2, 4),
+        "text": CONFIG.text,
+        "text_length": 12,
+    }
+    low, high = (
+        mulan.MuLan(mulan.MuLanConfig(sample_rate_hz=rate, **small)) for rate in (16_000, 24_000)
+    )
     variables = nn.unbox(jax.jit(low.init)(jax.random.key(0), jnp.zeros((1, 8000)), TEXT[:1]))
     found = []
     for module in (low, high):
         time = np.arange(module.config.sample_rate_hz) / module.config.sample_rate_hz
-        sweep = jnp.asarray(0.3 * np.sin(2 * np.pi * (300 + 1500 * time) * time), jnp.float32)[None, :]
+        sweep = jnp.asarray(0.3 * np.sin(2 * np.pi * (300 + 1500 * time) * time), jnp.float32)[
+            None, :
+        ]
         found.append(
-            np.asarray(jax.jit(module.apply, static_argnames="method")(variables, sweep, method="embed_windows"))
+            np.asarray(
+                jax.jit(module.apply, static_argnames="method")(
+                    variables, sweep, method="embed_windows"
+                )
+            )
         )
     assert found[0].shape == (1, 2, 128)
     assert np.abs(found[0] - found[1]).max() < 0.1 * np.abs(found[0][:, 0] - found[0][:, 1]).max()

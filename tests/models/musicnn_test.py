@@ -16,11 +16,22 @@ CONFIG = musicnn.MusicnnConfig(timbral=5, temporal=3, middle=4)
 def checkpoint(seed=0):
     """Random variables under the names of the original's, for `CONFIG`."""
     rng = np.random.default_rng(seed)
-    kernels = [(7, 38, 5), (7, 67, 5), (128, 1, 3), (64, 1, 3), (32, 1, 3), (7, 19, 4), (7, 4, 4), (7, 4, 4)]
+    kernels = [
+        (7, 38, 5),
+        (7, 67, 5),
+        (128, 1, 3),
+        (64, 1, 3),
+        (32, 1, 3),
+        (7, 19, 4),
+        (7, 4, 4),
+        (7, 4, 4),
+    ]
     tensors = {}
     for number, (frames, bands, width) in enumerate(kernels):
         name = f"conv2d_{number}" if number else "conv2d"
-        tensors[f"{name}/kernel"] = rng.normal(size=(frames, bands, 1, width)) / np.sqrt(frames * bands)
+        tensors[f"{name}/kernel"] = rng.normal(size=(frames, bands, 1, width)) / np.sqrt(
+            frames * bands
+        )
         tensors[f"{name}/bias"] = 0.3 * rng.normal(size=width)
     for number, width in enumerate([1, *(width for _, _, width in kernels), 62, 200]):
         name = f"batch_normalization_{number}" if number else "batch_normalization"
@@ -36,12 +47,17 @@ def original(tensors, mels):
 
     def norm(number, x):
         name = f"batch_normalization_{number}" if number else "batch_normalization"
-        parts = (tensors[f"{name}/{part}"] for part in ("moving_mean", "moving_variance", "beta", "gamma"))
+        parts = (
+            tensors[f"{name}/{part}"]
+            for part in ("moving_mean", "moving_variance", "beta", "gamma")
+        )
         return tf.nn.batch_normalization(x, *parts, variance_epsilon=1e-3)
 
     def block(number, x, padding):
         name = f"conv2d_{number}" if number else "conv2d"
-        x = tf.nn.relu(tf.nn.conv2d(x, tensors[f"{name}/kernel"], 1, padding) + tensors[f"{name}/bias"])
+        x = tf.nn.relu(
+            tf.nn.conv2d(x, tensors[f"{name}/kernel"], 1, padding) + tensors[f"{name}/bias"]
+        )
         return norm(number + 1, x)
 
     def in_time(x):
@@ -69,7 +85,9 @@ def test_equals_the_originals_operations():
 
 
 def test_loaded_weights_are_all_that_a_fresh_network_has():
-    fresh = jax.eval_shape(musicnn.Musicnn(CONFIG).init, jax.random.key(0), jnp.zeros((1, 20, 96)))["params"]
+    fresh = jax.eval_shape(musicnn.Musicnn(CONFIG).init, jax.random.key(0), jnp.zeros((1, 20, 96)))[
+        "params"
+    ]
     loaded = musicnn.params(CONFIG, checkpoint(), "here")
     assert jax.tree.map(jnp.shape, fresh) == jax.tree.map(jnp.shape, loaded)
 
@@ -80,18 +98,24 @@ def test_mels_are_librosas(samples):
         0, 1, samples, dtype=np.float32
     )
     got = np.asarray(jax.jit(musicnn.log_mels)(wav[None]))[0]
-    power = librosa.feature.melspectrogram(y=wav, sr=16_000, n_fft=512, hop_length=256, n_mels=96, pad_mode="reflect")
+    power = librosa.feature.melspectrogram(
+        y=wav, sr=16_000, n_fft=512, hop_length=256, n_mels=96, pad_mode="reflect"
+    )
     np.testing.assert_allclose(got, np.log10(10_000 * power.T + 1), atol=2e-5)
 
 
 def test_silence_is_zero_and_full_scale_is_finite():
     assert not np.asarray(musicnn.log_mels(jnp.zeros((1, 4000)))).any()
     assert np.isfinite(
-        np.asarray(musicnn.log_mels(jnp.ones((1, 4000)) * jnp.tile(jnp.array([1.0, -1]), 2000)[None]))
+        np.asarray(
+            musicnn.log_mels(jnp.ones((1, 4000)) * jnp.tile(jnp.array([1.0, -1]), 2000)[None])
+        )
     ).all()
 
 
-@pytest.mark.parametrize(("rate", "up", "down"), [(24_000, 2, 3), (8000, 2, 1), (44_100, 160, 441), (48_000, 1, 3)])
+@pytest.mark.parametrize(
+    ("rate", "up", "down"), [(24_000, 2, 3), (8000, 2, 1), (44_100, 160, 441), (48_000, 1, 3)]
+)
 def test_other_rates_are_resampled_as_scipy_does(rate, up, down):
     wav = np.random.default_rng(3).normal(size=(2, 1001)).astype(np.float32)
     expected = scipy.signal.resample_poly(wav, up, down, axis=1)
@@ -106,11 +130,14 @@ def test_16_khz_is_left_alone():
 def test_what_does_not_fit_is_named():
     tensors = checkpoint()
     with pytest.raises(
-        ValueError, match=r"conv2d/kernel has the shape \(7, 38, 1, 5\).*timbral=6.*needs \(7, 38, 1, 6\)"
+        ValueError,
+        match=r"conv2d/kernel has the shape \(7, 38, 1, 5\).*timbral=6.*needs \(7, 38, 1, 6\)",
     ):
         musicnn.params(musicnn.MusicnnConfig(6, 3, 4), tensors, "here")
     del tensors["batch_normalization_9/beta"]
-    with pytest.raises(ValueError, match="here is no musicnn: it has no tensor batch_normalization_9/beta"):
+    with pytest.raises(
+        ValueError, match="here is no musicnn: it has no tensor batch_normalization_9/beta"
+    ):
         musicnn.params(CONFIG, tensors, "here")
     with pytest.raises(ValueError, match="256 samples is too short for musicnn: give at least 257"):
         musicnn.log_mels(jnp.zeros((1, 256)))

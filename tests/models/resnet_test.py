@@ -16,9 +16,12 @@ def _norm(p, x):
 
 
 def _conv(p, x):
-    """x [S, M, W] with a 3 x 3 kernel, zeros around."""
+    """X [S, M, W] with a 3 x 3 kernel, zeros around."""
     padded = np.pad(x, ((1, 1), (1, 1), (0, 0)))
-    out = [correlate(padded, p["kernel"][..., w], mode="valid")[:, :, 0] + p["bias"][w] for w in range(p["bias"].size)]
+    out = [
+        correlate(padded, p["kernel"][..., w], mode="valid")[:, :, 0] + p["bias"][w]
+        for w in range(p["bias"].size)
+    ]
     return np.stack(out, axis=-1)
 
 
@@ -27,11 +30,16 @@ def test_equals_scipy():
     mels = jax.random.normal(jax.random.key(0), (2, 20, 8))
     params = jax.jit(net.init)(jax.random.key(1), mels)["params"]
     rng = np.random.default_rng(2)
-    params = jax.tree.map(lambda a: np.asarray(a + 0.3 * rng.normal(size=a.shape).astype(np.float32)), params)
+    params = jax.tree.map(
+        lambda a: np.asarray(a + 0.3 * rng.normal(size=a.shape).astype(np.float32)), params
+    )
     got = jax.jit(net.apply)({"params": params}, mels)
     wide = jax.tree.map(np.float64, params)
     patches = np.float64(mels[1]).reshape(5, 4, 2, 4).transpose(0, 2, 1, 3)  # [S/4, M/4, 4, 4]
-    x = np.einsum("smij,ijw->smw", patches, wide["patches"]["kernel"][:, :, 0]) + wide["patches"]["bias"]
+    x = (
+        np.einsum("smij,ijw->smw", patches, wide["patches"]["kernel"][:, :, 0])
+        + wide["patches"]["bias"]
+    )
     block = wide["stage_0_block_0"]
     y = _conv(block["first"], np.maximum(_norm(block["first_norm"], x), 0))
     x = x + _conv(block["second"], np.maximum(_norm(block["second_norm"], y), 0))
@@ -41,8 +49,12 @@ def test_equals_scipy():
 def test_stages_halve_time_and_frequency():
     net = resnet.ResNet(resnet.ResNetConfig(mels=32, widths=(2, 4, 8), blocks=2))
     mels = jnp.zeros((1, 400, 32))
-    _, seen = jax.eval_shape(lambda: net.init_with_output(jax.random.key(0), mels, capture_intermediates=True))
-    shapes = [seen["intermediates"][f"stage_{stage}_block_1"]["__call__"][0].shape for stage in range(3)]
+    _, seen = jax.eval_shape(
+        lambda: net.init_with_output(jax.random.key(0), mels, capture_intermediates=True)
+    )
+    shapes = [
+        seen["intermediates"][f"stage_{stage}_block_1"]["__call__"][0].shape for stage in range(3)
+    ]
     assert shapes == [(1, 100, 8, 2), (1, 50, 4, 4), (1, 25, 2, 8)]
 
 
@@ -59,5 +71,7 @@ def test_input_is_a_shifted_log_mel():
 @pytest.mark.parametrize("change", [{"mels": 30}, {"widths": ()}, {"blocks": 0}])
 def test_bad_sizes_are_named(change):
     name, value = next(iter(change.items()))
-    with pytest.raises(ValueError, match=f"{name} = {value}".replace("(", r"\(").replace(")", r"\)")):
+    with pytest.raises(
+        ValueError, match=f"{name} = {value}".replace("(", r"\(").replace(")", r"\)")
+    ):
         resnet.ResNetConfig(**change)

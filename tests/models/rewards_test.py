@@ -16,7 +16,9 @@ def score():
     """A function wav -> MOS with weights that make it depend strongly on its input."""
     variables = jax.jit(MODULE.init)(jax.random.key(0), jnp.zeros((1, 8000)))
     rng = np.random.default_rng(0)
-    variables = jax.tree.map(lambda a: np.asarray(a) + 0.5 * rng.normal(size=a.shape).astype(np.float32), variables)
+    variables = jax.tree.map(
+        lambda a: np.asarray(a) + 0.5 * rng.normal(size=a.shape).astype(np.float32), variables
+    )
     return jax.jit(lambda wav: MODULE.apply(variables, wav))
 
 

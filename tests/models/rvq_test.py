@@ -25,7 +25,12 @@ def numpy_quantize(codebooks, x):
 def a_state(seed=0, count=5.0):
     codebooks = jax.random.normal(jax.random.key(seed), (LEVELS, CODES, WIDTH))
     counts = jnp.full((LEVELS, CODES), count)
-    return {"codebooks": codebooks, "counts": counts, "sums": codebooks * count, "updates": jnp.asarray(10**6)}
+    return {
+        "codebooks": codebooks,
+        "counts": counts,
+        "sums": codebooks * count,
+        "updates": jnp.asarray(10**6),
+    }
 
 
 def an_input(clips=4, steps=6, seed=1):
@@ -38,7 +43,9 @@ def test_quantize_and_dequantize_equal_numpy():
     np.testing.assert_array_equal(rvq.quantize(codebooks, x), codes)
     assert rvq.quantize(codebooks, x).dtype == jnp.int32
     for q in range(1, LEVELS + 1):
-        np.testing.assert_allclose(rvq.dequantize(codebooks, jnp.asarray(codes[..., :q])), sums[q - 1], atol=1e-6)
+        np.testing.assert_allclose(
+            rvq.dequantize(codebooks, jnp.asarray(codes[..., :q])), sums[q - 1], atol=1e-6
+        )
 
 
 def test_a_level_of_minus_one_is_not_heard():
@@ -87,7 +94,9 @@ def test_dead_codes_come_back_as_residuals_of_their_level():
     state = state | {"counts": counts, "codebooks": far, "sums": far * counts[..., None]}
     x = an_input()
     _, new = train(state, x, jax.random.key(0))
-    first = np.asarray(state["codebooks"][0])[numpy_quantize(state["codebooks"], np.asarray(x))[0][..., 0]]
+    first = np.asarray(state["codebooks"][0])[
+        numpy_quantize(state["codebooks"], np.asarray(x))[0][..., 0]
+    ]
     residual = (np.asarray(x) - first).reshape(-1, WIDTH)
     revived = np.asarray(new["codebooks"][1, 2])
     assert np.abs(residual - revived).max(-1).min() < 1e-6
@@ -131,7 +140,9 @@ def test_fitted_levels_quantize_what_the_levels_before_leave():
     codebooks = np.asarray(rvq.fit(jax.random.key(0), jnp.asarray(x), 3, 8))
     residual, errors = x, [np.square(x).mean()]
     for codebook in codebooks:
-        residual = residual - codebook[np.square(residual[:, None] - codebook[None]).sum(-1).argmin(1)]
+        residual = (
+            residual - codebook[np.square(residual[:, None] - codebook[None]).sum(-1).argmin(1)]
+        )
         errors.append(np.square(residual).mean())
     assert errors[1] < 0.1 * errors[0]
     assert errors[3] < 0.8 * errors[2] < 0.64 * errors[1]

@@ -42,15 +42,25 @@ def variables(wav):
 
 @pytest.mark.parametrize(
     ("rate", "samples", "frames"),
-    [(16_000, 16_000, 25), (16_000, 64_000, 100), (16_000, 16_639, 25), (16_000, 16_640, 26), (24_000, 720_000, 750)],
+    [
+        (16_000, 16_000, 25),
+        (16_000, 64_000, 100),
+        (16_000, 16_639, 25),
+        (16_000, 16_640, 26),
+        (24_000, 720_000, 750),
+    ],
 )
 def test_rate_is_25_hz_exactly(rate, samples, frames):
     config = semantic.SemanticConfig(rate, 16, CONFIG.encoder, 1, 24, 8)
     module = semantic.SemanticEncoder(config)
     mask, noise = jnp.zeros((1, frames), bool), jnp.zeros((1, frames, 64))
-    shapes = jax.eval_shape(lambda: module.init_with_output(jax.random.key(0), jnp.zeros((1, samples)), mask, noise))
+    shapes = jax.eval_shape(
+        lambda: module.init_with_output(jax.random.key(0), jnp.zeros((1, samples)), mask, noise)
+    )
     assert shapes[0][0].shape == (1, frames, 24)
-    tokens = jax.eval_shape(lambda v: module.apply(v, jnp.zeros((1, samples)), method="tokens"), shapes[1])
+    tokens = jax.eval_shape(
+        lambda v: module.apply(v, jnp.zeros((1, samples)), method="tokens"), shapes[1]
+    )
     assert (tokens.shape, tokens.dtype) == ((1, frames), jnp.int32)
 
 
@@ -63,12 +73,16 @@ def test_stacked_frames_are_standardised_in_time_order(variables, wav):
     for f in (0, 7, 24):
         for step in range(4):
             np.testing.assert_allclose(
-                stacked[1, f, 16 * step : 16 * (step + 1)], (mels[1, 4 * f + step] - mean) / std, atol=1e-5
+                stacked[1, f, 16 * step : 16 * (step + 1)],
+                (mels[1, 4 * f + step] - mean) / std,
+                atol=1e-5,
             )
 
 
 def test_front_end_equals_librosa(variables, wav):
-    padded = np.pad(np.asarray(wav), ((0, 0), ((1024 - 160) // 2, 1024)))  # frame s is centred on the middle of hop s
+    padded = np.pad(
+        np.asarray(wav), ((0, 0), ((1024 - 160) // 2, 1024))
+    )  # frame s is centred on the middle of hop s
     mel = librosa.feature.melspectrogram(
         y=padded, sr=16_000, n_fft=1024, hop_length=160, n_mels=16, power=1.0, center=False
     )
@@ -98,7 +112,9 @@ def test_masked_frames_are_hidden_and_targets_are_not(variables, wav):
     logits_other, targets_other = apply(variables, None, other, mask, noise)
     np.testing.assert_array_equal(logits, logits_other)
     assert np.mean(targets[:, 12:18] != targets_other[:, 12:18]) > 0.5
-    np.testing.assert_array_equal(targets, apply(variables, "targets", apply(variables, "stacked", wav)))
+    np.testing.assert_array_equal(
+        targets, apply(variables, "targets", apply(variables, "stacked", wav))
+    )
     # What is seen there instead is a tenth of the noise.
     seen = jnp.where(mask[:, :, None], 0.1 * noise, apply(variables, "stacked", wav))
     by_hand = MODULE.apply(variables, seen, method=lambda m, x: m.head(m.encoder(m.entry(x))))
@@ -141,11 +157,17 @@ def test_features_come_from_the_named_layer(variables, wav):
     second = jax.jit(functools.partial(last.apply, method="features"))(variables, wav)
     assert np.abs(first - second).max() > 0.1
     changed = jax.tree.map(lambda a: a, variables)
-    changed["params"]["encoder"]["block_1"] = jax.tree.map(jnp.zeros_like, changed["params"]["encoder"]["block_1"])
+    changed["params"]["encoder"]["block_1"] = jax.tree.map(
+        jnp.zeros_like, changed["params"]["encoder"]["block_1"]
+    )
     np.testing.assert_array_equal(apply(changed, "features", wav), first)
 
 
-@pytest.mark.parametrize(("change", "word"), [({"layer": 3}, "layer = 3"), ({"sample_rate_hz": 22_050}, "22050")])
+@pytest.mark.parametrize(
+    ("change", "word"), [({"layer": 3}, "layer = 3"), ({"sample_rate_hz": 22_050}, "22050")]
+)
 def test_bad_sizes_are_named(change, word):
     with pytest.raises(ValueError, match=word):
-        semantic.SemanticConfig(**{"sample_rate_hz": 16_000, "encoder": CONFIG.encoder, "layer": 1} | change)
+        semantic.SemanticConfig(
+            **{"sample_rate_hz": 16_000, "encoder": CONFIG.encoder, "layer": 1} | change
+        )

@@ -14,9 +14,17 @@ from scipy.stats import chisquare
 from musicrl_jax.core.keys import row_keys
 from musicrl_jax.core.precision import in_dtype
 from musicrl_jax.models.conformer import ConformerConfig
-from musicrl_jax.models.soundstorm import SoundStorm, SoundStormConfig, fill_fine, schedule, training_mask
+from musicrl_jax.models.soundstorm import (
+    SoundStorm,
+    SoundStormConfig,
+    fill_fine,
+    schedule,
+    training_mask,
+)
 
-CONFIG = SoundStormConfig(ConformerConfig(1, 2, 8, 16, 5), levels=5, coarse_levels=2, codes=6, first_passes=4)
+CONFIG = SoundStormConfig(
+    ConformerConfig(1, 2, 8, 16, 5), levels=5, coarse_levels=2, codes=6, first_passes=4
+)
 MODULE = SoundStorm(CONFIG)
 CODES = np.random.default_rng(0).integers(0, 6, (8, 12, 5)).astype(np.int32)
 
@@ -25,7 +33,12 @@ CODES = np.random.default_rng(0).integers(0, 6, (8, 12, 5)).astype(np.int32)
 def variables():
     """Weights that tell codes apart."""
     start = jax.jit(MODULE.init)(jax.random.key(1), CODES, np.zeros(CODES.shape, bool), 2)
-    return {"params": {**start["params"], "head": jax.tree.map(lambda w: 3.0 * w, start["params"]["head"])}}
+    return {
+        "params": {
+            **start["params"],
+            "head": jax.tree.map(lambda w: 3.0 * w, start["params"]["head"]),
+        }
+    }
 
 
 apply = jax.jit(MODULE.apply)
@@ -36,11 +49,15 @@ def test_a_frame_is_the_sum_of_its_levels_and_every_level_has_a_head():
     bare = SoundStorm(dataclasses.replace(CONFIG, conformer=ConformerConfig(0, 2, 8, 16, 5)))
     masked = np.random.default_rng(1).random(CODES.shape) < 0.4
     start = bare.init(jax.random.key(0), CODES, masked, 2)
-    table, head = (np.asarray(start["params"][name].unbox(), np.float64) for name in ("table", "head"))
+    table, head = (
+        np.asarray(start["params"][name].unbox(), np.float64) for name in ("table", "head")
+    )
     assert table.shape == (5, 7, 8) and head.shape == (3, 8, 6)
     x = np.zeros((8, 12, 8))
     for clip, frame, level in np.ndindex(CODES.shape):
-        x[clip, frame] += table[level, 6 if masked[clip, frame, level] else CODES[clip, frame, level]]
+        x[clip, frame] += table[
+            level, 6 if masked[clip, frame, level] else CODES[clip, frame, level]
+        ]
     for level in range(2, 5):
         logits = bare.apply(start, CODES, masked, level)
         assert logits.dtype == jnp.float32
@@ -73,7 +90,10 @@ def test_hidden_codes_do_not_leak_and_seen_ones_are_heard(variables):
     for level in range(3):
         changed = CODES.copy()
         changed[:, 5, level] = (changed[:, 5, level] + 1) % 6
-        assert (np.abs(np.asarray(before - apply(variables, changed, masked, 3))).max(axis=(1, 2)) > 1e-4).all()
+        assert (
+            np.abs(np.asarray(before - apply(variables, changed, masked, 3))).max(axis=(1, 2))
+            > 1e-4
+        ).all()
 
 
 def test_training_hides_part_of_one_level_and_all_above():
@@ -93,25 +113,35 @@ def test_training_hides_part_of_one_level_and_all_above():
     steps = 1 - 2 / np.pi * np.arccos(np.arange(21) / 20)
     counts = [np.sum(np.round(shares * 20) == k) for k in range(1, 21)]
     assert chisquare(counts, np.diff(steps) * len(shares)).pvalue > 0.01
-    np.testing.assert_allclose(np.mean(target, axis=0), shares[-64:].mean(), atol=0.25)  # no frame is favoured
+    np.testing.assert_allclose(
+        np.mean(target, axis=0), shares[-64:].mean(), atol=0.25
+    )  # no frame is favoured
 
 
 @pytest.mark.parametrize(("first", "frames"), [(16, 250), (16, 7), (4, 20), (1, 9)])
 def test_schedule_is_the_papers(first, frames):
     config = dataclasses.replace(CONFIG, levels=12, coarse_levels=4, first_passes=first)
     level, number, last, hidden = schedule(config, frames)
-    assert list(level) == [4] * first + list(range(5, 12))  # (16, 1, ..., 1): 23 passes for eight levels
+    assert list(level) == [4] * first + list(
+        range(5, 12)
+    )  # (16, 1, ..., 1): 23 passes for eight levels
     assert list(number[:first]) == list(range(1, first + 1)) and (number[first:] == 1).all()
     np.testing.assert_array_equal(last, number == np.where(level == 4, first, 1))
     assert (hidden[last] == 0).all()  # nothing is left out
     expected = [np.floor(frames * np.cos(np.pi / 2 * i / first)) for i in range(1, first)]
     np.testing.assert_array_equal(hidden[: first - 1], expected)
-    assert first == 1 or hidden[0] < frames  # every pass over a clip that is long enough decides something
+    assert (
+        first == 1 or hidden[0] < frames
+    )  # every pass over a clip that is long enough decides something
 
 
 def noise(key, level, number, frames):
     """The random numbers of one clip and pass."""
-    return np.asarray(jax.random.gumbel(jax.random.fold_in(key, level * CONFIG.first_passes + number), (frames, 6)))
+    return np.asarray(
+        jax.random.gumbel(
+            jax.random.fold_in(key, level * CONFIG.first_passes + number), (frames, 6)
+        )
+    )
 
 
 def decode(score, coarse, keys, mistake=""):
@@ -133,18 +163,26 @@ def decode(score, coarse, keys, mistake=""):
                     if mistake == "kept frames are ranked again":
                         sure[frame] = scores[frame, codes[clip, frame, level]]
                     if frame in hidden or mistake == "kept frames are drawn again":
-                        greedy = {"greedy": True, "the last pass draws": False}.get(mistake, i == passes)
-                        chosen = int(np.argmax(scores[frame] if greedy else scores[frame] + luck[frame]))
+                        greedy = {"greedy": True, "the last pass draws": False}.get(
+                            mistake, i == passes
+                        )
+                        chosen = int(
+                            np.argmax(scores[frame] if greedy else scores[frame] + luck[frame])
+                        )
                         codes[clip, frame, level] = chosen
                         sure[frame] = scores[frame, chosen]
                         if mistake == "noise counts as confidence":
                             sure[frame] += luck[frame, chosen]
-                stay = int(frames * np.cos(np.pi / 2 * (i - (mistake == "one pass behind")) / passes))
+                stay = int(
+                    frames * np.cos(np.pi / 2 * (i - (mistake == "one pass behind")) / passes)
+                )
                 if mistake == "a linear schedule":
                     stay = int(frames * (1 - i / passes))
                 order = sorted(range(frames), key=lambda frame: sure[frame])
                 if mistake == "the least sure are kept":
-                    order = sorted(range(frames), key=lambda frame: -sure[frame] if frame in hidden else np.inf)
+                    order = sorted(
+                        range(frames), key=lambda frame: -sure[frame] if frame in hidden else np.inf
+                    )
                 hidden = order[:stay]
                 if mistake == "sorted once":  # the place in the order taken for the rank
                     hidden = [frame for frame in range(frames) if order[frame] < stay]
@@ -175,7 +213,9 @@ def decoded(variables):
         return log_softmax(np.asarray(logits, np.float64), axis=-1)
 
     keys = row_keys(jax.random.key(2), 8)
-    filled = jax.jit(lambda coarse, keys: fill_fine(MODULE, variables, coarse, keys))(CODES[:, :, :2], keys)
+    filled = jax.jit(lambda coarse, keys: fill_fine(MODULE, variables, coarse, keys))(
+        CODES[:, :, :2], keys
+    )
     return score, keys, np.asarray(filled)
 
 
@@ -211,16 +251,23 @@ def test_two_frames_are_drawn_as_often_as_enumeration_says():
     scores = log_softmax(logits.astype(np.float64), axis=-1)
     expected = collections.Counter()
     for pair in itertools.product(range(3), repeat=2):  # what the first of two passes draws
-        kept = int(scores[1, 3, pair[1]] > scores[0, 3, pair[0]])  # of two frames floor(2 cos(pi / 4)) = 1 stays hidden
+        kept = int(
+            scores[1, 3, pair[1]] > scores[0, 3, pair[0]]
+        )  # of two frames floor(2 cos(pi / 4)) = 1 stays hidden
         codes = list(pair)
         codes[1 - kept] = int(scores[1 - kept, pair[kept]].argmax())
         expected[tuple(codes)] += np.exp(scores[0, 3, pair[0]] + scores[1, 3, pair[1]])
     clips = 6000
     coarse, keys = np.zeros((clips, 2, 2), np.int32), row_keys(jax.random.key(0), clips)
-    filled = jax.jit(lambda coarse, keys: fill_fine(TwoFrames(config, logits), {}, coarse, keys))(coarse, keys)
+    filled = jax.jit(lambda coarse, keys: fill_fine(TwoFrames(config, logits), {}, coarse, keys))(
+        coarse, keys
+    )
     drawn = collections.Counter(map(tuple, np.asarray(filled)[:, :, 2].tolist()))
     assert set(drawn) == set(expected) and len(expected) > 3
-    assert chisquare([drawn[c] for c in expected], [clips * p for p in expected.values()]).pvalue > 0.01
+    assert (
+        chisquare([drawn[c] for c in expected], [clips * p for p in expected.values()]).pvalue
+        > 0.01
+    )
 
 
 def test_a_clip_does_not_depend_on_its_batch(variables, decoded):
@@ -232,7 +279,9 @@ def test_a_clip_does_not_depend_on_its_batch(variables, decoded):
 def test_the_network_is_compiled_once_whatever_the_passes(variables):
     def products(first_passes):
         module = SoundStorm(dataclasses.replace(CONFIG, first_passes=first_passes))
-        jaxpr = jax.make_jaxpr(lambda c, k: fill_fine(module, variables, c, k))(CODES[:, :, :2], row_keys(KEY, 8))
+        jaxpr = jax.make_jaxpr(lambda c, k: fill_fine(module, variables, c, k))(
+            CODES[:, :, :2], row_keys(KEY, 8)
+        )
         return str(jaxpr).count("dot_general")
 
     KEY = jax.random.key(0)
@@ -242,7 +291,10 @@ def test_the_network_is_compiled_once_whatever_the_passes(variables):
 
 @pytest.mark.parametrize(
     ("field", "value", "complaint"),
-    [("coarse_levels", 5, "coarse_levels=5 must lie"), ("first_passes", 0, "first_passes=0 must be at least 1")],
+    [
+        ("coarse_levels", 5, "coarse_levels=5 must lie"),
+        ("first_passes", 0, "first_passes=0 must be at least 1"),
+    ],
 )
 def test_sizes_that_cannot_be_are_refused(field, value, complaint):
     with pytest.raises(ValueError, match=complaint):

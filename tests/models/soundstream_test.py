@@ -8,18 +8,28 @@ import pytest
 
 from musicrl_jax.models import soundstream
 
-CONFIG = soundstream.SoundStreamConfig(sample_rate_hz=16000, strides=(4, 5), channels=4, embed=6, levels=3, codes=16)
+CONFIG = soundstream.SoundStreamConfig(
+    sample_rate_hz=16000, strides=(4, 5), channels=4, embed=6, levels=3, codes=16
+)
 DAC = dataclasses.replace(CONFIG, activation="snake", code_width=3, companding=False)
 
 
 def a_model(config):
     module = soundstream.SoundStream(config)
-    shapes = jax.eval_shape(lambda key: module.init(key, jnp.zeros((1, 400)), key), jax.random.key(0))
-    rng = np.random.default_rng(3)  # all weights random: a fresh codec's residual units are identities
+    shapes = jax.eval_shape(
+        lambda key: module.init(key, jnp.zeros((1, 400)), key), jax.random.key(0)
+    )
+    rng = np.random.default_rng(
+        3
+    )  # all weights random: a fresh codec's residual units are identities
 
     def draw(leaf):
         spread = 0.5 / np.sqrt(np.prod(leaf.shape[:-1])) if leaf.ndim > 1 else 0.1
-        return np.zeros((), np.int32) if leaf.ndim == 0 else rng.normal(0, spread, leaf.shape).astype(np.float32)
+        return (
+            np.zeros((), np.int32)
+            if leaf.ndim == 0
+            else rng.normal(0, spread, leaf.shape).astype(np.float32)
+        )
 
     variables = jax.tree.map(draw, shapes)
     if config.code_width is None:
@@ -50,7 +60,11 @@ def numpy_conv(p, x, stride=1, dilation=1):
 
 
 def numpy_unit(p, x, dilation):
-    return x + elu(numpy_conv(p["wide"], x, dilation=dilation)) @ p["narrow"]["kernel"] + p["narrow"]["bias"]
+    return (
+        x
+        + elu(numpy_conv(p["wide"], x, dilation=dilation)) @ p["narrow"]["kernel"]
+        + p["narrow"]["bias"]
+    )
 
 
 def numpy_encode(p, wav):
@@ -99,7 +113,9 @@ def test_stacks_equal_numpy(model):
     for levels in (3, 2):
         quantized = sum(codebooks[q][codes[q]] for q in range(levels))
         decoded = module.apply(variables, got[..., :levels], method="decode")
-        np.testing.assert_allclose(decoded[0], numpy_decode(params["decoder"], quantized), atol=1e-4)
+        np.testing.assert_allclose(
+            decoded[0], numpy_decode(params["decoder"], quantized), atol=1e-4
+        )
 
 
 @pytest.mark.parametrize("config", [CONFIG, DAC], ids=["SoundStream", "DAC"])
@@ -138,10 +154,14 @@ def test_companding_is_undone():
     x = jnp.asarray(noise(50, 6)) * jnp.logspace(-6, 3, 50)[:, None]
     packed = soundstream.compressed(x)
     lengths = np.linalg.norm(x, axis=-1)
-    np.testing.assert_allclose(np.linalg.norm(packed, axis=-1), np.log1p(lengths), rtol=1e-3, atol=2e-6)
+    np.testing.assert_allclose(
+        np.linalg.norm(packed, axis=-1), np.log1p(lengths), rtol=1e-3, atol=2e-6
+    )
     np.testing.assert_allclose(soundstream.expanded(packed), x, rtol=1e-3, atol=1e-6)
     for f in (soundstream.compressed, soundstream.expanded):
-        assert np.isfinite(jax.grad(lambda x, f=f: jnp.sum(jnp.square(f(x))))(jnp.zeros((2, 6)))).all()
+        assert np.isfinite(
+            jax.grad(lambda x, f=f: jnp.sum(jnp.square(f(x))))(jnp.zeros((2, 6)))
+        ).all()
 
 
 def test_dacs_quantizer_decodes_what_it_trains_on_and_has_no_moving_averages():
@@ -151,7 +171,9 @@ def test_dacs_quantizer_decodes_what_it_trains_on_and_has_no_moving_averages():
     output = module.apply(variables, wav, jax.random.key(1))
     codes = module.apply(variables, wav, method="encode")
     np.testing.assert_array_equal(output.codes, codes)
-    decoded = np.stack([module.apply(variables, codes[..., :q], method="decode") for q in (1, 2, 3)])  # [q, B, N]
+    decoded = np.stack(
+        [module.apply(variables, codes[..., :q], method="decode") for q in (1, 2, 3)]
+    )  # [q, B, N]
     assert np.abs(decoded - np.asarray(output.wav)[None]).max(-1).min(0).max() < 1e-4
 
     def loss(params):
@@ -174,7 +196,9 @@ def test_no_sample_hears_the_future(model):
     before = roundtrip(jnp.asarray(wav))
     for cut in (20, 215, 399):
         changed = roundtrip(jnp.asarray(np.concatenate([wav[:, :cut], 5 * other[:, cut:]], 1)))
-        start = cut // CONFIG.stride * CONFIG.stride  # of the frame that holds the first changed sample
+        start = (
+            cut // CONFIG.stride * CONFIG.stride
+        )  # of the frame that holds the first changed sample
         np.testing.assert_array_equal(before[:, :start], changed[:, :start])
         if cut < 399:
             assert np.abs(before[:, start:] - changed[:, start:]).max() > 1e-3
@@ -183,7 +207,9 @@ def test_no_sample_hears_the_future(model):
 def test_gradient_of_a_sample_ends_with_its_frame(model):
     module, variables = model
     bound = module.bind(variables)
-    sensitivity = jax.grad(lambda w: bound.wav(bound.vectors(w))[0, 133])(jnp.asarray(noise(1, 400)))[0]
+    sensitivity = jax.grad(lambda w: bound.wav(bound.vectors(w))[0, 133])(
+        jnp.asarray(noise(1, 400))
+    )[0]
     assert (np.asarray(sensitivity[140:]) == 0).all()
     assert sensitivity[139] != 0
 
@@ -197,9 +223,16 @@ def test_training_pass_decodes_its_codes_and_moves_the_codebooks(model):
     assert not np.allclose(state["codebooks"], variables["codebooks"]["rvq"]["codebooks"])
     trained = {"params": variables["params"], **changed}
     codes = module.apply(trained, wav, method="encode")
-    assert (np.asarray(output.codes) == np.asarray(codes)).mean() > 0.9  # k-means: nearly their own means
-    decoded = np.stack([module.apply(trained, codes[..., :q], method="decode") for q in (1, 2, 3)])  # [q, B, N]
-    assert np.abs(decoded - np.asarray(output.wav)[None]).max(-1).min(0).max() < 0.2 * np.abs(decoded).max()
+    assert (
+        np.asarray(output.codes) == np.asarray(codes)
+    ).mean() > 0.9  # k-means: nearly their own means
+    decoded = np.stack(
+        [module.apply(trained, codes[..., :q], method="decode") for q in (1, 2, 3)]
+    )  # [q, B, N]
+    assert (
+        np.abs(decoded - np.asarray(output.wav)[None]).max(-1).min(0).max()
+        < 0.2 * np.abs(decoded).max()
+    )
 
 
 def test_linear_start_keeps_what_the_best_projection_of_a_stride_keeps():
@@ -224,8 +257,12 @@ def test_linear_start_keeps_what_the_best_projection_of_a_stride_keeps():
 def test_linear_start_leaves_no_unit_of_the_decoder_with_zeros_on_both_sides():
     """Between its first two convolutions nothing bends: a unit that neither hears nor is heard would stay so."""
     config = soundstream.SoundStreamConfig(16000, (8, 5), channels=16, embed=10, levels=1, codes=2)
-    params = soundstream.SoundStream(config).init(jax.random.key(0), jnp.zeros((1, 40)), jax.random.key(0))["params"]
-    decoder = jax.jit(lambda p: soundstream.linear_start(config, p, jax.random.key(1)))(params)["decoder"]
+    params = soundstream.SoundStream(config).init(
+        jax.random.key(0), jnp.zeros((1, 40)), jax.random.key(0)
+    )["params"]
+    decoder = jax.jit(lambda p: soundstream.linear_start(config, p, jax.random.key(1)))(params)[
+        "decoder"
+    ]
     hears = np.abs(decoder["first"]["kernel"]).max(axis=(0, 1)) > 0
     heard = np.abs(decoder["up_1"]["kernel"]).max(axis=(1, 2)) > 0
     assert not heard.all() and (hears | heard).all()

@@ -23,7 +23,9 @@ def test_interleaving_is_a_bijection(batch, frames, levels, seed):
     np.testing.assert_array_equal(back[1], coarse)
     # The paper's order, frame-major and level-minor: codec frame 2f's levels, then those of frame 2f + 1.
     for f in range(frames):
-        expected = np.concatenate([semantic[:, f, None], coarse[:, 2 * f], coarse[:, 2 * f + 1]], axis=1)
+        expected = np.concatenate(
+            [semantic[:, f, None], coarse[:, 2 * f], coarse[:, 2 * f + 1]], axis=1
+        )
         np.testing.assert_array_equal(tokens[:, f], expected)
 
 
@@ -33,9 +35,13 @@ def test_interleaving_is_a_bijection(batch, frames, levels, seed):
 def test_every_code_at_every_place_has_an_id_of_its_own(semantic_codes, acoustic_codes, levels):
     layout = TokenLayout(semantic_codes, acoustic_codes, levels)
     sizes = [semantic_codes] + [acoustic_codes] * (layout.depth - 1)
-    codes = np.broadcast_to(np.arange(layout.vocabulary, dtype=np.int32)[:, None], (layout.vocabulary, layout.depth))
+    codes = np.broadcast_to(
+        np.arange(layout.vocabulary, dtype=np.int32)[:, None], (layout.vocabulary, layout.depth)
+    )
     ids = np.asarray(layout.flat_ids(codes))
-    assert sorted(id for place, size in enumerate(sizes) for id in ids[:size, place]) == list(range(layout.ids))
+    assert sorted(id for place, size in enumerate(sizes) for id in ids[:size, place]) == list(
+        range(layout.ids)
+    )
 
 
 def test_codes_of_unequal_length_are_refused():

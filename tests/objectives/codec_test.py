@@ -9,7 +9,9 @@ from musicrl_jax.models import rvq, soundstream
 from musicrl_jax.models.discriminators import Discriminators, DiscriminatorsConfig
 from musicrl_jax.objectives.codec import CodecObjective
 
-MODEL = soundstream.SoundStreamConfig(sample_rate_hz=16000, strides=(8, 5), channels=4, embed=8, levels=2, codes=8)
+MODEL = soundstream.SoundStreamConfig(
+    sample_rate_hz=16000, strides=(8, 5), channels=4, embed=8, levels=2, codes=8
+)
 JUDGES = DiscriminatorsConfig(wave_scales=0, stft_windows=(), periods=(2,), channels=4)
 
 
@@ -79,14 +81,21 @@ def test_codec_and_discriminators_each_move_by_their_own_loss(judged):
     codebooks = {"codebooks": state["codebooks"]}
 
     def decode(codec_params):
-        return module.apply({"params": codec_params, **codebooks}, BATCH["audio"], jax.random.key(0))
+        return module.apply(
+            {"params": codec_params, **codebooks}, BATCH["audio"], jax.random.key(0)
+        )
 
     def of_judges(weights):
-        real, fake = (judges.apply({"params": weights}, wav) for wav in (BATCH["audio"], decode(codec_params).wav))
+        real, fake = (
+            judges.apply({"params": weights}, wav)
+            for wav in (BATCH["audio"], decode(codec_params).wav)
+        )
         return codec.discriminator_hinge(real, fake)
 
     expected = jax.jit(jax.grad(of_judges))(params["discriminators"])
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), late["discriminators"], expected)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), late["discriminators"], expected
+    )
 
     def of_codec(codec_params):
         """The balanced sum written out: four losses, each over its own norm."""
@@ -96,18 +105,27 @@ def test_codec_and_discriminators_each_move_by_their_own_loss(judged):
         norms = after["balance"]
         total = (
             codec.reconstruction(BATCH["audio"], output.wav, 16000, (128,)) / norms["spectral"]
-            + objective.waveform_weight * jnp.mean(jnp.abs(BATCH["audio"] - output.wav)) / norms["waveform"]
+            + objective.waveform_weight
+            * jnp.mean(jnp.abs(BATCH["audio"] - output.wav))
+            / norms["waveform"]
             + objective.adversarial_weight * codec.generator_hinge(fake) / norms["adversarial"]
             + objective.feature_weight * codec.feature_distance(real, fake) / norms["feature"]
         )
-        weights = 1.0 + objective.waveform_weight + objective.adversarial_weight + objective.feature_weight
+        weights = (
+            1.0
+            + objective.waveform_weight
+            + objective.adversarial_weight
+            + objective.feature_weight
+        )
         return total / weights / 4 + objective.commitment_weight * output.commitment
 
     expected = jax.jit(jax.grad(of_codec))(codec_params)
     for name in ("encoder", "decoder"):
         largest = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(expected[name]))
         jax.tree.map(
-            lambda a, b, most=largest: np.testing.assert_allclose(a, b, atol=1e-3 * most), late[name], expected[name]
+            lambda a, b, most=largest: np.testing.assert_allclose(a, b, atol=1e-3 * most),
+            late[name],
+            expected[name],
         )
 
 
@@ -118,7 +136,9 @@ def test_the_finished_codec_has_codebooks_fitted_to_its_encoder_and_no_discrimin
     assert set(variables["params"]) == {"encoder", "decoder"}
     module = soundstream.SoundStream(MODEL)
     wavs = [jnp.asarray(batch["audio"]) for batch in Tones().batches()]
-    encode = jax.jit(lambda wav: module.apply(variables, wav, method=soundstream.SoundStream.vectors))
+    encode = jax.jit(
+        lambda wav: module.apply(variables, wav, method=soundstream.SoundStream.vectors)
+    )
     vectors = jnp.concatenate([encode(wav) for wav in wavs]).reshape(-1, 8)
     fitted = rvq.fit(jax.random.key(0), vectors, 2, 8, state["codebooks"]["rvq"]["codebooks"])
     np.testing.assert_allclose(variables["codebooks"]["rvq"]["codebooks"], fitted, atol=1e-5)
@@ -140,7 +160,9 @@ def test_balance_and_codebooks_are_those_of_the_global_batch(judged):
     _, params, state, gradient = judged
     batch = {"audio": jnp.concatenate([BATCH["audio"], 0.5 * BATCH["audio"]])}
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    spread = jax.device_put(batch, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data")))
+    spread = jax.device_put(
+        batch, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    )
     one, many = (gradient(params, state, {}, wavs, jax.random.key(0)) for wavs in (batch, spread))
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(many), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
@@ -148,5 +170,7 @@ def test_balance_and_codebooks_are_those_of_the_global_batch(judged):
 
 def test_too_little_audio_for_a_codebook_is_named_before_training():
     model = soundstream.SoundStreamConfig(16000, (8, 5), 4, 8, 2, 161)
-    with pytest.raises(ValueError, match="codes = 161, but the training clips have 160 codec frames"):
+    with pytest.raises(
+        ValueError, match="codes = 161, but the training clips have 160 codec frames"
+    ):
         CodecObjective(model, data=Tones()).check(BATCH)

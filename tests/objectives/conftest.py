@@ -19,7 +19,13 @@ def tokens_of(tmp_path_factory, token_models):
 
     def make(**layout):
         folder = tmp_path_factory.mktemp("tokens")
-        manifest = {"schema": SCHEMA, "models": token_models, "layout": layout, "data": {}, "counts": {}}
+        manifest = {
+            "schema": SCHEMA,
+            "models": token_models,
+            "layout": layout,
+            "data": {},
+            "counts": {},
+        }
         (folder / "manifest.json").write_text(json.dumps(manifest))
         return Tokens(str(folder))
 

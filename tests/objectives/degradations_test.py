@@ -19,7 +19,10 @@ def music(clips: int = 4) -> np.ndarray:
     """[clips, 16000]: harmonic tones with decaying notes."""
     time = np.arange(RATE) / RATE
     decay = np.exp(-3 * (time % 0.25))
-    tones = [sum(np.sin(2 * np.pi * hz * k * time) / k for k in range(1, 12)) for hz in (220, 330, 440, 262)[:clips]]
+    tones = [
+        sum(np.sin(2 * np.pi * hz * k * time) / k for k in range(1, 12))
+        for hz in (220, 330, 440, 262)[:clips]
+    ]
     return (0.2 * decay * np.stack(tones)).astype(np.float32)
 
 
@@ -127,7 +130,9 @@ def test_kept_levels_falls_from_all_to_one():
 @pytest.mark.parametrize("kind", degradations.KINDS[1:])
 def test_stronger_damage_is_farther_and_scores_less(kind):
     clean = music()
-    found = [np.asarray(distance(clean, damaged(kind, clean, fixed(s)))) for s in (0.1, 0.4, 0.7, 1.0)]
+    found = [
+        np.asarray(distance(clean, damaged(kind, clean, fixed(s)))) for s in (0.1, 0.4, 0.7, 1.0)
+    ]
     assert np.all(np.diff(found, axis=0) > 0)
     weak, strong = (np.asarray(mos(clean, damaged(kind, clean, fixed(s)))) for s in (0.1, 1.0))
     assert np.all((weak > strong) & (weak <= 5) & (strong > 1))
@@ -149,10 +154,16 @@ def test_distance_equals_librosa():
                 frames = np.stack([padded[s * hop : s * hop + window] for s in range(RATE // hop)])
                 mels.append(np.abs(np.fft.rfft(frames * np.hanning(window + 1)[:-1])) @ filters.T)
             floor = 1e-3 * mels[0].max()
-            gaps.append(np.abs(20 * np.log10(np.maximum(mels[0], floor) / np.maximum(mels[1], floor))).mean())
+            gaps.append(
+                np.abs(
+                    20 * np.log10(np.maximum(mels[0], floor) / np.maximum(mels[1], floor))
+                ).mean()
+            )
         expected.append(np.mean(gaps))
     np.testing.assert_allclose(distance(clean, other), expected, rtol=1e-3)
-    np.testing.assert_allclose(mos(clean, other), 1 + 4 * np.exp(-np.array(expected) / 12), rtol=1e-3)
+    np.testing.assert_allclose(
+        mos(clean, other), 1 + 4 * np.exp(-np.array(expected) / 12), rtol=1e-3
+    )
 
 
 def degrade(key, wav, strength):

@@ -13,7 +13,9 @@ from musicrl_jax.models.conformer import ConformerConfig
 from musicrl_jax.models.soundstorm import SoundStorm, SoundStormConfig, training_mask
 from musicrl_jax.objectives.fine import FineObjective
 
-MODEL = SoundStormConfig(ConformerConfig(1, 2, 8, 16, 5), levels=5, coarse_levels=2, codes=6, first_passes=4)
+MODEL = SoundStormConfig(
+    ConformerConfig(1, 2, 8, 16, 5), levels=5, coarse_levels=2, codes=6, first_passes=4
+)
 CODES = np.random.default_rng(0).integers(0, 6, (4, 10, 5)).astype(np.int32)
 KEY = jax.random.key(3)
 
@@ -66,7 +68,13 @@ def test_loss_is_the_mean_over_the_hidden_codes_of_the_drawn_level(step, drawn):
     np.testing.assert_allclose(metrics["accuracy"], hits.mean(), rtol=1e-6)
     # Two mistakes that people make: all that is hidden is scored, or all frames of the level.
     assert abs(loss - scored(scores, masked)) > 1e-3
-    assert abs(loss - scored(scores, np.broadcast_to(np.arange(5) == level[:, None, None], masked.shape))) > 1e-3
+    assert (
+        abs(
+            loss
+            - scored(scores, np.broadcast_to(np.arange(5) == level[:, None, None], masked.shape))
+        )
+        > 1e-3
+    )
 
 
 def test_only_the_head_of_a_drawn_level_learns(step, drawn):
@@ -92,17 +100,23 @@ def test_codes_that_are_hidden_and_not_scored_change_nothing(step, drawn):
 def test_weights_of_the_papers_size_divide_over_a_mesh(tokens_of):
     """Eight devices, two for fsdp and two for tensor; 1024 codes and a mask are 1025 rows, which must not be split."""
     batch = {"acoustic": np.zeros((8, 4, 12), np.int32)}
-    objective = FineObjective(SoundStormConfig(), tokens_of(acoustic_levels=12, acoustic_codes=1024))
+    objective = FineObjective(
+        SoundStormConfig(), tokens_of(acoustic_levels=12, acoustic_codes=1024)
+    )
     abstract = jax.eval_shape(objective.init, jax.random.key(0), batch)
     mesh = sharding.make_mesh(fsdp=2, tensor=2)
     layout = nn.logical_to_mesh_sharding(nn.get_partition_spec(abstract), mesh, sharding.RULES)
-    shapes = jax.tree.map(lambda leaf, place: place.shard_shape(leaf.shape), nn.meta.unbox(abstract), layout)["params"]
+    shapes = jax.tree.map(
+        lambda leaf, place: place.shard_shape(leaf.shape), nn.meta.unbox(abstract), layout
+    )["params"]
     assert shapes["table"] == (12, 1025, 512) and shapes["head"] == (8, 512, 512)
 
 
 def test_the_models_of_its_tokens_travel_with_it(objective, token_models):
     assets = objective.assets()
-    assert {name: json.loads(content) for name, content in assets.items()} == {"tokens.json": token_models}
+    assert {name: json.loads(content) for name, content in assets.items()} == {
+        "tokens.json": token_models
+    }
 
 
 @pytest.mark.parametrize(("name", "size"), [("acoustic_levels", 8), ("acoustic_codes", 7)])

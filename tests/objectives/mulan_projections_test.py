@@ -20,7 +20,9 @@ from musicrl_jax.train import train
 CAPTIONS = [f"a {word} tone" for word in ("low", "middling", "high", "shrill")]
 AUDIO = musicnn.MusicnnConfig(timbral=3, temporal=2, middle=4)
 TEXT = bert.BertConfig(layers=2, heads=2, embed=8, mlp=12, positions=24, pieces=275)
-MODEL = mulan.MuLanConfig(16_000, 0.25, AUDIO, TEXT, text_length=24, embed=8, hidden=16, levels=2, codes=4)
+MODEL = mulan.MuLanConfig(
+    16_000, 0.25, AUDIO, TEXT, text_length=24, embed=8, hidden=16, levels=2, codes=4
+)
 COUNTS = {"one": {"train": 12, "validation": 8}, "two": {"train": 5}}
 
 
@@ -42,7 +44,9 @@ class Tones:
         return sum(COUNTS[name].get(split, 0) for name in self.datasets)
 
     def captions(self, split):
-        return [CAPTIONS[n % 4] for name in self.datasets for n in range(COUNTS[name].get(split, 0))]
+        return [
+            CAPTIONS[n % 4] for name in self.datasets for n in range(COUNTS[name].get(split, 0))
+        ]
 
     def batches(self, split, batch_size, seed, start_step=0, epochs=None, rows=None):
         (name,) = self.datasets
@@ -50,9 +54,13 @@ class Tones:
         numbers = order.shuffled(seed, 0, np.arange(COUNTS[name][split]), COUNTS[name][split])
         for first in range(0, len(numbers), batch_size):
             chosen = numbers[first : first + batch_size]
-            hz = np.array([200, 600, 1800, 5400])[chosen % 4] * (1 + 0.01 * chosen + 0.1 * (name == "two"))
+            hz = np.array([200, 600, 1800, 5400])[chosen % 4] * (
+                1 + 0.01 * chosen + 0.1 * (name == "two")
+            )
             wav = 0.3 * np.sin(2 * np.pi * hz[:, None] * np.arange(8000) / 16_000)
-            text = pieces.encode(pieces.content(self.vocabulary), [CAPTIONS[n % 4] for n in chosen], 24)
+            text = pieces.encode(
+                pieces.content(self.vocabulary), [CAPTIONS[n % 4] for n in chosen], 24
+            )
             yield {"audio": wav.astype(np.float32), "text": text}
 
 
@@ -61,20 +69,43 @@ def weights(tmp_path_factory):
     """(path of musicnn's file, path of BERT's, the same weights as trees)."""
     folder = tmp_path_factory.mktemp("weights")
     rng = np.random.default_rng(0)
-    shapes = {"embeddings.word_embeddings.weight": (275, 8), "embeddings.position_embeddings.weight": (24, 8)}
+    shapes = {
+        "embeddings.word_embeddings.weight": (275, 8),
+        "embeddings.position_embeddings.weight": (24, 8),
+    }
     shapes |= {"embeddings.token_type_embeddings.weight": (2, 8)}
     for layer in range(2):
         place = f"encoder.layer.{layer}"
-        for name in ("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense"):
+        for name in (
+            "attention.self.query",
+            "attention.self.key",
+            "attention.self.value",
+            "attention.output.dense",
+        ):
             shapes |= {f"{place}.{name}.weight": (8, 8), f"{place}.{name}.bias": (8,)}
-        shapes |= {f"{place}.intermediate.dense.weight": (12, 8), f"{place}.intermediate.dense.bias": (12,)}
+        shapes |= {
+            f"{place}.intermediate.dense.weight": (12, 8),
+            f"{place}.intermediate.dense.bias": (12,),
+        }
         shapes |= {f"{place}.output.dense.weight": (8, 12), f"{place}.output.dense.bias": (8,)}
-    norms = ["embeddings", *(f"encoder.layer.{n}{part}.output" for n in range(2) for part in (".attention", ""))]
+    norms = [
+        "embeddings",
+        *(f"encoder.layer.{n}{part}.output" for n in range(2) for part in (".attention", "")),
+    ]
     shapes |= {f"{place}.LayerNorm.{part}": (8,) for place in norms for part in ("weight", "bias")}
     tensors = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
     safetensors.numpy.save_file(tensors, folder / "text.safetensors")
     (folder / "config.json").write_text('{"num_attention_heads": 2}')
-    kernels = [(7, 38, 3), (7, 67, 3), (128, 1, 2), (64, 1, 2), (32, 1, 2), (7, 12, 4), (7, 4, 4), (7, 4, 4)]
+    kernels = [
+        (7, 38, 3),
+        (7, 67, 3),
+        (128, 1, 2),
+        (64, 1, 2),
+        (32, 1, 2),
+        (7, 12, 4),
+        (7, 4, 4),
+        (7, 4, 4),
+    ]
     filters = {}
     for number, (frames, bands, width) in enumerate(kernels):
         name = f"conv2d_{number}" if number else "conv2d"
@@ -98,14 +129,18 @@ def task(vocabulary, weights, tmp_path):
 
 def test_another_vocabulary_than_the_text_towers_is_refused(task):
     larger = dataclasses.replace(MODEL, text=dataclasses.replace(TEXT, pieces=276))
-    heard = dataclasses.replace(task.data, towers=dataclasses.replace(task.data.towers, model=larger))
+    heard = dataclasses.replace(
+        task.data, towers=dataclasses.replace(task.data.towers, model=larger)
+    )
     other = mulan_projections.MuLanProjectionsObjective(larger, heard, task.vocabulary)
     with pytest.raises(ValueError, match="has 275 pieces, and the pretrained text tower reads 276"):
         other.check(next(task.data.batches("train", 5, seed=0)))
 
 
 def test_a_batch_larger_than_a_split_is_refused(task):
-    with pytest.raises(ValueError, match="batch_size 18 is more than the 17 clips of split 'train'"):
+    with pytest.raises(
+        ValueError, match="batch_size 18 is more than the 17 clips of split 'train'"
+    ):
         next(task.data.batches("train", 18, seed=0))
 
 
@@ -120,7 +155,9 @@ def test_every_clip_is_heard_once_and_found_as_the_towers_find_it(task, weights)
     rows, counts = np.unique(found["audio"].reshape(34, -1), axis=0, return_counts=True)
     assert len(rows) == 17 and (counts == 2).all()
     variables = {"params": weights[2]}
-    (whole,) = dataclasses.replace(data.clips, datasets={"two": 1.0}).batches("train", 5, seed=0, epochs=1)
+    (whole,) = dataclasses.replace(data.clips, datasets={"two": 1.0}).batches(
+        "train", 5, seed=0, epochs=1
+    )
     module = mulan.Towers(MODEL)
     use = jax.jit(module.apply, static_argnames="method")
     heard = np.asarray(use(variables, whole["audio"], method=mulan.Towers.hear))
@@ -139,7 +176,9 @@ def test_batches_are_a_pure_function_of_seed_and_step_at_the_sets_rates(task):
     for name, value in again.items():
         np.testing.assert_array_equal(first[4][name], value)
     two = {row.tobytes() for row in task.data.found("two", "train")["audio"]}
-    assert sum(row.tobytes() in two for batch in first for row in batch["audio"]) == 10  # a third of 30
+    assert (
+        sum(row.tobytes() in two for batch in first for row in batch["audio"]) == 10
+    )  # a third of 30
 
 
 def test_other_weights_are_heard_anew(task, weights, tmp_path):
@@ -159,7 +198,9 @@ def test_the_loss_is_that_of_the_whole_model_and_moves_projections_alone(task, w
     params, state = variables["params"], {"rvq": variables["rvq"]}
     assert set(params) == {"audio_projection", "text_projection", "log_temperature"}
     metrics = jax.jit(task.evaluate)(params, state, {}, batch, jax.random.key(0))
-    (clips,) = dataclasses.replace(task.data.clips, datasets={"one": 1.0}).batches("validation", 8, seed=0, epochs=1)
+    (clips,) = dataclasses.replace(task.data.clips, datasets={"one": 1.0}).batches(
+        "validation", 8, seed=0, epochs=1
+    )
     audio, text, temperature = (
         np.asarray(part, np.float64)
         for part in jax.jit(mulan.MuLan(MODEL).apply)(
@@ -170,9 +211,13 @@ def test_the_loss_is_that_of_the_whole_model_and_moves_projections_alone(task, w
     same = (clips["text"][:, None] == clips["text"][None]).all(axis=-1) & ~np.eye(8, dtype=bool)
     logits[same] = -1e9
     own = np.diag(logits)
-    expected = (np.log(np.exp(logits).sum(1)) - own + np.log(np.exp(logits).sum(0)) - own).mean() / 2
+    expected = (
+        np.log(np.exp(logits).sum(1)) - own + np.log(np.exp(logits).sum(0)) - own
+    ).mean() / 2
     np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-4)
-    noisy = [float(jax.jit(task.loss)(params, state, {}, batch, jax.random.key(n))[0]) for n in (0, 0, 1)]
+    noisy = [
+        float(jax.jit(task.loss)(params, state, {}, batch, jax.random.key(n))[0]) for n in (0, 0, 1)
+    ]
     assert noisy[0] == noisy[1] != noisy[2] and noisy[0] != metrics["loss"]
 
 
@@ -183,8 +228,14 @@ def test_a_run_leaves_a_whole_mulan_and_resumes(task, weights, tmp_path, capsys)
     assert metrics["loss"] < metrics["chance"]
     model = checkpoint.load_model(tmp_path / "run", mulan.MuLanConfig)
     assert model.config == MODEL and isinstance(model.config.audio, musicnn.MusicnnConfig)
-    jax.tree.map(np.testing.assert_array_equal, model.variables["params"]["towers"]["text"], weights[2]["text"])
-    (clips,) = dataclasses.replace(task.data.clips, datasets={"one": 1.0}).batches("train", 12, seed=0, epochs=1)
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        model.variables["params"]["towers"]["text"],
+        weights[2]["text"],
+    )
+    (clips,) = dataclasses.replace(task.data.clips, datasets={"one": 1.0}).batches(
+        "train", 12, seed=0, epochs=1
+    )
     use = jax.jit(mulan.MuLan(MODEL).apply, static_argnames="method")
     for name, embedding in (
         ("audio", use(model.variables, clips["audio"], method=mulan.MuLan.embed_audio)),
@@ -193,7 +244,10 @@ def test_a_run_leaves_a_whole_mulan_and_resumes(task, weights, tmp_path, capsys)
         codes = np.asarray(use(model.variables, embedding, method=mulan.MuLan.quantize))
         assert codes.shape == (12, 2) and (codes >= 0).all() and (codes < 4).all()
         assert name == "text" or len(np.unique(codes[:, 0])) == 4
-    assert model.variables["rvq"]["codebooks"].shape == (2, 4, 8) and model.variables["rvq"]["codebooks"].any()
+    assert (
+        model.variables["rvq"]["codebooks"].shape == (2, 4, 8)
+        and model.variables["rvq"]["codebooks"].any()
+    )
     # The folder is bound to this run, whether or not the clips had been heard when it began.
     assert train(task, str(tmp_path / "run"), **arguments) == {}
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
@@ -209,8 +263,14 @@ def test_weights_that_do_not_fit_are_named(task, weights):
             r"holds a BertConfig\(layers=2, .*: set MuLanCo",
         ),
         ({"text_weights": "/no/file"}, "weights '/no/file' are no file"),
-        ({"text_weights": weights[0]}, r"audio.safetensors is no BERT: it has no tensor embeddings"),
-        ({"audio_weights": weights[1]}, r"text.safetensors is no musicnn: it has no tensor batch_norm"),
+        (
+            {"text_weights": weights[0]},
+            r"audio.safetensors is no BERT: it has no tensor embeddings",
+        ),
+        (
+            {"audio_weights": weights[1]},
+            r"text.safetensors is no musicnn: it has no tensor batch_norm",
+        ),
     ):
         with pytest.raises((ValueError, FileNotFoundError), match=complaint):
             dataclasses.replace(towers, **changes).params()

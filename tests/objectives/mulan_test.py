@@ -70,7 +70,9 @@ def trained(vocabulary):
     for _ in range(150):
         params, metrics = step(params)
         seen.append(metrics)
-    done = task.finish({"params": params, **state}, {}, lambda: task.data.batches("train", 8, 0, epochs=1))
+    done = task.finish(
+        {"params": params, **state}, {}, lambda: task.data.batches("train", 8, 0, epochs=1)
+    )
     return task, done, seen[0], seen[-1]
 
 
@@ -96,7 +98,9 @@ def test_quantizer_is_fitted_to_audio_embeddings(trained):
     np.testing.assert_allclose(codebooks, rvq.fit(jax.random.key(0), embedding, 2, 4), atol=1e-5)
     assert codes.shape == (8, 2) and len(np.unique(codes[:, 0])) == 4
     for code in range(4):
-        np.testing.assert_allclose(codebooks[0, code], embedding[codes[:, 0] == code].mean(axis=0), atol=1e-5)
+        np.testing.assert_allclose(
+            codebooks[0, code], embedding[codes[:, 0] == code].mean(axis=0), atol=1e-5
+        )
     left = [mean_square(embedding - rvq.dequantize(codebooks[:n], codes[:, :n])) for n in (1, 2)]
     assert left[1] < left[0] < 0.5 * mean_square(embedding - embedding.mean(axis=0, keepdims=True))
 
@@ -126,7 +130,9 @@ def test_the_vocabulary_travels_and_must_fit(trained, tmp_path):
     task, _, _, _ = trained
     content = task.assets()["vocabulary"]
     assert sentencepiece.SentencePieceProcessor(model_proto=content).decode([5]) is not None
-    small = objective.MuLanObjective(mulan.MuLanConfig(text=bert.BertConfig(pieces=100)), task.data, task.vocabulary)
+    small = objective.MuLanObjective(
+        mulan.MuLanConfig(text=bert.BertConfig(pieces=100)), task.data, task.vocabulary
+    )
     batch = next(task.data.batches("train", 8, 0))
     with pytest.raises(ValueError, match=r"BertConfig\.pieces = 100"):
         small.check(batch)
@@ -149,11 +155,17 @@ def test_the_batch_is_the_whole_meshes(trained):
     params, state = done["params"], {"rvq": done["rvq"]}
     found = []
     for devices in (1, 8):
-        mesh = jax.sharding.Mesh(np.array(jax.devices()[:devices]).reshape(devices, 1, 1), ("data", "fsdp", "tensor"))
+        mesh = jax.sharding.Mesh(
+            np.array(jax.devices()[:devices]).reshape(devices, 1, 1), ("data", "fsdp", "tensor")
+        )
         arrays = sharding.put_batch(mesh, batch)
         assert len(arrays["audio"].sharding.device_set) == devices
         with jax.set_mesh(mesh), jax.default_matmul_precision("highest"):
-            step = jax.jit(jax.value_and_grad(lambda p, b: task.loss(p, state, {}, b, jax.random.key(0))[0]))
-            found.append(jax.device_get(step(jax.device_put(params, sharding.replicated(mesh)), arrays)))
+            step = jax.jit(
+                jax.value_and_grad(lambda p, b: task.loss(p, state, {}, b, jax.random.key(0))[0])
+            )
+            found.append(
+                jax.device_get(step(jax.device_put(params, sharding.replicated(mesh)), arrays))
+            )
     np.testing.assert_allclose(found[0][0], found[1][0], rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found[0][1], found[1][1])

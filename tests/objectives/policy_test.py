@@ -15,7 +15,11 @@ from musicrl_jax.models.transformer import TransformerConfig
 from musicrl_jax.objectives.policy import PolicyObjective
 
 MODEL = MusicLMConfig(
-    TransformerConfig(1, 16, 2, 32, dropout=0.5), TransformerConfig(1, 16, 2, 16), TokenLayout(5, 7, 2), 3, 4
+    TransformerConfig(1, 16, 2, 32, dropout=0.5),
+    TransformerConfig(1, 16, 2, 16),
+    TokenLayout(5, 7, 2),
+    3,
+    4,
 )
 RNG = np.random.default_rng(0)
 BATCH = {
@@ -41,7 +45,10 @@ def params(objective):
 def test_nats_are_those_of_the_codes_in_the_order_of_a_frame(objective, params):
     """A frame is the semantic code, then the coarse levels of its first codec frame, then of its second."""
     coarse = BATCH["acoustic"][:, :, :2]
-    tokens = np.stack([BATCH["semantic"], *(coarse[:, half::2, level] for half in (0, 1) for level in (0, 1))], axis=2)
+    tokens = np.stack(
+        [BATCH["semantic"], *(coarse[:, half::2, level] for half in (0, 1) for level in (0, 1))],
+        axis=2,
+    )
     logits = MusicLM(MODEL).apply({"params": params}, tokens, BATCH["mulan"])
     scores = log_softmax(np.asarray(logits, np.float64), axis=-1)
     nats = -np.take_along_axis(scores, tokens[..., None], -1)[..., 0]  # [B, F, K]
@@ -50,7 +57,9 @@ def test_nats_are_those_of_the_codes_in_the_order_of_a_frame(objective, params):
     np.testing.assert_allclose(metrics["loss"], nats.mean(), rtol=1e-5)
     np.testing.assert_allclose(metrics["semantic"], nats[:, :, 0].mean(), rtol=1e-5)
     np.testing.assert_allclose(metrics["coarse"], nats[:, :, 1:].mean(), rtol=1e-5)
-    np.testing.assert_allclose(metrics["accuracy"], (scores.argmax(axis=-1) == tokens).mean(), rtol=1e-6)
+    np.testing.assert_allclose(
+        metrics["accuracy"], (scores.argmax(axis=-1) == tokens).mean(), rtol=1e-6
+    )
 
 
 def test_fine_levels_are_not_the_policys(objective, params):
@@ -65,7 +74,9 @@ def test_training_has_dropout_and_evaluation_has_none(objective, params):
     loss, evaluate = jax.jit(objective.loss), jax.jit(objective.evaluate)
     losses = [float(loss(params, {}, {}, BATCH, jax.random.key(seed))[0]) for seed in (0, 0, 1)]
     assert losses[0] == losses[1] != losses[2]
-    quiet = [float(evaluate(params, {}, {}, BATCH, jax.random.key(seed))["loss"]) for seed in (0, 1)]
+    quiet = [
+        float(evaluate(params, {}, {}, BATCH, jax.random.key(seed))["loss"]) for seed in (0, 1)
+    ]
     assert quiet[0] == quiet[1] not in losses
 
 
@@ -74,21 +85,28 @@ def test_a_few_steps_lower_the_loss(objective, params):
     evaluate = jax.jit(objective.evaluate)
     moved = params
     for step in range(20):
-        moved = jax.tree.map(lambda p, g: p - jnp.float32(0.3) * g, moved, gradient(moved, jax.random.key(step)))
+        moved = jax.tree.map(
+            lambda p, g: p - jnp.float32(0.3) * g, moved, gradient(moved, jax.random.key(step))
+        )
     before, after = (evaluate(p, {}, {}, BATCH, jax.random.key(0))["loss"] for p in (params, moved))
     assert after < 0.9 * before
 
 
 def test_the_models_of_its_tokens_travel_with_it(objective, token_models):
     assets = objective.assets()
-    assert {name: json.loads(content) for name, content in assets.items()} == {"tokens.json": token_models}
+    assert {name: json.loads(content) for name, content in assets.items()} == {
+        "tokens.json": token_models
+    }
 
 
 def test_the_length_of_its_clips_travels_with_it(tmp_path, token_models):
     clip = {**{name: codes[0] for name, codes in BATCH.items()}, "id": "a", "caption": "a reel"}
     write_tokens(str(tmp_path), "train", [clip], token_models, LAYOUT, {})
     assets = PolicyObjective(MODEL, Tokens(str(tmp_path))).assets()
-    assert json.loads(assets["clip.json"]) == {"seconds": 6 / 25} and json.loads(assets["tokens.json"]) == token_models
+    assert (
+        json.loads(assets["clip.json"]) == {"seconds": 6 / 25}
+        and json.loads(assets["tokens.json"]) == token_models
+    )
 
 
 @pytest.mark.parametrize("name", LAYOUT)

@@ -18,7 +18,11 @@ from musicrl_jax.objectives.preference import PreferenceObjective
 from musicrl_jax.systems import folder as systems
 
 POLICY = MusicLMConfig(
-    TransformerConfig(1, 16, 2, 32, dropout=0.1), TransformerConfig(1, 16, 2, 16), TokenLayout(5, 7, 2), 3, 4
+    TransformerConfig(1, 16, 2, 32, dropout=0.1),
+    TransformerConfig(1, 16, 2, 16),
+    TokenLayout(5, 7, 2),
+    3,
+    4,
 )
 LAYOUT = {"acoustic_codes": 7, "semantic_codes": 5, "mulan_levels": 3, "mulan_codes": 4}
 PAIRS, FRAMES = 64, 6
@@ -102,10 +106,14 @@ def test_clips_of_another_layout_are_refused(tokens_of, base, name):
 def test_the_trunk_starts_from_the_policys_or_from_random_weights(tokens_of, base):
     folder, policy = base
     random = {"trunk": {"w": 1}, "score": {"kernel": 2}}
-    started = PreferenceObjective(PreferenceConfig(POLICY), tokens_of(**LAYOUT), folder).start(random)
+    started = PreferenceObjective(PreferenceConfig(POLICY), tokens_of(**LAYOUT), folder).start(
+        random
+    )
     assert started["score"] == random["score"]
     jax.tree.map(np.testing.assert_array_equal, started["trunk"], policy["trunk"])
-    assert PreferenceObjective(PreferenceConfig(POLICY), tokens_of(**LAYOUT)).start(random) == random
+    assert (
+        PreferenceObjective(PreferenceConfig(POLICY), tokens_of(**LAYOUT)).start(random) == random
+    )
 
 
 def test_a_system_stands_for_its_policy(tokens_of, base, tmp_path):
@@ -119,10 +127,14 @@ def test_a_system_stands_for_its_policy(tokens_of, base, tmp_path):
         random = {"trunk": {"w": 1}, "score": {"kernel": 2}}
         jax.tree.map(np.testing.assert_array_equal, objective.start(random), same.start(random))
         assert objective.assets() == same.assets()
-        assert checkpoint.describe(objective) == checkpoint.describe(same)  # a run goes on with either
+        assert checkpoint.describe(objective) == checkpoint.describe(
+            same
+        )  # a run goes on with either
     checkpoint.save_model(tmp_path / "other", POLICY, {"params": {"w": np.ones(3)}})
     systems.write(system, "musiclm", {"policy": str(tmp_path / "other")}, {"policy": "0" * 64})
-    with pytest.raises(ValueError, match=r"the part policy in .*other is .*, not 000000000000: restore it"):
+    with pytest.raises(
+        ValueError, match=r"the part policy in .*other is .*, not 000000000000: restore it"
+    ):
         objective.start({})
 
 
@@ -139,12 +151,24 @@ def test_crops_are_windows_of_both_clips(tokens_of):
     data = {name: array[:1] for name, array in batch(0).items()}
     params = meta.unbox(objective.init(KEY, data))["params"]
     params = {**params, "score": {"kernel": jnp.ones_like(params["score"]["kernel"])}}
-    tokens = interleave(jnp.asarray(data["semantic"]), jnp.asarray(data["acoustic"][..., :2]))[0]  # [2, F, K]
-    windows = jnp.concatenate([tokens[:, start : start + 3] for start in range(4)])  # [8, 3, K]: a, b, a, b, ...
-    scores = Preference(config).apply({"params": params}, windows, jnp.repeat(data["mulan"], 8, axis=0))
+    tokens = interleave(jnp.asarray(data["semantic"]), jnp.asarray(data["acoustic"][..., :2]))[
+        0
+    ]  # [2, F, K]
+    windows = jnp.concatenate(
+        [tokens[:, start : start + 3] for start in range(4)]
+    )  # [8, 3, K]: a, b, a, b, ...
+    scores = Preference(config).apply(
+        {"params": params}, windows, jnp.repeat(data["mulan"], 8, axis=0)
+    )
     possible = scores[::2][:, None] - scores[1::2][None]  # [4, 4]
-    seen = {int(jnp.abs(possible - objective.margin(params, data, jax.random.key(i))[0]).argmin()) for i in range(40)}
-    found = [float(jnp.abs(possible - objective.margin(params, data, jax.random.key(i))[0]).min()) for i in range(5)]
+    seen = {
+        int(jnp.abs(possible - objective.margin(params, data, jax.random.key(i))[0]).argmin())
+        for i in range(40)
+    }
+    found = [
+        float(jnp.abs(possible - objective.margin(params, data, jax.random.key(i))[0]).min())
+        for i in range(5)
+    ]
     assert max(found) < 1e-5 and len(seen) > 8
 
 

@@ -23,7 +23,9 @@ def clips(count: int = 8) -> np.ndarray:
 
 def untrained(config):
     """A codec as it would come from disk."""
-    variables = jax.jit(soundstream.SoundStream(config).init)(jax.random.key(0), clips(1), jax.random.key(1))
+    variables = jax.jit(soundstream.SoundStream(config).init)(
+        jax.random.key(0), clips(1), jax.random.key(1)
+    )
     return objective.Codec(variables, config)
 
 
@@ -37,14 +39,20 @@ def variables():
     return jax.jit(rewards.Quality(CONFIG).init)(jax.random.key(0), clips(1))
 
 
-@pytest.mark.parametrize(("code_width", "atol"), [(None, 1e-5), (2, 1e-2)])  # the second decodes to some thousands
+@pytest.mark.parametrize(
+    ("code_width", "atol"), [(None, 1e-5), (2, 1e-2)]
+)  # the second decodes to some thousands
 def test_dropped_levels_equal_decoding_fewer(code_width, atol):
     codec, wav = untrained(dataclasses.replace(CODEC, code_width=code_width)), clips(3)
     module = soundstream.SoundStream(codec.config)
     got = jax.jit(objective.through(codec))(wav, jnp.array([0.0, 0.4, 1.0]))
-    codes = jax.jit(lambda v, w: module.apply(v, w, method=soundstream.SoundStream.encode))(codec.variables, wav)
+    codes = jax.jit(lambda v, w: module.apply(v, w, method=soundstream.SoundStream.encode))(
+        codec.variables, wav
+    )
     for row, levels in enumerate((3, 2, 1)):
-        alone = module.apply(codec.variables, codes[row : row + 1, :, :levels], method=soundstream.SoundStream.decode)
+        alone = module.apply(
+            codec.variables, codes[row : row + 1, :, :levels], method=soundstream.SoundStream.decode
+        )
         np.testing.assert_allclose(got[row], alone[0], atol=atol)
 
 
@@ -56,8 +64,12 @@ def test_labels_are_the_pseudo_mos_of_what_is_heard(codec, variables):
     damage_key, strength_key = jax.random.split(key)
     strength = jax.random.uniform(strength_key, (8,))
     through = objective.through(codec)
-    heard = jax.jit(lambda w, s: degradations.degrade(damage_key, w, s, 16_000, through))(wav, strength)
-    coded = jax.jit(through)(heard[4:], jnp.zeros(4))  # the second half then goes through the whole codec
+    heard = jax.jit(lambda w, s: degradations.degrade(damage_key, w, s, 16_000, through))(
+        wav, strength
+    )
+    coded = jax.jit(through)(
+        heard[4:], jnp.zeros(4)
+    )  # the second half then goes through the whole codec
     heard = jnp.concatenate([heard[:4], coded])
     label = np.asarray(jax.jit(degradations.pseudo_mos, static_argnums=2)(wav, heard, 16_000))
     guess = np.asarray(jax.jit(rewards.Quality(CONFIG).apply)(variables, heard))
@@ -69,10 +81,14 @@ def test_labels_are_the_pseudo_mos_of_what_is_heard(codec, variables):
 
 def test_evaluation_compares_each_clip_with_its_clean_self(codec, variables):
     task = objective.QualityObjective(CONFIG, None, "codec")
-    metrics = jax.jit(task.evaluate)(variables["params"], {}, codec, {"audio": clips()}, jax.random.key(5))
+    metrics = jax.jit(task.evaluate)(
+        variables["params"], {}, codec, {"audio": clips()}, jax.random.key(5)
+    )
     assert set(metrics) == {"loss", "mae", "order", "clean_first"}
     assert 0 <= metrics["clean_first"] <= 1
-    np.testing.assert_allclose(metrics["clean_first"] * 7 % 1, 0, atol=1e-5)  # all but the first are damaged
+    np.testing.assert_allclose(
+        metrics["clean_first"] * 7 % 1, 0, atol=1e-5
+    )  # all but the first are damaged
 
 
 def test_ratings_are_taken_as_they_are(variables):
@@ -90,7 +106,9 @@ def test_order_is_kendalls_tau():
     rng = np.random.default_rng(1)
     guess, score = rng.normal(size=30), rng.normal(size=30)
     expected = (kendalltau(guess, score).statistic + 1) / 2
-    np.testing.assert_allclose(objective.order(jnp.asarray(guess), jnp.asarray(score)), expected, rtol=1e-5)
+    np.testing.assert_allclose(
+        objective.order(jnp.asarray(guess), jnp.asarray(score)), expected, rtol=1e-5
+    )
     assert objective.order(jnp.zeros(4), jnp.arange(4.0)) == 0  # equal guesses order nothing
 
 

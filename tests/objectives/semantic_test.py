@@ -32,7 +32,9 @@ def tones(clips: int) -> np.ndarray:
     rng = np.random.default_rng(0)
     pitch = rng.choice([300.0, 900.0, 2700.0], size=(clips, 2))
     hz = np.where(time[None] < 0.5, pitch[:, :1], pitch[:, 1:])
-    return (0.3 * np.sin(2 * np.pi * hz * time) + 0.01 * rng.normal(size=(clips, 16_000))).astype(np.float32)
+    return (0.3 * np.sin(2 * np.pi * hz * time) + 0.01 * rng.normal(size=(clips, 16_000))).astype(
+        np.float32
+    )
 
 
 class Tones:
@@ -56,7 +58,9 @@ def trained():
 
     @jax.jit
     def step(params, state, key):
-        (_, (state, metrics)), slope = jax.value_and_grad(task.loss, has_aux=True)(params, state, {}, batch, key)
+        (_, (state, metrics)), slope = jax.value_and_grad(task.loss, has_aux=True)(
+            params, state, {}, batch, key
+        )
         norm = optax.tree.norm(slope)
         return jax.tree.map(lambda p, g: p - 0.1 * g / norm, params, slope), state, metrics
 
@@ -81,7 +85,9 @@ def test_statistics_are_those_of_the_first_batch(trained):
     use = jax.jit(semantic.SemanticEncoder(CONFIG).apply, static_argnames="method")
     mels = use(before, tones(4), method=semantic.SemanticEncoder.log_mels)
     np.testing.assert_allclose(before["statistics"]["mean"], np.mean(mels, axis=(0, 1)), atol=1e-5)
-    np.testing.assert_allclose(before["statistics"]["std"], np.maximum(np.std(mels, axis=(0, 1)), 0.1), rtol=1e-4)
+    np.testing.assert_allclose(
+        before["statistics"]["std"], np.maximum(np.std(mels, axis=(0, 1)), 0.1), rtol=1e-4
+    )
 
 
 def test_loss_counts_masked_frames_only(trained):
@@ -95,9 +101,13 @@ def test_loss_counts_masked_frames_only(trained):
     noise = jax.random.normal(noise_key, (4, 25, 64))
     logits, targets = jax.jit(semantic.SemanticEncoder(CONFIG).apply)(before, wav, mask, noise)
     logits, targets = np.float64(logits), np.asarray(targets)
-    nats = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, targets[..., None], -1)[..., 0]
+    nats = (
+        np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, targets[..., None], -1)[..., 0]
+    )
     np.testing.assert_allclose(loss, nats[np.asarray(mask)].mean(), rtol=1e-5)
-    np.testing.assert_allclose(metrics["accuracy"], (logits.argmax(-1) == targets)[np.asarray(mask)].mean(), rtol=1e-5)
+    np.testing.assert_allclose(
+        metrics["accuracy"], (logits.argmax(-1) == targets)[np.asarray(mask)].mean(), rtol=1e-5
+    )
 
 
 @pytest.fixture(scope="module")
@@ -114,14 +124,18 @@ def test_finish_clusters_standardised_features(finished):
     done, printed = finished
     module = semantic.SemanticEncoder(CONFIG)
     use = jax.jit(module.apply, static_argnames="method")
-    features = np.asarray(use(done, tones(8), method=semantic.SemanticEncoder.features)).reshape(-1, 16)
+    features = np.asarray(use(done, tones(8), method=semantic.SemanticEncoder.features)).reshape(
+        -1, 16
+    )
     np.testing.assert_allclose(done["kmeans"]["mean"], features.mean(0), atol=1e-4)
     np.testing.assert_allclose(done["kmeans"]["std"], features.std(0), rtol=1e-3, atol=1e-4)
     tokens = np.asarray(use(done, tones(8), method=semantic.SemanticEncoder.tokens)).reshape(-1)
     assert set(tokens) == {0, 1, 2, 3}
     standard = (features - features.mean(0)) / features.std(0)
     for code in range(4):
-        np.testing.assert_allclose(done["kmeans"]["centroids"][code], standard[tokens == code].mean(0), atol=0.05)
+        np.testing.assert_allclose(
+            done["kmeans"]["centroids"][code], standard[tokens == code].mean(0), atol=0.05
+        )
     np.testing.assert_allclose(done["kmeans"]["share"], np.bincount(tokens) / 200, atol=0.011)
     assert "200 frames in 4 codes" in printed
     assert "converged 1  used 4" in printed
@@ -137,7 +151,9 @@ def test_finish_on_a_mesh_equals_one_device(trained, finished):
     alone = task.finish(after, {}, batches)["kmeans"]
     mesh = sharding.make_mesh(fsdp=2, tensor=1)
     with jax.set_mesh(mesh):
-        spread = task.finish(jax.device_put(after, sharding.replicated(mesh)), {}, batches)["kmeans"]
+        spread = task.finish(jax.device_put(after, sharding.replicated(mesh)), {}, batches)[
+            "kmeans"
+        ]
     np.testing.assert_allclose(spread["centroids"], alone["centroids"], atol=1e-4)
     np.testing.assert_array_equal(spread["share"], alone["share"])
 
@@ -148,13 +164,19 @@ def test_evaluation_reports_the_use_of_tokens(trained, finished):
     state = {name: value for name, value in done.items() if name != "params"}
     batch = {"audio": jnp.asarray(tones(8)[2:6])}
     metrics = jax.jit(task.evaluate)(done["params"], state, {}, batch, jax.random.key(0))
-    tokens = semantic.SemanticEncoder(CONFIG).apply(done, batch["audio"], method=semantic.SemanticEncoder.tokens)
+    tokens = semantic.SemanticEncoder(CONFIG).apply(
+        done, batch["audio"], method=semantic.SemanticEncoder.tokens
+    )
     share = np.bincount(np.asarray(tokens).reshape(-1), minlength=4) / 100
-    np.testing.assert_allclose(metrics["token_perplexity"], np.exp(scipy.stats.entropy(share)), rtol=1e-5)
+    np.testing.assert_allclose(
+        metrics["token_perplexity"], np.exp(scipy.stats.entropy(share)), rtol=1e-5
+    )
     _, (_, loss_metrics) = jax.jit(task.loss)(done["params"], state, {}, batch, jax.random.key(0))
     np.testing.assert_allclose(metrics["loss"], loss_metrics["loss"], rtol=1e-5)
     shares = np.asarray(done["kmeans"]["share"])
-    np.testing.assert_allclose(metrics["kmeans_perplexity"], np.exp(scipy.stats.entropy(shares)), rtol=1e-5)
+    np.testing.assert_allclose(
+        metrics["kmeans_perplexity"], np.exp(scipy.stats.entropy(shares)), rtol=1e-5
+    )
     np.testing.assert_allclose(metrics["kmeans_largest_share"], shares.max())
     np.testing.assert_allclose(metrics["kmeans_used"], 4)
     assert 0 < metrics["kmeans_inertia"] < 1
@@ -163,7 +185,9 @@ def test_evaluation_reports_the_use_of_tokens(trained, finished):
 
 def test_without_standardisation_the_target_codebook_collapses():
     rng = np.random.default_rng(3)
-    loudness = rng.uniform(0.05, 1, (16, 1, 1)) * rng.uniform(0.3, 1, (16, 20, 1))  # of each clip and each 50 ms of it
+    loudness = rng.uniform(0.05, 1, (16, 1, 1)) * rng.uniform(
+        0.3, 1, (16, 20, 1)
+    )  # of each clip and each 50 ms of it
     wav = (loudness * tones(16).reshape(16, 20, 800)).reshape(16, 16_000).astype(np.float32)
     many = objective.SemanticObjective(dataclasses.replace(CONFIG, targets=64), Tones())
     variables = nn.unbox(jax.jit(many.init)(jax.random.key(0), {"audio": jnp.asarray(wav)}))

@@ -58,6 +58,7 @@ class Drawing:
         """Pairs of each split, as of `CollectConfig`."""
         return {"train": 12, "validation": 8}
 
+
 def train(folder, objective, **settings):
     """A stage that trains."""
     optimiser = {"optimiser": Optimiser(1e-3), "seed": 0, "fsdp": 2, "tensor": 1}
@@ -94,7 +95,9 @@ def stages():
     playing = parts | {"policy": "policy", "soundstorm": "fine"}
     words = dataclasses.replace(clips, vocabulary="vocabulary.model")
     return {
-        "codec": train("codec", CodecObjective(codec, dataclasses.replace(clips, crop_seconds=0.5))),
+        "codec": train(
+            "codec", CodecObjective(codec, dataclasses.replace(clips, crop_seconds=0.5))
+        ),
         "semantic": train("semantic", SemanticObjective(semantic, clips)),
         "mulan": train("mulan", MuLanObjective(mulan, words, "vocabulary.model")),
         "quality": train("quality", QualityObjective(quality, clips, "codec")),

@@ -43,12 +43,14 @@ def test_a_matmul_and_what_follows_it():
 
 
 def test_a_batched_einsum_with_two_contracted_axes():
-    assert of(lambda x, w: jnp.einsum("bsde,bdef->bsf", x, w), (2, 3, 5, 7), (2, 5, 7, 11)).matmul == (
-        2 * 2 * 3 * 11 * 5 * 7
-    )
+    assert of(
+        lambda x, w: jnp.einsum("bsde,bdef->bsf", x, w), (2, 3, 5, 7), (2, 5, 7, 11)
+    ).matmul == (2 * 2 * 3 * 11 * 5 * 7)
 
 
-@pytest.mark.parametrize(("stride", "dilation", "groups"), [(1, 1, 1), (3, 1, 1), (1, 4, 1), (2, 3, 4)])
+@pytest.mark.parametrize(
+    ("stride", "dilation", "groups"), [(1, 1, 1), (3, 1, 1), (1, 4, 1), (2, 3, 4)]
+)
 def test_a_convolution_is_its_sum_over_windows(stride, dilation, groups):
     x, w = (2, 50, 8), (5, 8 // groups, 12)
 
@@ -72,7 +74,9 @@ def test_a_convolution_is_its_sum_over_windows(stride, dilation, groups):
 
 def test_a_valid_convolution_is_what_xla_counts():
     def convolve(x, w):
-        return jax.lax.conv_general_dilated(x, w, (2, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        return jax.lax.conv_general_dilated(
+            x, w, (2, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
 
     shapes = (2, 16, 9, 4), (3, 3, 4, 6)
     assert of(convolve, *shapes) == Flops(int(by_xla(convolve, *shapes)))
@@ -109,7 +113,9 @@ def test_what_nothing_uses_is_not_computed():
 
 def test_a_vmap_counts_each():
     batch = [jax.ShapeDtypeStruct((6, *w.shape), w.dtype) for w in WEIGHTS]
-    assert flops(jax.jit(jax.vmap(mlp, (0, None))).trace(batch, INPUT).jaxpr).matmul == 6 * sum(PRODUCTS)
+    assert flops(jax.jit(jax.vmap(mlp, (0, None))).trace(batch, INPUT).jaxpr).matmul == 6 * sum(
+        PRODUCTS
+    )
 
 
 def test_custom_derivatives_count_what_they_compute():
@@ -142,7 +148,9 @@ def test_a_choice_counts_its_dearest():
 )
 def test_a_loop_with_a_counter(start, goes_on, step, rounds):
     def loop(x):
-        return jax.lax.while_loop(lambda s: goes_on(s[0]), lambda s: (s[0] + step, s[1] @ x), (start, x))[1]
+        return jax.lax.while_loop(
+            lambda s: goes_on(s[0]), lambda s: (s[0] + step, s[1] @ x), (start, x)
+        )[1]
 
     assert of(loop, (5, 5)) == Flops(rounds * 2 * 5**3)
 
@@ -158,7 +166,9 @@ def test_a_loop_without_one_is_told_and_counted_once():
 
 def test_every_device_of_a_shard_map_counts():
     mesh = Mesh(np.asarray(jax.devices()[:4]), ("data",))
-    product = jax.shard_map(lambda x, w: x @ w, mesh=mesh, in_specs=(P("data"), P()), out_specs=P("data"))
+    product = jax.shard_map(
+        lambda x, w: x @ w, mesh=mesh, in_specs=(P("data"), P()), out_specs=P("data")
+    )
     assert of(product, (8, 5), (5, 7)).matmul == 2 * 8 * 5 * 7
 
 
@@ -192,7 +202,9 @@ def test_a_transformer_is_six_for_each_weight_and_token_and_its_attention():
     weights = sum(math.prod(w.shape) for w in jax.tree.leaves(params["params"]) if w.ndim > 1)
     weights -= config.heads * config.relative_buckets
     attention = config.layers * 2 * 2 * batch * length**2 * config.embed
-    bias = 2 * config.heads * config.relative_buckets * length**2  # picked once for all layers, and its gradient
+    bias = (
+        2 * config.heads * config.relative_buckets * length**2
+    )  # picked once for all layers, and its gradient
     found = flops(jax.jit(loss).trace(params, x).jaxpr)
     assert found.matmul == 6 * weights * batch * length + 3 * attention + 2 * bias
     assert found.unknown == ()

@@ -114,7 +114,9 @@ def test_what_is_in_a_loop_counts_as_often_as_it_goes_round():
         body=f"  %g = bf16[4096,512]{{1,0:T(8,128)(2,1)}} all-gather(%x), replica_groups={axes}, dimensions={{0}}\n"
         f"  %d = {FAST} copy(%x), {config(500)}\n"
     )
-    assert hlo.collectives(found) == [hlo.Collective("all-gather", 4, False, 24, 24 * 3 * IN_MATRIX)]
+    assert hlo.collectives(found) == [
+        hlo.Collective("all-gather", 4, False, 24, 24 * 3 * IN_MATRIX)
+    ]
     assert hlo.scheduled_cycles(found) == 24 * 500
     assert hlo.memory_bytes(found) == 24 * (5 * IN_MATRIX + IN_MATRIX)
 
@@ -131,7 +133,8 @@ def test_what_is_in_a_loop_counts_as_often_as_it_goes_round():
     ],
 )
 @pytest.mark.parametrize(
-    ("kind", "moved"), [("all-reduce", 2), ("reduce-scatter", 1), ("all-to-all", 1), ("all-gather", 1)]
+    ("kind", "moved"),
+    [("all-reduce", 2), ("reduce-scatter", 1), ("all-to-all", 1), ("all-gather", 1)],
 )
 def test_a_ring_sends_what_it_must(groups, size, kind, moved):
     out = MATRIX if kind != "reduce-scatter" else f"bf16[{1024 // size},512]{{1,0:T(8,128)(2,1)}}"
@@ -165,7 +168,7 @@ def test_what_starts_and_is_done_counts_once():
 
 
 def test_an_all_reduce_of_which_a_chip_takes_its_share_is_a_reduce_scatter():
-    """libtpu's fusion of two halves with 48 rows of padding."""
+    """Libtpu's fusion of two halves with 48 rows of padding."""
     before = """%all-reduce-scatter (input: f32[4096,2048]) -> f32[2072,2048] {
   %input = f32[4096,2048]{1,0:T(8,128)} parameter(0)
   %zero = f32[] constant(0)
@@ -181,7 +184,9 @@ def test_an_all_reduce_of_which_a_chip_takes_its_share_is_a_reduce_scatter():
         "%f = f32[2072,2048]{1,0:T(8,128)S(1)} fusion(%p), kind=kCustom, calls=%all-reduce-scatter",
         before=before,
     )
-    assert hlo.collectives(found) == [hlo.Collective("reduce-scatter", 2, False, 1, 4144 * 2048 * 4 // 2)]
+    assert hlo.collectives(found) == [
+        hlo.Collective("reduce-scatter", 2, False, 1, 4144 * 2048 * 4 // 2)
+    ]
     assert hlo.memory_bytes(found) == 4096 * 2048 * 4
 
 
@@ -236,7 +241,13 @@ def test_an_all_gather_spread_over_fusions_counts_where_it_starts():
         ("ALL_REDUCE", '"{1:4}x{0:7}"', "all-reduce", 4, IN_MATRIX * 3 // 2),
         ("ALL_GATHER", '"{1,2,3,4}x{0:3}"', "all-gather", 4, 3 * IN_MATRIX),
         ("REDUCE_SCATTER", '"{1,2,3,4}x{0:3}"', "reduce-scatter", 4, IN_MATRIX * 3 // 4),
-        ("ALL_TO_ALL", "{{100000,100004,200000,200004},{100001,200001}}", "all-to-all", 2, IN_MATRIX // 2),
+        (
+            "ALL_TO_ALL",
+            "{{100000,100004,200000,200004},{100001,200001}}",
+            "all-to-all",
+            2,
+            IN_MATRIX // 2,
+        ),
         ("ONE_TO_ONE", "{{100004->200000},{200004->100000}}", "collective-permute", 2, IN_MATRIX),
     ],
 )
@@ -348,7 +359,9 @@ def test_a_fusion_reads_the_slice_it_takes_and_writes_the_one_it_puts():
     ],
 )
 def test_arrays_are_as_large_as_their_tiles(type_, size):
-    found = program(f"%p = {type_} parameter(0)", f"%n = {SCALAR} custom-call(%p), custom_call_target='X'")
+    found = program(
+        f"%p = {type_} parameter(0)", f"%n = {SCALAR} custom-call(%p), custom_call_target='X'"
+    )
     assert hlo.memory_bytes(found) == size
 
 
@@ -359,9 +372,24 @@ def test_arrays_are_as_large_as_their_tiles(type_, size):
         (["%p = f32[2]{0} copy(%x)"], "x is not there"),
         (["%p = f32[2]{0} parameter(0)", "%q = f32[2]{0} copy(p)"], "without names"),
         (["%p = f32[2]{0} parameter(0)", "%q = f32[2]{0} call(%p), to_apply=%gone"], "gone"),
-        (["%p = f32[2]{0} parameter(0)", "%q = f32[2]{0} while(%p), condition=%gone, body=%gone"], "not a loop"),
-        (["%p = f32[2]{0} parameter(0)", "%q = f32[2]{0} all-reduce(%p), replica_groups=odd"], "not understood"),
-        (["%p = f32[2]{0} parameter(0)", "%q = f32[2]{0} all-reduce(%p), replica_groups={{0,1},{2}}"], "several sizes"),
+        (
+            [
+                "%p = f32[2]{0} parameter(0)",
+                "%q = f32[2]{0} while(%p), condition=%gone, body=%gone",
+            ],
+            "not a loop",
+        ),
+        (
+            ["%p = f32[2]{0} parameter(0)", "%q = f32[2]{0} all-reduce(%p), replica_groups=odd"],
+            "not understood",
+        ),
+        (
+            [
+                "%p = f32[2]{0} parameter(0)",
+                "%q = f32[2]{0} all-reduce(%p), replica_groups={{0,1},{2}}",
+            ],
+            "several sizes",
+        ),
         (["%p = what[2]{0} parameter(0)", "%q = what[2]{0} copy(%p)"], "unknown type"),
     ],
 )
@@ -387,14 +415,18 @@ def test_a_program_compiled_here():
         return jnp.tanh(x @ jax.lax.with_sharding_constraint(w, NamedSharding(mesh, P()))), None
 
     x = jax.ShapeDtypeStruct((64, 128), jnp.float32, sharding=NamedSharding(mesh, P("data")))
-    w = jax.ShapeDtypeStruct((24, 128, 128), jnp.float32, sharding=NamedSharding(mesh, P(None, "fsdp")))
+    w = jax.ShapeDtypeStruct(
+        (24, 128, 128), jnp.float32, sharding=NamedSharding(mesh, P(None, "fsdp"))
+    )
 
     def layers(x, w):
         return jax.lax.scan(lambda x, _: (jax.lax.scan(layer, x, w)[0], None), x, length=3)[0]
 
     found = hlo.read(jax.jit(layers).lower(x, w).compile().as_text())
     assert found.unknown_loops == () and found.devices == 8
-    assert hlo.collectives(found) == [hlo.Collective("all-gather", 4, False, 72, 72 * 128 * 128 * 4 * 3 // 4)]
+    assert hlo.collectives(found) == [
+        hlo.Collective("all-gather", 4, False, 72, 72 * 128 * 128 * 4 * 3 // 4)
+    ]
     assert hlo.memory_bytes(found) > 72 * 128 * 128 * 4
 
 

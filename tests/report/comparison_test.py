@@ -29,7 +29,10 @@ def summary(panel=True):
             "quality": {policy: interval(0.5 + i) for i, policy in enumerate(POLICIES)},
             "reward": {policy: interval(1.5 + i) for i, policy in enumerate(POLICIES)},
         },
-        "gains": {term: {"R": interval(0.75), "best of 8": interval(-1.5)} for term in ("quality", "reward")},
+        "gains": {
+            term: {"R": interval(0.75), "best of 8": interval(-1.5)}
+            for term in ("quality", "reward")
+        },
         "kl": {"R": interval(12.5)},
         "kl_by_level": {"R": [1.0, 2.0, 3.0, 4.0, 5.0]},
         "kl_by_second": {"R": [7.0, 8.0]},
@@ -54,7 +57,9 @@ def summary(panel=True):
         found["real"] = {"mos": interval(4.25)}
         shares = {"win": 0.625, "tie": 0.125, "loss": 0.25}
         rate = {"mean": 0.714, "low": 0.6, "high": 0.8}
-        found["pairs"] = [{"first": "R", "second": "MusicLM", **shares, "win_rate": rate, "wilcoxon_p": 0.0123}]
+        found["pairs"] = [
+            {"first": "R", "second": "MusicLM", **shares, "win_rate": rate, "wilcoxon_p": 0.0123}
+        ]
     return found
 
 
@@ -62,7 +67,9 @@ def scores(panel=True):
     """The clip heard of prompt `row` by policy i has reward row + i / 8, quality half of that, opinion i + 1."""
     found = {}
     for i, policy in enumerate(POLICIES):
-        reward = np.stack([np.arange(3) + i / 8, np.full(3, 99.0)], axis=1).astype(np.float32)  # [n, s]
+        reward = np.stack([np.arange(3) + i / 8, np.full(3, 99.0)], axis=1).astype(
+            np.float32
+        )  # [n, s]
         found[policy] = {"reward": reward, "quality": reward / 2}
         if panel:
             found[policy]["opinion"] = np.full((3, 2), i + 1, np.float32)
@@ -74,16 +81,31 @@ def folders(tmp_path):
     """An RL run whose judge listens at every other step, a supervised stage, and a folder without metrics."""
     lines = []
     for step, kl in enumerate((0.0, 4.0, 1.0, 9.0)):
-        line = {"step": step, "reward": 10.0 + step, "quality": step / 2, "kl": kl, "kl_per_second": kl / 2}
+        line = {
+            "step": step,
+            "reward": 10.0 + step,
+            "quality": step / 2,
+            "kl": kl,
+            "kl_per_second": kl / 2,
+        }
         line |= {"value_loss": 0.5, "explained_variance": 0.25, "reward_std": 1.0}
-        lines.append(line | ({"judge_gain": -float(step), "judge_error": step / 4} if step % 2 else {}))
-    for name, records in (("rl", lines), ("codec", [{"step": 0, "loss": 2.0}, {"step": 5, "loss": 1.0}])):
+        lines.append(
+            line | ({"judge_gain": -float(step), "judge_error": step / 4} if step % 2 else {})
+        )
+    for name, records in (
+        ("rl", lines),
+        ("codec", [{"step": 0, "loss": 2.0}, {"step": 5, "loss": 1.0}]),
+    ):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        (tmp_path / name / "metrics.jsonl").write_text(
+            "".join(json.dumps(record) + "\n" for record in records)
+        )
     return tmp_path
 
 
-def write(folders, found=None, prompts=("a waltz", "a reel", "a march"), panel=True, sides=POLICIES[:2]):
+def write(
+    folders, found=None, prompts=("a waltz", "a reel", "a march"), panel=True, sides=POLICIES[:2]
+):
     clips = {side: wav(i) for i, side in enumerate((*sides, "R, last"))}
     comparison.write_comparison(
         folders / "page.html",
@@ -141,13 +163,20 @@ def test_figures_stand_on_the_page(folders):
 
 def test_what_simulated_listeners_say_is_signed(folders):
     text = write(folders)
-    for caption in re.findall(r"<caption>([^<]*)</caption>", text.split('<section id="rewards">')[0]):
+    for caption in re.findall(
+        r"<caption>([^<]*)</caption>", text.split('<section id="rewards">')[0]
+    ):
         assert "simulated listeners" in caption
     assert '<th scope="row">opinion</th>' not in text
-    assert text.count('<th scope="row">opinion, simulated listeners</th>') == 6  # 3 prompts, 2 sides that have scores
+    assert (
+        text.count('<th scope="row">opinion, simulated listeners</th>') == 6
+    )  # 3 prompts, 2 sides that have scores
     alone = write(folders, panel=False)
     assert "simulated" not in alone and "opinion" not in words(alone)
-    assert "By the interval of the gain over MusicLM, the reward rose for R, and fell for best of 8." in words(alone)
+    assert (
+        "By the interval of the gain over MusicLM, the reward rose for R, and fell for best of 8."
+        in words(alone)
+    )
 
 
 def test_each_clip_has_the_scores_of_its_own_prompt_and_first_seed(folders, reports):
@@ -159,7 +188,11 @@ def test_each_clip_has_the_scores_of_its_own_prompt_and_first_seed(folders, repo
     for trial, row in ((trials[0], 0), (trials[1], 2), (lost, 1)):
         opinion = "opinion, simulated listeners"
         assert trial.clips["MusicLM"].scores == {"reward": row, "quality": row / 2, opinion: 1}
-        assert trial.clips["R"].scores == {"reward": row + 0.125, "quality": row / 2 + 0.0625, opinion: 2}
+        assert trial.clips["R"].scores == {
+            "reward": row + 0.125,
+            "quality": row / 2 + 0.0625,
+            opinion: 2,
+        }
         assert trial.clips["R, last"].scores == {}
         np.testing.assert_array_equal(trial.clips["R"].wav, wav(1))
 
@@ -178,11 +211,19 @@ def test_curves_go_through_the_logged_points(folders, reports):
         "R: explained variance of the value",
     ]
     assert list(drawn["R: reward and its terms"]) == ["reward", "quality"]
-    np.testing.assert_array_equal(drawn["R: reward and its terms"]["quality"], [[0, 1, 2, 3], [0, 0.5, 1, 1.5]])
-    np.testing.assert_array_equal(drawn["R: reward against KL"]["reward"], [[0, 1, 4, 9], [10, 12, 11, 13]])
-    np.testing.assert_array_equal(drawn["R: a held-out judge's gain"]["gain"], [[2, 3], [-1, -3]])  # KL 4 and 9
+    np.testing.assert_array_equal(
+        drawn["R: reward and its terms"]["quality"], [[0, 1, 2, 3], [0, 0.5, 1, 1.5]]
+    )
+    np.testing.assert_array_equal(
+        drawn["R: reward against KL"]["reward"], [[0, 1, 4, 9], [10, 12, 11, 13]]
+    )
+    np.testing.assert_array_equal(
+        drawn["R: a held-out judge's gain"]["gain"], [[2, 3], [-1, -3]]
+    )  # KL 4 and 9
     np.testing.assert_array_equal(run.curves[2].errors["gain"], [0.25, 0.75])
-    np.testing.assert_array_equal(drawn["R: a held-out judge's gain"]["kept"], [[2.5, 2.5], [-3.75, -0.75]])
+    np.testing.assert_array_equal(
+        drawn["R: a held-out judge's gain"]["kept"], [[2.5, 2.5], [-3.75, -0.75]]
+    )
     np.testing.assert_array_equal(drawn["R: KL to the anchor"]["kl"], [[0, 1, 2, 3], [0, 4, 1, 9]])
     (codec,) = reports[0].training
     np.testing.assert_array_equal(codec.series["training"], [[0, 5], [2.0, 1.0]])
@@ -210,23 +251,34 @@ def too_few(figures, words):
     """The same figures, intervals replaced by words."""
     if isinstance(figures, dict) and {"mean", "low", "high"} <= set(figures):
         return {"too_small": words}
-    return {name: too_few(part, words) for name, part in figures.items()} if isinstance(figures, dict) else figures
+    return (
+        {name: too_few(part, words) for name, part in figures.items()}
+        if isinstance(figures, dict)
+        else figures
+    )
 
 
 @pytest.mark.parametrize("panel", [True, False], ids=["listeners", "rewards alone"])
 def test_of_too_few_prompts_the_page_has_words_and_no_figures(folders, panel):
     few, found = "n too small (4 < 8)", summary(panel)
-    plain = {name: {key: {"too_small": few} for key in found[name]} for name in ("diversity", "frechet")}
+    plain = {
+        name: {key: {"too_small": few} for key in found[name]} for name in ("diversity", "frechet")
+    }
     found = too_few(found, few) | plain | {"kl_by_level": {}, "kl_by_second": {}}
     if panel:
         found["panel"] |= {"agreement": few}
         found["pairs"] = [{"first": "R", "second": "MusicLM", "win_rate": {"too_small": few}}]
     page_html = write(folders, found, panel=panel)
     text = words(page_html)
-    assert f"Too few prompts to compare R{'' if panel else ' and best of 8'} with MusicLM: {few}." in text
+    assert (
+        f"Too few prompts to compare R{'' if panel else ' and best of 8'} with MusicLM: {few}."
+        in text
+    )
     largest = page_html.split('<div class="figures">')[1].split("</div>\n</div>")[0]
     assert "<b>" not in largest and largest.count("n too small (4 &lt; 8)") == (1 if panel else 2)
-    figures = text.split("The first held-out prompts, as they come")[0]  # what follows is of single clips
+    figures = text.split("The first held-out prompts, as they come")[
+        0
+    ]  # what follows is of single clips
     assert "%" not in figures.replace("95 %", "")
     assert figures.count(few) == 20 + 5 * panel and "real clips it is" not in figures
     if panel:
@@ -242,7 +294,11 @@ def test_a_silent_alarm_says_so(folders):
 
 
 def test_hostile_names_are_inert(folders):
-    text = json.dumps(summary()).replace("best of 8", json.dumps(HOSTILE)[1:-1]).replace('"quality"', '"<b>quality"')
+    text = (
+        json.dumps(summary())
+        .replace("best of 8", json.dumps(HOSTILE)[1:-1])
+        .replace('"quality"', '"<b>quality"')
+    )
     found = json.loads(text)
     assert HOSTILE in found["policies"]
     shown = write(folders, found, prompts=(HOSTILE, "b", "c"), sides=("MusicLM", HOSTILE))

@@ -25,8 +25,12 @@ def test_metrics_come_back_by_name(tmp_path):
 
 def test_a_resumed_run_overwrites_its_steps(tmp_path):
     steps = [(1, 1.0), (2, 2.0), (3, 3.0), (2, 20.0), (3, 30.0), (4, 40.0)]
-    path = write(tmp_path / "metrics.jsonl", "".join(f'{{"step": {s}, "x": {x}}}\n' for s, x in steps))
-    np.testing.assert_array_equal(curves.read_metrics(path)["x"], [[1, 2, 3, 4], [1.0, 20.0, 30.0, 40.0]])
+    path = write(
+        tmp_path / "metrics.jsonl", "".join(f'{{"step": {s}, "x": {x}}}\n' for s, x in steps)
+    )
+    np.testing.assert_array_equal(
+        curves.read_metrics(path)["x"], [[1, 2, 3, 4], [1.0, 20.0, 30.0, 40.0]]
+    )
 
 
 def test_every_cut_of_the_last_line_is_tolerated(tmp_path):
@@ -40,10 +44,13 @@ def test_every_cut_of_the_last_line_is_tolerated(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "line", ['{"step": 2, "x', "", "7", '{"x": 1.0}', '{"step": 1.5, "x": 1}', '{"step": 2, "x": "high"}']
+    "line",
+    ['{"step": 2, "x', "", "7", '{"x": 1.0}', '{"step": 1.5, "x": 1}', '{"step": 2, "x": "high"}'],
 )
 def test_a_corrupt_line_elsewhere_is_named_and_left_out(tmp_path, line, capsys):
-    path = write(tmp_path / "metrics.jsonl", f'{{"step": 1, "x": 1}}\n{line}\n{{"step": 3, "x": 2}}\n')
+    path = write(
+        tmp_path / "metrics.jsonl", f'{{"step": 1, "x": 1}}\n{line}\n{{"step": 3, "x": 2}}\n'
+    )
     np.testing.assert_array_equal(curves.read_metrics(path)["x"], [[1, 3], [1, 2]])
     assert f"{path} is damaged: line 2 (b'{line}')" in capsys.readouterr().out.replace("\\", "")
 

@@ -35,7 +35,9 @@ def plucks(seed: int, seconds: float, sample_rate_hz: int, level: float) -> np.n
     rng = np.random.default_rng(seed)
     t = np.arange(round(0.5 * sample_rate_hz)) / sample_rate_hz
     notes = [
-        np.sin(2.0 * np.pi * rng.uniform(100.0, 3000.0) * t) * np.exp(-8.0 * t) * rng.choice([0.01, 1.0])
+        np.sin(2.0 * np.pi * rng.uniform(100.0, 3000.0) * t)
+        * np.exp(-8.0 * t)
+        * rng.choice([0.01, 1.0])
         for _ in range(round(seconds / 0.5))
     ]
     return (level * np.concatenate(notes)).astype(np.float32)
@@ -54,12 +56,16 @@ def test_matched_clips_are_equally_loud(sample_rate_hz):
     for clip, before in zip(matched, clips, strict=True):
         assert clip.loudness == pytest.approx(itu_lufs(before, sample_rate_hz), abs=0.1)
         assert clip.unit == "LUFS"
-        np.testing.assert_allclose(clip.wav, before * 10.0 ** (clip.gain_db / 20.0), rtol=1e-5, atol=1e-7)
+        np.testing.assert_allclose(
+            clip.wav, before * 10.0 ** (clip.gain_db / 20.0), rtol=1e-5, atol=1e-7
+        )
 
 
 def test_steady_tones_reach_the_target():
     t = np.arange(32000) / 16000
-    matched = loudness.level_match([a * np.sin(2.0 * np.pi * 1000.0 * t) for a in (0.01, 0.5)], 16000)
+    matched = loudness.level_match(
+        [a * np.sin(2.0 * np.pi * 1000.0 * t) for a in (0.01, 0.5)], 16000
+    )
     for clip in matched:
         assert itu_lufs(clip.wav, 16000) == pytest.approx(loudness.TARGET_LUFS, abs=0.1)
         assert clip.wav.dtype == np.float32
@@ -71,7 +77,9 @@ def test_a_peak_brings_both_clips_down_together():
     click = 0.1 * steady
     click[30000] = 0.9
     matched = loudness.level_match([steady, click], 16000)
-    assert max(np.max(np.abs(clip.wav)) for clip in matched) == pytest.approx(10.0 ** (-1.0 / 20.0), rel=1e-5)
+    assert max(np.max(np.abs(clip.wav)) for clip in matched) == pytest.approx(
+        10.0 ** (-1.0 / 20.0), rel=1e-5
+    )
     levels = [itu_lufs(clip.wav, 16000) for clip in matched]
     assert levels[0] == pytest.approx(levels[1], abs=0.1)
     assert levels[0] < loudness.TARGET_LUFS - 5.0

@@ -44,7 +44,9 @@ class Reader(html.parser.HTMLParser):
         return [attrs for name, attrs in self.elements if name == tag]
 
     def words(self):
-        return " ".join(" ".join(data for tag, data in self.text if tag not in ("style", "script")).split())
+        return " ".join(
+            " ".join(data for tag, data in self.text if tag not in ("style", "script")).split()
+        )
 
 
 def clip(seed, level, total, samples=RATE):
@@ -66,10 +68,16 @@ def panel(**changes):
         measurements=["consonance", "loudness_range", "gaps"],
         matches=[
             page.Match("R", "MusicLM", 0.65, 0.221, 0.129, interval(0.8345, 0.78, 0.88), 0.0004),
-            page.Match("MusicLM", "best of 8", 0.5, 0.25, 0.25, interval(0.667, 0.61, 0.72), 0.0123),
+            page.Match(
+                "MusicLM", "best of 8", 0.5, 0.25, 0.25, interval(0.667, 0.61, 0.72), 0.0123
+            ),
             page.Match("R", "best of 8", 0.4, 0.3, 0.3, interval(0.571, 0.48, 0.66), 0.25),
         ],
-        opinions={"MusicLM": interval(3.07, 2.9, 3.2), "R": interval(3.54, 3.4, 3.65), "best of 8": interval(3, 2, 4)},
+        opinions={
+            "MusicLM": interval(3.07, 2.9, 3.2),
+            "R": interval(3.54, 3.4, 3.65),
+            "best of 8": interval(3, 2, 4),
+        },
     )
     return dataclasses.replace(given, **changes)
 
@@ -105,9 +113,21 @@ def report(**changes):
         interval_note="95 % bootstrap over 64 prompts.",
         measures=[
             page.Measure("KL", {"R": interval(12.5, 11.25, 13.75)}, "nats a clip"),
-            page.Measure("Fréchet distance", {"MusicLM": 4.5, "R": 123.456, "best of 8": 7.25}, "not trained on"),
+            page.Measure(
+                "Fréchet distance",
+                {"MusicLM": 4.5, "R": 123.456, "best of 8": 7.25},
+                "not trained on",
+            ),
         ],
-        kl=[curves.Curve("KL by code", "code", "nats", {"R": (np.arange(2), np.arange(2.0))}, ticks=("semantic", "q"))],
+        kl=[
+            curves.Curve(
+                "KL by code",
+                "code",
+                "nats",
+                {"R": (np.arange(2), np.arange(2.0))},
+                ticks=("semantic", "q"),
+            )
+        ],
         trials=[
             page.Trial(
                 "a slow waltz",
@@ -115,17 +135,25 @@ def report(**changes):
             )
         ],
         trials_rule="The first held-out prompt.",
-        regressions=[page.Trial("a fast reel", {"MusicLM": clip(3, 0.1, 0.75), "R": clip(4, 0.1, 0.5)})],
+        regressions=[
+            page.Trial("a fast reel", {"MusicLM": clip(3, 0.1, 0.75), "R": clip(4, 0.1, 0.5)})
+        ],
         regressions_rule="The prompt that lost most.",
         runs=[
             page.Run(
                 "R",
-                [curves.Curve("R: KL", "step", "nats a clip", {"KL": (np.arange(3), np.arange(3.0))})],
+                [
+                    curves.Curve(
+                        "R: KL", "step", "nats a clip", {"KL": (np.arange(3), np.arange(3.0))}
+                    )
+                ],
                 "Alarm: at step 7.",
             )
         ],
         runs_rule="The last checkpoint is kept.",
-        training=[curves.Curve("Codec loss", "step", "loss", {"train": (np.arange(3), np.arange(3.0))})],
+        training=[
+            curves.Curve("Codec loss", "step", "loss", {"train": (np.arange(3), np.arange(3.0))})
+        ],
         stages=[("codec", 12.34), ("RL", 185.0)],
         identity={"codec": "ab" * 32},
         notes=["The music is simple."],
@@ -150,10 +178,33 @@ def test_everything_given_is_shown(written):
     words = written.words()
     for text in (
         *("tiny", "musicrl train_rl --gin.SEED=1", "12.3 s", "3 min 05 s", "3 min 17 s"),
-        *("0.400 0.350 to 0.450", "+0.200 +0.125 to +0.275", "−0.050 −0.100 to +0.010", "gain over MusicLM"),
-        *("pseudo-MOS, no people's ratings", "12.50 11.25 to 13.75", "4.500", "123.5", "nats a clip"),
-        *("95 % bootstrap over 64 prompts.", "The first held-out prompt.", "The prompt that lost most."),
-        *("a slow waltz", "a fast reel", "+0.250", "−0.250", "R: KL", "Codec loss", "The music is simple."),
+        *(
+            "0.400 0.350 to 0.450",
+            "+0.200 +0.125 to +0.275",
+            "−0.050 −0.100 to +0.010",
+            "gain over MusicLM",
+        ),
+        *(
+            "pseudo-MOS, no people's ratings",
+            "12.50 11.25 to 13.75",
+            "4.500",
+            "123.5",
+            "nats a clip",
+        ),
+        *(
+            "95 % bootstrap over 64 prompts.",
+            "The first held-out prompt.",
+            "The prompt that lost most.",
+        ),
+        *(
+            "a slow waltz",
+            "a fast reel",
+            "+0.250",
+            "−0.250",
+            "R: KL",
+            "Codec loss",
+            "The music is simple.",
+        ),
         *("Alarm: at step 7.", "The last checkpoint is kept.", "ab" * 32, "KL by code", "semantic"),
     ):
         assert text in words, text
@@ -198,7 +249,13 @@ def test_each_row_holds_its_figures(tmp_path):
         "7.50%",
         "51.75%",
     ]  # 2.9, 0.3 and 3.07 on a scale from 1 to 5
-    for mean, side in (("+0.200", "up"), ("+0.020", ""), ("−0.200", "down"), ("83.5 %", "up"), ("57.1 %", "")):
+    for mean, side in (
+        ("+0.200", "up"),
+        ("+0.020", ""),
+        ("−0.200", "down"),
+        ("83.5 %", "up"),
+        ("57.1 %", ""),
+    ):
         assert f'<td class="{side}">{mean} <small>' in text
 
 
@@ -218,7 +275,10 @@ def test_what_the_panel_says_is_signed(written, tmp_path):
     )
     alone = read(page.write_page(tmp_path / "page.html", report(panel=None))).words()
     assert "simulated" not in alone and "Pairs" not in alone
-    assert "R +0.200 +0.125 to +0.275 best of 8 +0.020 −0.010 to +0.050 Gain in total over MusicLM." in alone
+    assert (
+        "R +0.200 +0.125 to +0.275 best of 8 +0.020 −0.010 to +0.050 Gain in total over MusicLM."
+        in alone
+    )
 
 
 def test_sections_stand_in_order(written):
@@ -250,7 +310,9 @@ def test_nothing_is_loaded_from_elsewhere(written, tmp_path):
     policy = next(meta["content"] for meta in written.all("meta") if "http-equiv" in meta)
     script = "".join(data for tag, data in written.text if tag == "script")
     assert policy.startswith("default-src 'none';")
-    assert f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'" in policy
+    assert (
+        f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'" in policy
+    )
 
 
 def test_it_can_be_read_aloud(written):
@@ -264,7 +326,9 @@ def test_it_can_be_read_aloud(written):
     ]
     assert all("controls" in audio for audio in written.all("audio"))
     assert len(written.all("svg")) == 8 and all(svg["role"] == "img" for svg in written.all("svg"))
-    assert "Mel spectrogram, R, last: a slow waltz" in [svg["aria-label"] for svg in written.all("svg")]
+    assert "Mel spectrogram, R, last: a slow waltz" in [
+        svg["aria-label"] for svg in written.all("svg")
+    ]
     assert {"lang": "en"} in written.all("html")
 
 
@@ -284,7 +348,9 @@ def test_hostile_words_are_inert(tmp_path, written):
             matches=[page.Match(other, HOSTILE, 0.5, 0.0, 0.5, interval, 0.5)],
             opinions={HOSTILE: interval},
         ),
-        rewards=[page.Reward(HOSTILE, {HOSTILE: interval, other: interval}, {other: interval}, HOSTILE)],
+        rewards=[
+            page.Reward(HOSTILE, {HOSTILE: interval, other: interval}, {other: interval}, HOSTILE)
+        ],
         interval_note=HOSTILE,
         measures=[page.Measure(HOSTILE, {HOSTILE: 1.0}, HOSTILE)],
         kl=[bars],
@@ -303,7 +369,9 @@ def test_hostile_words_are_inert(tmp_path, written):
     assert not reader.all("img") and not any("onerror" in attrs for _, attrs in reader.elements)
     assert reader.words().count(HOSTILE) >= 40  # shown as it is, braces too
     assert "<b>&$_x$" in reader.words()
-    assert f"{HOSTILE}, 1.0 seconds: {HOSTILE}" in [audio["aria-label"] for audio in reader.all("audio")]
+    assert f"{HOSTILE}, 1.0 seconds: {HOSTILE}" in [
+        audio["aria-label"] for audio in reader.all("audio")
+    ]
 
 
 def test_audio_is_the_level_matched_clip(written):
@@ -312,7 +380,9 @@ def test_audio_is_the_level_matched_clip(written):
     for audio in written.all("audio"):
         kind, encoded = audio["src"].split(",")
         assert kind == "data:audio/flac;base64"
-        heard.append(soundfile.read(io.BytesIO(base64.b64decode(encoded, validate=True)), dtype="float32"))
+        heard.append(
+            soundfile.read(io.BytesIO(base64.b64decode(encoded, validate=True)), dtype="float32")
+        )
     assert len(heard) == 5
     for trial in (*given.trials, *given.regressions):
         matched = loudness.level_match([clip.wav for clip in trial.clips.values()], RATE)
@@ -325,28 +395,45 @@ def test_audio_is_the_level_matched_clip(written):
 def test_drawings_are_of_the_level_matched_clips(tmp_path):
     loud = clip(1, 0.9, 0.5)
     clips = {"MusicLM": loud, "R": dataclasses.replace(loud, wav=loud.wav / 10)}
-    text = page.write_page(tmp_path / "page.html", report(trials=[page.Trial("echo", clips)])).read_text()
-    first, second = (base64.b64decode(found) for found in re.findall(r'png;base64,([^"]*)"', text)[:2])
+    text = page.write_page(
+        tmp_path / "page.html", report(trials=[page.Trial("echo", clips)])
+    ).read_text()
+    first, second = (
+        base64.b64decode(found) for found in re.findall(r'png;base64,([^"]*)"', text)[:2]
+    )
     same = image.imread(io.BytesIO(first)) == image.imread(io.BytesIO(second))
     assert same.mean() > 0.99  # but where rounding changes a colour
 
 
 def test_silent_and_very_short_clips_are_shown(tmp_path):
     heard = clip(1, 0.1, 0.5)
-    silent = page.Trial("silence", {"MusicLM": dataclasses.replace(heard, wav=np.zeros(RATE, np.float32)), "R": heard})
-    short = page.Trial("short", {"MusicLM": clip(1, 0.1, 0.5, samples=30), "R": clip(2, 0.2, 0.5, samples=800)})
-    words = read(page.write_page(tmp_path / "page.html", report(trials=[silent, short], regressions=[]))).words()
+    silent = page.Trial(
+        "silence",
+        {"MusicLM": dataclasses.replace(heard, wav=np.zeros(RATE, np.float32)), "R": heard},
+    )
+    short = page.Trial(
+        "short", {"MusicLM": clip(1, 0.1, 0.5, samples=30), "R": clip(2, 0.2, 0.5, samples=800)}
+    )
+    words = read(
+        page.write_page(tmp_path / "page.html", report(trials=[silent, short], regressions=[]))
+    ).words()
     assert "MusicLM silent" in words and "dBFS" in words
     assert not re.search(r"\b(nan|inf)\b", words.lower())
     assert "None: the reward fell for no prompt." in words
 
 
 def test_an_empty_report_is_still_a_page(tmp_path):
-    nothing = dict.fromkeys(("measures", "kl", "trials", "regressions", "runs", "training", "stages", "notes"), ())
+    nothing = dict.fromkeys(
+        ("measures", "kl", "trials", "regressions", "runs", "training", "stages", "notes"), ()
+    )
     bare = report(**nothing, panel=None, facts={}, identity={})
     reader = read(page.write_page(tmp_path / "page.html", bare))
     anchors = {a["href"][1:] for a in reader.all("a")}
-    assert anchors == {attrs.get("id") for attrs in reader.all("section")} == {"rewards", "listen", "regressions"}
+    assert (
+        anchors
+        == {attrs.get("id") for attrs in reader.all("section")}
+        == {"rewards", "listen", "regressions"}
+    )
 
 
 def test_a_page_is_replaced_and_repeats_byte_for_byte(tmp_path):
@@ -358,15 +445,26 @@ def test_a_page_is_replaced_and_repeats_byte_for_byte(tmp_path):
 
 @pytest.mark.parametrize(
     ("low", "high", "word"),
-    [(0.01, 0.2, "rose"), (-0.2, -0.01, "fell"), (-0.1, 0.1, "shows no gain"), (0.0, 0.2, "shows no gain")],
+    [
+        (0.01, 0.2, "rose"),
+        (-0.2, -0.01, "fell"),
+        (-0.1, 0.1, "shows no gain"),
+        (0.0, 0.2, "shows no gain"),
+    ],
 )
 def test_the_verdict_follows_the_interval(low, high, word):
-    found = page.verdict("MusicLM", {"R": page.Interval((low + high) / 2.0, low, high)}, heard=False)
+    found = page.verdict(
+        "MusicLM", {"R": page.Interval((low + high) / 2.0, low, high)}, heard=False
+    )
     assert found == f"By the interval of the gain over MusicLM, the reward {word} for R."
 
 
 def test_the_verdict_names_every_policy(written):
-    up, down, level = page.Interval(0.7, 0.6, 0.8), page.Interval(0.3, 0.2, 0.4), page.Interval(0.55, 0.45, 0.65)
+    up, down, level = (
+        page.Interval(0.7, 0.6, 0.8),
+        page.Interval(0.3, 0.2, 0.4),
+        page.Interval(0.55, 0.45, 0.65),
+    )
     edges = {"R": up, "U": level, "RU": up, "joint": down, "best of 8": up}
     assert page.verdict("MusicLM", edges, heard=True) == (
         "By the interval of the win rate, simulated listeners prefer R, RU and best of 8 to MusicLM, and prefer "
@@ -380,9 +478,13 @@ def test_the_verdict_names_every_policy(written):
 
 
 def test_gain_marks_by_hand():
-    marks = page.gain_marks({"R": page.Interval(0.5, 0.0, 1.0), "U": page.Interval(-0.1, -0.2, 0.0)})
+    marks = page.gain_marks(
+        {"R": page.Interval(0.5, 0.0, 1.0), "U": page.Interval(-0.1, -0.2, 0.0)}
+    )
     assert marks["R"]["left"] == 50.0
-    assert marks["R"]["width"] == pytest.approx(50.0 / 1.08) and marks["R"]["mean"] == pytest.approx(50.0 + 25.0 / 1.08)
+    assert marks["R"]["width"] == pytest.approx(50.0 / 1.08) and marks["R"][
+        "mean"
+    ] == pytest.approx(50.0 + 25.0 / 1.08)
     assert marks["U"]["left"] == pytest.approx(50.0 - 10.0 / 1.08)  # on the same scale
     still = page.gain_marks({"R": page.Interval(0.0, 0.0, 0.0)})
     assert still == {"R": {"left": 50.0, "width": 0.0, "mean": 50.0}}
@@ -409,7 +511,13 @@ def test_numbers(value, plain, with_sign):
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(0.04, "0.0 s"), (59.94, "59.9 s"), (59.96, "1 min 00 s"), (3599.7, "1 h 00 min"), (7830, "2 h 10 min")],
+    [
+        (0.04, "0.0 s"),
+        (59.94, "59.9 s"),
+        (59.96, "1 min 00 s"),
+        (3599.7, "1 h 00 min"),
+        (7830, "2 h 10 min"),
+    ],
 )
 def test_durations(seconds, text):
     assert page.duration(seconds) == text
@@ -417,8 +525,18 @@ def test_durations(seconds, text):
 
 def test_shares_and_lists():
     assert page.percent(0.1294) == "12.9 %"
-    assert [page.probability(p) for p in (0.00099, 0.001, 0.0456, 1.0)] == ["< 0.001", "0.001", "0.046", "1.000"]
-    assert [page.listed(list(names)) for names in ("", "a", "ab", "abc")] == ["", "a", "a and b", "a, b and c"]
+    assert [page.probability(p) for p in (0.00099, 0.001, 0.0456, 1.0)] == [
+        "< 0.001",
+        "0.001",
+        "0.046",
+        "1.000",
+    ]
+    assert [page.listed(list(names)) for names in ("", "a", "ab", "abc")] == [
+        "",
+        "a",
+        "a and b",
+        "a, b and c",
+    ]
 
 
 def test_bad_input_is_named():
@@ -431,7 +549,9 @@ def test_bad_input_is_named():
         page.Clip(np.array([0.0, np.nan, np.inf], np.float32), RATE, {})
     with pytest.raises(ValueError, match="sample_rate_hz = 0"):
         page.Clip(good.wav, 0, {})
-    with pytest.raises(ValueError, match=r"'reel': sample rates differ, {'MusicLM': 16000, 'R': 24000} Hz"):
+    with pytest.raises(
+        ValueError, match=r"'reel': sample rates differ, {'MusicLM': 16000, 'R': 24000} Hz"
+    ):
         page.Trial("reel", {"MusicLM": good, "R": dataclasses.replace(good, sample_rate_hz=24000)})
     with pytest.raises(ValueError, match=r"'reel': scores differ, .*'R': \['total'\]"):
         page.Trial("reel", {"MusicLM": good, "R": dataclasses.replace(good, scores={"total": 1.0})})
@@ -443,7 +563,9 @@ def test_bad_input_is_named():
     for policies in (["MusicLM"], ["MusicLM", "MusicLM"]):
         with pytest.raises(ValueError, match=r"policies = .*give two or more, each once"):
             report(policies=policies)
-    with pytest.raises(ValueError, match=r"reward 'total' has means of .*give the means of \['MusicLM', 'U', 'R'\]"):
+    with pytest.raises(
+        ValueError, match=r"reward 'total' has means of .*give the means of \['MusicLM', 'U', 'R'\]"
+    ):
         report(policies=["MusicLM", "U", "R"])
     with pytest.raises(ValueError, match="rewards is empty"):
         report(rewards=[])

@@ -15,9 +15,10 @@ from musicrl_jax.report import curves, plots
 
 
 def tone(hz, level, seconds=1.0, sample_rate_hz=16000):
-    return (level * np.sin(2.0 * np.pi * hz * np.arange(round(seconds * sample_rate_hz)) / sample_rate_hz)).astype(
-        np.float32
-    )
+    return (
+        level
+        * np.sin(2.0 * np.pi * hz * np.arange(round(seconds * sample_rate_hz)) / sample_rate_hz)
+    ).astype(np.float32)
 
 
 def pixels(svg: str) -> np.ndarray:
@@ -38,9 +39,13 @@ def test_mel_decibels_equal_librosa():
     wav = (tone(440.0, 0.3) + tone(3000.0, 0.01)).astype(np.float32)
     ours = plots.mel_decibels(wav, 16000)
     assert ours.shape == (100, 80)
-    windows = np.stack([np.pad(wav, 1024)[s * 160 + 1024 - 432 :][:1024] for s in range(100)])  # centred on a hop
+    windows = np.stack(
+        [np.pad(wav, 1024)[s * 160 + 1024 - 432 :][:1024] for s in range(100)]
+    )  # centred on a hop
     hann = 0.5 - 0.5 * np.cos(2.0 * np.pi * np.arange(1024) / 1024)
-    mel = np.abs(np.fft.rfft(windows * hann)) @ librosa.filters.mel(sr=16000, n_fft=1024, n_mels=80).T
+    mel = (
+        np.abs(np.fft.rfft(windows * hann)) @ librosa.filters.mel(sr=16000, n_fft=1024, n_mels=80).T
+    )
     np.testing.assert_allclose(ours, 20.0 * np.log10(np.maximum(mel, 1e-5)), atol=0.05)
 
 
@@ -48,13 +53,18 @@ def test_clips_side_by_side_share_one_scale():
     wavs = tone(1000.0, 0.5), tone(1000.0, 0.05), tone(3000.0, 0.005)  # 20 dB apart
     decibels = [plots.mel_decibels(wav, 16000) for wav in wavs]
     low, high = plots.colour_range(decibels)
-    assert high == pytest.approx(max(image.max() for image in decibels)) and high - low == plots.RANGE_DB
+    assert (
+        high == pytest.approx(max(image.max() for image in decibels))
+        and high - low == plots.RANGE_DB
+    )
     drawn = plots.spectrogram_svgs(wavs, 16000, ("a", "b", "c"))
     loud, soft, softest = (shown_decibels(svg, low, high) for svg in drawn)
     step = plots.RANGE_DB / plots.LEVELS
     assert loud.max() - soft.max() == pytest.approx(20.0, abs=step)
     assert softest.max() == pytest.approx(decibels[2].max(), abs=step)
-    np.testing.assert_allclose(np.sort(loud.ravel())[-500:], np.sort(decibels[0].ravel())[-500:], atol=step)
+    np.testing.assert_allclose(
+        np.sort(loud.ravel())[-500:], np.sort(decibels[0].ravel())[-500:], atol=step
+    )
     alone = plots.spectrogram_svgs((wavs[1], wavs[1]), 16000, ("a", "b"))[0]
     assert not np.array_equal(pixels(alone), pixels(drawn[1]))
 
@@ -63,7 +73,9 @@ def test_silence_is_dark_not_bright():
     silence = np.zeros(16000, np.float32)
     for other in (silence, tone(500.0, 0.3)):
         drawn = pixels(plots.spectrogram_svgs((silence, other), 16000, ("a", "b"))[0])
-        np.testing.assert_allclose(drawn - np.asarray(plots.COLOURS(0))[None, None, :3], 0.0, atol=0.01)
+        np.testing.assert_allclose(
+            drawn - np.asarray(plots.COLOURS(0))[None, None, :3], 0.0, atol=0.01
+        )
 
 
 @pytest.mark.parametrize("samples", [1, 50, 700])
@@ -75,7 +87,9 @@ def test_very_short_clips_can_be_drawn(samples):
 
 
 def test_running_mean_by_hand():
-    np.testing.assert_allclose(plots.running_mean(np.array([1.0, 2.0, 6.0, 4.0]), 3), [1.5, 3.0, 4.0, 5.0])
+    np.testing.assert_allclose(
+        plots.running_mean(np.array([1.0, 2.0, 6.0, 4.0]), 3), [1.5, 3.0, 4.0, 5.0]
+    )
     np.testing.assert_allclose(plots.running_mean(np.array([1.0, 2.0, 6.0]), 1), [1.0, 2.0, 6.0])
 
 
@@ -88,15 +102,24 @@ def line_points(svg: str, colour: int) -> np.ndarray:
 
 def test_a_line_goes_through_its_points():
     y = np.array([3.0, 1.0, 2.0, 5.0])
-    svg = plots.curve_svg(curves.Curve("Loss", "step", "nats", {"train": (np.array([0, 10, 20, 40]), y)}))
+    svg = plots.curve_svg(
+        curves.Curve("Loss", "step", "nats", {"train": (np.array([0, 10, 20, 40]), y)})
+    )
     drawn = line_points(svg, 0)
-    np.testing.assert_allclose((drawn[:, 0] - drawn[0, 0]) / np.ptp(drawn[:, 0]), [0, 0.25, 0.5, 1], atol=1e-3)
-    np.testing.assert_allclose((drawn[:, 1].max() - drawn[:, 1]) / np.ptp(drawn[:, 1]), (y - 1.0) / 4.0, atol=1e-3)
+    np.testing.assert_allclose(
+        (drawn[:, 0] - drawn[0, 0]) / np.ptp(drawn[:, 0]), [0, 0.25, 0.5, 1], atol=1e-3
+    )
+    np.testing.assert_allclose(
+        (drawn[:, 1].max() - drawn[:, 1]) / np.ptp(drawn[:, 1]), (y - 1.0) / 4.0, atol=1e-3
+    )
 
 
 def test_points_that_are_not_finite_are_left_out():
     y = np.array([3.0, np.nan, 2.0, np.inf, 1.0])
-    assert len(line_points(plots.curve_svg(curves.Curve("a", "b", "c", {"d": (np.arange(5), y)})), 0)) == 3
+    assert (
+        len(line_points(plots.curve_svg(curves.Curve("a", "b", "c", {"d": (np.arange(5), y)})), 0))
+        == 3
+    )
 
 
 def test_ticks_say_where_they_stand():
@@ -136,13 +159,23 @@ def bars(svg: str, colour: int) -> np.ndarray:
 def test_bars_stand_side_by_side_over_their_names():
     names, nothing = ("semantic", "coarse 1", "coarse 1"), np.array([])
     first, third = np.array([3.0, 1.0, 2.0]), np.array([1.0, 4.0, 0.5])
-    series = {"R": (np.arange(3), first), "best of 8": (nothing, nothing), "U": (np.arange(3), third)}
+    series = {
+        "R": (np.arange(3), first),
+        "best of 8": (nothing, nothing),
+        "U": (np.arange(3), third),
+    }
     svg = plots.curve_svg(curves.Curve("KL", "code", "nats", series, ticks=names))
     drawn = bars(svg, 0), bars(svg, 2)
-    assert not len(bars(svg, 1)) and "best of 8" not in re.sub(r'aria-label="[^"]*"', "", svg)  # its colour stays free
+    assert not len(bars(svg, 1)) and "best of 8" not in re.sub(
+        r'aria-label="[^"]*"', "", svg
+    )  # its colour stays free
     heights = np.concatenate([part[:, 2] for part in drawn])
-    np.testing.assert_allclose(heights / heights.max(), np.concatenate([first, third]) / 4.0, atol=2e-3)
-    np.testing.assert_allclose(drawn[0][:, 1], drawn[1][:, 0], atol=0.02)  # they touch and do not overlap
+    np.testing.assert_allclose(
+        heights / heights.max(), np.concatenate([first, third]) / 4.0, atol=2e-3
+    )
+    np.testing.assert_allclose(
+        drawn[0][:, 1], drawn[1][:, 0], atol=0.02
+    )  # they touch and do not overlap
     assert (drawn[1][:-1, 1] < drawn[0][1:, 0]).all()
     texts = [text.text for text in xml.etree.ElementTree.fromstring(svg).iter("text")]
     assert texts[:3] == list(names)
@@ -164,11 +197,16 @@ def test_drawings_are_inert_and_take_the_pages_colours():
     series = {name: (np.arange(50), np.arange(50.0) + i) for i, name in enumerate(names)}
     before = dict(matplotlib.rcParams)
     curve = plots.curve_svg(curves.Curve('a "quoted" <title>', "step", "$y$", series))
-    pair = plots.spectrogram_svgs((tone(500.0, 0.2), tone(900.0, 0.2)), 16000, ('a "quoted" <title>', "b"))
+    pair = plots.spectrogram_svgs(
+        (tone(500.0, 0.2), tone(900.0, 0.2)), 16000, ('a "quoted" <title>', "b")
+    )
     assert dict(matplotlib.rcParams) == before
     for svg in (curve, *pair):
         root = xml.etree.ElementTree.fromstring(svg)  # well-formed, and so is the escaped label
-        assert root.attrib["aria-label"].startswith('a "quoted" <title>') or root.attrib["aria-label"] == "b"
+        assert (
+            root.attrib["aria-label"].startswith('a "quoted" <title>')
+            or root.attrib["aria-label"] == "b"
+        )
         assert "<style" not in svg and "http" not in svg and "var(--ink-soft)" in svg
         assert not any(colour in svg for colour in plots.VARIABLES)
     texts = [text.text for text in xml.etree.ElementTree.fromstring(curve).iter("text")]
@@ -180,5 +218,7 @@ def test_drawings_are_inert_and_take_the_pages_colours():
 
 
 def test_the_same_curve_is_the_same_bytes():
-    curve = curves.Curve("Loss", "step", "nats", {"train": (np.arange(60), np.sin(np.arange(60.0)))})
+    curve = curves.Curve(
+        "Loss", "step", "nats", {"train": (np.arange(60), np.sin(np.arange(60.0)))}
+    )
     assert plots.curve_svg(curve) == plots.curve_svg(curve)

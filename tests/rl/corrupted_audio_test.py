@@ -21,7 +21,9 @@ PIECES, RATE_HZ = 100, 16_000
 def clean(tmp_path_factory):
     """f32 [100, N]: a clip of 5 s each, of pieces whose openings belong to the test split."""
     folder = str(tmp_path_factory.mktemp("clips"))
-    config = ScoreClipsConfig(name="held_out", train=1, validation=1, test=PIECES, clip_seconds=5.0, pieces=10 * PIECES)
+    config = ScoreClipsConfig(
+        name="held_out", train=1, validation=1, test=PIECES, clip_seconds=5.0, pieces=10 * PIECES
+    )
     Builder(data_dir=folder, config=config, file_format="array_record").download_and_prepare()
     clips = Clips({"score_clips/held_out": 1.0}, folder, RATE_HZ, with_captions=True)
     (batch,) = clips.batches("test", PIECES, seed=0, epochs=1)

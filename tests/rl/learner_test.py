@@ -97,7 +97,9 @@ def test_kl_is_zero_to_the_bit_before_the_first_step(start, steps, rollout):
 
 @pytest.mark.exactness(6, 7)
 @pytest.mark.parametrize(
-    "sampling", [Sampling(0.7), Sampling(0.9), Sampling(1.3), Sampling(0.9, top_k=3)], ids=lambda s: f"{s}"
+    "sampling",
+    [Sampling(0.7), Sampling(0.9), Sampling(1.3), Sampling(0.9, top_k=3)],
+    ids=lambda s: f"{s}",
 )
 def test_it_is_zero_however_the_clips_are_drawn(start, sampling):
     """And the log-probs of the sampler are the learner's: both are of the tempered, filtered distribution."""
@@ -130,7 +132,9 @@ def test_in_bfloat16_the_gradient_is_nearly_the_same_and_its_sum_in_float32(star
     for dtype in ("float32", "bfloat16"):
         learner = a_learner(PolicyGradient(), dtype=dtype)
         after, metrics = jax.jit(updated(learner))(state, anchor, rollout, reward)
-        assert {w.dtype for w in jax.tree.leaves((after.policy, after.value))} == {jnp.dtype("float32")}
+        assert {w.dtype for w in jax.tree.leaves((after.policy, after.value))} == {
+            jnp.dtype("float32")
+        }
         assert float(metrics["kl"]) == 0.0
         found.append(np.concatenate([np.ravel(m) for m in jax.tree.leaves(after.policy_opt[0].mu)]))
     exact, rough = found
@@ -155,11 +159,15 @@ def in_parts(start, rollout):
 
 @pytest.mark.exactness(15)
 @pytest.mark.parametrize("microbatches", [2, 8])
-@pytest.mark.parametrize("gradient", [PolicyGradient(), PolicyGradient("group", kl="sampled")], ids=str)
+@pytest.mark.parametrize(
+    "gradient", [PolicyGradient(), PolicyGradient("group", kl="sampled")], ids=str
+)
 def test_accumulated_gradients_are_those_of_the_whole_batch(in_parts, gradient, microbatches):
     (one, its_metrics), (other, metrics) = in_parts(gradient, 1), in_parts(gradient, microbatches)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(b, a, atol=3e-7), one, other)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-5), its_metrics, metrics)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-5), its_metrics, metrics
+    )
 
 
 def test_equal_rewards_that_the_value_knows_move_nothing(learner, start, steps, rollout):
@@ -185,7 +193,9 @@ def test_a_reward_that_is_not_finite_skips_the_update_and_is_counted(start, step
 def test_a_rollout_whose_updates_are_all_skipped_counts_once_and_moves_no_strength(start, rollout):
     learner = a_learner(PolicyGradient("value", "clipped"), updates=3, kl_target_per_second=2.0)
     state = learner.started(meta.unbox(jax.jit(learner.create)(jax.random.key(0))), start[1])
-    after, _ = jax.jit(updated(learner))(state, start[1], rollout, jnp.ones(BATCH).at[3].set(jnp.nan))
+    after, _ = jax.jit(updated(learner))(
+        state, start[1], rollout, jnp.ones(BATCH).at[3].set(jnp.nan)
+    )
     assert (int(after.skipped), float(after.kl_strength)) == (1, float(state.kl_strength))
 
 
@@ -203,16 +213,23 @@ def test_permuted_clips_give_the_same_update(start, steps, rollout):
     one, _ = steps[1](*start, rollout, reward)
     other, _ = steps[1](*start, jax.tree.map(lambda x: x[order], rollout), reward[order])
     # Adam's first step is the sign of the gradient: compare the moments, which are the gradient itself.
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), one.policy_opt[0].mu, other.policy_opt[0].mu)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5),
+        one.policy_opt[0].mu,
+        other.policy_opt[0].mu,
+    )
 
 
 def test_reward_rises_and_the_anchor_holds(learner, start, steps):
     """The reward is the share of 0 among the tokens, about a sixth by chance; only the KL holds it
-    back. The update takes its state's memory, and the anchor must not be in it."""
+    back. The update takes its state's memory, and the anchor must not be in it.
+    """
     anchor = start[1]
     kept = jax.tree.map(np.array, anchor)
     state = learner.started(meta.unbox(jax.jit(learner.create)(jax.random.key(0))), anchor)
-    rewards, kls, _ = zeros_played(steps[0], jax.jit(updated(learner), donate_argnums=0), state, anchor, 15)
+    rewards, kls, _ = zeros_played(
+        steps[0], jax.jit(updated(learner), donate_argnums=0), state, anchor, 15
+    )
     assert rewards[0] < 0.4 and rewards[-1] > 2 * rewards[0]
     # A policy that always plays 0 costs -log p(0) a token: the KL is of that size, not below it.
     assert kls[0] == 0.0 and kls[-1] > 0.3 * TOKENS * np.log(2 * rewards[-1] / (2 * rewards[0]))
@@ -234,7 +251,9 @@ def test_every_choice_raises_the_reward(start, steps, gradient, updates):
     state = learner.started(meta.unbox(jax.jit(learner.create)(jax.random.key(0))), anchor)
     assert (state.value == {}) == (gradient.baseline != "value")
     rewards, kls, state = zeros_played(steps[0], jax.jit(updated(learner)), state, anchor, 12)
-    assert rewards[-1] > 1.6 * rewards[0] and (updates > 1 or kls[0] == 0.0) and int(state.step) == 12
+    assert (
+        rewards[-1] > 1.6 * rewards[0] and (updates > 1 or kls[0] == 0.0) and int(state.step) == 12
+    )
 
 
 def test_the_strength_follows_the_kls_target(start, steps, rollout):

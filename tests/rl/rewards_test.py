@@ -78,7 +78,9 @@ def test_small_differences_between_rewards_survive():
     wav = jnp.linspace(0.1, 0.9, 9)[:, None] * jnp.ones((9, 4))
     loaded = Mixture((Peak(),), {"peak": 1.0}).load()
     scores = loaded.score(loaded.variables, rolled(wav), texts(loaded, 9))
-    np.testing.assert_allclose(loaded.total(scores, loaded.units(scores)), np.linspace(0.1, 0.9, 9), atol=1e-6)
+    np.testing.assert_allclose(
+        loaded.total(scores, loaded.units(scores)), np.linspace(0.1, 0.9, 9), atol=1e-6
+    )
 
 
 def test_normalised_terms_count_alike_whatever_their_scale():
@@ -96,14 +98,22 @@ def test_normalised_terms_count_alike_whatever_their_scale():
 @pytest.mark.parametrize("scores", [[0.5, 0.5, 0.5], [0.5, np.nan], [np.inf, np.nan]])
 def test_a_term_that_never_moves_cannot_be_normalised(scores):
     loaded = Mixture((Peak(),), {"peak": 1.0}, normalise=True).load()
-    with pytest.raises(ValueError, match=r"reward peak is the same for all of \d clips of the base"):
+    with pytest.raises(
+        ValueError, match=r"reward peak is the same for all of \d clips of the base"
+    ):
         loaded.units({"peak": np.array(scores)})
 
 
 def test_a_mixture_declares_what_its_terms_are():
     declared = Mixture((Peak(),), {"peak": 0.5}).load().describe()
     assert declared == {
-        "peak": {"weight": 0.5, "range": ["0.0", "1.0"], "windows": "all", "licence": "none needed", "hash": "5e3d"}
+        "peak": {
+            "weight": 0.5,
+            "range": ["0.0", "1.0"],
+            "windows": "all",
+            "licence": "none needed",
+            "hash": "5e3d",
+        }
     }
 
 
@@ -158,7 +168,9 @@ def test_a_score_out_of_its_range_is_named(value):
 
 
 def test_a_score_that_is_not_finite_is_left_to_the_update():
-    Mixture((Peak(),), {"peak": 1.0}).load().check({"peak": np.array([0.5, np.nan, np.inf, -np.inf])})
+    Mixture((Peak(),), {"peak": 1.0}).load().check(
+        {"peak": np.array([0.5, np.nan, np.inf, -np.inf])}
+    )
 
 
 def test_a_term_named_twice_is_refused():

@@ -1,5 +1,6 @@
 """The service, asked as its clients ask it: sound, limits, a full queue, company, those who leave, a browser, and
-nonsense."""
+nonsense.
+"""
 
 import asyncio
 import collections
@@ -79,12 +80,19 @@ def test_formats_and_lengths(client, bundle, form, kind):
     answer = client.post("/v1/clips", json={**ASKED, "format": form, "seconds": 0.25})
     with soundfile.SoundFile(io.BytesIO(answer.content)) as file:  # says what it was made of
         made = json.loads(file.comment)
-        assert (file.format, file.title, made["seed"], made["candidate"]) == (kind, ASKED["prompt"], 7, 0)
+        assert (file.format, file.title, made["seed"], made["candidate"]) == (
+            kind,
+            ASKED["prompt"],
+            7,
+            0,
+        )
         assert made["model"] == bundle.about["sha256"]
     assert len(wav_of(answer)[0]) == 2000
     if form == "wav":
         whole = wav_of(client.post("/v1/clips", json=ASKED))[0]
-        np.testing.assert_array_equal(wav_of(answer)[0], whole[:2000])  # a shorter one is its beginning
+        np.testing.assert_array_equal(
+            wav_of(answer)[0], whole[:2000]
+        )  # a shorter one is its beginning
 
 
 @pytest.mark.parametrize("seconds", [0.4, 0.41, 0.6, 0.61, 1.0, 1.6])
@@ -110,15 +118,24 @@ def test_the_same_seed_is_the_same_clip_in_any_company(client):
     others = [{"prompt": "jazz", "seed": number, "temperature": 1.1} for number in range(7)]
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         found = list(
-            pool.map(lambda asked: client.post("/v1/clips", json=asked).content, [*others[:3], ASKED, *others[3:]])
+            pool.map(
+                lambda asked: client.post("/v1/clips", json=asked).content,
+                [*others[:3], ASKED, *others[3:]],
+            )
         )
     assert found[3] == alone and len(set(found)) == 8
     sizes = client.get("/metrics").text
     together = float(
-        next(line for line in sizes.splitlines() if line.startswith('musicrl_batch_clips_bucket{le="1.0"')).split()[1]
+        next(
+            line
+            for line in sizes.splitlines()
+            if line.startswith('musicrl_batch_clips_bucket{le="1.0"')
+        ).split()[1]
     )
     assert together < float(
-        next(line for line in sizes.splitlines() if line.startswith("musicrl_batch_clips_count")).split()[1]
+        next(
+            line for line in sizes.splitlines() if line.startswith("musicrl_batch_clips_count")
+        ).split()[1]
     )
 
 
@@ -128,7 +145,9 @@ def test_the_best_of_several_is_the_one_with_the_highest_reward(client, bundle):
     totals = np.asarray(bundle.score(clips)["total"])
     best = int(totals.argmax())
     assert int(answer.headers["x-candidate"]) == best
-    np.testing.assert_allclose(json.loads(answer.headers["x-rewards"])["total"], totals[best], atol=1e-5)
+    np.testing.assert_allclose(
+        json.loads(answer.headers["x-rewards"])["total"], totals[best], atol=1e-5
+    )
     np.testing.assert_allclose(wav_of(answer)[0], np.clip(clips.wav[best], -1, 1), atol=2 / 32768)
 
 
@@ -142,10 +161,16 @@ def test_the_best_of_several_is_the_one_with_the_highest_reward(client, bundle):
         ({"prompt": "a", "seed": 2**32}, "seed: Input should be less than 4294967296"),
         ({"prompt": "a", "seed": 1.5}, "seed: Input should be a valid integer"),
         ({"prompt": "a", "seconds": 1.7}, "seconds: Input should be less than or equal to 1.6"),
-        ({"prompt": "a", "seconds": 0.03}, "seconds: Input should be greater than or equal to 0.04"),
+        (
+            {"prompt": "a", "seconds": 0.03},
+            "seconds: Input should be greater than or equal to 0.04",
+        ),
         ({"prompt": "a", "temperature": 9}, "temperature: Input should be less than or equal to 2"),
         ({"prompt": "a", "candidates": 5}, "candidates: Input should be less than or equal to 4"),
-        ({"prompt": "a", "format": "/etc/passwd"}, "format: Input should be 'wav', 'flac' or 'ogg'"),
+        (
+            {"prompt": "a", "format": "/etc/passwd"},
+            "format: Input should be 'wav', 'flac' or 'ogg'",
+        ),
         ({"prompt": "a", "bundle": "../other"}, "bundle: Extra inputs are not permitted"),
     ],
 )
@@ -155,7 +180,16 @@ def test_what_cannot_be_is_refused_by_name(client, asked, why):
 
 
 @pytest.mark.parametrize(
-    "body", [b'{"prompt": "\\ud800"}', b"\xff", b"{", b'{"prompt": NaN}', b"[]", b"", b'{"seconds": 1e999}']
+    "body",
+    [
+        b'{"prompt": "\\ud800"}',
+        b"\xff",
+        b"{",
+        b'{"prompt": NaN}',
+        b"[]",
+        b"",
+        b'{"seconds": 1e999}',
+    ],
 )
 def test_what_is_no_text_is_refused(client, body):
     answer = client.post("/v1/clips", content=body, headers={"Content-Type": "application/json"})
@@ -177,11 +211,18 @@ def test_the_token_guards_clips_and_status_but_not_health(fake_app, public_statu
     status = 200 if public_status else 401
     with TestClient(fake_app(token="open sesame", public_status=public_status), LOCAL) as client:
         until_ready(client)
-        for headers in ({}, {"Authorization": "Bearer open"}, {"Authorization": "Basic open sesame"}):
+        for headers in (
+            {},
+            {"Authorization": "Bearer open"},
+            {"Authorization": "Basic open sesame"},
+        ):
             answer = client.post("/v1/clips", json=ASKED, headers=headers)
             assert answer.status_code == 401 and answer.headers["www-authenticate"] == "Bearer"
             assert get_all(client, headers, "/metrics", "/v1/model") == [status] * 2
-            assert get_all(client, headers, "/", "/healthz", "/readyz", "/docs", "/openapi.json") == [200] * 5
+            assert (
+                get_all(client, headers, "/", "/healthz", "/readyz", "/docs", "/openapi.json")
+                == [200] * 5
+            )
         headers = {"Authorization": "Bearer open sesame"}
         assert client.post("/v1/clips", json=ASKED, headers=headers).status_code == 200
         assert client.get("/v1/model", headers=headers).json()["token"] is True
@@ -210,24 +251,43 @@ def test_cors_is_off_until_an_origin_is_allowed(fake_app):
         assert client.options("/v1/clips", headers=ask).status_code == 405
         assert "access-control-allow-origin" not in client.get("/v1/model", headers=ask).headers
         # A page may send these without asking first: they must draw nothing.
-        for kind in ({}, {"Content-Type": "text/plain"}, {"Content-Type": "application/x-www-form-urlencoded"}):
-            answer = client.post("/v1/clips", content=json.dumps(ASKED), headers={"Origin": origin, **kind})
+        for kind in (
+            {},
+            {"Content-Type": "text/plain"},
+            {"Content-Type": "application/x-www-form-urlencoded"},
+        ):
+            answer = client.post(
+                "/v1/clips", content=json.dumps(ASKED), headers={"Origin": origin, **kind}
+            )
             assert answer.status_code == 422
     with TestClient(fake_app(origins=(origin,), token="x"), LOCAL) as client:
         until_ready(client)
         answer = client.options("/v1/clips", headers=ask)
         assert answer.status_code == 200 and answer.headers["access-control-allow-origin"] == origin
-        assert client.options("/v1/clips", headers={**ask, "Origin": "https://other.example"}).status_code == 400
-        sound = client.post("/v1/clips", json=ASKED, headers={"Origin": origin, "Authorization": "Bearer x"})
-        assert sound.status_code == 200 and "X-Seed" in sound.headers["access-control-expose-headers"]
-        large = client.post("/v1/clips", content=b"a" * (MOST_BYTES + 1), headers={"Origin": origin})
+        assert (
+            client.options(
+                "/v1/clips", headers={**ask, "Origin": "https://other.example"}
+            ).status_code
+            == 400
+        )
+        sound = client.post(
+            "/v1/clips", json=ASKED, headers={"Origin": origin, "Authorization": "Bearer x"}
+        )
+        assert (
+            sound.status_code == 200 and "X-Seed" in sound.headers["access-control-expose-headers"]
+        )
+        large = client.post(
+            "/v1/clips", content=b"a" * (MOST_BYTES + 1), headers={"Origin": origin}
+        )
         for answer in (sound, large, client.get("/v1/model", headers={"Origin": origin})):
             assert answer.headers["access-control-allow-origin"] == origin
         other = client.get("/healthz", headers={"Origin": "https://other.example"})
         assert "access-control-allow-origin" not in other.headers
 
 
-@pytest.mark.parametrize("path", ["/", "/healthz", "/readyz", "/metrics", "/v1/model", "/docs", "/openapi.json"])
+@pytest.mark.parametrize(
+    "path", ["/", "/healthz", "/readyz", "/metrics", "/v1/model", "/docs", "/openapi.json"]
+)
 def test_head_answers_as_get_without_a_body(fake_app, path):
     with TestClient(fake_app(), LOCAL) as client:
         until_ready(client)
@@ -239,7 +299,11 @@ def test_head_answers_as_get_without_a_body(fake_app, path):
 
 def test_other_methods_are_named_and_slashes_redirected(fake_app):
     with TestClient(fake_app(), LOCAL, follow_redirects=False) as client:
-        for path, methods in (("/", {"GET", "HEAD"}), ("/healthz", {"GET", "HEAD"}), ("/v1/clips", {"POST"})):
+        for path, methods in (
+            ("/", {"GET", "HEAD"}),
+            ("/healthz", {"GET", "HEAD"}),
+            ("/v1/clips", {"POST"}),
+        ):
             answer = client.options(path)
             assert answer.status_code == 405 and set(answer.headers["allow"].split(", ")) == methods
         assert client.head("/v1/clips").status_code == 405
@@ -313,7 +377,11 @@ def test_a_full_queue_says_when_to_come_back_and_all_others_get_their_clip(bundl
     for future in (*first, *waiting[1:], *last, *more):
         assert future.result(300).wav.shape == (3200,)
     closing.join(300)
-    assert slow.drawn == [[0, 0], [5, 2], [3, 4]]  # filled up with the first, and the one that left was never drawn
+    assert slow.drawn == [
+        [0, 0],
+        [5, 2],
+        [3, 4],
+    ]  # filled up with the first, and the one that left was never drawn
     with pytest.raises(Closed):
         queue.submit(Wanted(text, 5, 0, 1.0))
 
@@ -324,11 +392,15 @@ class Broken(Slow):
     def __init__(self, bundle, what):
         super().__init__(bundle)
         self.what = what
-        self.score = lambda clips: {name: self.marred(x, name) for name, x in bundle.score(clips).items()}
+        self.score = lambda clips: {
+            name: self.marred(x, name) for name, x in bundle.score(clips).items()
+        }
 
     def marred(self, array, what):
         rows = (np.asarray(self.drawn[-1]) % 2 == 1) | (self.what == "all")
-        return np.where(rows.reshape(-1, *[1] * (array.ndim - 1)) & (what in (self.what, "all")), np.nan, array)
+        return np.where(
+            rows.reshape(-1, *[1] * (array.ndim - 1)) & (what in (self.what, "all")), np.nan, array
+        )
 
     def draw(self, text, seeds, *rest):
         clips = super().draw(text, seeds, *rest)
@@ -357,13 +429,24 @@ def test_what_is_not_finite_is_its_own_clips_failure(bundle, what):
 def test_a_service_whose_first_clip_cannot_be_drawn_gives_up(bundle, exported, monkeypatch):
     broken, heard = Broken(bundle, "all"), []
     broken.go.set()
-    app = create(broken, lambda told: Batcher(broken, 2, 0.0, 8, told), Limits(1.6, 4), Access(), heard.append)
+    app = create(
+        broken,
+        lambda told: Batcher(broken, 2, 0.0, 8, told),
+        Limits(1.6, 4),
+        Access(),
+        heard.append,
+    )
     with TestClient(app, LOCAL) as client:
         until(lambda: heard)
         for answer in (client.get("/readyz"), client.post("/v1/clips", json=ASKED)):
-            assert answer.status_code == 503 and "the first clip could not be drawn" in answer.json()["detail"]
+            assert (
+                answer.status_code == 503
+                and "the first clip could not be drawn" in answer.json()["detail"]
+            )
     monkeypatch.setattr(bundles, "Bundle", lambda folder: broken)
-    with pytest.raises(ValueError, match=r"the first clip of .* could not be drawn: .* fewer rows than 2"):
+    with pytest.raises(
+        ValueError, match=r"the first clip of .* could not be drawn: .* fewer rows than 2"
+    ):
         serving.serve(str(exported[0]), port=0, rows=2)
 
 
@@ -411,8 +494,12 @@ def test_the_service_answers_429_and_503_and_notices_who_left(bundle, monkeypatc
                 await asyncio.sleep(0.05)
             slow.go.clear()
             asked = []
-            for seed in range(3):  # one after the other, so that the last to come is the last to be drawn
-                asked.append(asyncio.create_task(client.post("/v1/clips", json={**ASKED, "seed": seed})))
+            for seed in range(
+                3
+            ):  # one after the other, so that the last to come is the last to be drawn
+                asked.append(
+                    asyncio.create_task(client.post("/v1/clips", json={**ASKED, "seed": seed}))
+                )
                 await waiting(client, seed)
             full = await client.post("/v1/clips", json=ASKED)
             assert full.status_code == 429 and int(full.headers["retry-after"]) >= 1
@@ -422,7 +509,11 @@ def test_the_service_answers_429_and_503_and_notices_who_left(bundle, monkeypatc
             return [answer.status_code for answer in await asyncio.gather(*asked[:2])]
 
     assert asyncio.run(story()) == [200, 200]
-    assert [seeds[0] for seeds in slow.drawn] == [0, 0, 1]  # the first to compile; seed 2 was never drawn
+    assert [seeds[0] for seeds in slow.drawn] == [
+        0,
+        0,
+        1,
+    ]  # the first to compile; seed 2 was never drawn
 
 
 def test_a_connection_that_closes_takes_its_clips_out_of_the_queue(bundle, on_loopback):
@@ -434,11 +525,22 @@ def test_a_connection_that_closes_takes_its_clips_out_of_the_queue(bundle, on_lo
         slow.go.clear()
         for seed in (1, 2):
             with pytest.raises(httpx.ReadTimeout):
-                httpx.post(f"{address}/v1/clips", json={**ASKED, "seed": seed}, timeout=httpx.Timeout(60, read=1))
-        until(lambda: 'musicrl_requests_total{status="499"} 2.0' in httpx.get(f"{address}/metrics").text)
+                httpx.post(
+                    f"{address}/v1/clips",
+                    json={**ASKED, "seed": seed},
+                    timeout=httpx.Timeout(60, read=1),
+                )
+        until(
+            lambda: (
+                'musicrl_requests_total{status="499"} 2.0' in httpx.get(f"{address}/metrics").text
+            )
+        )
         assert "musicrl_waiting_clips 0.0" in httpx.get(f"{address}/metrics").text
         slow.go.set()
-    assert [seeds[0] for seeds in slow.drawn] == [0, 1]  # the first to compile; seed 2 was never drawn
+    assert [seeds[0] for seeds in slow.drawn] == [
+        0,
+        1,
+    ]  # the first to compile; seed 2 was never drawn
 
 
 @pytest.fixture
@@ -446,7 +548,14 @@ def browser(tmp_path):
     """A headless Chromium that saves into `tmp_path`."""
     options = webdriver.ChromeOptions()
     options.binary_location = shutil.which("chromium")
-    for flag in ("headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-component-update"):
+    for flag in (
+        "headless",
+        "no-sandbox",
+        "disable-gpu",
+        "disable-quic",
+        "no-first-run",
+        "disable-component-update",
+    ):
         options.add_argument(f"--{flag}")
     options.add_argument("--disable-background-networking")
     options.add_argument("--disable-sync")
@@ -468,7 +577,9 @@ def fill(browser, **fields):
         found(browser, f"#{name}").send_keys(text)
 
 
-@pytest.mark.skipif(not shutil.which("chromedriver"), reason="needs chromium and chromedriver: Debian's packages")
+@pytest.mark.skipif(
+    not shutil.which("chromedriver"), reason="needs chromium and chromedriver: Debian's packages"
+)
 def test_who_types_on_the_page_and_waits_hears_the_clip(bundle, browser, tmp_path, on_loopback):
     """To its end: a clip, a piece of two windows; and saves one, is refused one in words, and cancels one."""
     slow = Slow(bundle)
@@ -481,17 +592,33 @@ def test_who_types_on_the_page_and_waits_hears_the_clip(bundle, browser, tmp_pat
         for seconds in ("0.25", "0.6"):
             fill(browser, prompt=ASKED["prompt"], seconds=seconds, seed="7", candidates="2")
             found(browser, "#play").click()
-            until(lambda n=seconds: browser.execute_script(f"return document.querySelector('audio')?.duration == {n}"))
+            until(
+                lambda n=seconds: browser.execute_script(
+                    f"return document.querySelector('audio')?.duration == {n}"
+                )
+            )
             until(lambda: found(browser, "audio").get_property("ended"))
-            assert found(browser, "article").text.startswith("a slow piano\nseed 7 · acoustic_quality ")
-            assert found(browser, "#status").text == "" and not found(browser, "#stop").is_displayed()
+            assert found(browser, "article").text.startswith(
+                "a slow piano\nseed 7 · acoustic_quality "
+            )
+            assert (
+                found(browser, "#status").text == "" and not found(browser, "#stop").is_displayed()
+            )
         found(browser, "article:last-child a").click()
         until(lambda: (tmp_path / "musicrl_7.wav").exists())
-        wav = wav_of(httpx.post(f"{address}/v1/clips", json={**ASKED, "seconds": 0.25, "candidates": 2}))[0]
-        np.testing.assert_array_equal(soundfile.read(tmp_path / "musicrl_7.wav", dtype="float32")[0], wav)
+        wav = wav_of(
+            httpx.post(f"{address}/v1/clips", json={**ASKED, "seconds": 0.25, "candidates": 2})
+        )[0]
+        np.testing.assert_array_equal(
+            soundfile.read(tmp_path / "musicrl_7.wav", dtype="float32")[0], wav
+        )
         fill(browser, prompt="   ")
         found(browser, "#play").click()
-        until(lambda: found(browser, "#status").text.endswith("is empty: say what the music should be like"))
+        until(
+            lambda: found(browser, "#status").text.endswith(
+                "is empty: say what the music should be like"
+            )
+        )
         slow.go.clear()
         fill(browser, prompt="upbeat jazz")
         found(browser, "#play").click()
@@ -508,7 +635,9 @@ def test_who_types_on_the_page_and_waits_hears_the_clip(bundle, browser, tmp_pat
     assert all(any(known in line for known in ("v1/clips", "favicon")) for line in wrong), wrong
 
 
-@pytest.mark.skipif(not shutil.which("chromedriver"), reason="needs chromium and chromedriver: Debian's packages")
+@pytest.mark.skipif(
+    not shutil.which("chromedriver"), reason="needs chromium and chromedriver: Debian's packages"
+)
 def test_a_browser_shows_the_description_and_asks_for_the_token(fake_app, browser, on_loopback):
     with on_loopback(fake_app(token="schlüssel ключ")) as listening:
         address = ready_at(listening)
@@ -530,11 +659,17 @@ def test_a_browser_shows_the_description_and_asks_for_the_token(fake_app, browse
 
 
 def test_health_metrics_page_and_description(client):
-    assert client.get("/healthz").json() == {"alive": True} and client.post("/v1/clips", json=ASKED).status_code == 200
+    assert (
+        client.get("/healthz").json() == {"alive": True}
+        and client.post("/v1/clips", json=ASKED).status_code == 200
+    )
     text = client.get("/metrics").text
     assert 'musicrl_requests_total{status="200"}' in text and "musicrl_waiting_clips 0.0" in text
     page = client.get("/")
-    assert page.headers["content-security-policy"].startswith("default-src 'none'") and "v1/clips" in page.text
+    assert (
+        page.headers["content-security-policy"].startswith("default-src 'none'")
+        and "v1/clips" in page.text
+    )
     model = client.get("/v1/model").json()
     assert model["limits"] == {"seconds": 1.6, "candidates": 4} and model["licence"] == "CC0-1.0"
     assert client.get("/v1/../../etc/passwd").status_code == 404
@@ -550,7 +685,14 @@ def free_port():
 
 def started(processes, folder, port):
     """`musicrl serve`, a process of its own, once it is ready."""
-    command = [sys.executable, "-m", "musicrl_jax.cli", "serve", f"--bundle={folder}", f"--port={port}"]
+    command = [
+        sys.executable,
+        "-m",
+        "musicrl_jax.cli",
+        "serve",
+        f"--bundle={folder}",
+        f"--port={port}",
+    ]
     settings = "--rows=2", "--limits=@ServiceLimits()", "--gin.ServiceLimits.candidates=2"
     settings += ("--gin.ServiceLimits.piece_seconds=60",)
     process = processes.start([*command, *settings], stdout=subprocess.DEVNULL)
@@ -579,15 +721,22 @@ def served(exported):
 def test_fuzzed_requests_by_its_own_description(served):
     """No 500, and no answer that the description does not name."""
     address, _, _ = served
-    described, counts = schemathesis.openapi.from_url(f"{address}/openapi.json"), collections.Counter()
+    described, counts = (
+        schemathesis.openapi.from_url(f"{address}/openapi.json"),
+        collections.Counter(),
+    )
     for operation in described.get_all_operations():
 
         @given(case=operation.ok().as_strategy())
-        @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+        @settings(
+            max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), database=None
+        )
         def ask(case):
             answer = case.call(base_url=address, timeout=300)
             counts[case.path, answer.status_code] += 1
-            case.validate_response(answer, excluded_checks=[checks.positive_data_acceptance])  # a text may say nothing
+            case.validate_response(
+                answer, excluded_checks=[checks.positive_data_acceptance]
+            )  # a text may say nothing
 
         ask()
     assert counts["/v1/clips", 200] > 5 and all(status < 500 for _, status in counts)
@@ -596,17 +745,29 @@ def test_fuzzed_requests_by_its_own_description(served):
 def taken(client):
     """Requests for clips so far, answered or not."""
     told = client.get("/metrics").text
-    return sum(map(float, re.findall(r"^musicrl_requests(?:_total{.*}|_in_progress) (.*)$", told, re.MULTILINE)))
+    return sum(
+        map(
+            float,
+            re.findall(r"^musicrl_requests(?:_total{.*}|_in_progress) (.*)$", told, re.MULTILINE),
+        )
+    )
 
 
 def test_a_killed_service_loses_what_it_was_drawing_and_starts_again_as_it_was(served):
     address, process, start = served
-    with concurrent.futures.ThreadPoolExecutor(4) as pool, httpx.Client(base_url=address, timeout=300) as client:
+    with (
+        concurrent.futures.ThreadPoolExecutor(4) as pool,
+        httpx.Client(base_url=address, timeout=300) as client,
+    ):
         before, clip = taken(client), client.post("/v1/clips", json=ASKED)
-        asked = [pool.submit(client.post, "/v1/clips", json={**ASKED, "seconds": 60}) for _ in range(4)]
+        asked = [
+            pool.submit(client.post, "/v1/clips", json={**ASKED, "seconds": 60}) for _ in range(4)
+        ]
         until(lambda: taken(client) == before + 5)
         process[0].kill()
-        assert all(isinstance(answer.exception(), httpx.TransportError) for answer in asked)  # none hangs
+        assert all(
+            isinstance(answer.exception(), httpx.TransportError) for answer in asked
+        )  # none hangs
     process[0].wait()
     process[0] = start()
     again = httpx.post(f"{address}/v1/clips", json=ASKED, timeout=300)
@@ -618,9 +779,14 @@ def test_sigterm_lets_finish_what_was_asked_for(served):
     address, (process,), _ = served
     half = socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2])), timeout=300)
     half.sendall(b"POST /v1/clips HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{")
-    with concurrent.futures.ThreadPoolExecutor(6) as pool, httpx.Client(base_url=address, timeout=300) as client:
+    with (
+        concurrent.futures.ThreadPoolExecutor(6) as pool,
+        httpx.Client(base_url=address, timeout=300) as client,
+    ):
         before = taken(client)
-        asked = [pool.submit(client.post, "/v1/clips", json={**ASKED, "seconds": 8}) for _ in range(6)]
+        asked = [
+            pool.submit(client.post, "/v1/clips", json={**ASKED, "seconds": 8}) for _ in range(6)
+        ]
         until(lambda: taken(client) == before + 6)
         assert "musicrl_requests_in_progress 0.0" not in client.get("/metrics").text
         process.send_signal(signal.SIGTERM)

@@ -26,8 +26,12 @@ from musicrl_jax.systems.system import Rollout, SampledTokens, Sampling
 
 def test_it_was_drawn_again_without_the_model_code(exported):
     _, told = exported
-    (checked,) = [json.loads(line.split(": ", 1)[1]) for line in told.splitlines() if "wav_error" in line]
-    assert checked["tokens"] == checked["codes"] == checked["clips"] == 1 and checked["here"].startswith("cpu, jax")
+    (checked,) = [
+        json.loads(line.split(": ", 1)[1]) for line in told.splitlines() if "wav_error" in line
+    ]
+    assert checked["tokens"] == checked["codes"] == checked["clips"] == 1 and checked[
+        "here"
+    ].startswith("cpu, jax")
     assert checked["wav_error"] < 1e-4 and checked["score_error"] < 1e-3
     assert all(f"draw for {platform}" in told for platform in ("cpu", "cuda", "tpu"))
 
@@ -43,7 +47,9 @@ def test_it_plays_as_a_program_of_its_own(exported, tmp_path, processes):
     folder, _ = exported
     before = sorted(path for path in folder.rglob("*"))
     (tmp_path / "by_link").symlink_to(folder)
-    done = program(processes, tmp_path / "by_link", "a slow piano", "--out=a.flac", "--seed=7", cwd=tmp_path)
+    done = program(
+        processes, tmp_path / "by_link", "a slow piano", "--out=a.flac", "--seed=7", cwd=tmp_path
+    )
     assert (done.returncode, done.stdout) == (0, "a.flac\n"), done.stderr
     assert sorted(path for path in folder.rglob("*")) == before
     with soundfile.SoundFile(tmp_path / "a.flac") as file:
@@ -69,7 +75,16 @@ def test_a_file_beside_a_bundle_is_no_library_of_it(exported, tmp_path, processe
     """Neither in place of Python's own nor of others'."""
     copy = tmp_path / "copy"
     shutil.copytree(exported[0], copy)
-    for name in ("argparse", "hashlib", "json", "pathlib", "jax", "numpy", "sentencepiece", "flatbuffers"):
+    for name in (
+        "argparse",
+        "hashlib",
+        "json",
+        "pathlib",
+        "jax",
+        "numpy",
+        "sentencepiece",
+        "flatbuffers",
+    ):
         (copy / f"{name}.py").write_text(MARK)
     done = program(processes, copy, "--check", cwd=copy)
     assert done.returncode == 1 and "damaged: argparse.py does not belong to it" in done.stderr
@@ -78,17 +93,37 @@ def test_a_file_beside_a_bundle_is_no_library_of_it(exported, tmp_path, processe
 
 def test_a_missing_library_is_named(exported, processes):
     """And no other jax is advised where jax is there."""
-    command = [sys.executable, "-c", export.WITHOUT, str(exported[0] / "bundle.py"), '["flatbuffers"]', "--check"]
+    command = [
+        sys.executable,
+        "-c",
+        export.WITHOUT,
+        str(exported[0] / "bundle.py"),
+        '["flatbuffers"]',
+        "--check",
+    ]
     done = processes.run(command, capture_output=True, timeout=300)
-    assert (done.returncode, done.stderr) == (1, "a bundle needs flatbuffers: pip install flatbuffers\n")
+    assert (done.returncode, done.stderr) == (
+        1,
+        "a bundle needs flatbuffers: pip install flatbuffers\n",
+    )
 
 
 def test_export_verifies_with_what_the_card_names_alone(exported):
     hidden = export._not_needed()
-    assert {"musicrl_jax", "flax", "orbax", "tensorflow", "tensorflow_datasets", "gin", "optax"} <= set(hidden)
+    assert {
+        "musicrl_jax",
+        "flax",
+        "orbax",
+        "tensorflow",
+        "tensorflow_datasets",
+        "gin",
+        "optax",
+    } <= set(hidden)
     assert not {*bundles.NEEDED, "jaxlib", "scipy", "ml_dtypes", "cffi", "_soundfile"} & set(hidden)
     card = (exported[0] / "README.md").read_text()
-    assert f"These need {', '.join(bundles.NEEDED[:-1])} and {bundles.NEEDED[-1]}" in card.replace("\n", " ")
+    assert f"These need {', '.join(bundles.NEEDED[:-1])} and {bundles.NEEDED[-1]}" in card.replace(
+        "\n", " "
+    )
     assert all(name in bundles.__doc__ for name in bundles.NEEDED)
 
 
@@ -115,7 +150,9 @@ def test_it_runs_with_the_named_packages_and_no_others(exported, tmp_path, proce
     assert json.loads(done.stdout)["clips"] == 1
 
 
-@pytest.mark.parametrize("numbers", [{"seeds": [1.5]}, {"seeds": [-1]}, {"seeds": [2**32]}, {"seeds": [True]}])
+@pytest.mark.parametrize(
+    "numbers", [{"seeds": [1.5]}, {"seeds": [-1]}, {"seeds": [2**32]}, {"seeds": [True]}]
+)
 def test_numbers_that_cannot_be_are_refused(bundle, numbers):
     with pytest.raises(ValueError, match="must be a whole number from 0 to 4294967295"):
         bundle.draw(bundle.encode(["jazz"]), **numbers)
@@ -136,7 +173,11 @@ def test_generate_makes_its_clip_from_either(exported, run, tmp_path, capsys):
     asked = {"prompt": ["a slow piano", "jazz"], "seed": 7, "loudness_lufs": None}
     for seconds, length in ((None, 3200), (1.01, 8080)):
         made = [
-            samples(*generate.generate(str(model), out=f"{tmp_path}/{kind}{length}", clip_seconds=seconds, **asked))
+            samples(
+                *generate.generate(
+                    str(model), out=f"{tmp_path}/{kind}{length}", clip_seconds=seconds, **asked
+                )
+            )
             for kind, model in (("bundle", exported[0]), ("system", run / "policy"))
         ]
         for one, other in zip(*made, strict=True):
@@ -146,8 +187,15 @@ def test_generate_makes_its_clip_from_either(exported, run, tmp_path, capsys):
             whole = made[0]
     np.testing.assert_array_equal(made[0][1][:2800], whole[1][:2800])  # up to the first fade
     told = capsys.readouterr().out
-    assert told.count("clip_seconds=1.01 is more than the 0.4 s of the model's clips: drawn in 5 windows") == 2
-    short = samples(*generate.generate(str(exported[0]), out=f"{tmp_path}/short", clip_seconds=0.1, **asked))
+    assert (
+        told.count(
+            "clip_seconds=1.01 is more than the 0.4 s of the model's clips: drawn in 5 windows"
+        )
+        == 2
+    )
+    short = samples(
+        *generate.generate(str(exported[0]), out=f"{tmp_path}/short", clip_seconds=0.1, **asked)
+    )
     np.testing.assert_array_equal(short[1], whole[1][:800])
 
 
@@ -157,7 +205,10 @@ def test_generate_refuses_the_same_of_system_and_bundle(exported, run, tmp_path,
     monkeypatch.setattr(generate, "_SystemPlayer", lambda *_: player)
     for asked, why in (
         ({"clip_seconds": 0.03}, "clip_seconds=0.03 must be from 0.04, one frame, to 13107.2"),
-        ({"clip_seconds": 1e9}, "clip_seconds=1000000000.0 must be from 0.04, one frame, to 13107.2"),
+        (
+            {"clip_seconds": 1e9},
+            "clip_seconds=1000000000.0 must be from 0.04, one frame, to 13107.2",
+        ),
         ({"clip_seconds": float("nan")}, "clip_seconds=nan must be"),
         ({"clip_seconds": "two"}, "clip_seconds='two' must be"),
         ({"seed": -1}, "seed=-1 must be a whole number from 0 to 4294967295"),
@@ -174,18 +225,28 @@ def test_generate_refuses_the_same_of_system_and_bundle(exported, run, tmp_path,
     ):
         for folder in (exported[0], run / "policy"):
             with pytest.raises(ValueError, match=why):
-                generate.generate(str(folder), **{"prompt": "jazz", "out": str(tmp_path / "clips"), **asked})
+                generate.generate(
+                    str(folder), **{"prompt": "jazz", "out": str(tmp_path / "clips"), **asked}
+                )
     assert not list(tmp_path.iterdir())
 
 
 def test_generate_chooses_among_candidates_as_the_service_does(exported, run, bundle, tmp_path):
     clips = bundle.draw(bundle.encode(["jazz"] * 4), [7] * 4, candidates=range(4))
     best = int(np.asarray(bundle.score(clips)["total"]).argmax())
-    asked = {"prompt": "jazz", "out": str(tmp_path), "seed": 7, "loudness_lufs": None, "candidates": 4}
+    asked = {
+        "prompt": "jazz",
+        "out": str(tmp_path),
+        "seed": 7,
+        "loudness_lufs": None,
+        "candidates": 4,
+    }
     (path,) = generate.generate(str(exported[0]), **asked)
     np.testing.assert_allclose(samples(path)[0], np.clip(clips.wav[best], -1, 1), atol=2 / 32768)
     assert path.name.endswith(f"_seed7_{best}.wav")
-    with pytest.raises(ValueError, match=r"candidates=4: .*policy has no rewards to choose by: `musicrl export` it"):
+    with pytest.raises(
+        ValueError, match=r"candidates=4: .*policy has no rewards to choose by: `musicrl export` it"
+    ):
         generate.generate(str(run / "policy"), **asked)
 
 
@@ -194,7 +255,9 @@ def test_a_bundle_keeps_what_it_was_exported_with(exported):
         generate.generate(str(exported[0]), "jazz", top_k=3)
 
 
-@pytest.mark.parametrize("way", [".", "relative", "a link", "a link in a folder of links", "absolute"])
+@pytest.mark.parametrize(
+    "way", [".", "relative", "a link", "a link in a folder of links", "absolute"]
+)
 def test_a_checkpoint_finds_its_neighbours_however_it_is_named(run, tmp_path, monkeypatch, way):
     monkeypatch.chdir(run / "policy" if way == "." else tmp_path)
     names = {
@@ -206,7 +269,12 @@ def test_a_checkpoint_finds_its_neighbours_however_it_is_named(run, tmp_path, mo
     }
     (tmp_path / "best").symlink_to(run / "policy")
     (tmp_path / "models").mkdir()
-    for link, name in {"best": "policy", "fine": "fine", "codec": "codec", "mulan": "mulan"}.items():
+    for link, name in {
+        "best": "policy",
+        "fine": "fine",
+        "codec": "codec",
+        "mulan": "mulan",
+    }.items():
         (tmp_path / "models" / link).symlink_to(run / name)
     assert folders.load(names[way]).hashes == folders.load(str(run / "policy")).hashes
     assert export._gin_of(names[way]) == run / "config.gin"
@@ -225,7 +293,9 @@ def test_a_clip_is_the_same_in_any_company(bundle):
     seeds, temperatures = [3, 4, 3, 2**32 - 1], [1.0, 0.9, 1.0, 1.2]
     one = bundle.draw(text, seeds, temperatures=temperatures)
     order = [2, 3, 1, 0]
-    other = bundle.draw(text[order], [seeds[i] for i in order], temperatures=[temperatures[i] for i in order])
+    other = bundle.draw(
+        text[order], [seeds[i] for i in order], temperatures=[temperatures[i] for i in order]
+    )
     np.testing.assert_array_equal(one.tokens[np.array(order)], other.tokens)
     np.testing.assert_array_equal(one.tokens[0], one.tokens[2])
     np.testing.assert_array_equal(one.wav[0], one.wav[2])
@@ -234,7 +304,9 @@ def test_a_clip_is_the_same_in_any_company(bundle):
     assert (np.asarray(candidates.tokens[2]) != one.tokens[2]).any()
 
     given = np.asarray(one.tokens)[[3, 3, 2, 3]]
-    more = bundle.draw(text, seeds, temperatures=temperatures, given=given, given_frames=[0, 4, 4, 10])
+    more = bundle.draw(
+        text, seeds, temperatures=temperatures, given=given, given_frames=[0, 4, 4, 10]
+    )
     for row in (0, 2, 3):  # nothing, its own beginning, itself whole
         np.testing.assert_array_equal(more.tokens[row], one.tokens[row])
     np.testing.assert_array_equal(more.tokens[1, :4], given[1, :4])
@@ -253,7 +325,9 @@ def test_its_rewards_are_the_models(bundle, run, rewards):
     assert set(scores) == {"text_adherence", "acoustic_quality", "total"}
     for name, score in terms.items():
         np.testing.assert_allclose(scores[name], score, atol=1e-5)
-    np.testing.assert_allclose(scores["total"], terms["text_adherence"] + 2 * terms["acoustic_quality"], atol=1e-5)
+    np.testing.assert_allclose(
+        scores["total"], terms["text_adherence"] + 2 * terms["acoustic_quality"], atol=1e-5
+    )
 
 
 def test_a_bundle_of_the_first_format_is_read(exported, tmp_path, monkeypatch):
@@ -321,7 +395,9 @@ def test_what_this_jax_cannot_run_is_refused_with_what_to_do(exported, tmp_path,
         Bundle(changed(folder, tmp_path / "platform", platforms=["tpu"]))
     told = unsealed(folder / MANIFEST)["functions"]
     told["draw"]["cpu"]["calling_convention"] = 99
-    with pytest.raises(ValueError, match=r"calling convention 99, and jax .* reads 9 to .*: upgrade jax"):
+    with pytest.raises(
+        ValueError, match=r"calling convention 99, and jax .* reads 9 to .*: upgrade jax"
+    ):
         Bundle(changed(folder, tmp_path / "new", functions=told))
 
     def newer(*_):
@@ -331,7 +407,8 @@ def test_what_this_jax_cannot_run_is_refused_with_what_to_do(exported, tmp_path,
         with monkeypatch.context() as patch:
             patch.setattr(where, name, newer)
             with pytest.raises(
-                ValueError, match=r"cannot read it \(version 7 > 6\): install jax .* or newer, or export"
+                ValueError,
+                match=r"cannot read it \(version 7 > 6\): install jax .* or newer, or export",
             ):
                 Bundle(folder)
 
@@ -339,32 +416,48 @@ def test_what_this_jax_cannot_run_is_refused_with_what_to_do(exported, tmp_path,
 def test_bad_settings_are_refused_before_any_work(run, rewards, tmp_path, monkeypatch):
     def refused(error, match, **settings):
         with pytest.raises(error, match=match):
-            export.export(str(run / "policy"), **{"out": str(tmp_path / "b"), "clip_seconds": 0.4, **settings})
+            export.export(
+                str(run / "policy"), **{"out": str(tmp_path / "b"), "clip_seconds": 0.4, **settings}
+            )
         assert not (tmp_path / "b").exists()
 
     refused(ValueError, "dtype='half'", dtype="half")
     refused(ValueError, "'rocm' is none of cpu, cuda, tpu", platforms=("cpu", "rocm"))
     refused(ValueError, r"platforms=\('tpu',\) lacks cpu", platforms=("tpu",))
     refused(ValueError, "clip_seconds=0.39 must be a multiple", clip_seconds=0.39)
-    refused(ValueError, "clip_seconds=500 is more than the 0.4 s that .*policy was trained on: give", clip_seconds=500)
+    refused(
+        ValueError,
+        "clip_seconds=500 is more than the 0.4 s that .*policy was trained on: give",
+        clip_seconds=500,
+    )
     refused(ValueError, "clip_seconds='two' must be a number", clip_seconds="two")
     with monkeypatch.context() as patch:
         patch.setattr(folders, "_trained_seconds", lambda *_: None)
-        refused(ValueError, "does not record the length .* give export.clip_seconds", clip_seconds=None)
+        refused(
+            ValueError, "does not record the length .* give export.clip_seconds", clip_seconds=None
+        )
     refused(ValueError, "prompt '' is empty", prompts=("",))
     refused(ValueError, "chips=9: jax has 8 devices here", chips=9)
     refused(
-        ValueError, r"chips=5 cannot share the policy's acoustic_head of shape .* choose chips that divide 8", chips=5
+        ValueError,
+        r"chips=5 cannot share the policy's acoustic_head of shape .* choose chips that divide 8",
+        chips=5,
     )
     normalised = dataclasses.replace(rewards, normalise=True)
     refused(ValueError, "normalise=True is not exported", rewards=normalised)
     other = {"text_adherence": {"pieces": np.zeros((3, 12), np.int32)}, "acoustic_quality": {}}
     with monkeypatch.context() as patch:
         patch.setattr(LoadedMixture, "read", lambda *_: other)
-        refused(ValueError, "text_adherence reads prompts in another way than the system", rewards=rewards)
+        refused(
+            ValueError,
+            "text_adherence reads prompts in another way than the system",
+            rewards=rewards,
+        )
     with monkeypatch.context() as patch:
         read = MusicLMSystem.read
-        patch.setattr(MusicLMSystem, "read", lambda *given: {**read(*given), "mask": np.ones((3, 12), bool)})
+        patch.setattr(
+            MusicLMSystem, "read", lambda *given: {**read(*given), "mask": np.ones((3, 12), bool)}
+        )
         refused(ValueError, "MusicLMSystem does not read prompts as pieces of a vocabulary")
     with pytest.raises(FileExistsError, match="is there already"):
         export.export(str(run / "policy"), str(tmp_path), 0.4)
@@ -393,9 +486,12 @@ def test_a_check_notices_what_is_not_as_it_was(exported, tmp_path, monkeypatch, 
 def test_one_that_draws_otherwise_is_not_written(run, tmp_path, monkeypatch):
     """A mutation that must fail: the bundle's weights are not the system's."""
     stored = export._stored
-    monkeypatch.setattr(export, "_stored", lambda trees: stored(jax.tree.map(lambda x: x * 2, trees)))
+    monkeypatch.setattr(
+        export, "_stored", lambda trees: stored(jax.tree.map(lambda x: x * 2, trees))
+    )
     with pytest.raises(
-        ValueError, match=r"does not draw what the system does: .* of the golden tokens and .* golden codes differ"
+        ValueError,
+        match=r"does not draw what the system does: .* of the golden tokens and .* golden codes differ",
     ):
         export.export(str(run / "policy"), str(tmp_path / "b"), 0.4, platforms=("cpu",))
     assert not (tmp_path / "b").exists()
@@ -403,7 +499,13 @@ def test_one_that_draws_otherwise_is_not_written(run, tmp_path, monkeypatch):
 
 def test_half_precision_halves_what_is_multiplied(run, tmp_path):
     sampling = Sampling(0.9, top_k=5)
-    export.export(str(run / "policy"), str(tmp_path / "b"), sampling=sampling, platforms=("cpu",), dtype="bfloat16")
+    export.export(
+        str(run / "policy"),
+        str(tmp_path / "b"),
+        sampling=sampling,
+        platforms=("cpu",),
+        dtype="bfloat16",
+    )
     half = Bundle(tmp_path / "b")
     assert half.weights["draw"]["policy/trunk/bridge"].dtype == "bfloat16"
     assert half.weights["draw"]["frozen/soundstream/params/decoder/first/kernel"].dtype == "float32"
@@ -421,12 +523,24 @@ def test_chips_share_the_policy_and_draw_the_same(run, rewards, bundle, tmp_path
     found, alone = shared.draw(text, [7]), bundle.draw(text, [7])
     np.testing.assert_array_equal(found.tokens, alone.tokens)
     np.testing.assert_allclose(found.wav, alone.wav, atol=1e-4)
-    np.testing.assert_allclose(shared.score(found)["total"], bundle.score(alone)["total"], rtol=1e-4)
+    np.testing.assert_allclose(
+        shared.score(found)["total"], bundle.score(alone)["total"], rtol=1e-4
+    )
     pieces = {name: array.addressable_shards for name, array in shared.weights["draw"].items()}
-    assert all({piece.device for piece in each} == set(jax.devices()[2:4]) for each in pieces.values())
-    split = [name for name, (one, *_) in pieces.items() if one.data.shape != shared.weights["draw"][name].shape]
+    assert all(
+        {piece.device for piece in each} == set(jax.devices()[2:4]) for each in pieces.values()
+    )
+    split = [
+        name
+        for name, (one, *_) in pieces.items()
+        if one.data.shape != shared.weights["draw"][name].shape
+    ]
     shares = "query", "key", "value", "out", "gate", "up", "down", "relative", "table", "head"
-    assert set(split) == {name for name in pieces if name.startswith("policy/") and name.endswith(shares)}
+    assert set(split) == {
+        name for name in pieces if name.startswith("policy/") and name.endswith(shares)
+    }
     assert "split among 2 chips" in (folder / "README.md").read_text()
-    with pytest.raises(ValueError, match="exported for 2 chips that draw together, and jax has 1 here"):
+    with pytest.raises(
+        ValueError, match="exported for 2 chips that draw together, and jax has 1 here"
+    ):
         Bundle(folder, jax.devices()[:1])

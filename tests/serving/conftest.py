@@ -50,9 +50,15 @@ CONFIGS = {
         codes=4,
     ),
     "policy": MusicLMConfig(
-        TransformerConfig(2, 24, 2, 32, 0.0), TransformerConfig(1, 16, 2, 24, 0.0), TokenLayout(16, 8, 1), 3, 4
+        TransformerConfig(2, 24, 2, 32, 0.0),
+        TransformerConfig(1, 16, 2, 24, 0.0),
+        TokenLayout(16, 8, 1),
+        3,
+        4,
     ),
-    "fine": SoundStormConfig(ConformerConfig(1, 2, 8, 16), levels=3, coarse_levels=1, codes=8, first_passes=2),
+    "fine": SoundStormConfig(
+        ConformerConfig(1, 2, 8, 16), levels=3, coarse_levels=1, codes=8, first_passes=2
+    ),
     "quality": QualityConfig(RATE, 0.3, ResNetConfig(mels=16, widths=(4, 8), blocks=1)),
 }
 
@@ -107,9 +113,21 @@ class FakeBundle:
     """A bundle that draws nothing, of clips of one second."""
 
     def __init__(self):
-        names = {"version": "0", "sha256": "0" * 64, "licence": "CC0-1.0", "models": {}, "rewards": {}}
+        names = {
+            "version": "0",
+            "sha256": "0" * 64,
+            "licence": "CC0-1.0",
+            "models": {},
+            "rewards": {},
+        }
         names["golden"] = {"prompts": ["jazz"]}
-        self.about = {**names, "clip_seconds": 1.0, "frames": 25, "sample_rate_hz": RATE, "temperature": 1.0}
+        self.about = {
+            **names,
+            "clip_seconds": 1.0,
+            "frames": 25,
+            "sample_rate_hz": RATE,
+            "temperature": 1.0,
+        }
 
     def encode(self, prompts):
         return np.zeros((len(prompts), LENGTH), np.int32)

@@ -73,7 +73,9 @@ def test_other_weights_than_the_recorded_ones_are_refused(base, tmp_path):
 
 def test_a_missing_part_is_named(base, tmp_path):
     folder.write(tmp_path / "lonely", "tiny", {"policy": f"{base}/policy"})
-    with pytest.raises(ValueError, match="lonely has no part 'decoder', only policy: add its folder"):
+    with pytest.raises(
+        ValueError, match="lonely has no part 'decoder', only policy: add its folder"
+    ):
         folder.load(str(tmp_path / "lonely"))
     with pytest.raises(FileNotFoundError, match=r"no checkpoint in .*nowhere"):
         folder.write(tmp_path / "lost", "tiny", {"policy": str(tmp_path / "nowhere")})
@@ -92,7 +94,9 @@ def test_parts_that_do_not_fit_are_named(base, tmp_path):
     other = tiny.write(tmp_path / "other", TinyConfig(codes=8))
     parts = {"policy": f"{base}/policy", "decoder": f"{other}/decoder"}
     folder.write(tmp_path / "mixed", "tiny", parts)
-    with pytest.raises(ValueError, match=r"mixed: the part decoder has TinyConfig\(codes=8, .*, not"):
+    with pytest.raises(
+        ValueError, match=r"mixed: the part decoder has TinyConfig\(codes=8, .*, not"
+    ):
         folder.load(str(tmp_path / "mixed"))
 
 
@@ -113,7 +117,9 @@ def test_a_damaged_file_and_an_unknown_kind_are_refused(tmp_path, content, compl
 
 
 def test_a_folder_without_a_system_says_what_to_name(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no system in .*: name a folder with a system\.json"):
+    with pytest.raises(
+        FileNotFoundError, match=r"no system in .*: name a folder with a system\.json"
+    ):
         folder.describe(str(tmp_path))
 
 

@@ -253,9 +253,7 @@ def run(tmp_path_factory):
 
 def test_models_that_belong_together_are_loaded(run):
     loaded = folder.load(str(run / "policy"))
-    assert loaded.hashes == {
-        name: tiny_musiclm.model(name).hash for name in MusicLMSystem.PLAYING
-    }
+    assert loaded.hashes == {name: tiny_musiclm.model(name).hash for name in MusicLMSystem.PLAYING}
     assert set(loaded.lineage) == {"codec", "mulan"} and loaded.config == CONFIG
     assert loaded.system.vocabulary == tiny_musiclm.vocabulary()
     assert LAYERS in loaded.policy["trunk"]["temporal"]

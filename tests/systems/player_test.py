@@ -104,9 +104,7 @@ def test_clips_by_their_seeds_have_their_own_keys_temperatures_and_beginnings(
     beginning = Beginning(np.asarray(whole.sampled.tokens), (count % 3 * 2).astype(np.int32))
     with jax.set_mesh(player.mesh):
         weights = player.place(loaded.policy, loaded.frozen)
-        rollout = player.draw_by_seed(
-            weights, text, seeds, candidates, temperatures, beginning
-        )
+        rollout = player.draw_by_seed(weights, text, seeds, candidates, temperatures, beginning)
     # One by one, without a mesh.
     for row in (0, 3, 7):
         one = slice(row, row + 1)

@@ -49,7 +49,8 @@ def rows(x, starts, length):
 # Samples of a clip and where its windows of 0.25 s begin: MusicRL's 3 x 10 s, scaled; some that overlap; and one.
 @pytest.mark.exactness(18)
 @pytest.mark.parametrize(
-    ("samples", "starts"), [(12_000, [0, 4000, 8000]), (10_000, [0, 3000, 6000]), (4000, [0]), (3200, [0])]
+    ("samples", "starts"),
+    [(12_000, [0, 4000, 8000]), (10_000, [0, 3000, 6000]), (4000, [0]), (3200, [0])],
 )
 def test_text_adherence_is_the_mean_of_the_windows_cosines(wav, samples, starts):
     text_tower = BertConfig(layers=1, heads=2, embed=16, mlp=32, positions=8, pieces=40)
@@ -60,19 +61,25 @@ def test_text_adherence_is_the_mean_of_the_windows_cosines(wav, samples, starts)
     parts = [MuLan(config).apply(variables, part, text)[:2] for part in rows(wav, starts, 4000)]
     cosines = []
     for audio, prompt in np.asarray(parts, np.float64):
-        cosines.append((audio * prompt).sum(1) / np.linalg.norm(audio, axis=1) / np.linalg.norm(prompt, axis=1))
+        cosines.append(
+            (audio * prompt).sum(1) / np.linalg.norm(audio, axis=1) / np.linalg.norm(prompt, axis=1)
+        )
     scores = TextAdherence("unread", "").score(config, variables, rolled(wav), {"pieces": text})
     np.testing.assert_allclose(scores, np.mean(cosines, axis=0), atol=1e-6)
 
 
 # Shorter than two windows they overlap; up to one there is one.
 @pytest.mark.exactness(18)
-@pytest.mark.parametrize(("samples", "starts"), [(8000, [0, 4000]), (5000, [0, 1000]), (4000, [0]), (3200, [0])])
+@pytest.mark.parametrize(
+    ("samples", "starts"), [(8000, [0, 4000]), (5000, [0, 1000]), (4000, [0]), (3200, [0])]
+)
 def test_acoustic_quality_is_that_of_the_first_and_the_last_window(wav, samples, starts):
     config = QualityConfig(sample_rate_hz=16_000, window_seconds=0.25, network=TOWER)
     wav = wav[:, :samples]
     variables = meta.unbox(Quality(config).init(jax.random.key(2), wav))
-    mos = np.mean([Quality(config).apply(variables, part) for part in rows(wav, starts, 4000)], axis=0)
+    mos = np.mean(
+        [Quality(config).apply(variables, part) for part in rows(wav, starts, 4000)], axis=0
+    )
     scores = AcousticQuality("unread", "").score(config, variables, rolled(wav), {})
     np.testing.assert_allclose(scores, (mos - 1) / 4, rtol=1e-6)
     assert (np.asarray(scores) > 0).all() and (np.asarray(scores) < 1).all()
@@ -82,13 +89,20 @@ def test_acoustic_quality_is_that_of_the_first_and_the_last_window(wav, samples,
 @pytest.mark.parametrize(("frames", "starts"), [(20, [0, 10]), (13, [0, 3]), (10, [0]), (7, [0])])
 def test_user_preference_is_that_of_the_first_and_the_last_window(frames, starts):
     size = TransformerConfig(1, 8, 2, 8, dropout=0.0)
-    config = PreferenceConfig(MusicLMConfig(size, size, TokenLayout(6, 6, 1), 2, 4), window_seconds=0.4)
+    config = PreferenceConfig(
+        MusicLMConfig(size, size, TokenLayout(6, 6, 1), 2, 4), window_seconds=0.4
+    )
     tokens = jax.random.randint(jax.random.key(3), (BATCH, frames, 3), 0, 6)
     mulan = jax.random.randint(jax.random.key(4), (BATCH, 2), 0, 4)
     variables = meta.unbox(Preference(config).init(jax.random.key(5), tokens, mulan))
-    kernel = jax.random.normal(jax.random.key(6), variables["params"]["score"]["kernel"].shape)  # starts at 0
+    kernel = jax.random.normal(
+        jax.random.key(6), variables["params"]["score"]["kernel"].shape
+    )  # starts at 0
     variables["params"]["score"]["kernel"] = kernel
-    expected = np.mean([Preference(config).apply(variables, part, mulan) for part in rows(tokens, starts, 10)], axis=0)
+    expected = np.mean(
+        [Preference(config).apply(variables, part, mulan) for part in rows(tokens, starts, 10)],
+        axis=0,
+    )
     condition = MuLanCondition(jnp.zeros((BATCH, 4)), mulan)
     sampled = SampledTokens(tokens.reshape(BATCH, -1), jnp.zeros((BATCH, 3 * frames)), None)
     rollout = Rollout(condition, sampled, (), jnp.zeros((BATCH, 1, 8)))
