@@ -1,1 +1,1 @@
-"""Sampling, rewards and the rollout that joins them."""
+"""Reinforcement learning: config, learner, rewards, and the jitted functions of a run."""

@@ -1,4 +1,4 @@
-"""The settings of a run of RL, each in one place: default, check, docstring, identity."""
+"""Settings of a run of RL: defaults, checks and documentation, each in one place."""
 
 import dataclasses
 import math
@@ -11,7 +11,7 @@ from musicrl_jax.systems.system import Sampling
 
 
 def _no_identity(default: int | bool) -> dataclasses.Field:
-    """Returns a field that changes how a run computes, and not what."""
+    """Returns a field without influence on results: a run may continue with another value."""
     return dataclasses.field(default=default, metadata=checkpoint.NO_IDENTITY)
 
 
@@ -20,27 +20,27 @@ class RLConfig:
     """How a policy is finetuned.
 
     Attributes:
-      steps: rollouts in all, 1 or more.
-      batch_size: clips a step over all devices: prompts times `gradient.clips_per_prompt`.
-      clip_seconds: length of the clips, whole frames of the system.
-      kl_strength: a in J = (1 - a) E[R] - a KL, in [0, 1); KL in nats a clip. With a target it is
-        where the strength starts.
-      policy_optimiser: how the policy moves.
-      value_optimiser: how the value moves; not used without one.
+      steps: number of rollouts, 1 or more.
+      batch_size: clips of a rollout over all devices: prompts times `gradient.clips_per_prompt`.
+      clip_seconds: length of the clips, a whole number of the system's frames.
+      kl_strength: a in J = (1 - a) E[R] - a KL, in [0, 1); the KL is in nats a clip. With a KL
+        target it is the initial strength.
+      policy_optimiser: optimiser of the policy.
+      value_optimiser: optimiser of the value function; unused without one.
       gradient: which policy gradient; by default the paper's, with the exact gradient of its KL.
-      updates: of each rollout; more than 1 needs the clipped surrogate.
+      updates: updates with each rollout; more than 1 needs the clipped surrogate.
       kl_target_per_second: KL in nats a second of music that kl_strength is adapted to; None keeps
-        the strength.
-      sampling: the distribution of the policy, the same in sampling and in scoring.
+        the strength constant.
+      sampling: temperature and top-k of the policy, the same in sampling and in scoring.
       microbatches: parts of a batch that are differentiated one after the other, to save memory.
       remat: recomputes activations in the backward pass, to save memory.
-      dtype: of products with weights in the update and in frozen token models, 'float32' or
-        'bfloat16'. Clips are sampled in float32 (on a TPU the compiler reads weights and caches as
-        bfloat16 even so); what is learned, softmaxes, losses, rewards and codec are in float32 too.
-        The metric sampler_drift says what that changes.
-      seed: of the prompts' order and of sampling.
-      fsdp: size of the mesh's axis that shares weights and batch.
-      tensor: size of the mesh's axis that shares heads and inner layers.
+      dtype: 'float32' or 'bfloat16', of matrix products in the update and in frozen token models.
+        Clips are sampled in float32 (a TPU's compiler still reads weights and caches as bfloat16).
+        Trained weights, softmaxes, losses, rewards and the codec are in float32 too. The metric
+        sampler_drift shows the effect.
+      seed: seed of the order of the prompts and of sampling.
+      fsdp: size of the mesh axis that shards weights and batch.
+      tensor: size of the mesh axis that shards heads and inner layers.
       save_every: steps between two checkpoints.
     """
 
@@ -67,25 +67,26 @@ class RLConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"RLConfig.{name}={getattr(self, name)} must be 1 or more")
         if not 0 <= self.kl_strength < 1:
-            raise ValueError(f"RLConfig.kl_strength={self.kl_strength} must lie in [0, 1)")
+            raise ValueError(f"RLConfig.kl_strength={self.kl_strength} must be in [0, 1)")
         if self.updates > 1 and self.gradient.surrogate != "clipped":
             raise ValueError(
-                f"RLConfig.updates={self.updates} must be 1, or more with "
-                f"PolicyGradient.surrogate='clipped', which is {self.gradient.surrogate!r}"
+                f"RLConfig.updates={self.updates} needs PolicyGradient.surrogate='clipped', not "
+                f"{self.gradient.surrogate!r}: set that, or updates=1"
             )
         target = self.kl_target_per_second
         if target is not None and not (0 < target < math.inf and self.kl_strength > 0):
             raise ValueError(
-                f"RLConfig.kl_target_per_second={target} must be above 0 and finite, or None, and "
-                f"kl_strength={self.kl_strength}, where it starts, above 0"
+                f"RLConfig.kl_target_per_second={target} must be None, or finite and above 0 with "
+                f"kl_strength={self.kl_strength} above 0"
             )
         if self.batch_size % self.gradient.clips_per_prompt:
             raise ValueError(
-                f"RLConfig.batch_size={self.batch_size} is no multiple of "
+                f"RLConfig.batch_size={self.batch_size} must be a multiple of "
                 f"PolicyGradient.group={self.gradient.group}"
             )
         if self.batch_size % self.microbatches:
             raise ValueError(
-                f"RLConfig.microbatches={self.microbatches} must divide batch_size={self.batch_size}"
+                f"RLConfig.microbatches={self.microbatches} must divide "
+                f"batch_size={self.batch_size}"
             )
         in_dtype({}, self.dtype)  # raises for any other dtype

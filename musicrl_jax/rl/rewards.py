@@ -1,8 +1,8 @@
-"""Reward terms and their mixture.
+"""Reward terms and their weighted sum.
 
-A term is a frozen dataclass; a user's own has the members of `Term`. A field of it that names a
-folder or a file is marked `dataclasses.field(metadata=checkpoint.PATH)`, so that a run is another
-one if their content changes. `systems/scorers.py` has the terms of this project's models.
+A term is a frozen dataclass with the members of `Term`; users may write their own. Mark a field
+that names a file or folder by `dataclasses.field(metadata=checkpoint.PATH)`: its content is then
+part of the run's identity. `systems/scorers.py` has the terms of this project's models.
 
 Legend: B clips.
 """
@@ -23,12 +23,12 @@ from musicrl_jax.systems.system import Rollout, Text, Tree
 
 
 class Term(Protocol):
-    """What a reward term offers.
+    """The members of a reward term.
 
     Attributes:
-      name: of the term; a mixture has each once.
+      name: name of the term, unique in a mixture.
       low, high: range of its scores.
-      licence: that its model stands under.
+      licence: licence of its model's weights.
     """
 
     name: str
@@ -40,19 +40,22 @@ class Term(Protocol):
         """Returns the term's model; `read` reads a checkpoint's folder."""
 
     def windows(self, model: Any) -> str:
-        """Says in words which part of a clip is judged."""
+        """Describes which part of a clip the term scores."""
 
     def lineage(self, model: checkpoint.Model) -> dict[str, str]:
-        """Returns the hashes of the models whose tokens or embeddings the term works with."""
+        """Returns the hashes of the models whose tokens or embeddings the term reads."""
 
     def read(self, model: checkpoint.Model, prompts: Sequence[str]) -> Text:
-        """Reads prompts on the host, arrays [B, ...]; {} if the term does not need them."""
+        """Reads prompts on the host, arrays [B, ...]; {} if the term ignores them."""
 
     def score(self, model: Any, variables: Tree, rollout: Rollout, text: Text) -> jax.Array:
         """Returns scores in [low, high], f32 [B]; traced under jit.
 
-        `model` is the config of the model that `load` returned, `variables` its weights, and `text`
-        what `read` returned.
+        Args:
+          model: config of the model that `load` returned.
+          variables: weights of that model.
+          rollout: B clips.
+          text: the prompts as `read` returned them.
         """
 
 
@@ -61,10 +64,10 @@ class Mixture:
     """A weighted sum of terms.
 
     Attributes:
-      terms: the terms, each name once.
+      terms: the terms, with unique names.
       weights: a weight for each term's name.
-      normalise: whether a term is first brought to mean 0 and standard deviation 1 over clips of the base, so that
-        weights mean the same for terms of any scale; else terms are taken as they are, as in MusicRL.
+      normalise: whether terms are first scaled to mean 0 and standard deviation 1 over clips of
+        the base, so that weights are comparable. MusicRL adds the terms unscaled.
     """
 
     terms: tuple[Term, ...]
@@ -73,17 +76,17 @@ class Mixture:
 
     def __post_init__(self) -> None:
         names = [term.name for term in self.terms]
-        if len(set(names)) < len(names):
-            raise ValueError(f"Mixture.terms names a reward twice: {names}; keep each once")
         if not names:
-            raise ValueError("Mixture.terms is empty: name a reward")
-        if wrong := [name for name, weight in self.weights.items() if not math.isfinite(weight)]:
-            raise ValueError(
-                f"Mixture.weights[{wrong[0]!r}] = {self.weights[wrong[0]]} must be finite"
-            )
+            raise ValueError("Mixture.terms is empty: add a term")
+        if len(set(names)) < len(names):
+            raise ValueError(f"Mixture.terms has a name twice: {names}; make names unique")
+        for name, weight in self.weights.items():
+            if not math.isfinite(weight):
+                raise ValueError(f"Mixture.weights[{name!r}] = {weight} must be finite")
         if set(names) != set(self.weights):
             raise ValueError(
-                f"Mixture.weights is for {sorted(self.weights)}, Mixture.terms are {sorted(names)}; make them match"
+                f"Mixture.weights is for {sorted(self.weights)}, and Mixture.terms are "
+                f"{sorted(names)}: make them match"
             )
 
     def load(self, read: checkpoint.Reader = checkpoint.load_model) -> "LoadedMixture":
@@ -93,7 +96,7 @@ class Mixture:
 
 @dataclasses.dataclass(frozen=True)
 class LoadedMixture:
-    """A mixture with its models, by the name of their term."""
+    """A mixture with the model of each term, by the term's name."""
 
     mixture: Mixture
     models: dict[str, checkpoint.Model]
@@ -114,30 +117,30 @@ class LoadedMixture:
         return [term.name for term in self.mixture.terms]
 
     def check_models(self, loaded: LoadedSystem) -> None:
-        """Raises ValueError if a term's model does not belong to the system.
+        """Raises ValueError if a term's model was trained for another system.
 
-        It may work with the tokens or embeddings of other models, or at another sample rate.
+        Its tokens or embeddings may come from other models, or its sample rate may be another.
         """
-        rate = loaded.system.sample_rate_hz
+        system_rate = loaded.system.sample_rate_hz
         for term in self.mixture.terms:
             model = self.models[term.name]
-            for name, hash_ in term.lineage(model).items():
-                spoken = loaded.lineage.get(name, hash_)
-                if hash_ != spoken:
+            for name, term_hash in term.lineage(model).items():
+                system_hash = loaded.lineage.get(name, term_hash)
+                if term_hash != system_hash:
                     raise ValueError(
-                        f"the model of reward {term.name} works with {name} {hash_[:12]}, and the "
-                        f"policy speaks the tokens of {spoken[:12]}: give that one's folder, or "
+                        f"the model of reward {term.name} reads tokens of {name} {term_hash[:12]}, "
+                        f"and the policy's are of {system_hash[:12]}: give that model's folder, or "
                         "train on votes for clips of this policy"
                     )
-            heard = getattr(model.config, "sample_rate_hz", rate)
-            if heard != rate:
+            rate = getattr(model.config, "sample_rate_hz", system_rate)
+            if rate != system_rate:
                 raise ValueError(
-                    f"the model of reward {term.name} hears at {heard} Hz, and the codec decodes at "
-                    f"{rate} Hz: train it for that"
+                    f"the model of reward {term.name} needs {rate} Hz, and the codec decodes at "
+                    f"{system_rate} Hz: train it at that rate"
                 )
 
     def describe(self) -> dict[str, dict[str, Any]]:
-        """Returns what each term declares, for users of a policy that was trained on it."""
+        """Returns weight, range, windows, licence and hash of each term, as JSON holds them."""
         return {
             term.name: {
                 "weight": self.mixture.weights[term.name],
@@ -150,7 +153,7 @@ class LoadedMixture:
         }
 
     def read(self, prompts: Sequence[str]) -> dict[str, Text]:
-        """Reads prompts on the host, for each term in its own way."""
+        """Reads prompts on the host, once for each term."""
         return {
             term.name: term.read(self.models[term.name], prompts) for term in self.mixture.terms
         }
@@ -167,9 +170,10 @@ class LoadedMixture:
         return scores
 
     def units(self, scores: Mapping[str, np.ndarray]) -> Units:
-        """Returns centre and spread of each term's scores f32 [B] of the base's clips.
+        """Returns mean and standard deviation of each term's scores f32 [B] of clips of the base.
 
-        (0, 1) if not normalised. Raises ValueError if a term has no two finite scores that differ.
+        They are (0, 1) if terms are not normalised. Raises ValueError if all finite scores of a
+        term are equal.
         """
         if not self.mixture.normalise:
             return {name: (0.0, 1.0) for name in scores}
@@ -178,28 +182,30 @@ class LoadedMixture:
             finite = np.asarray(score)[np.isfinite(score)]
             if len(finite) < 2 or finite.std() <= 1e-7 * max(np.abs(finite).max(), 1e-30):
                 raise ValueError(
-                    f"reward {name} is the same for all of {len(finite)} clips of the base and "
-                    "cannot be normalised: leave it out, or set Mixture.normalise=False"
+                    f"reward {name} has one score for all of {len(finite)} clips of the base and "
+                    "cannot be normalised: remove it, or set Mixture.normalise=False"
                 )
             units[name] = float(finite.mean()), float(finite.std())
         return units
 
     def total(self, scores: Mapping[str, jax.Array], units: Units) -> jax.Array:
-        """Returns the mixture, f32 [B]."""
-        weights = self.mixture.weights
-        return sum(
-            weights[name] * ((score - units[name][0]) / units[name][1])
-            for name, score in scores.items()
-        )
+        """Returns the weighted sum, f32 [B]."""
+        terms = []
+        for name, score in scores.items():
+            centre, spread = units[name]
+            terms.append(self.mixture.weights[name] * ((score - centre) / spread))
+        return sum(terms)
 
-    def check(self, scores: dict[str, np.ndarray]) -> None:
-        """ValueError where a term left its range; what is not finite is left to the update, which skips it."""
+    def check(self, scores: Mapping[str, np.ndarray]) -> None:
+        """Raises ValueError if a score is outside its term's range.
+
+        Ignores non-finite scores: the update skips them.
+        """
         for term in self.mixture.terms:
-            values = np.asarray(scores[term.name])
-            outside = values[
-                np.isfinite(values) & ((values < term.low - 1e-4) | (values > term.high + 1e-4))
-            ]
+            values = scores[term.name][np.isfinite(scores[term.name])]
+            outside = values[(values < term.low - 1e-4) | (values > term.high + 1e-4)]
             if outside.size:
                 raise ValueError(
-                    f"reward {term.name} is {outside[0]:.4g}, outside [{term.low}, {term.high}]: mend the term"
+                    f"reward {term.name} is {outside[0]:.4g}, outside [{term.low}, {term.high}]: "
+                    "correct the term's score or its range"
                 )
