@@ -108,7 +108,7 @@ def train_rl(
         judge = None
         if monitor is not None:
             metrics = read_metrics(directory / FILE_NAME)
-            judge = monitor.load(directory, partial(run.hear, anchor), metrics)
+            judge = monitor.load(directory, partial(run.monitor_clips, anchor), metrics)
 
         # The loop.
         batch = config.batch_size // config.gradient.clips_per_prompt
@@ -122,7 +122,7 @@ def train_rl(
                 looked = {}
                 if judge is not None and judge.due(step, config.steps):
                     stored = loaded.system.stored(sharding.fetch(state.policy))
-                    draw = partial(run.hear, state.policy)
+                    draw = partial(run.monitor_clips, state.policy)
                     looked = judge.look(step, draw, loaded.config, stored)
                 # The clips of a prompt stand together.
                 texts = np.repeat(next(batches), config.gradient.clips_per_prompt).tolist()

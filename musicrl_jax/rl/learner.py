@@ -1,12 +1,12 @@
-"""The learner: everything between a rollout with its rewards and the next policy, as one pure step.
+"""The learner: turns a rollout and its rewards into the next policy, as one pure step.
 
-Legend: B clips, b clips of a microbatch, S tokens of a clip in the order of sampling.
+Legend: B clips, b clips of a microbatch, S tokens of a clip in sampling order.
 """
 
 import dataclasses
 from collections.abc import Callable
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.struct
 import jax
@@ -26,17 +26,19 @@ from musicrl_jax.losses.policy_gradient import (
 from musicrl_jax.rl.config import RLConfig
 from musicrl_jax.systems.system import MusicSystem, Rollout, Tree
 
+Metrics = dict[str, jax.Array]  # f32 [] each
+
 
 @flax.struct.dataclass
 class RLState:
     """Everything an update reads and writes.
 
     Attributes:
-      step: int32 [], number of updates done.
-      skipped: int32 [], rollouts whose update was left out, as a reward or gradient was not finite.
+      step: int32 [], number of rollouts learned from.
+      skipped: int32 [], rollouts with an update that a non-finite reward or gradient prevented.
       kl_strength: f32 [], a in J = (1 - a) E[R] - a KL.
       policy: weights of the policy.
-      value: weights of the value function; {} if the baseline is another.
+      value: weights of the value function; {} for the other baselines.
       policy_opt: the policy optimiser's moments.
       value_opt: the value optimiser's moments.
     """
@@ -51,11 +53,20 @@ class RLState:
 
 
 class ComputeCopy(NamedTuple):
-    """The weights of policy, anchor and value as an update computes with them: in its dtype."""
+    """The weights that an update computes with, in the config's dtype."""
 
     policy: Tree
     anchor: Tree
     value: Tree
+
+
+class Batch(NamedTuple):
+    """A scored rollout; in microbatches, each array is [microbatches, b, ...]."""
+
+    rollout: Rollout
+    reference: Tree  # the anchor's scores, as the system keeps them
+    advantage: Advantage
+    reward: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,10 +74,9 @@ class Learner:
     """A KL-anchored policy gradient as one pure step.
 
     Attributes:
-      system: whose policy is trained.
-      config: the settings; microbatches are scored and differentiated one after the other, and the
-        update is the same. Gradients are summed over devices in `config.dtype`, and over
-        microbatches in float32.
+      system: the system whose policy is trained.
+      config: the settings. The number of microbatches does not change the update. Gradients are
+        summed over devices in `config.dtype`, and over microbatches in float32.
     """
 
     system: MusicSystem
@@ -79,25 +89,25 @@ class Learner:
 
     @cached_property
     def policy_transform(self) -> optax.GradientTransformation:
-        """How the policy moves."""
+        """The policy's optimiser."""
         return self.config.policy_optimiser.build(self.config.steps * self.config.updates)
 
     @cached_property
     def value_transform(self) -> optax.GradientTransformation:
-        """How the value function moves."""
+        """The value function's optimiser."""
         return self.config.value_optimiser.build(self.config.steps * self.config.updates)
 
     # --- the state before the first update ---
 
     def create(self, key: jax.Array) -> RLState:
-        """Returns a state of the right shapes; `started` puts the base's weights into it."""
+        """Returns a state with random weights; `start_from` replaces them by the base's."""
         policy = self.system.init(key)
         value = self.system.init_values(key) if self.learns_values else {}
         moments = self.policy_transform.init(policy), self.value_transform.init(value)
         zero = jnp.zeros((), jnp.int32)
         return RLState(zero, zero, jnp.float32(self.config.kl_strength), policy, value, *moments)
 
-    def started(self, state: RLState, base: Tree) -> RLState:
+    def start_from(self, state: RLState, base: Tree) -> RLState:
         """Returns the state with the base's weights in policy and value (MusicRL 3.3)."""
         state = state.replace(policy=jax.tree.map(jnp.copy, base))
         if not self.learns_values:
@@ -105,9 +115,9 @@ class Learner:
         return state.replace(value=self.system.start_values(state.value, base))
 
     def with_baseline(self, state: RLState, reward: jax.Array) -> RLState:
-        """Starts the value at the mean reward f32 [B] of the first rollout.
+        """Starts the value function at the mean of the first rollout's finite rewards, f32 [B].
 
-        From 0, all that was sampled first would be reinforced.
+        A value function that starts at 0 would reinforce every token of the first rollouts.
         """
         if not self.learns_values:
             return state
@@ -128,60 +138,62 @@ class Learner:
         weights: ComputeCopy,
         rollout: Rollout,
         reward: jax.Array,
-        layout: RLState | None = None,
-        gathered: RLState | None = None,
-    ) -> tuple[RLState, dict[str, jax.Array]]:
-        """Makes all updates of a rollout.
+        shardings: RLState | None = None,
+        copy_shardings: ComputeCopy | None = None,
+    ) -> tuple[RLState, Metrics]:
+        """Makes the config's number of updates with one rollout.
 
-        If a reward or a gradient is not finite nothing moves, and the rollout is counted once in
-        `skipped`.
+        A non-finite reward or gradient leaves policy, value and moments unchanged.
 
         Args:
           state: the state before.
-          weights: the `compute_copy` of the state and its anchor, for the first update.
-          rollout: B clips, drawn by the state's policy.
+          weights: `compute_copy` of the state and the anchor, for the first update.
+          rollout: B clips, sampled by the state's policy.
           reward: f32 [B].
-          layout: shardings of the state; gradients are then summed over microbatches so sharded.
-          gathered: shardings of the weights that later updates compute with.
+          shardings: shardings of the state; gradients are summed over microbatches in these.
+          copy_shardings: shardings of the compute copies of later updates.
 
         Returns:
-          (the next state, metrics f32 [] each, of the last update).
+          (the next state, metrics of the last update).
         """
-        config = self.config
+        # Score the rollout with the policy that sampled it, the anchor and the value function.
+        # The same operations score policy and anchor, so with equal weights the KL is exactly 0.
+        # One exception: on jax 0.12, XLA may fuse the gradient's forward pass differently from the
+        # anchor's. Tiny random models then start at 4e-8 nats a clip, trained ones still at 0.
         parts, rewards = jax.tree.map(self._split, (rollout, reward))
-        # Policy and anchor are scored by the very same operations: as long as their weights are
-        # equal so are the log-probs, and the KL is 0 to the bit.
         reference = self._map(lambda part: self._reference(weights.anchor, part), parts)
-        worth, metrics = self._worth(state, weights, parts, reference, rollout, reward)
-        batch = parts, reference, jax.tree.map(self._split, worth), rewards
+        advantages, metrics = self._advantage(state, weights, parts, reference, rollout, reward)
+        batch = Batch(parts, reference, jax.tree.map(self._split, advantages), rewards)
 
-        def again(state: RLState, _: None) -> tuple[RLState, dict[str, jax.Array]]:
+        # Update once, then again from compute copies of the moved weights.
+        after, last_metrics = self._update_once(state, weights, batch, reward, shardings)
+
+        def update_again(state: RLState, _: None) -> tuple[RLState, Metrics]:
             copy = self.compute_copy(state, ())
-            if gathered is not None:
-                shardings = ComputeCopy(gathered.policy, (), gathered.value)
-                copy = jax.lax.with_sharding_constraint(copy, shardings)
-            return self._update_once(state, copy, batch, reward, layout)
+            if copy_shardings is not None:
+                places = copy_shardings._replace(anchor=())
+                copy = jax.lax.with_sharding_constraint(copy, places)
+            return self._update_once(state, copy, batch, reward, shardings)
 
-        after, found = self._update_once(state, weights, batch, reward, layout)
-        if config.updates > 1:
-            after, found = jax.lax.scan(again, after, None, length=config.updates - 1)
-            found = jax.tree.map(lambda x: x[-1], found)
-        metrics |= found
+        if self.config.updates > 1:
+            after, history = jax.lax.scan(update_again, after, length=self.config.updates - 1)
+            last_metrics = jax.tree.map(lambda x: x[-1], history)
 
-        # A rollout counts once, however many of its updates were left out.
+        # A rollout counts once, however many of its updates were skipped.
         skips = after.skipped > state.skipped
-        after = after.replace(skipped=state.skipped + skips.astype(jnp.int32))
-        if config.kl_target_per_second is not None:
-            target = config.kl_target_per_second * config.clip_seconds  # nats a clip, as the KL
-            strength = adapted_strength(state.kl_strength, metrics["kl"], target)
-            after = after.replace(kl_strength=jnp.where(skips, state.kl_strength, strength))
+        after = after.replace(step=state.step + 1, skipped=state.skipped + skips.astype(jnp.int32))
+        metrics |= last_metrics
         metrics |= {
             "kl_strength": state.kl_strength,
             "skipped": after.skipped.astype(jnp.float32),
         }
-        return after.replace(step=state.step + 1), metrics
+        if self.config.kl_target_per_second is not None:
+            target = self.config.kl_target_per_second * self.config.clip_seconds  # nats a clip
+            strength = adapted_strength(state.kl_strength, metrics["kl"], target)
+            after = after.replace(kl_strength=jnp.where(skips, state.kl_strength, strength))
+        return after, metrics
 
-    def _worth(
+    def _advantage(
         self,
         state: RLState,
         weights: ComputeCopy,
@@ -189,86 +201,78 @@ class Learner:
         reference: Tree,
         rollout: Rollout,
         reward: jax.Array,
-    ) -> tuple[Advantage, dict[str, jax.Array]]:
-        """Returns what the rollout is worth to the policy that drew it, and metrics of that."""
-        before = self._joined(
-            self._map(
-                lambda part, reference: self._scored(weights.policy, reference, part),
-                parts,
-                reference,
-            )
-        )
-        values = self._joined(self._map(lambda part: self._valued(weights.value, part), parts))
-        worth, metrics = advantage(self.config.gradient, before, reward, values, state.kl_strength)
-        drift = before.log_probs - rollout.sampled.log_probs
+    ) -> tuple[Advantage, Metrics]:
+        """Returns the advantages of all tokens, f32 [B, S], and metrics of the rollout."""
+        scores = self._map(lambda *part: self._scores(weights.policy, *part), parts, reference)
+        values = self._map(lambda part: self._values(weights.value, part), parts)
+        scores, values = self._join(scores), self._join(values)
+        strength = state.kl_strength
+        advantages, metrics = advantage(self.config.gradient, scores, reward, values, strength)
+        drift = scores.log_probs - rollout.sampled.log_probs
         metrics |= {
             "sampler_drift": jnp.abs(drift).max(),
             "sampler_drift_clip": jnp.abs(drift.sum(axis=1)).max(),
         }
         if values is not None:
             metrics |= value_loss(values, reward)[1]
-        return worth, metrics
+        return advantages, metrics
 
     def _update_once(
         self,
         state: RLState,
         weights: ComputeCopy,
-        batch: tuple[Rollout, Tree, Advantage, jax.Array],
+        batch: Batch,
         reward: jax.Array,
-        layout: RLState | None,
-    ) -> tuple[RLState, dict[str, jax.Array]]:
-        """Moves policy and value once, by the gradients of all microbatches."""
-        gradient, strength = self.config.gradient, state.kl_strength
-        parts, reference, worth, rewards = batch
+        shardings: RLState | None,
+    ) -> tuple[RLState, Metrics]:
+        """Moves policy and value by the gradients of all microbatches."""
 
-        def actor(policy: Tree, part: Rollout, reference: Tree, worth: Advantage) -> Any:
-            return policy_loss(gradient, self._scored(policy, reference, part), worth, strength)
+        def actor_loss(policy: Tree, part: Batch) -> tuple[jax.Array, Metrics]:
+            scores = self._scores(policy, part.rollout, part.reference)
+            return policy_loss(self.config.gradient, scores, part.advantage, state.kl_strength)
 
-        def critic(value: Tree, part: Rollout, reward: jax.Array) -> jax.Array:
-            return value_loss(self._valued(value, part), reward)[0]
+        def critic_loss(value: Tree, part: Batch) -> tuple[jax.Array, Metrics]:
+            loss, _ = value_loss(self._values(value, part.rollout), part.reward)
+            return loss, {"value_loss": loss}
 
         # The policy.
-        slopes = jax.grad(actor, has_aux=True)
-        gradients, metrics = self._mean(
-            lambda *part: slopes(weights.policy, *part),
-            (parts, reference, worth),
-            layout and (layout.policy, None),
+        gradients, metrics = self._gradients(
+            actor_loss, weights.policy, batch, shardings and shardings.policy
         )
         metrics["policy_norm"] = norm = optax.tree.norm(gradients)
         policy, policy_opt = moved(self.policy_transform, gradients, state.policy_opt, state.policy)
-        taken = state.replace(policy=policy, policy_opt=policy_opt)
+        after = state.replace(policy=policy, policy_opt=policy_opt)
 
-        # The value.
+        # The value function.
         if self.learns_values:
-            slopes = jax.value_and_grad(critic)
-            metrics["value_loss"], gradients = self._mean(
-                lambda *part: slopes(weights.value, *part),
-                (parts, rewards),
-                layout and (None, layout.value),
+            gradients, value_metrics = self._gradients(
+                critic_loss, weights.value, batch, shardings and shardings.value
             )
             value, value_opt = moved(self.value_transform, gradients, state.value_opt, state.value)
-            taken = taken.replace(value=value, value_opt=value_opt)
+            after = after.replace(value=value, value_opt=value_opt)
+            metrics |= value_metrics
             metrics["value_norm"] = optax.tree.norm(gradients)
             norm += metrics["value_norm"]
 
-        # Nothing moves unless everything is finite.
-        left_out = state.replace(skipped=state.skipped + 1)
+        # Skip the update unless everything is finite.
+        skipped = state.replace(skipped=state.skipped + 1)
         finite = jnp.isfinite(norm) & jnp.isfinite(reward).all()
-        return jax.tree.map(lambda new, old: jnp.where(finite, new, old), taken, left_out), metrics
+        return jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, skipped), metrics
 
     # --- the system's functions on a microbatch ---
 
     def _reference(self, anchor: Tree, part: Rollout) -> Tree:
+        """Returns the anchor's scores of a microbatch."""
         return self.system.reference(anchor, part.condition, part.sampled, self.config.sampling)
 
-    def _scored(self, policy: Tree, reference: Tree, part: Rollout) -> Scores:
+    def _scores(self, policy: Tree, part: Rollout, reference: Tree) -> Scores:
         """Returns log-probs and KL of a microbatch, f32 [b, S]."""
         return self.system.scores(
             policy, reference, part.condition, part.sampled, self.config.sampling
         )
 
-    def _valued(self, value: Tree, part: Rollout) -> jax.Array | None:
-        """Returns the values f32 [b, S], if there are any."""
+    def _values(self, value: Tree, part: Rollout) -> jax.Array | None:
+        """Returns the values of a microbatch, f32 [b, S]; None without a value function."""
         if not self.learns_values:
             return None
         return self.system.values(value, part.condition, part.sampled.tokens)
@@ -276,46 +280,51 @@ class Learner:
     # --- microbatches ---
 
     def _split(self, x: jax.Array) -> jax.Array:
-        """[B, ...] -> [microbatches, b, ...]; each microbatch has clips of every device."""
-        count = self.config.microbatches
-        return x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1)
+        """Reshapes [B, ...] to [microbatches, b, ...]; a microbatch has clips of every device."""
+        return x.reshape(-1, self.config.microbatches, *x.shape[1:]).swapaxes(0, 1)
 
-    def _joined(self, tree: Tree) -> Tree:
+    def _join(self, tree: Tree) -> Tree:
         """Inverts `_split`."""
         return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), tree)
 
-    def _map(self, function: Callable, *parts: Tree) -> Tree:
+    def _map(self, function: Callable[..., Tree], *parts: Tree) -> Tree:
         """Returns function(part) of every microbatch, stacked."""
-        if self.config.microbatches == 1:  # without a loop, in which XLA's CPU products are slower
-            return jax.tree.map(lambda x: x[None], function(*jax.tree.map(lambda x: x[0], parts)))
+        if self.config.microbatches == 1:  # XLA's CPU matrix products are slower inside a loop
+            return jax.tree.map(lambda x: x[None], function(*_first(parts)))
         return jax.lax.map(lambda part: function(*part), parts)
 
-    def _mean(
-        self, function: Callable, parts: tuple[Tree, ...], layout: tuple[Tree, Tree] | None
-    ) -> Any:
-        """Averages function(part), a pair, over microbatches in float32.
+    def _gradients(
+        self,
+        loss: Callable[[Tree, Batch], tuple[jax.Array, Metrics]],
+        weights: Tree,
+        batch: Batch,
+        shardings: Tree | None,
+    ) -> tuple[Tree, Metrics]:
+        """Averages gradients and metrics of a loss over microbatches, in float32.
 
-        One microbatch's result is held at a time, and the sum. `layout` has the sharding of each
-        half of the pair, or None.
+        Holds the sum and one microbatch's gradients at a time.
         """
 
-        def laid_out(pair: Any) -> Any:
-            where = layout or (None, None)
-            pair = tuple(
-                side if at is None else jax.lax.with_sharding_constraint(side, at)
-                for side, at in zip(pair, where, strict=True)
-            )
-            return jax.tree.map(at_least_float32, pair)
+        def constrain(gradients: Tree, metrics: Metrics) -> tuple[Tree, Metrics]:
+            if shardings is not None:
+                gradients = jax.lax.with_sharding_constraint(gradients, shardings)
+            return jax.tree.map(at_least_float32, (gradients, metrics))
+
+        def part_gradients(part: Batch) -> tuple[Tree, Metrics]:
+            return constrain(*jax.grad(loss, has_aux=True)(weights, part))
 
         if self.config.microbatches == 1:
-            return laid_out(function(*jax.tree.map(lambda x: x[0], parts)))
-        first = jax.eval_shape(
-            lambda *part: laid_out(function(*part)), *jax.tree.map(lambda x: x[0], parts)
-        )
-        nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
+            return part_gradients(_first(batch))
 
-        def add(total: Any, part: Any) -> tuple[Any, None]:
-            return laid_out(jax.tree.map(jnp.add, total, laid_out(function(*part)))), None
+        def add(total: tuple[Tree, Metrics], part: Batch) -> tuple[tuple[Tree, Metrics], None]:
+            return constrain(*jax.tree.map(jnp.add, total, part_gradients(part))), None
 
-        total = jax.lax.scan(add, laid_out(nothing), parts)[0]
+        shapes = jax.eval_shape(part_gradients, _first(batch))
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        total, _ = jax.lax.scan(add, constrain(*zeros), batch)
         return jax.tree.map(lambda x: x / self.config.microbatches, total)
+
+
+def _first(parts: Tree) -> Tree:
+    """Returns the first microbatch."""
+    return jax.tree.map(lambda x: x[0], parts)

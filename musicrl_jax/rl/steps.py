@@ -1,6 +1,6 @@
-"""The functions of a run of RL on its mesh: what `train_rl` calls, and what the planner compiles.
+"""The jitted functions of a run of RL: `train_rl` calls them, and the planner compiles them.
 
-Legend: B clips, C channels, N samples.
+Legend: B clips, n prompts, N samples.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ from musicrl_jax.systems.system import Rollout, Tree, Weights
 
 
 class Step(NamedTuple):
-    """What became of a step: the next state, rewards f32 [B], terms f32 [B] each, and metrics."""
+    """Results of a step: the next state, rewards f32 [B], terms f32 [B] each, and metrics."""
 
     state: RLState
     reward: jax.Array
@@ -32,58 +32,58 @@ class Step(NamedTuple):
 
 
 class Run:
-    """One run: its player, its learner and their jitted functions, without weights.
+    """The player and the learner of one run, jitted on its mesh; their weights are arguments.
 
-    The state rests sharded over fsdp. What computes in long loops, as sampling does, gets a copy
-    that is all-gathered first; a program that computes takes minutes longer to compile if it also
-    fetches a thousand arrays.
+    Between steps the state is sharded over fsdp. Sampling and updates read compute copies, which
+    are all-gathered first: a program that both computes and gathers a thousand arrays takes minutes
+    longer to compile.
 
     Attributes:
       player: draws and scores clips.
       learner: the update as a pure function.
       shapes, shardings: of the learner's state.
-      copy_shardings: of the weights that an update computes with.
+      copy_shardings: shardings of the weights that an update computes with.
     """
 
     def __init__(self, loaded: LoadedSystem, mixture: LoadedMixture, config: RLConfig, mesh: Mesh):
-        """Builds the functions, and compiles nothing; ValueError if the batch does not divide."""
+        """Builds the functions without compiling them.
+
+        Raises ValueError if the devices of the mesh do not divide the batch.
+        """
+        # The player.
         system = loaded.system.tuned(mesh.devices.flat[0].platform, config.remat)
         self.config, self.mesh, self._loaded, self._mixture = config, mesh, loaded, mixture
-        self.player = Player(
-            system,
-            mesh,
-            config.batch_size,
-            config.clip_seconds,
-            config.sampling,
-            config.dtype,
-            mixture,
-        )
+        clips = config.batch_size, config.clip_seconds, config.sampling
+        self.player = Player(system, mesh, *clips, config.dtype, mixture)
+
+        # The learner: its state at rest, and all-gathered over fsdp.
         self.learner = learner = Learner(system, config)
         key = jax.eval_shape(lambda: jax.random.key(0))
         self.shapes, self.shardings = sharding.laid_out(mesh, learner.create, key)
-        rules = sharding.DRAWING_RULES
-        gathered = sharding.laid_out(mesh, learner.create, key, rules=rules)[1]
-        self.copy_shardings = ComputeCopy(gathered.policy, gathered.policy, gathered.value)
-        whole = sharding.replicated(mesh)
+        _, copies = sharding.laid_out(mesh, learner.create, key, rules=sharding.DRAWING_RULES)
+        self.copy_shardings = ComputeCopy(copies.policy, copies.policy, copies.value)
 
         def compute_copy(state: RLState, anchor: Tree) -> ComputeCopy:
-            # The state itself is donated to the update.
+            # Copies the arrays, since `update` donates those of the state.
             return jax.tree.map(jnp.copy, learner.compute_copy(state, anchor))
 
         self.compute_copy = jax.jit(compute_copy, out_shardings=self.copy_shardings)
         self.update = jax.jit(
-            partial(learner.update, layout=self.shardings, gathered=gathered),
+            partial(learner.update, shardings=self.shardings, copy_shardings=self.copy_shardings),
             donate_argnums=0,
-            out_shardings=(self.shardings, whole),
+            out_shardings=(self.shardings, sharding.replicated(mesh)),
         )
 
     def start(self) -> tuple[RLState, Tree]:
-        """Returns the state before the first step and the anchor, both with the base's weights."""
+        """Returns the state before the first step and the anchor, both with the base's weights.
+
+        Puts the frozen models and the rewards on the devices.
+        """
         mesh, learner = self.mesh, self.learner
         key = jax.random.key(self.config.seed)
         state, _ = sharding.born_sharded(mesh, learner.create, key)
         anchor = sharding.put(self._loaded.policy, self.shardings.policy)
-        state = jax.jit(learner.started, out_shardings=self.shardings)(state, anchor)
+        state = jax.jit(learner.start_from, out_shardings=self.shardings)(state, anchor)
         self._frozen, self._scorers = (
             sharding.put(tree, sharding.spread(mesh, tree))
             for tree in (self._loaded.frozen, self._mixture.variables)
@@ -91,20 +91,20 @@ class Run:
         return state, anchor
 
     def draw(self, policy: Tree, prompts: Sequence[str], step: int, stream: Stream) -> Rollout:
-        """Draws a clip for each of B prompts."""
+        """Samples a clip for each of B prompts."""
         weights = self.player.compute_copy(Weights(policy, self._frozen))
         return self.player.draw(weights, prompts, self.config.seed, step, stream)
 
     def score(
         self, rollout: Rollout, prompts: Sequence[str], units: Units
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Returns (the reward, each term) of a rollout, f32 [B]."""
+        """Returns (reward f32 [B], terms f32 [B] each) of a rollout."""
         return self.player.score(self._scorers, rollout, prompts, units)
 
     def step(
         self, state: RLState, anchor: Tree, prompts: Sequence[str], step: int, units: Units
     ) -> Step:
-        """Draws, scores and updates; the state is given away."""
+        """Samples, scores and updates; donates the state."""
         rollout = self.draw(state.policy, prompts, step, Stream.ROLLOUT)
         reward, terms = self.score(rollout, prompts, units)
         if step == 0:
@@ -114,13 +114,12 @@ class Run:
         state, metrics = self.update(state, copy, rollout, reward)
         return Step(state, reward, terms, metrics)
 
-    def hear(self, policy: Tree, prompts: Sequence[str]) -> np.ndarray:
-        """Draws a clip for each of n prompts, with the same keys at every call: f32 [n, N]."""
-        rows = self.config.batch_size
-        batches = -(-len(prompts) // rows)
-        wavs = []
-        for number in range(batches):
-            chosen = [prompts[i % len(prompts)] for i in range(number * rows, (number + 1) * rows)]
-            rollout = self.draw(policy, chosen, number, Stream.MONITOR)
-            wavs.append(sharding.fetch(rollout.mono))
+    def monitor_clips(self, policy: Tree, prompts: Sequence[str]) -> np.ndarray:
+        """Samples a clip for each of n prompts, with the same keys in every call: f32 [n, N]."""
+        rows, wavs = self.config.batch_size, []
+        for number in range(-(-len(prompts) // rows)):
+            # The last batch starts again with the first prompts.
+            places = np.arange(number * rows, (number + 1) * rows) % len(prompts)
+            batch = [prompts[place] for place in places]
+            wavs.append(sharding.fetch(self.draw(policy, batch, number, Stream.MONITOR).mono))
         return np.concatenate(wavs)[: len(prompts)]

@@ -176,7 +176,7 @@ def test_layers_in_a_loop_learn_what_layers_in_a_row_do(policy, drawn):
         learner = Learner(system, config)
         shapes = meta.unbox(jax.eval_shape(learner.create, jax.random.key(0)))
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        state = learner.started(zeros, base)
+        state = learner.start_from(zeros, base)
         value = {**state.value, "head": 0.3 * jnp.ones_like(state.value["head"])}
         state = state.replace(value=value)
 
