@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from musicrl_jax.arena.audience import Audience, Hearing
+from musicrl_jax.arena.audience import Audience, LoadedAudience
 from musicrl_jax.arena.listeners import Panel
 from musicrl_jax.core import checkpoint, hosts, lock, sharding
 from musicrl_jax.core.files import kept, read_json, set_aside, write_json
@@ -138,7 +138,9 @@ def collect(
 class _Stage:
     """Where clips are drawn on all devices, and measured by the hosts that hold them."""
 
-    def __init__(self, loaded: LoadedSystem, hearing: Hearing, config: CollectConfig, mesh: Mesh):
+    def __init__(
+        self, loaded: LoadedSystem, hearing: LoadedAudience, config: CollectConfig, mesh: Mesh
+    ):
         rows = sharding.round_up_rows(mesh, 2 * config.batch_size)
         rows = sharding.round_up_rows(
             mesh, rows + rows % 2

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from musicrl_jax.arena import figures
-from musicrl_jax.arena.audience import Audience, Hearing
+from musicrl_jax.arena.audience import Audience, LoadedAudience
 from musicrl_jax.arena.figures import OPINION, Arrays
 from musicrl_jax.arena.listeners import MEASUREMENTS
 from musicrl_jax.arena.monitor import RULE
@@ -196,7 +196,7 @@ def evaluate(
     names = [TOTAL, *mixture.names]
     summary = {
         "policies": list(results),
-        **figures.measured(results, names, finetuned, real, config.seed),
+        **figures.automatic_metrics(results, names, finetuned, real, config.seed),
         "watched": {name: _watched(loaded[name], systems[name]) for name in finetuned},
         "rule": RULE,
         "token_names": loaded[base].system.token_names,
@@ -290,7 +290,7 @@ class _Bench:
         mixture: LoadedMixture,
         features: Features,
         encoder: checkpoint.Model,
-        hearing: Hearing | None,
+        hearing: LoadedAudience | None,
         prompts: Sequence[str],
         config: EvaluationConfig,
     ):

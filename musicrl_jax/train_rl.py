@@ -133,7 +133,7 @@ def train_rl(
                 if looked and judge.alarm(step, float(metrics["kl"]), *looked.values()):
                     print(
                         f"{directory.name}: the held-out judge has passed its peak; stops, and "
-                        f"keeps step {judge.kept}"
+                        f"keeps step {judge.selected_step}"
                     )
                     break
                 if (step + 1) % config.save_every == 0:
@@ -215,9 +215,9 @@ def _finish(
         checkpoint.CLIP: json.dumps({"seconds": config.clip_seconds}).encode(),
     }
     policy = sharding.fetch(state.policy)
-    if judge is not None and judge.kept is not None:
+    if judge is not None and judge.selected_step is not None:
         folder.save_policy(directory / folder.LAST, loaded, policy, assets)
-        kept = judge.kept_policy(type(loaded.config))
+        kept = judge.selected_policy(type(loaded.config))
         policy = loaded.policy if kept is None else loaded.system.restored(kept.variables)
     folder.save_policy(directory, loaded, policy, assets)
     monitors.forget(directory)

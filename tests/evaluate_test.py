@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from musicrl_jax import evaluate
-from musicrl_jax.arena.audience import Hearing
+from musicrl_jax.arena.audience import LoadedAudience
 from musicrl_jax.arena.listeners import MEASUREMENTS, Panel, judging_panel
 from musicrl_jax.core import checkpoint, sharding
 from musicrl_jax.report import comparison
@@ -102,7 +102,7 @@ class Listeners:
         assert rate_hz == 16_000
 
     def load(self):
-        return Hearing(self.panel, Ears(), {})
+        return LoadedAudience(self.panel, Ears(), {})
 
 
 def systems(place):
@@ -243,7 +243,7 @@ def test_a_host_listens_to_its_own_rows_alone(monkeypatch):
 
     bench = object.__new__(evaluate._Bench)
     bench.mesh = None
-    bench._hearing = Hearing(None, Counted(), {f"tune {number}": number for number in range(8)})
+    bench._hearing = LoadedAudience(None, Counted(), {f"tune {number}": number for number in range(8)})
     monkeypatch.setattr(sharding, "own_rows", lambda mesh, count: np.arange(count // 2, count))
     monkeypatch.setattr(sharding, "gather_rows", lambda mesh, rows, count: rows)
     wav = np.arange(8, dtype=np.float32)[:, None] + np.zeros(10, np.float32)

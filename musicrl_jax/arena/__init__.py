@@ -1,1 +1,1 @@
-"""Preferences: who listens, and what they chose."""
+"""Preferences: simulated listeners, their votes, and the figures of a comparison."""

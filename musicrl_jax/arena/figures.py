@@ -1,4 +1,4 @@
-"""The figures of a comparison: what was measured of systems' clips, and what a panel prefers.
+"""The figures of a comparison of systems: automatic metrics, and the ratings of a panel.
 
 Legend: P prompts, S clips (seeds) a prompt, R raters, L listeners, F frames of the features, D
 their width, M measurements.
@@ -21,37 +21,35 @@ from musicrl_jax.core.statistics import (
     too_small,
 )
 
-OPINION = "opinion"  # the raters' mean among the scores
-LEAST_SPREAD = 1e-3  # of a feature over real clips; one that never moves is not blown up
+OPINION = "opinion"  # name of the mean rating among the scores
+LEAST_SPREAD = 1e-3  # of a feature over real clips, so that constant features are not amplified
 Arrays = dict[str, np.ndarray]
 
 
-def measured(
+def automatic_metrics(
     results: Mapping[str, Arrays],
     names: Sequence[str],
     finetuned: Sequence[str],
     real: np.ndarray,
     seed: int,
 ) -> dict[str, Any]:
-    """Returns what was measured without listeners: of means over seeds, intervals over prompts.
+    """Returns rewards, gains, KLs, diversity and Frechet distances, with intervals over prompts.
 
     Args:
-      results: of each system, the base first: the named scores, 'kl', 'kl_by_level' and
+      results: arrays of each system, the base first: the scores, 'kl', 'kl_by_level' and
         'kl_by_second' [P, S, ...], and 'features' [P, F, D].
-      names: of the scores.
-      finetuned: names of systems whose distance to the base is told.
+      names: names of the scores.
+      finetuned: names of the systems whose KL to the base is reported.
       real: features of real clips, [clips, F, D].
-      seed: of the resampling.
+      seed: seed of the bootstrap.
     """
+    # Scores, and their gains over the base: means over seeds.
     base, rewards, gains = next(iter(results)), {}, {}
     for name in names:
-        means = {which: result[name].mean(axis=1) for which, result in results.items()}
-        rewards[name] = {which: mean_interval(x, seed) for which, x in means.items()}
-        gains[name] = {
-            which: mean_interval(x - means[base], seed)
-            for which, x in means.items()
-            if which != base
-        }
+        means = {system: result[name].mean(axis=1) for system, result in results.items()}
+        rewards[name] = {system: mean_interval(x, seed) for system, x in means.items()}
+        base_mean = means.pop(base)
+        gains[name] = {system: mean_interval(x - base_mean, seed) for system, x in means.items()}
 
     # Features, each dimension in units of its spread over real clips: [clips, F, D].
     centre, spread = real.mean(axis=(0, 1)), np.maximum(real.std(axis=(0, 1)), LEAST_SPREAD)
@@ -61,7 +59,7 @@ def measured(
     diversity = {name: mean_pairwise_distance(each.mean(axis=1)) for name, each in features.items()}
     frechet = {name: frechet_distance(frames[name], frames["real"]) for name in results}
 
-    # Of few prompts there are words in place of figures.
+    # Figures of too few prompts are replaced by words.
     few = too_small(len(results[base]["kl"]), LEAST_INTERVAL)
     if few:
         diversity = {name: {"too_small": few} for name in diversity}
@@ -83,14 +81,19 @@ def measured(
 def opinions(
     panel: Panel, results: Mapping[str, Arrays], real: np.ndarray, raters: int, seed: int
 ) -> dict[str, Any]:
-    """Returns what a panel says of all clips, and of real ones by their measurements [clips, M].
+    """Returns a panel's ratings of all clips.
 
-    Reads 'measured' [P, S, M] of the results; puts 'ratings' [P, S, R] and OPINION [P, S] there.
+    Args:
+      panel: the listeners.
+      results: arrays of each system. 'measured' [P, S, M] is read; 'ratings' [P, S, R] and OPINION
+        [P, S] are added.
+      real: measurements of real clips, [clips, M].
+      raters: R, listeners that rate a clip.
+      seed: seed of the ratings.
     """
-    # Every clip is rated by the raters of its prompt and seed.
+    # The raters of a prompt and seed rate the clips of all systems.
     rng = np.random.default_rng([seed, 7])
-    measured = {name: result["measured"] for name, result in results.items()}
-    shape = next(iter(measured.values())).shape[:2]
+    shape = next(iter(results.values()))["measured"].shape[:2]
     clips = shape[0] * shape[1]
     chosen = np.stack([rng.permutation(panel.size)[:raters] for _ in range(clips)])
     chosen = chosen.reshape(*shape, raters)
@@ -99,6 +102,8 @@ def opinions(
         utilities = np.moveaxis(utilities, 0, 2)  # [P, S, L]
         result["ratings"] = panel.rate(np.take_along_axis(utilities, chosen, axis=2), rng)
         result[OPINION] = result["ratings"].mean(axis=2)
+
+    # Mean ratings, and preferences between pairs of systems.
     rows = np.arange(shape[0])[:, None, None] + np.zeros_like(chosen)  # a rating's prompt
     places = (rows.ravel(), chosen.ravel())
     ratings = {name: result["ratings"] for name, result in results.items()}
@@ -127,19 +132,21 @@ def opinions(
             "measurements": _by_measurement(real.mean(axis=0)),
         },
         "measurements": {
-            name: _by_measurement(each.mean(axis=(0, 1))) for name, each in measured.items()
+            name: _by_measurement(result["measured"].mean(axis=(0, 1)))
+            for name, result in results.items()
         },
     }
 
 
 def _by_measurement(values: np.ndarray) -> dict[str, float]:
+    """Returns values [M] by name."""
     return dict(zip(MEASUREMENTS, values.tolist(), strict=True))
 
 
 def _pairs(
     ratings: Mapping[str, np.ndarray], places: tuple[np.ndarray, np.ndarray]
 ) -> tuple[list[dict[str, Any]], float | None]:
-    """Returns the pairs of systems, and how often two raters who both choose agree.
+    """Returns the figures of each pair of systems, and how often two raters with a choice agree.
 
     Args:
       ratings: [P, S, R] by system.
@@ -160,6 +167,8 @@ def _pairs(
                 "wilcoxon_p": float(scipy.stats.wilcoxon(means).pvalue) if np.any(means) else 1.0,
             }
         pairs.append(pair)
+
+        # Agreement of all pairs of raters.
         sides = np.sign(gap)
         for one, other in itertools.combinations(range(gap.shape[2]), 2):
             both = (sides[..., one] != 0) & (sides[..., other] != 0)

@@ -1,13 +1,13 @@
-"""Simulated listeners, for where no people are. Wherever their votes are shown, these two words stand beside them.
+"""Simulated listeners, in place of people. All results say that their listeners are simulated.
 
-`ears` turns a waveform and what its prompt asked for into measurements, none of which comes from a model of this
-project. A listener weighs them in a way of their own, and chooses with noise.
+`ears` measures a waveform and how well it matches its prompt, without any model of this project. A
+listener weighs the measurements in its own way, and chooses with noise.
 
-Three populations are apart. The *training panel* votes on the clips that a preference model learns from; the *judging
-panel* judges the finished models: other listeners, whose weights are drawn from another distribution, and who hear four
-things that no one of the training panel hears. What they have in common is what makes a preference worth learning; what
-they have not is where a policy that only pleases the first shows. The *monitoring panel* looks at a policy while it is
-finetuned: a third population, lest policies be kept by the judges' own taste.
+There are three populations. The preference model learns from the *training panel's* votes. The
+*judging panel* rates the finished models: its listeners' weights have another distribution, and
+four of its measurements have no weight in the training panel. What the panels share can be learned
+from votes; what differs exposes a policy that pleases the training panel alone. The *monitoring
+panel* rates policies during finetuning, so that checkpoints are not selected by the judges' taste.
 
 Legend: P clips, M measurements, L listeners.
 """
@@ -17,21 +17,23 @@ from collections.abc import Mapping
 
 import numpy as np
 
-# What there is to hear, higher being better for everyone; `ears` says how each is measured.
-MEASUREMENTS = (
-    "consonance",
-    "beat",
-    "loudness_range",
-    "brightness",
-    "roughness",
-    "key_agreement",
-    "tempo_agreement",
-    "instrument_agreement",
-    "harmonicity",
-    "register_agreement",
-    "density_agreement",
-    "gaps",
-)
+# Mean weight of each measurement in the training, the judging and the monitoring panel. Higher
+# measurements are better for everyone; `ears` computes them.
+WEIGHTS = {
+    "consonance": (1.0, 0.7, 0.6),
+    "beat": (0.7, 0.5, 0.8),
+    "loudness_range": (0.3, 0.2, 0.3),
+    "brightness": (0.5, 0.3, 0.4),
+    "roughness": (0.8, 0.5, 0.7),
+    "key_agreement": (0.4, 0.3, 0.2),
+    "tempo_agreement": (0.5, 0.4, 0.3),
+    "instrument_agreement": (1.0, 0.8, 0.9),
+    "harmonicity": (0.0, 0.6, 0.3),
+    "register_agreement": (0.0, 0.5, 0.0),
+    "density_agreement": (0.0, 0.4, 0.0),
+    "gaps": (0.0, 0.5, 0.4),
+}
+MEASUREMENTS = tuple(WEIGHTS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,13 +41,13 @@ class Panel:
     """A population of simulated listeners.
 
     Attributes:
-      name: what its votes are signed with.
-      weights: what a listener gives each measurement on average; what is not named is not heard.
-      spread: how far a listener's own weights are from that: the standard deviation of their logarithm.
-      noise: of a choice, in units of utility: the scale of a logistic distribution.
-      indifference: a listener abstains where the noisy difference is smaller than this share of the noise.
+      name: name that its votes are signed with.
+      weights: mean weight of each measurement over listeners; 0 for those without a name here.
+      spread: standard deviation of the logarithm of a listener's own weights.
+      noise: scale of the logistic noise in a choice, in units of utility.
+      indifference: a listener abstains if the noisy difference is below this share of the noise.
       size: L.
-      seed: of the listeners' weights.
+      seed: seed of the listeners' weights.
     """
 
     name: str
@@ -61,8 +63,8 @@ class Panel:
             raise ValueError(f"Panel.weights: {unknown[0]!r} is none of {MEASUREMENTS}")
         if not (self.noise > 0 and self.size >= 2 and self.spread >= 0 and self.indifference >= 0):
             raise ValueError(
-                f"Panel {self.name}: noise = {self.noise} must be above 0, size = {self.size} at least 2, spread = "
-                f"{self.spread} and indifference = {self.indifference} not below 0"
+                f"Panel {self.name}: noise = {self.noise} must be above 0, size = {self.size} at "
+                f"least 2, spread = {self.spread} and indifference = {self.indifference} 0 or more"
             )
         if not sum(self.weights.values()) > 0 or min(self.weights.values(), default=0) < 0:
             raise ValueError(
@@ -70,107 +72,74 @@ class Panel:
             )
 
     def listeners(self) -> np.ndarray:
-        """Each listener's weights, f64 [L, M]; they add up to the same for all."""
+        """Returns each listener's weights, f64 [L, M]; their sum is the same for all listeners."""
         mean = np.array([self.weights.get(name, 0.0) for name in MEASUREMENTS])
-        own = mean * np.exp(
-            self.spread
-            * np.random.default_rng(self.seed).normal(size=(self.size, len(MEASUREMENTS)))
-        )
+        normal = np.random.default_rng(self.seed).normal(size=(self.size, len(MEASUREMENTS)))
+        own = mean * np.exp(self.spread * normal)
         return own / own.sum(axis=1, keepdims=True) * mean.sum()
 
-    def utilities(self, measured: np.ndarray) -> np.ndarray:
-        """What each clip is worth to each listener: f64 [P, M] -> [L, P]."""
-        return self.listeners() @ measured.T
+    def utilities(self, measurements: np.ndarray) -> np.ndarray:
+        """Returns the utility of each clip to each listener: f64 [P, M] -> [L, P]."""
+        return self.listeners() @ measurements.T
 
     def choose(self, a: np.ndarray, b: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """A choice for each pair of utilities: "a", "b" or "abstain"."""
-        felt = a - b + rng.logistic(scale=self.noise, size=np.shape(a))
-        choice = np.where(felt > 0, "a", "b")
-        return np.where(np.abs(felt) < self.indifference * self.noise, "abstain", choice)
+        """Returns a choice for each pair of utilities: "a", "b" or "abstain"."""
+        difference = a - b + rng.logistic(scale=self.noise, size=np.shape(a))
+        choice = np.where(difference > 0, "a", "b")
+        return np.where(np.abs(difference) < self.indifference * self.noise, "abstain", choice)
 
     def rate(self, utilities: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Ratings from 1 to 5: 4 is what a real clip gets on average."""
-        unit = sum(self.weights.values())
-        felt = (
-            4 + (utilities + rng.logistic(scale=self.noise, size=np.shape(utilities))) / unit * 1.5
-        )
-        return np.clip(np.rint(felt), 1, 5)
+        """Returns ratings 1 to 5; real clips have a mean of 4."""
+        noisy = utilities + rng.logistic(scale=self.noise, size=np.shape(utilities))
+        return np.clip(np.rint(4 + noisy / sum(self.weights.values()) * 1.5), 1, 5)
 
     def agreement(self, a: np.ndarray, b: np.ndarray) -> float:
-        """How often two different listeners who both choose make the same choice: utilities [L, P] of both clips of P
-        pairs -> [0, 1]. An expectation, not a draw.
-        """
-        for_a, for_b = self._chances(a, b)
+        """Returns how often two listeners make the same choice, in [0, 1], if neither abstains.
 
-        def of_two(chances: np.ndarray) -> float:
+        An expectation over noise and pairs of listeners; a and b are utilities [L, P] of both clips
+        of P pairs.
+        """
+        for_a, for_b = self._probabilities(a, b)
+
+        def pairs(chances: np.ndarray) -> float:
             return float((chances.sum(axis=0) ** 2 - (chances**2).sum(axis=0)).sum())
 
-        return (of_two(for_a) + of_two(for_b)) / of_two(for_a + for_b)
+        return (pairs(for_a) + pairs(for_b)) / pairs(for_a + for_b)
 
     def ceiling(self, a: np.ndarray, b: np.ndarray) -> float:
-        """How often a choice can be foretold at most, by one who does not know the listener: [L, P] twice -> [0, 1]."""
-        for_a, for_b = (chances.sum(axis=0) for chances in self._chances(a, b))
+        """Returns the accuracy in [0, 1] of the best guess of a choice by an unknown listener.
+
+        The utilities a and b are [L, P].
+        """
+        for_a, for_b = (chances.sum(axis=0) for chances in self._probabilities(a, b))
         return float(np.maximum(for_a, for_b).sum() / (for_a + for_b).sum())
 
-    def _chances(self, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """How likely each listener is to choose the first clip, and the second: [L, P] twice -> [L, P] twice."""
+    def _probabilities(self, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Returns each listener's probability to choose the first clip and the second, [L, P]."""
         difference = (a - b) / self.noise
-        first, second = (
-            1 / (1 + np.exp(self.indifference - side)) for side in (difference, -difference)
-        )
-        return first, second
-
-
-JUDGES_HEAR = {
-    "consonance": 0.7,
-    "beat": 0.5,
-    "loudness_range": 0.2,
-    "brightness": 0.3,
-    "roughness": 0.5,
-    "key_agreement": 0.3,
-    "tempo_agreement": 0.4,
-    "instrument_agreement": 0.8,
-    "harmonicity": 0.6,
-    "register_agreement": 0.5,
-    "density_agreement": 0.4,
-    "gaps": 0.5,
-}
+        for_a = 1 / (1 + np.exp(self.indifference - difference))
+        for_b = 1 / (1 + np.exp(self.indifference + difference))
+        return for_a, for_b
 
 
 def training_panel(noise: float = 1.0) -> Panel:
-    """Those whose votes a preference model learns from."""
-    weights = {
-        "consonance": 1.0,
-        "beat": 0.7,
-        "loudness_range": 0.3,
-        "brightness": 0.5,
-        "roughness": 0.8,
-        "key_agreement": 0.4,
-        "tempo_agreement": 0.5,
-        "instrument_agreement": 1.0,
-    }
-    return Panel("training panel", weights, noise=noise, seed=1)
+    """Returns the panel whose votes a preference model learns from."""
+    return Panel("training panel", _weights(0), noise=noise, seed=1)
 
 
 def judging_panel(noise: float = 1.0) -> Panel:
-    """Those who judge the finished models; the last four of what they hear is not heard by the training panel."""
-    return Panel("judging panel", JUDGES_HEAR, spread=0.7, noise=noise, seed=2)
+    """Returns the panel that rates finished models; it weighs all measurements."""
+    return Panel("judging panel", _weights(1), spread=0.7, noise=noise, seed=2)
 
 
 def monitoring_panel(noise: float = 1.0) -> Panel:
-    """Those who look at a policy while it is finetuned: a third population, who hear two things that no one of the
-    training panel hears, and miss two that the judges hear.
+    """Returns the panel that rates policies during finetuning.
+
+    It weighs two measurements that the training panel ignores, and ignores two of the judges'.
     """
-    weights = {
-        "consonance": 0.6,
-        "beat": 0.8,
-        "loudness_range": 0.3,
-        "brightness": 0.4,
-        "roughness": 0.7,
-        "key_agreement": 0.2,
-        "tempo_agreement": 0.3,
-        "instrument_agreement": 0.9,
-        "harmonicity": 0.3,
-        "gaps": 0.4,
-    }
-    return Panel("monitoring panel", weights, spread=0.6, noise=noise, seed=3)
+    return Panel("monitoring panel", _weights(2), spread=0.6, noise=noise, seed=3)
+
+
+def _weights(column: int) -> dict[str, float]:
+    """Returns the nonzero weights of a column of WEIGHTS."""
+    return {name: weights[column] for name, weights in WEIGHTS.items() if weights[column]}

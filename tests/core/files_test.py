@@ -103,7 +103,7 @@ from musicrl_jax.arena.listeners import training_panel
 if sys.argv[1] == "provided":
     Audience(training_panel(), None).check(16_000)
 from musicrl_jax.arena import ears
-ears.hear(np.zeros(16_000, np.float32))
+ears.analyse(np.zeros(16_000, np.float32))
 print("heard")
 """
 
