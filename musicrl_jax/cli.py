@@ -81,7 +81,11 @@ CONFIGS = {
         "objectives.codec": ("CodecObjective",),
         "objectives.semantic": ("SemanticObjective",),
         "objectives.mulan": ("MuLanObjective",),
-        "objectives.mulan_projections": ("PretrainedTowers", "Heard", "MuLanProjectionsObjective"),
+        "objectives.mulan_projections": (
+            "PretrainedTowers",
+            "TowerOutputs",
+            "MuLanProjectionsObjective",
+        ),
         "objectives.policy": ("PolicyObjective",),
         "objectives.fine": ("FineObjective",),
         "objectives.quality": ("QualityObjective",),
@@ -134,6 +138,7 @@ RENAMED |= {
     for verb in ("encode", "train_rl", "collect", "evaluate", "generate", "export")
     for part in ("fine", "codec", "mulan")
 }
+RENAMED |= {f"Heard.{name}": f"TowerOutputs.{name}" for name in ("clips", "towers", "folder")}
 RENAMED |= {
     "train_rl.kl_target": "RLConfig.kl_target_per_second",
     "train_rl.base": "train_rl.system",

@@ -488,7 +488,7 @@ def parameters_of(name):
 @pytest.mark.parametrize(("old", "new"), cli.RENAMED.items(), ids=cli.RENAMED.keys())
 def test_old_names_are_gone_and_new_ones_are_there(old, new):
     name, _, parameter = old.partition(".")
-    assert parameter not in parameters_of(name)
+    assert name == "Heard" or parameter not in parameters_of(name)  # which is gone as a whole
     if " " not in new:
         name, _, parameter = new.partition(".")
         assert parameter in parameters_of(name)

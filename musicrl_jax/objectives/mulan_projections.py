@@ -1,6 +1,6 @@
 """Trains a MuLan whose towers are pretrained and stay as they are: only what leads from them to the sphere is learned.
 
-A tower that does not move finds the same in a clip every time, so `Heard` lets each tower look at each clip once, and
+A tower that does not move finds the same in a clip every time, so `TowerOutputs` lets each tower look at each clip once, and
 training reads what it found. That makes an epoch cost a second where the towers cost minutes.
 
 Legend: B clips, P clips of a split, V windows of a clip, W and D what the audio and the text tower give, L text pieces,
@@ -98,7 +98,7 @@ def without_towers(config: Any, paths: Iterable[str]) -> bool:
 
 
 @dataclasses.dataclass(frozen=True)
-class Heard:
+class TowerOutputs:
     """Clips and captions as pretrained towers hear and read them, each once; kept in files.
 
     Attributes:
@@ -218,7 +218,7 @@ def _look(
 class MuLanProjectionsObjective(MuLanObjective):
     """Contrastive loss over the whole batch, of the projections alone; the finished model is a whole MuLan."""
 
-    data: Heard
+    data: TowerOutputs
 
     def check(self, batch: Batch) -> None:
         """Raises ValueError as `MuLanObjective.check` does, or if the towers are not the model's."""

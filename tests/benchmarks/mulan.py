@@ -27,7 +27,7 @@ from musicrl_jax.core.statistics import LEAST_INTERVAL, LEAST_RANKED, printed, t
 from musicrl_jax.inputs import pieces, pretrained
 from musicrl_jax.inputs.clips import Clips
 from musicrl_jax.models import bert, mulan, musicnn, rvq
-from musicrl_jax.objectives.mulan_projections import Heard, PretrainedTowers
+from musicrl_jax.objectives.mulan_projections import TowerOutputs, PretrainedTowers
 
 MINILM = bert.BertConfig(layers=6, heads=12, embed=384, mlp=1536, positions=512, pieces=30_522)
 PENALTIES = 10.0 ** np.arange(0, 5.5, 0.5)
@@ -123,7 +123,7 @@ def ridge(asked: argparse.Namespace, clips: Clips) -> tuple[np.ndarray, np.ndarr
     read = Clips(
         clips.datasets, clips.data_dir, clips.sample_rate_hz, vocabulary=vocabulary, text_length=48
     )
-    heard = Heard(read, PretrainedTowers(config, *weights), str(Path(asked.mulan) / "heard"))
+    heard = TowerOutputs(read, PretrainedTowers(config, *weights), str(Path(asked.mulan) / "heard"))
     tensors, _ = pretrained.read(weights[0])
     x, y = {}, {}
     for split in ("train", "validation", "test"):

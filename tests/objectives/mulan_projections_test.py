@@ -123,7 +123,7 @@ def weights(tmp_path_factory):
 @pytest.fixture
 def task(vocabulary, weights, tmp_path):
     towers = mulan_projections.PretrainedTowers(MODEL, *weights[:2])
-    heard = mulan_projections.Heard(Tones(vocabulary), towers, str(tmp_path / "heard"))
+    heard = mulan_projections.TowerOutputs(Tones(vocabulary), towers, str(tmp_path / "heard"))
     return mulan_projections.MuLanProjectionsObjective(MODEL, heard, vocabulary)
 
 
