@@ -1,1 +1,1 @@
-"""What is trained: a model, its data and its loss, one short file each."""
+"""Training objectives: a model, its data and its loss, one short file each."""

@@ -1,44 +1,51 @@
-"""Trains SoundStream to reconstruct clips, against discriminators or without.
+"""Trains SoundStream to reconstruct clips, with or without discriminators.
 
-Letters: B clips, N samples, Q codec levels.
+Legend: B clips, N samples, T codec frames.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from musicrl_jax.core import sharding
 from musicrl_jax.losses import codec
-from musicrl_jax.models import rvq, soundstream
+from musicrl_jax.models import rvq
 from musicrl_jax.models.discriminators import Discriminators, DiscriminatorsConfig
-from musicrl_jax.objectives.objective import Batch, Metrics, Objective
-
-Judgement = tuple[jax.Array, Metrics, dict[str, jax.Array]]
+from musicrl_jax.models.soundstream import SoundStream, SoundStreamConfig, linear_start
+from musicrl_jax.objectives.objective import (
+    Batch,
+    Epoch,
+    Loss,
+    Metrics,
+    Objective,
+    Variables,
+    collect_points,
+)
 
 FRAMES_PER_CODE = 64  # that the codebooks are fitted to at the end
 
 
 @dataclasses.dataclass(frozen=True)
 class CodecObjective(Objective):
-    """Reconstruction, adversarial and commitment losses; batches {'audio': f32 [B, N]}, N a multiple of the stride.
+    """Reconstruction, adversarial and commitment losses.
 
-    The losses on the decoded clip are weighed by the norm of their gradients by it (`codec.balanced`), so each weight
-    is a share of the pull on the codec, whatever a loss's units. Codec and discriminators move in the same step, each
-    by its own loss. The discriminators are no part of the finished model.
+    Batches are {'audio': f32 [B, N]}, N a multiple of the stride. Each loss of the decoded clip is
+    divided by the norm of its gradient (`codec.balanced`), so that weights are comparable whatever
+    a loss's units. Codec and discriminators are updated in the same step, each by its own loss. The
+    finished model has no discriminators.
 
     Attributes:
-      windows: samples of each scale of the spectral loss; the paper's, 64 to 2048.
-      discriminators: which there are; None trains by reconstruction and commitment alone.
-      spectral_weight, waveform_weight, adversarial_weight, feature_weight: shares. The waveform's L1 distance is
-        EnCodec's, not SoundStream's; spectra alone say nothing about phase. The defaults are EnCodec's.
-      commitment_weight: of the commitment loss, whose gradient is not balanced: the others' has the norm 1.
+      windows: window sizes of the spectral loss, in samples; the paper's are 64 to 2048.
+      discriminators: their config; None trains by reconstruction and commitment alone.
+      spectral_weight, waveform_weight, adversarial_weight, feature_weight: shares of the codec's
+        gradient, by default EnCodec's. The waveform's L1 distance is EnCodec's too: spectra alone
+        ignore phase.
+      commitment_weight: weight of the commitment loss, whose gradient is not balanced; the balanced
+        gradient has norm 1.
     """
 
-    model: soundstream.SoundStreamConfig
+    model: SoundStreamConfig
     windows: tuple[int, ...] = (64, 128, 256, 512, 1024, 2048)
     discriminators: DiscriminatorsConfig | None = None
     spectral_weight: float = 1.0
@@ -48,60 +55,60 @@ class CodecObjective(Objective):
     commitment_weight: float = 1.0
 
     def check(self, batch: Batch) -> None:
-        """Raises ValueError if the training set has fewer codec frames than a codebook has codes."""
+        """Raises ValueError if there are fewer training frames than a codebook has codes."""
         frames = self.data.count("train") * (batch["audio"].shape[1] // self.model.stride)
         if frames < self.model.codes:
             raise ValueError(
-                f"SoundStreamConfig.codes = {self.model.codes}, but the training clips have {frames} codec frames: "
-                "lower it, or give more audio"
+                f"SoundStreamConfig.codes = {self.model.codes}, but the training clips have "
+                f"{frames} codec frames: lower it, or give more audio"
             )
 
-    def init(self, key: jax.Array, batch: Batch) -> dict[str, Any]:
-        """Draws 'params' of the codec, started as a linear transform codec, and of the discriminators; 'codebooks',
-        random until the first training step starts them by k-means; 'balance', the norms of gradients.
+    def init(self, key: jax.Array, batch: Batch) -> Variables:
+        """Returns 'params', 'codebooks' and 'balance'.
+
+        The codec starts as a linear transform codec. The first training step starts the codebooks
+        by k-means. 'balance' has running norms of gradients.
         """
-        codec_key, start_key, judge_key = jax.random.split(key, 3)
-        variables = soundstream.SoundStream(self.model).init(codec_key, batch["audio"], codec_key)
-        params = soundstream.linear_start(self.model, variables["params"], start_key)
+        codec_key, start_key, discriminator_key = jax.random.split(key, 3)
+        variables = SoundStream(self.model).init(codec_key, batch["audio"], codec_key)
+        params = linear_start(self.model, variables["params"], start_key)
         if self.discriminators is not None:
-            judges = Discriminators(self.discriminators)
-            params = params | {"discriminators": judges.init(judge_key, batch["audio"])["params"]}
+            module = Discriminators(self.discriminators)
+            weights = module.init(discriminator_key, batch["audio"])["params"]
+            params = params | {"discriminators": weights}
         norms = dict.fromkeys(self._weights(), jnp.zeros(()))
         return variables | {"params": params, "balance": norms}
 
-    def loss(
-        self, params: Any, state: Any, frozen: Any, batch: Batch, key: jax.Array
-    ) -> tuple[jax.Array, tuple[Any, Metrics]]:
-        """A loss whose gradient is the balanced one, and the moved codebooks and norms.
+    def loss(self, params: Any, state: Any, frozen: Any, batch: Batch, key: jax.Array) -> Loss:
+        """Returns a loss whose gradient is the balanced one, with new codebooks and norms.
 
-        Metrics: loss, the weighted sum of spectral and waveform; spectral, waveform, commitment and, with
-        discriminators, adversarial, feature and discriminator before their weights; perplexity, the mean over levels
-        of the effective number of codes in use in this batch.
+        Metrics: loss, the weighted sum of spectral and waveform; spectral, waveform, commitment
+        and, with discriminators, adversarial, feature and discriminator without weights;
+        perplexity, the effective number of codes in the batch, averaged over levels.
         """
+        # Decode.
         state, params, wav = dict(state), dict(params), batch["audio"]
-        norms, judges = state.pop("balance"), params.pop("discriminators", {})
-        module = soundstream.SoundStream(self.model)
-        output, new_state = module.apply(
+        norms, discriminators = state.pop("balance"), params.pop("discriminators", {})
+        output, new_state = SoundStream(self.model).apply(
             {"params": params, **state}, wav, key, mutable=["codebooks"]
         )
         decoded = jax.lax.stop_gradient(output.wav)
 
-        metrics, pulls = {}, {}
-        metrics["spectral"], pulls["spectral"] = jax.value_and_grad(self._spectral, argnums=1)(
-            wav, decoded
-        )
-        metrics["waveform"], pulls["waveform"] = jax.value_and_grad(_waveform, argnums=1)(
-            wav, decoded
-        )
-        judgement = jnp.zeros(())
+        # Losses of the decoded clip, their gradients by it, and the discriminators' own loss.
+        metrics, gradients = {}, {}
+        for name, distance in (("spectral", self._spectral), ("waveform", _waveform)):
+            metrics[name], gradients[name] = jax.value_and_grad(distance, argnums=1)(wav, decoded)
+        discriminator_loss = jnp.zeros(())
         if self.discriminators is not None:
-            judgement, seen, adverse = self._judged(judges, wav, decoded)
-            metrics |= seen | {"discriminator": judgement}
-            pulls |= adverse
-        pull, norms = codec.balanced(pulls, self._weights(), norms)
+            discriminator_loss, adversarial = self._adversarial(discriminators, wav, decoded)
+            metrics["discriminator"] = discriminator_loss
+            for name, pair in adversarial.items():
+                metrics[name], gradients[name] = pair
+        gradient, norms = codec.balanced(gradients, self._weights(), norms)
 
-        pulled = jnp.sum(jax.lax.stop_gradient(pull) * output.wav)
-        loss = pulled + self.commitment_weight * output.commitment + judgement
+        # A scalar with the balanced gradient.
+        balanced = jnp.sum(jax.lax.stop_gradient(gradient) * output.wav)
+        loss = balanced + self.commitment_weight * output.commitment + discriminator_loss
         metrics |= {
             "loss": self.spectral_weight * metrics["spectral"]
             + self.waveform_weight * metrics["waveform"],
@@ -111,39 +118,48 @@ class CodecObjective(Objective):
         return loss, ({**state, **new_state, "balance": norms}, metrics)
 
     def _weights(self) -> dict[str, float]:
+        """Returns the weight of each balanced loss."""
         weights = {"spectral": self.spectral_weight, "waveform": self.waveform_weight}
         if self.discriminators is not None:
             weights |= {"adversarial": self.adversarial_weight, "feature": self.feature_weight}
         return weights
 
     def _spectral(self, wav: jax.Array, decoded: jax.Array) -> jax.Array:
+        """Returns the multi-scale spectral distance, []."""
         return codec.reconstruction(wav, decoded, self.model.sample_rate_hz, self.windows)
 
-    def _judged(self, judges: Any, wav: jax.Array, decoded: jax.Array) -> Judgement:
-        """The discriminators' loss; the codec's losses under them; the gradients of these by `decoded`."""
-        module = Discriminators(self.discriminators)
-        held = jax.lax.stop_gradient(judges)
-        real = module.apply({"params": held}, wav)
-        layers, back = jax.vjp(lambda decoded: module.apply({"params": held}, decoded), decoded)
-        adversarial, adversarial_pull = jax.value_and_grad(codec.generator_hinge)(layers)
-        feature, feature_pull = jax.value_and_grad(codec.feature_distance, argnums=1)(real, layers)
-        pulls = {"adversarial": back(adversarial_pull)[0], "feature": back(feature_pull)[0]}
-        loss = codec.discriminator_hinge(
-            module.apply({"params": judges}, wav), module.apply({"params": judges}, decoded)
+    def _adversarial(
+        self, discriminators: Any, wav: jax.Array, decoded: jax.Array
+    ) -> tuple[jax.Array, dict[str, tuple[jax.Array, jax.Array]]]:
+        """Returns the discriminators' loss, and (loss, gradient by `decoded`) of the codec's."""
+        apply = Discriminators(self.discriminators).apply
+        constant = {"params": jax.lax.stop_gradient(discriminators)}
+        real = apply(constant, wav)
+        fake, backward = jax.vjp(lambda decoded: apply(constant, decoded), decoded)
+        hinge, hinge_gradient = jax.value_and_grad(codec.generator_hinge)(fake)
+        feature, feature_gradient = jax.value_and_grad(codec.feature_distance, argnums=1)(
+            real, fake
         )
-        return loss, {"adversarial": adversarial, "feature": feature}, pulls
+        losses = {
+            "adversarial": (hinge, backward(hinge_gradient)[0]),
+            "feature": (feature, backward(feature_gradient)[0]),
+        }
+        trained = {"params": discriminators}
+        return codec.discriminator_hinge(apply(trained, wav), apply(trained, decoded)), losses
 
     def evaluate(
         self, params: Any, state: Any, frozen: Any, batch: Batch, key: jax.Array
     ) -> Metrics:
-        """Distances of clips decoded from all levels: mel_distance (mean absolute difference of natural log-mels,
-        80 bands, window 1024), stft_distance, si_sdr in dB (median over clips); perplexity, as in training: the
-        effective number of codes in a batch of B T vectors says little of codebooks that are larger than that.
+        """Returns distances of clips that are decoded from all levels.
+
+        mel_distance is the mean absolute difference of natural log-mels (80 bands, window 1024),
+        si_sdr the median over clips in dB. perplexity is the effective number of codes among the
+        batch's B T vectors, so it says little about codebooks larger than that.
         """
-        module = soundstream.SoundStream(self.model)
-        variables, wav = {"params": params, **state}, batch["audio"]
-        codes = module.apply(variables, wav, method=soundstream.SoundStream.encode)
-        decoded = module.apply(variables, codes, method=soundstream.SoundStream.decode)
+        module, wav = SoundStream(self.model), batch["audio"]
+        variables = {"params": params, **state}
+        codes = module.apply(variables, wav, method=SoundStream.encode)
+        decoded = module.apply(variables, codes, method=SoundStream.decode)
         return {
             "mel_distance": codec.mel_distance(wav, decoded, self.model.sample_rate_hz),
             "stft_distance": codec.stft_distance(wav, decoded),
@@ -151,36 +167,22 @@ class CodecObjective(Objective):
             "perplexity": jnp.mean(rvq.perplexity(codes, self.model.codes)),
         }
 
-    def finish(
-        self,
-        variables: dict[str, Any],
-        frozen: Any,
-        batches: Callable[[], Iterator[dict[str, np.ndarray]]],
-    ) -> dict[str, Any]:
-        """The codec alone; where codebooks are moving averages, fitted anew by k-means to the trained encoder's
-        vectors of training clips, 64 a code: moving averages lag behind an encoder that moves.
+    def finish(self, variables: Variables, frozen: Any, batches: Epoch) -> Variables:
+        """Returns the codec without discriminators, its codebooks fitted again by k-means.
+
+        Moving averages lag behind a moving encoder, so they are fitted to the trained encoder's
+        vectors of training clips, 64 a code. Learned codebooks are parameters and stay.
         """
-        params = {
-            name: value for name, value in variables["params"].items() if name != "discriminators"
-        }
+        params = dict(variables["params"])
+        params.pop("discriminators", None)
         if self.model.code_width is not None:
             return {"params": params}
         variables = {"params": params, "codebooks": variables["codebooks"]}
-        module = soundstream.SoundStream(self.model)
-        vectors = jax.jit(
-            lambda variables, wav: module.apply(
-                variables, wav, method=soundstream.SoundStream.vectors
-            )
+        apply = jax.jit(SoundStream(self.model).apply, static_argnames="method")
+        vectors = (
+            apply(variables, batch["audio"], method=SoundStream.vectors) for batch in batches()
         )
-        parts, found = [], 0
-        for batch in batches():
-            parts.append(
-                sharding.fetch(vectors(variables, batch["audio"])).reshape(-1, self.model.embed)
-            )
-            found += len(parts[-1])
-            if found >= FRAMES_PER_CODE * self.model.codes:
-                break
-        points = jnp.asarray(np.concatenate(parts))
+        points = jnp.asarray(collect_points(vectors, FRAMES_PER_CODE * self.model.codes))
         state = variables["codebooks"]["rvq"]
         fitted = rvq.fit(
             jax.random.key(0), points, self.model.levels, self.model.codes, state["codebooks"]
@@ -189,4 +191,5 @@ class CodecObjective(Objective):
 
 
 def _waveform(wav: jax.Array, decoded: jax.Array) -> jax.Array:
+    """Returns the mean absolute difference, []."""
     return jnp.mean(jnp.abs(wav - decoded))

@@ -1,4 +1,7 @@
-"""SoundStorm on the fine codec levels."""
+"""SoundStorm: predicts the fine codec levels from the coarse ones.
+
+Legend: T codec frames.
+"""
 
 import dataclasses
 from typing import Any
@@ -8,7 +11,7 @@ import jax.numpy as jnp
 
 from musicrl_jax.losses.lm import cross_entropy
 from musicrl_jax.models.soundstorm import SoundStorm, SoundStormConfig, training_mask
-from musicrl_jax.objectives.objective import Batch, Metrics
+from musicrl_jax.objectives.objective import Batch, Loss, Variables
 from musicrl_jax.objectives.token_objective import TokenObjective
 
 
@@ -22,17 +25,14 @@ class FineObjective(TokenObjective):
         """Raises ValueError if the tokens are of another layout."""
         self.check_layout(acoustic_levels=self.model.levels, acoustic_codes=self.model.codes)
 
-    def init(self, key: jax.Array, batch: Batch) -> dict[str, Any]:
-        """Draws the variables of SoundStorm."""
+    def init(self, key: jax.Array, batch: Batch) -> Variables:
+        """Returns random variables of SoundStorm."""
         codes = batch["acoustic"]
-        return SoundStorm(self.model).init(
-            key, codes, jnp.zeros(codes.shape, bool), self.model.coarse_levels
-        )
+        mask = jnp.zeros(codes.shape, bool)
+        return SoundStorm(self.model).init(key, codes, mask, self.model.coarse_levels)
 
-    def loss(
-        self, params: Any, state: Any, frozen: Any, batch: Batch, key: jax.Array
-    ) -> tuple[jax.Array, tuple[Any, Metrics]]:
-        """Nats per hidden code of the level that is drawn for each clip."""
+    def loss(self, params: Any, state: Any, frozen: Any, batch: Batch, key: jax.Array) -> Loss:
+        """Returns nats per masked code of one random level for each clip."""
         codes = batch["acoustic"]
         hidden = training_mask(key, codes.shape, self.model.coarse_levels)
         logits = SoundStorm(self.model).apply(

@@ -1,17 +1,17 @@
-"""Trains a MuLan whose towers are pretrained and stay as they are: only what leads from them to the sphere is learned.
+"""Trains MuLan's projections on pretrained towers, which stay frozen.
 
-A tower that does not move finds the same in a clip every time, so `TowerOutputs` lets each tower look at each clip once, and
-training reads what it found. That makes an epoch cost a second where the towers cost minutes.
+The outputs of frozen towers never change. `TowerOutputs` computes them once for each clip and
+stores them, so that an epoch of training takes a second in place of minutes.
 
-Legend: B clips, P clips of a split, V windows of a clip, W and D what the audio and the text tower give, L text pieces,
-E width of the shared sphere.
+Legend: B clips, P clips of a split, V windows of a clip, W and D widths of the audio and the text
+tower's outputs, L text pieces.
 """
 
 import dataclasses
-import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,49 +26,52 @@ from musicrl_jax.core.progress import Progress
 from musicrl_jax.inputs import order, pieces, pretrained
 from musicrl_jax.inputs.clips import Clips
 from musicrl_jax.inputs.tokens import ClipShapes, Shapes
-from musicrl_jax.losses import contrastive
-from musicrl_jax.models import bert, mulan, musicnn
+from musicrl_jax.losses.contrastive import contrastive, identical_rows
+from musicrl_jax.models import bert, musicnn
+from musicrl_jax.models.mulan import MuLan, MuLanConfig, Towers
 from musicrl_jax.objectives.mulan import VOCABULARY, MuLanObjective
-from musicrl_jax.objectives.objective import Batch, Metrics
+from musicrl_jax.objectives.objective import Batch, Epoch, Loss, Metrics, Variables
 from musicrl_jax.systems.system import Tree
 
-HEARD_AT_ONCE = 16  # clips
-DROPPED = 0.3  # of what the towers found, in training
+TOWER_BATCH = 16  # clips
+DROPOUT = 0.3  # of the towers' outputs
 
 
 @dataclasses.dataclass(frozen=True)
 class PretrainedTowers:
-    """Pretrained towers: musicnn's and a BERT's safetensors; config.json lies beside the latter."""
+    """Pretrained towers: safetensors of musicnn and of a BERT, with BERT's config.json beside."""
 
-    model: mulan.MuLanConfig
+    model: MuLanConfig
     audio_weights: str = dataclasses.field(metadata=checkpoint.PATH)
     text_weights: str = dataclasses.field(metadata=checkpoint.PATH)
 
     def params(self) -> dict[str, Any]:
-        """Parameters of `mulan.Towers`; ValueError where a file does not fit the model's config."""
+        """Returns the parameters of `mulan.Towers`; ValueError if a file does not fit the model."""
         if not isinstance(self.model.audio, musicnn.MusicnnConfig):
             raise ValueError(
                 "audio_weights are musicnn's: set MuLanConfig.audio to a MusicnnConfig"
             )
         filters, _ = pretrained.read(self.audio_weights)
         layers, settings = pretrained.read(self.text_weights)
-        found = bert.sizes(layers, settings, self.text_weights)
-        if found != self.model.text:
-            raise ValueError(f"{self.text_weights} holds a {found}: set MuLanConfig.text to that")
+        text_config = bert.sizes(layers, settings, self.text_weights)
+        if text_config != self.model.text:
+            raise ValueError(
+                f"{self.text_weights} holds a {text_config}: set MuLanConfig.text to that"
+            )
         return {
             "audio": musicnn.params(self.model.audio, filters, self.audio_weights),
-            "text": bert.params(found, layers, self.text_weights),
+            "text": bert.params(text_config, layers, self.text_weights),
         }
 
 
 @dataclasses.dataclass(frozen=True)
 class FetchedTowers:
-    """What `musicrl fetch` brings of a MuLan with pretrained towers, and packs of it leave out.
+    """The parts of a pretrained MuLan that `musicrl fetch` downloads, and that packs leave out.
 
     Attributes:
-      audio_weights: file of the audio tower, '' if it was not fetched; so are the others.
+      audio_weights: file of the audio tower; '' if it was not fetched, as for the other files.
       text_weights: file of the text tower.
-      vocabulary: file that texts are read with.
+      vocabulary: vocabulary of the text tower.
     """
 
     audio_weights: str = dataclasses.field(default="", metadata=checkpoint.PATH)
@@ -79,32 +82,42 @@ class FetchedTowers:
         return bool(self.audio_weights)
 
     def variables(self, config: Any) -> Tree:
-        """Returns the fetched variables of a model; {} of one that is no MuLan."""
-        if not isinstance(config, mulan.MuLanConfig):
+        """Returns the fetched variables of a model; {} if it is no MuLan."""
+        if not isinstance(config, MuLanConfig):
             return {}
         towers = PretrainedTowers(config, self.audio_weights, self.text_weights)
         return {"params": {"towers": towers.params()}}
 
     def assets(self, config: Any) -> dict[str, bytes]:
-        """Returns the fetched assets of a model; {} of one that is no MuLan."""
-        is_mulan = isinstance(config, mulan.MuLanConfig) and self.vocabulary
+        """Returns the fetched assets of a model; {} if it is no MuLan."""
+        is_mulan = isinstance(config, MuLanConfig) and self.vocabulary
         return {VOCABULARY: read_regular(self.vocabulary)} if is_mulan else {}
 
 
 def without_towers(config: Any, paths: Iterable[str]) -> bool:
-    """Tells whether arrays, by their paths, are those of a MuLan whose towers were left out."""
+    """Tells whether paths of arrays are those of a MuLan without its towers."""
     has_towers = any(path.startswith("params/towers/") for path in paths)
-    return isinstance(config, mulan.MuLanConfig) and not has_towers
+    return isinstance(config, MuLanConfig) and not has_towers
+
+
+@partial(jax.jit, static_argnums=0)
+def _apply_towers(
+    model: MuLanConfig, variables: Tree, wav: jax.Array, text: jax.Array
+) -> dict[str, jax.Array]:
+    """Returns the towers' outputs, {'audio': f32 [B, V, W], 'text': f32 [B, D]}."""
+    apply = partial(Towers(model).apply, variables)
+    return {"audio": apply(wav, method=Towers.hear), "text": apply(text, method=Towers.read)}
 
 
 @dataclasses.dataclass(frozen=True)
 class TowerOutputs:
-    """Clips and captions as pretrained towers hear and read them, each once; kept in files.
+    """Outputs of pretrained towers for clips and captions, computed once and stored in files.
 
     Attributes:
-        clips: whole clips with a vocabulary.
-        towers: what hears and reads.
-        folder: where what was found is kept, a file for each split of each set; other clips or weights make others.
+      clips: whole clips, with a vocabulary.
+      towers: the pretrained towers.
+      folder: folder of the files, one for each split of each set. Names depend on clips and
+        weights.
     """
 
     clips: Clips
@@ -120,177 +133,155 @@ class TowerOutputs:
         epochs: int | None = None,
         rows: np.ndarray | None = None,
     ) -> Iterator[dict[str, np.ndarray]]:
-        """{'audio': f32 [B, V, W], 'text': f32 [B, D], 'pieces': i32 [B, L]}, in a fixed order.
+        """Yields {'audio': f32 [B, V, W], 'text': f32 [B, D], 'pieces': i32 [B, L]}.
 
-        As with `Clips.batches`, a batch is a pure function of (seed, step). ValueError where `epochs` is None and a
-        batch is larger than the split.
+        As in `Clips.batches`, a batch is a pure function of (seed, step). Raises ValueError if
+        `epochs` is None and a batch is larger than the split.
         """
         if epochs is None and batch_size > self.count(split):
             raise ValueError(
-                f"batch_size {batch_size} is more than the {self.count(split)} clips of split {split!r}: lower it"
+                f"batch_size {batch_size} is more than the {self.count(split)} clips of split "
+                f"{split!r}: lower it"
             )
-        rates = {
-            name: rate
-            for name, rate in self.clips.datasets.items()
-            if split in self.clips.records(name)
-        }
-        sets = [self.found(name, split) for name in sorted(rates)]
-        sizes = [len(found["text"]) for found in sets]
-        turns = [rates[name] for name in sorted(rates)] if epochs is None else sizes
+        # The sets with this split, and how often each has its turn.
+        clips = self.clips
+        names = sorted(name for name in clips.datasets if split in clips.records(name))
+        sets = [self.read(name, split) for name in names]
+        sizes = [len(arrays["text"]) for arrays in sets]
+        rates = [clips.datasets[name] for name in names] if epochs is None else sizes
         end = None if epochs is None else epochs * sum(sizes)
+
         for position in order.positions(batch_size, start_step, end, rows):
-            places = zip(*order.example_at(seed, position, sizes, turns), strict=True)
-            found = [
-                {field: values[row] for field, values in sets[component].items()}
-                for component, row in places
-            ]
-            yield {field: np.stack([each[field] for each in found]) for field in found[0]}
+            places = list(zip(*order.example_at(seed, position, sizes, rates), strict=True))
+            yield {
+                field: np.stack([sets[component][field][row] for component, row in places])
+                for field in sets[0]
+            }
 
     def count(self, split: str) -> int:
-        """The number of clips in a split, over all sets."""
+        """Returns the number of clips in a split, over all sets."""
         return self.clips.count(split)
 
     def splits(self) -> list[str]:
-        """The splits that have clips."""
+        """Returns the splits that have clips."""
         return self.clips.splits()
 
     def shapes(self, batch_size: int, clip_seconds: float, tokens: ClipShapes) -> Shapes:
         """Returns the shapes of a batch; see `objective.Data`."""
         clips = self.clips.shapes(batch_size, clip_seconds, tokens)
-        key, towers = jax.random.key(0), mulan.Towers(self.towers.model)
+        module, key = Towers(self.towers.model), jax.random.key(0)
 
-        def look(wav: jax.Array, text: jax.Array) -> dict[str, jax.Array]:
-            heard, _ = towers.init_with_output(key, wav, method=mulan.Towers.hear)
-            read, _ = towers.init_with_output(key, text, method=mulan.Towers.read)
-            return {"audio": heard, "text": read}
+        def outputs(wav: jax.Array, text: jax.Array) -> dict[str, jax.Array]:
+            audio, _ = module.init_with_output(key, wav, method=Towers.hear)
+            return {
+                "audio": audio,
+                "text": module.init_with_output(key, text, method=Towers.read)[0],
+            }
 
-        return jax.eval_shape(look, clips["audio"], clips["text"]) | {"pieces": clips["text"]}
+        return jax.eval_shape(outputs, clips["audio"], clips["text"]) | {"pieces": clips["text"]}
 
-    def found(self, name: str, split: str) -> dict[str, np.ndarray]:
-        """{'audio' [P, V, W], 'text' [P, D], 'pieces' [P, L]} of one set's split, from its file or from the towers.
+    def read(self, name: str, split: str) -> dict[str, np.ndarray]:
+        """Returns {'audio' [P, V, W], 'text' [P, D], 'pieces' [P, L]} of a split of one set.
 
-        Rows stand as `Clips.batches` gives them with seed 0.
+        They come from the set's file or, without one, from the towers. The order of the rows is
+        that of `Clips.batches` with seed 0.
         """
-        clips = dataclasses.replace(self.clips, datasets={name: 1.0})
-        model, towers = self.towers.model, self.towers
+        clips, towers = dataclasses.replace(self.clips, datasets={name: 1.0}), self.towers
         settings = (
             clips,
             clips.captions(split),
-            model.sample_rate_hz,
-            model.window_seconds,
-            model.audio,
-            model.text,
+            towers.model.sample_rate_hz,
+            towers.model.window_seconds,
+            towers.model.audio,
+            towers.model.text,
             [Path(towers.audio_weights), Path(towers.text_weights)],
         )
         identity = json.dumps(checkpoint.describe(settings), sort_keys=True)
         short = hashlib.sha256(identity.encode()).hexdigest()[:12]
         path = Path(self.folder) / f"{name.replace('/', '.')}-{split}-{short}.npz"
-        return kept_at(path, lambda: self._hear(clips, split))
+        return kept_at(path, lambda: self._compute(clips, split))
 
-    def _hear(self, clips: Clips, split: str) -> dict[str, np.ndarray]:
+    def _compute(self, clips: Clips, split: str) -> dict[str, np.ndarray]:
+        """Returns the towers' outputs for all clips of a split, [P, ...] each."""
         variables = jax.device_put({"params": self.towers.params()})
         parts = []
-        batches = clips.batches(split, HEARD_AT_ONCE, seed=0, epochs=1)
-        for batch in Progress(batches, f"hear {split}", -(-clips.count(split) // HEARD_AT_ONCE)):
+        batches = clips.batches(split, TOWER_BATCH, seed=0, epochs=1)
+        for batch in Progress(batches, f"hear {split}", -(-clips.count(split) // TOWER_BATCH)):
+            # The last batch may be smaller.
             count = len(batch["audio"])
-            wav, text = (
-                np.pad(batch[name], ((0, HEARD_AT_ONCE - count), (0, 0)))
-                for name in ("audio", "text")
-            )
-            found = jax.device_get(_look(self.towers.model, variables, wav, text))
-            parts.append(
-                {name: value[:count] for name, value in found.items()} | {"pieces": batch["text"]}
-            )
-        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _look(
-    model: mulan.MuLanConfig, variables: Any, wav: jax.Array, text: jax.Array
-) -> dict[str, jax.Array]:
-    """What the towers find, {'audio' [B, V, W], 'text' [B, D]}."""
-    towers = mulan.Towers(model)
-    heard = towers.apply(variables, wav, method=mulan.Towers.hear)
-    return {"audio": heard, "text": towers.apply(variables, text, method=mulan.Towers.read)}
+            pad = partial(np.pad, pad_width=((0, TOWER_BATCH - count), (0, 0)))
+            inputs = pad(batch["audio"]), pad(batch["text"])
+            outputs = jax.device_get(_apply_towers(self.towers.model, variables, *inputs))
+            outputs = {field: array[:count] for field, array in outputs.items()}
+            parts.append(outputs | {"pieces": batch["text"]})
+        return {field: np.concatenate([part[field] for part in parts]) for field in parts[0]}
 
 
 @dataclasses.dataclass(frozen=True)
 class MuLanProjectionsObjective(MuLanObjective):
-    """Contrastive loss over the whole batch, of the projections alone; the finished model is a whole MuLan."""
+    """Contrastive loss over the whole batch, of the projections alone.
+
+    The finished model is a whole MuLan.
+    """
 
     data: TowerOutputs
 
     def check(self, batch: Batch) -> None:
-        """Raises ValueError as `MuLanObjective.check` does, or if the towers are not the model's."""
+        """Raises ValueError if data, vocabulary or towers do not fit the model."""
         if self.data.towers.model != self.model:
             raise ValueError(
-                f"PretrainedTowers.model is {self.data.towers.model}, not the trained {self.model}: make them equal"
+                f"PretrainedTowers.model is {self.data.towers.model}, not the trained "
+                f"{self.model}: make them equal"
             )
         super().check(batch)
         if (size := pieces.size(self.assets()[VOCABULARY])) != self.model.text.pieces:
             raise ValueError(
-                f"{self.vocabulary} has {size} pieces, and the pretrained text tower reads {self.model.text.pieces}: "
-                "give the vocabulary that it was trained with"
+                f"{self.vocabulary} has {size} pieces, and the pretrained text tower reads "
+                f"{self.model.text.pieces}: give the vocabulary that it was trained with"
             )
 
-    def init(self, key: jax.Array, batch: Batch) -> dict[str, Any]:
-        """Draws the variables without the towers' weights."""
-        return dict(
-            mulan.MuLan(self.model).init(
-                key, batch["audio"][:1], batch["text"][:1], method=mulan.MuLan.place
-            )
-        )
+    def init(self, key: jax.Array, batch: Batch) -> Variables:
+        """Returns random variables, without those of the towers."""
+        outputs = batch["audio"][:1], batch["text"][:1]
+        return dict(MuLan(self.model).init(key, *outputs, method=MuLan.place))
 
     def frozen(self, read: checkpoint.Reader = checkpoint.load_model) -> Any:
-        """Returns nothing that the loss needs; says which weights the towers have."""
-        print(
-            f"MuLan's towers are {self.data.towers.audio_weights} and {self.data.towers.text_weights}, frozen"
-        )
+        """Returns {}, and prints which weights the towers have."""
+        towers = self.data.towers
+        print(f"MuLan's towers are {towers.audio_weights} and {towers.text_weights}, frozen")
         return {}
 
-    def loss(
-        self, params: Any, state: Any, frozen: Any, batch: Batch, key: jax.Array
-    ) -> tuple[jax.Array, tuple[Any, Metrics]]:
-        """See `losses.contrastive`; three tenths of what the towers found are dropped at random."""
+    def loss(self, params: Any, state: Any, frozen: Any, batch: Batch, key: jax.Array) -> Loss:
+        """Returns the loss of `losses.contrastive`, with dropout on the towers' outputs."""
         audio_key, text_key = jax.random.split(key)
-        audio, text = _dropped(audio_key, batch["audio"]), _dropped(text_key, batch["text"])
+        audio, text = _dropout(audio_key, batch["audio"]), _dropout(text_key, batch["text"])
         return self._loss(params, state, batch | {"audio": audio, "text": text})
 
     def evaluate(
         self, params: Any, state: Any, frozen: Any, batch: Batch, key: jax.Array
     ) -> Metrics:
-        """Metrics of the loss with nothing dropped."""
+        """Returns the loss's metrics without dropout."""
         return self._loss(params, state, batch)[1][1]
 
-    def _loss(self, params: Any, state: Any, batch: Batch) -> tuple[jax.Array, tuple[Any, Metrics]]:
-        placed = mulan.MuLan(self.model).apply(
-            {"params": params, **state}, batch["audio"], batch["text"], method=mulan.MuLan.place
+    def _loss(self, params: Any, state: Any, batch: Batch) -> Loss:
+        """Returns the contrastive loss of a batch of tower outputs."""
+        outputs = MuLan(self.model).apply(
+            {"params": params, **state}, batch["audio"], batch["text"], method=MuLan.place
         )
-        loss, metrics = contrastive.contrastive(
-            *placed, contrastive.identical_rows(batch["pieces"])
-        )
+        loss, metrics = contrastive(*outputs, identical_rows(batch["pieces"]))
         return loss, (state, metrics)
 
-    def finish(
-        self,
-        variables: dict[str, Any],
-        frozen: Any,
-        batches: Callable[[], Iterator[dict[str, np.ndarray]]],
-    ) -> dict[str, Any]:
-        """The towers' weights joined to the parameters, and 'rvq' as in `MuLanObjective.finish`."""
-        module = mulan.MuLan(self.model)
-        place = jax.jit(
-            lambda variables, audio: module.apply(variables, audio, method=mulan.MuLan.place_audio)
+    def finish(self, variables: Variables, frozen: Any, batches: Epoch) -> Variables:
+        """Adds the towers' weights, and fills 'rvq' as `MuLanObjective.finish` does."""
+        apply = jax.jit(MuLan(self.model).apply, static_argnames="method")
+        fitted = self.quantizer(
+            apply(variables, batch["audio"], method=MuLan.place_audio) for batch in batches()
         )
-        fitted = self.quantizer(place(variables, batch["audio"]) for batch in batches())
-        return (
-            variables
-            | fitted
-            | {"params": {**variables["params"], "towers": self.data.towers.params()}}
-        )
+        params = {**variables["params"], "towers": self.data.towers.params()}
+        return variables | fitted | {"params": params}
 
 
-def _dropped(key: jax.Array, x: jax.Array) -> jax.Array:
-    """X with DROPPED of its entries 0, scaled so that the mean stays."""
-    kept = jax.random.bernoulli(key, 1 - DROPPED, x.shape)
-    return jnp.where(kept, x / (1 - DROPPED), 0.0)
+def _dropout(key: jax.Array, x: jax.Array) -> jax.Array:
+    """Zeroes a share DROPOUT of x, and scales the rest so that the mean stays."""
+    keep = jax.random.bernoulli(key, 1 - DROPOUT, x.shape)
+    return jnp.where(keep, x / (1 - DROPOUT), 0.0)

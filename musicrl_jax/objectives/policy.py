@@ -1,4 +1,7 @@
-"""The base policy: next-token prediction of interleaved tokens, conditioned on MuLan audio tokens (MusicLM 3.2)."""
+"""The base policy: next-token prediction of interleaved tokens, given MuLan's audio tokens.
+
+See MusicLM, section 3.2.
+"""
 
 import dataclasses
 from typing import Any
@@ -9,7 +12,7 @@ from musicrl_jax.core import checkpoint
 from musicrl_jax.core.precision import in_dtype
 from musicrl_jax.losses.lm import cross_entropy
 from musicrl_jax.models.musiclm import MusicLM, MusicLMConfig
-from musicrl_jax.objectives.objective import Batch, Metrics
+from musicrl_jax.objectives.objective import Batch, Loss, Metrics, Variables
 from musicrl_jax.objectives.token_objective import TokenObjective, policy_tokens
 
 
@@ -18,8 +21,9 @@ class PolicyObjective(TokenObjective):
     """Cross-entropy on the tokens that `musicrl encode` wrote.
 
     Attributes:
-      remat: saves memory for time, as in `models.transformer.Transformer`.
-      dtype: of the products with the weights in training, as in `core.precision.in_dtype`; judged in float32.
+      remat: recomputes activations in the backward pass, to save memory.
+      dtype: of matrix products in training, see `core.precision.in_dtype`; evaluation is in
+        float32.
     """
 
     model: MusicLMConfig
@@ -27,20 +31,18 @@ class PolicyObjective(TokenObjective):
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        in_dtype({}, self.dtype)  # refuses another
+        in_dtype({}, self.dtype)  # raises for any other dtype
 
     def check(self, batch: Batch) -> None:
         """Raises ValueError if the tokens are of another layout."""
         self.check_policy(self.model)
 
-    def init(self, key: jax.Array, batch: Batch) -> dict[str, Any]:
-        """Draws the variables of MusicLM."""
+    def init(self, key: jax.Array, batch: Batch) -> Variables:
+        """Returns random variables of MusicLM."""
         return MusicLM(self.model).init(key, policy_tokens(batch, self.model), batch["mulan"])
 
-    def loss(
-        self, params: Any, state: Any, frozen: Any, batch: Batch, key: jax.Array
-    ) -> tuple[jax.Array, tuple[Any, Metrics]]:
-        """Nats per token, with dropout."""
+    def loss(self, params: Any, state: Any, frozen: Any, batch: Batch, key: jax.Array) -> Loss:
+        """Returns nats per token, with dropout."""
         tokens = policy_tokens(batch, self.model)
         logits = MusicLM(self.model, self.remat).apply(
             {"params": in_dtype(params, self.dtype)},
@@ -55,7 +57,7 @@ class PolicyObjective(TokenObjective):
     def evaluate(
         self, params: Any, state: Any, frozen: Any, batch: Batch, key: jax.Array
     ) -> Metrics:
-        """Nats per token without dropout: all, semantic alone, coarse alone."""
+        """Returns nats per token without dropout: of all, semantic and coarse tokens."""
         tokens = policy_tokens(batch, self.model)
         logits = MusicLM(self.model).apply({"params": params}, tokens, batch["mulan"])
         loss, metrics = cross_entropy(logits, tokens)

@@ -1,4 +1,4 @@
-"""One step of supervised training, jitted: what `train` runs and `musicrl plan` compiles."""
+"""One jitted step of supervised training: `train` runs it, and `musicrl plan` compiles it."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +17,7 @@ from musicrl_jax.objectives.objective import Batch, Metrics, Objective
 def first_state(
     objective: Objective, transform: optax.GradientTransformation, key: jax.Array, batch: Batch
 ) -> TrainState:
-    """The state before the first step."""
+    """Returns the state before the first step."""
     return create_state(objective.init(key, batch), transform)
 
 
@@ -28,28 +28,34 @@ def training_step(
     mesh: Mesh,
     shardings: Any,
 ) -> Callable[[TrainState, Any, Batch], tuple[TrainState, Metrics]]:
-    """(state, frozen, batch) -> (state, metrics), jitted, the old state gone.
+    """Returns the jitted function (state, frozen, batch) -> (state, metrics); donates the state.
 
-    Where the loss or its gradient is not finite nothing moves, and the batch is counted in `skipped`.
+    A non-finite loss or gradient changes nothing but the counts of skipped batches.
     """
 
     def step(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, Metrics]:
+        # The gradient and the update.
         key = step_key(seed, state.step, Stream.TRAINING)
         gradient = jax.value_and_grad(objective.loss, has_aux=True)
-        (loss, (other, metrics)), gradients = gradient(
+        (loss, (collections, metrics)), gradients = gradient(
             state.params, state.state, frozen, batch, key
         )
         params, opt_state = moved(transform, gradients, state.opt_state, state.params)
         norm = optax.tree.norm(gradients)
-        finite = jnp.isfinite(norm) & jnp.isfinite(loss)
-        taken = state.replace(
-            params=params, state=other, opt_state=opt_state, in_a_row=jnp.zeros_like(state.in_a_row)
+        updated = state.replace(
+            params=params,
+            state=collections,
+            opt_state=opt_state,
+            in_a_row=jnp.zeros_like(state.in_a_row),
         )
-        left_out = state.replace(skipped=state.skipped + 1, in_a_row=state.in_a_row + 1)
-        after = jax.tree.map(lambda new, old: jnp.where(finite, new, old), taken, left_out)
-        counts = {
-            name: getattr(after, name).astype(jnp.float32) for name in ("skipped", "in_a_row")
-        }
-        return after.replace(step=state.step + 1), {**metrics, "gradient_norm": norm, **counts}
+
+        # Skip the update unless everything is finite.
+        skipped = state.replace(skipped=state.skipped + 1, in_a_row=state.in_a_row + 1)
+        finite = jnp.isfinite(norm) & jnp.isfinite(loss)
+        after = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, skipped)
+        metrics = {**metrics, "gradient_norm": norm}
+        for name in ("skipped", "in_a_row"):
+            metrics[name] = getattr(after, name).astype(jnp.float32)
+        return after.replace(step=state.step + 1), metrics
 
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, sharding.replicated(mesh)))

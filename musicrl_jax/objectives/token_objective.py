@@ -1,6 +1,6 @@
-"""What the objectives over encoded tokens share.
+"""The base class of objectives over encoded tokens.
 
-Legend: B clips or pairs of clips, F frames, T codec frames, Q codec levels, K codes in a frame.
+Legend: F frames, T codec frames, Q codec levels, K codes in a frame.
 """
 
 import dataclasses
@@ -23,31 +23,21 @@ class TokenObjective(Objective):
 
     data: Tokens | Votes
 
-    def check_layout(self, **wanted: int) -> None:
-        """ValueError, naming the field, where the tokens are of other sizes than the model's: indices out of range
-        would be clamped in silence.
+    def check_layout(self, **sizes: int) -> None:
+        """Raises ValueError, naming the field, if the tokens have other sizes than the model.
+
+        Otherwise indices out of range would be clamped silently.
         """
         layout = self.data.layout()
-        for name, size in wanted.items():
+        for name, size in sizes.items():
             if layout[name] != size:
                 raise ValueError(
-                    f"the model's {name} is {size}, and its tokens have {layout[name]}: give both the same size in gin"
+                    f"the model's {name} is {size}, and its tokens have {layout[name]}: give both "
+                    "the same size in gin"
                 )
 
-    def assets(self) -> dict[str, bytes]:
-        """Returns tokens.json, the hashes of the models whose tokens this one speaks, and clip.json, its clips' length.
-
-        A token folder in which no split is complete has no length, and gives no clip.json.
-        """
-        told = read_manifest(self.data.directory)
-        assets = {checkpoint.LINEAGE: json.dumps(told["models"]).encode()}
-        for split in list(told["counts"])[:1]:  # clips of all splits have one length
-            frames = read(self.data.directory, split)[1]["semantic"].shape[0]
-            assets[checkpoint.CLIP] = json.dumps({"seconds": frames / FRAMES_PER_SECOND}).encode()
-        return assets
-
     def check_policy(self, policy: MusicLMConfig) -> None:
-        """`check_layout` for what a policy reads."""
+        """Raises ValueError if the tokens have other sizes than a policy."""
         self.check_layout(
             acoustic_codes=policy.layout.acoustic_codes,
             semantic_codes=policy.layout.semantic_codes,
@@ -55,8 +45,20 @@ class TokenObjective(Objective):
             mulan_codes=policy.mulan_codes,
         )
 
+    def assets(self) -> dict[str, bytes]:
+        """Returns tokens.json, hashes of the models that wrote the tokens, and clip.json.
+
+        clip.json holds the clips' length. It is missing if no split of the folder is complete.
+        """
+        manifest = read_manifest(self.data.directory)
+        assets = {checkpoint.LINEAGE: json.dumps(manifest["models"]).encode()}
+        for split in list(manifest["counts"])[:1]:  # clips of all splits have one length
+            frames = read(self.data.directory, split)[1]["semantic"].shape[0]
+            assets[checkpoint.CLIP] = json.dumps({"seconds": frames / FRAMES_PER_SECOND}).encode()
+        return assets
+
 
 def policy_tokens(batch: Batch, policy: MusicLMConfig) -> jax.Array:
-    """What a policy of that config reads: semantic int32 [..., F] and acoustic [..., T, Q] -> int32 [..., F, K]."""
+    """Interleaves semantic int32 [..., F] and coarse acoustic [..., T, Q]: int32 [..., F, K]."""
     coarse = jnp.asarray(batch["acoustic"])[..., : policy.layout.coarse_levels]
     return interleave(jnp.asarray(batch["semantic"]), coarse)
