@@ -1,3 +1,5 @@
+"""Training the codec: what each loss moves, and the finished model."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,40 +7,43 @@ import optax
 import pytest
 
 from musicrl_jax.losses import codec
-from musicrl_jax.models import rvq, soundstream
+from musicrl_jax.models import rvq
 from musicrl_jax.models.discriminators import Discriminators, DiscriminatorsConfig
+from musicrl_jax.models.soundstream import SoundStream, SoundStreamConfig
 from musicrl_jax.objectives.codec import CodecObjective
 
-MODEL = soundstream.SoundStreamConfig(
-    sample_rate_hz=16000, strides=(8, 5), channels=4, embed=8, levels=2, codes=8
-)
-JUDGES = DiscriminatorsConfig(wave_scales=0, stft_windows=(), periods=(2,), channels=4)
+MODEL = SoundStreamConfig(16000, strides=(8, 5), channels=4, embed=8, levels=2, codes=8)
+DISCRIMINATORS = DiscriminatorsConfig(wave_scales=0, stft_windows=(), periods=(2,), channels=4)
+KEY = jax.random.key(0)
 
 
 class Tones:
-    """Clips of one tone, in another order in each batch."""
+    """Eight clips of one tone each, in another order in each of three batches."""
 
-    def batches(self, split="train", batch_size=4, seed=0, start_step=0, epochs=None):
-        time = np.arange(1600) / 16000
+    def batches(self, split="train", batch_size=8, seed=0, start_step=0, epochs=None):
+        time = np.arange(800) / 16000
         for turn in range(3):
-            hertz = np.roll([220.0, 440.0, 330.0, 550.0], turn)
-            yield {"audio": (0.3 * np.sin(2 * np.pi * np.outer(hertz, time))).astype(np.float32)}
+            hertz = np.roll(np.tile([220.0, 440.0, 330.0, 550.0], 2), turn)
+            wav = 0.3 * np.sin(2 * np.pi * np.outer(hertz, time))
+            yield {"audio": wav.astype(np.float32)}
 
     def count(self, split):
-        return 4
+        return 8
 
 
 BATCH = {"audio": jnp.asarray(next(Tones().batches())["audio"])}
+WAV = BATCH["audio"]
 
 
-def begun(objective):
-    variables = dict(jax.jit(objective.init)(jax.random.key(0), BATCH))
+def first_variables(objective):
+    """Returns (params, the other collections) before the first step."""
+    variables = dict(jax.jit(objective.init)(KEY, BATCH))
     return variables.pop("params"), variables
 
 
-def test_a_few_steps_lower_the_distances_and_the_metrics_are_those_promised():
+def test_a_few_steps_lower_the_distances():
     objective = CodecObjective(MODEL, data=Tones(), windows=(128, 512))
-    params, state = begun(objective)
+    params, state = first_variables(objective)
     optimiser = optax.adam(3e-3)
     moments = optimiser.init(params)
 
@@ -54,8 +59,8 @@ def test_a_few_steps_lower_the_distances_and_the_metrics_are_those_promised():
     for i in range(40):
         params, state, moments, metrics = step(params, state, moments, jax.random.key(i))
         if i == 0:
-            before = evaluate(params, state, {}, BATCH, jax.random.key(0))
-    after = evaluate(params, state, {}, BATCH, jax.random.key(0))
+            before = evaluate(params, state, {}, BATCH, KEY)
+    after = evaluate(params, state, {}, BATCH, KEY)
     assert set(metrics) == {"loss", "spectral", "waveform", "commitment", "perplexity"}
     assert set(after) == {"mel_distance", "stft_distance", "si_sdr", "perplexity"}
     assert all(np.isfinite(value) and value.shape == () for value in (metrics | after).values())
@@ -64,113 +69,108 @@ def test_a_few_steps_lower_the_distances_and_the_metrics_are_those_promised():
 
 
 @pytest.fixture(scope="module")
-def judged():
-    objective = CodecObjective(MODEL, data=Tones(), windows=(128,), discriminators=JUDGES)
-    return objective, *begun(objective), jax.jit(jax.grad(objective.loss, has_aux=True))
+def adversarial():
+    """Returns an objective with discriminators, its first variables and its jitted gradient."""
+    objective = CodecObjective(MODEL, Tones(), windows=(128,), discriminators=DISCRIMINATORS)
+    gradient = jax.jit(jax.grad(objective.loss, has_aux=True))
+    return objective, *first_variables(objective), gradient
 
 
-def test_codec_and_discriminators_each_move_by_their_own_loss(judged):
-    objective, params, state, gradient = judged
-    _, (state, _) = gradient(params, state, {}, BATCH, jax.random.key(0))  # starts the codebooks
-    late, (after, metrics) = gradient(params, state, {}, BATCH, jax.random.key(0))
+def test_codec_and_discriminators_each_move_by_their_own_loss(adversarial):
+    objective, params, state, gradient = adversarial
+    _, (state, _) = gradient(params, state, {}, BATCH, KEY)  # starts the codebooks
+    gradients, (after, metrics) = gradient(params, state, {}, BATCH, KEY)
     assert metrics["discriminator"] > 0.0 and metrics["feature"] > 0.0
     assert after["balance"]["feature"] > 0.0
 
-    module, judges = soundstream.SoundStream(MODEL), Discriminators(JUDGES)
+    # The same losses, written out.
     codec_params = {name: value for name, value in params.items() if name != "discriminators"}
-    codebooks = {"codebooks": state["codebooks"]}
+    weights, norms = params["discriminators"], after["balance"]
 
     def decode(codec_params):
-        return module.apply(
-            {"params": codec_params, **codebooks}, BATCH["audio"], jax.random.key(0)
-        )
+        variables = {"params": codec_params, "codebooks": state["codebooks"]}
+        return SoundStream(MODEL).apply(variables, WAV, KEY)
 
-    def of_judges(weights):
-        real, fake = (
-            judges.apply({"params": weights}, wav)
-            for wav in (BATCH["audio"], decode(codec_params).wav)
-        )
-        return codec.discriminator_hinge(real, fake)
+    def layers(weights, decoded):
+        apply = Discriminators(DISCRIMINATORS).apply
+        return [apply({"params": weights}, wav) for wav in (WAV, decoded)]
 
-    expected = jax.jit(jax.grad(of_judges))(params["discriminators"])
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), late["discriminators"], expected
-    )
+    def discriminator_loss(weights, decoded):
+        return codec.discriminator_hinge(*layers(weights, decoded))
 
-    def of_codec(codec_params):
-        """The balanced sum written out: four losses, each over its own norm."""
+    def codec_loss(codec_params):
+        """Returns the balanced sum: four losses, each divided by its gradient's norm."""
         output = decode(codec_params)
-        held = params["discriminators"]
-        real, fake = (judges.apply({"params": held}, wav) for wav in (BATCH["audio"], output.wav))
-        norms = after["balance"]
-        total = (
-            codec.reconstruction(BATCH["audio"], output.wav, 16000, (128,)) / norms["spectral"]
-            + objective.waveform_weight
-            * jnp.mean(jnp.abs(BATCH["audio"] - output.wav))
-            / norms["waveform"]
-            + objective.adversarial_weight * codec.generator_hinge(fake) / norms["adversarial"]
-            + objective.feature_weight * codec.feature_distance(real, fake) / norms["feature"]
-        )
-        weights = (
-            1.0
-            + objective.waveform_weight
-            + objective.adversarial_weight
-            + objective.feature_weight
-        )
-        return total / weights / 4 + objective.commitment_weight * output.commitment
+        real, fake = layers(weights, output.wav)
+        shares = {
+            "spectral": (1.0, codec.reconstruction(WAV, output.wav, 16000, (128,))),
+            "waveform": (objective.waveform_weight, jnp.mean(jnp.abs(WAV - output.wav))),
+            "adversarial": (objective.adversarial_weight, codec.generator_hinge(fake)),
+            "feature": (objective.feature_weight, codec.feature_distance(real, fake)),
+        }
+        total = sum(weight * loss / norms[name] for name, (weight, loss) in shares.items())
+        total = total / sum(weight for weight, _ in shares.values())
+        return total / 8 + objective.commitment_weight * output.commitment
 
-    expected = jax.jit(jax.grad(of_codec))(codec_params)
+    expected, decoded = jax.jit(lambda params: (jax.grad(codec_loss)(params), decode(params).wav))(
+        codec_params
+    )
     for name in ("encoder", "decoder"):
         largest = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(expected[name]))
         jax.tree.map(
             lambda a, b, most=largest: np.testing.assert_allclose(a, b, atol=1e-3 * most),
-            late[name],
+            gradients[name],
             expected[name],
         )
+    expected = jax.jit(jax.grad(discriminator_loss))(weights, decoded)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5),
+        gradients["discriminators"],
+        expected,
+    )
 
 
-def test_the_finished_codec_has_codebooks_fitted_to_its_encoder_and_no_discriminators(judged):
-    objective, params, state, _ = judged
+def test_the_finished_codec_has_fitted_codebooks_and_no_discriminators(adversarial):
+    objective, params, state, _ = adversarial
     variables = objective.finish({"params": params, **state}, {}, Tones().batches)
     assert set(variables) == {"params", "codebooks"}
     assert set(variables["params"]) == {"encoder", "decoder"}
-    module = soundstream.SoundStream(MODEL)
-    wavs = [jnp.asarray(batch["audio"]) for batch in Tones().batches()]
-    encode = jax.jit(
-        lambda wav: module.apply(variables, wav, method=soundstream.SoundStream.vectors)
-    )
-    vectors = jnp.concatenate([encode(wav) for wav in wavs]).reshape(-1, 8)
-    fitted = rvq.fit(jax.random.key(0), vectors, 2, 8, state["codebooks"]["rvq"]["codebooks"])
+    apply = jax.jit(SoundStream(MODEL).apply, static_argnames="method")
+    vectors = [
+        apply(variables, batch["audio"], method=SoundStream.vectors) for batch in Tones().batches()
+    ]
+    points = jnp.concatenate(vectors).reshape(-1, 8)
+    fitted = rvq.fit(KEY, points, 2, 8, state["codebooks"]["rvq"]["codebooks"])
     np.testing.assert_allclose(variables["codebooks"]["rvq"]["codebooks"], fitted, atol=1e-5)
 
 
 def test_a_codec_with_dacs_quantizer_trains_and_finishes():
-    model = soundstream.SoundStreamConfig(16000, (8, 5), 4, 8, 2, 8, "snake", 4, False)
+    model = SoundStreamConfig(16000, (8, 5), 4, 8, 2, 8, "snake", 4, False)
     objective = CodecObjective(model, data=Tones(), windows=(128,))
-    params, state = begun(objective)
+    params, state = first_variables(objective)
     gradient, (state, metrics) = jax.jit(jax.grad(objective.loss, has_aux=True))(
-        params, state, {}, BATCH, jax.random.key(0)
+        params, state, {}, BATCH, KEY
     )
     assert set(state) == {"balance"} and np.isfinite(metrics["loss"])
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
     assert set(objective.finish({"params": params, **state}, {}, Tones().batches)) == {"params"}
 
 
-def test_balance_and_codebooks_are_those_of_the_global_batch(judged):
-    _, params, state, gradient = judged
-    batch = {"audio": jnp.concatenate([BATCH["audio"], 0.5 * BATCH["audio"]])}
+def test_balance_and_codebooks_are_those_of_the_global_batch(adversarial):
+    _, params, state, gradient = adversarial
+    scale = jnp.repeat(jnp.array([1.0, 0.5]), 4)[:, None]
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    spread = jax.device_put(
-        batch, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    batch = {"audio": scale * WAV}
+    one, many = (
+        gradient(params, state, {}, wavs, KEY) for wavs in (batch, jax.device_put(batch, rows))
     )
-    one, many = (gradient(params, state, {}, wavs, jax.random.key(0)) for wavs in (batch, spread))
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(many), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
 
 
 def test_too_little_audio_for_a_codebook_is_named_before_training():
-    model = soundstream.SoundStreamConfig(16000, (8, 5), 4, 8, 2, 161)
-    with pytest.raises(
-        ValueError, match="codes = 161, but the training clips have 160 codec frames"
-    ):
+    model = SoundStreamConfig(16000, (8, 5), 4, 8, 2, 161)
+    complaint = "codes = 161, but the training clips have 160 codec frames"
+    with pytest.raises(ValueError, match=complaint):
         CodecObjective(model, data=Tones()).check(BATCH)

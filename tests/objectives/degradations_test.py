@@ -1,4 +1,4 @@
-"""Every kind of damage does what it says, measured with NumPy and SciPy; the distance grows with the strength."""
+"""Each kind of damage against NumPy and SciPy; the distance grows with the strength."""
 
 import functools
 
@@ -16,7 +16,7 @@ KEY = jax.random.key(0)
 
 
 def music(clips: int = 4) -> np.ndarray:
-    """[clips, 16000]: harmonic tones with decaying notes."""
+    """Returns harmonic tones with decaying notes, [clips, 16000]."""
     time = np.arange(RATE) / RATE
     decay = np.exp(-3 * (time % 0.25))
     tones = [
@@ -31,8 +31,8 @@ def fixed(strength: float, rows: int = 4) -> jax.Array:
 
 
 def crude_codec(wav: jax.Array, strength: jax.Array) -> jax.Array:
-    """Stands in for a codec: fewer levels, coarser steps."""
-    step = 2.0 ** -degradations.kept_levels(strength, 8).astype(jnp.float32)
+    """Replaces a codec: fewer levels are coarser steps."""
+    step = 2.0 ** -degradations.remaining_levels(strength, 8).astype(jnp.float32)
     return jnp.round(wav / step[:, None]) * step[:, None]
 
 
@@ -54,7 +54,7 @@ distance = jax.jit(lambda clean, wav: degradations.distance(clean, wav, RATE))
 
 
 @pytest.mark.parametrize("strength", [0.0, 0.25, 1.0])
-def test_noise_has_the_ratio_it_says(strength):
+def test_noise_has_the_stated_ratio(strength):
     clean = music()
     added = np.asarray(damaged("noise", clean, fixed(strength))) - clean
     ratio_db = 10 * np.log10((clean**2).mean(1) / (added**2).mean(1))
@@ -68,7 +68,7 @@ def test_noise_leaves_silence_silent():
 
 
 @pytest.mark.parametrize(("strength", "cutoff"), [(0.5, 2000.0), (1.0, 500.0)])
-def test_band_limit_cuts_where_it_says(strength, cutoff):
+def test_band_limit_has_the_stated_cutoff(strength, cutoff):
     white = np.random.default_rng(0).normal(size=(4, RATE)).astype(np.float32)
     hz = np.fft.rfftfreq(RATE, 1 / RATE)
     before = np.abs(np.fft.rfft(white)) ** 2
@@ -97,8 +97,8 @@ def test_dropouts_silence_whole_stretches():
     got = np.asarray(damaged("dropouts", clean, fixed(0.3, 40)))
     blocks = got.reshape(40, 20, 800)
     silent = np.all(blocks == 0, axis=2)
-    kept = np.all(blocks == clean.reshape(40, 20, 800), axis=2)
-    assert np.all(silent | kept)
+    unchanged = np.all(blocks == clean.reshape(40, 20, 800), axis=2)
+    assert np.all(silent | unchanged)
     np.testing.assert_allclose(silent.mean(), 0.3, atol=0.06)
     np.testing.assert_array_equal(damaged("dropouts", clean, fixed(1.0, 40)), 0)
 
@@ -122,19 +122,18 @@ def test_wow_is_resampling_along_a_sine():
     np.testing.assert_allclose([smooth.min() / 440, smooth.max() / 440], [0.94, 1.06], atol=0.02)
 
 
-def test_kept_levels_falls_from_all_to_one():
+def test_remaining_levels_fall_from_all_to_one():
     strength = jnp.array([0.0, 0.12, 0.13, 0.5, 0.99, 1.0])
-    np.testing.assert_array_equal(degradations.kept_levels(strength, 8), [8, 8, 7, 4, 1, 1])
+    np.testing.assert_array_equal(degradations.remaining_levels(strength, 8), [8, 8, 7, 4, 1, 1])
 
 
 @pytest.mark.parametrize("kind", degradations.KINDS[1:])
 def test_stronger_damage_is_farther_and_scores_less(kind):
     clean = music()
-    found = [
-        np.asarray(distance(clean, damaged(kind, clean, fixed(s)))) for s in (0.1, 0.4, 0.7, 1.0)
-    ]
-    assert np.all(np.diff(found, axis=0) > 0)
-    weak, strong = (np.asarray(mos(clean, damaged(kind, clean, fixed(s)))) for s in (0.1, 1.0))
+    clips = [damaged(kind, clean, fixed(strength)) for strength in (0.1, 0.4, 0.7, 1.0)]
+    distances = [np.asarray(distance(clean, wav)) for wav in clips]
+    assert np.all(np.diff(distances, axis=0) > 0)
+    weak, strong = (np.asarray(mos(clean, wav)) for wav in (clips[0], clips[-1]))
     assert np.all((weak > strong) & (weak <= 5) & (strong > 1))
 
 
@@ -147,32 +146,27 @@ def test_distance_equals_librosa():
         for window in (512, 2048):
             filters = librosa.filters.mel(sr=RATE, n_fft=window, n_mels=64)
             hop = window // 4
-            left = (window - hop) // 2
             mels = []
             for wav in (a, b):
-                padded = np.pad(wav, (left, window))
+                padded = np.pad(wav, ((window - hop) // 2, window))
                 frames = np.stack([padded[s * hop : s * hop + window] for s in range(RATE // hop)])
                 mels.append(np.abs(np.fft.rfft(frames * np.hanning(window + 1)[:-1])) @ filters.T)
-            floor = 1e-3 * mels[0].max()
-            gaps.append(
-                np.abs(
-                    20 * np.log10(np.maximum(mels[0], floor) / np.maximum(mels[1], floor))
-                ).mean()
-            )
+            first, second = np.maximum(mels, 1e-3 * mels[0].max())
+            gaps.append(np.abs(20 * np.log10(first / second)).mean())
         expected.append(np.mean(gaps))
     np.testing.assert_allclose(distance(clean, other), expected, rtol=1e-3)
-    np.testing.assert_allclose(
-        mos(clean, other), 1 + 4 * np.exp(-np.array(expected) / 12), rtol=1e-3
-    )
+    expected_mos = 1 + 4 * np.exp(-np.array(expected) / 12)
+    np.testing.assert_allclose(mos(clean, other), expected_mos, rtol=1e-3)
 
 
+@jax.jit
 def degrade(key, wav, strength):
     return degradations.degrade(key, wav, strength, RATE, crude_codec)
 
 
 def test_strength_zero_is_the_clean_clip_and_scores_five():
     wav = np.tile(music(), (4, 1))[:15]
-    got = jax.jit(degrade)(KEY, wav, jnp.zeros(15))
+    got = degrade(KEY, wav, jnp.zeros(15))
     np.testing.assert_array_equal(got, wav)
     np.testing.assert_array_equal(mos(wav, got), 5)
 
@@ -180,9 +174,9 @@ def test_strength_zero_is_the_clean_clip_and_scores_five():
 def test_kinds_are_balanced_and_depend_on_the_key():
     wav = np.tile(music(), (4, 1))[:15]
     kind = [*range(7), *range(7), 0]
-    got = jax.jit(degrade)(KEY, wav, jnp.full(15, 0.6))
-    again = jax.jit(degrade)(KEY, wav, jnp.full(15, 0.6))
-    other = jax.jit(degrade)(jax.random.key(1), wav, jnp.full(15, 0.6))
+    got, again, other = (
+        degrade(key, wav, jnp.full(15, 0.6)) for key in (KEY, KEY, jax.random.key(1))
+    )
     np.testing.assert_array_equal(got, again)
     changed = np.any(np.asarray(got) != wav, axis=1)
     np.testing.assert_array_equal(changed, np.asarray(kind) > 0)

@@ -1,4 +1,4 @@
-"""SoundStorm's loss: on the hidden codes of the drawn level, and on nothing else."""
+"""SoundStorm's loss: only the masked codes of a clip's random level count."""
 
 import json
 
@@ -31,8 +31,8 @@ def params(objective):
 
 
 @pytest.fixture(scope="module")
-def drawn(params):
-    """What KEY hides, and log-probabilities of every fine level given that, [B, T, Q - coarse, C]."""
+def masking(params):
+    """Returns the mask of KEY, and log-probs of the fine levels under it, [B, T, Q - coarse, C]."""
     hidden = jax.tree.map(np.asarray, training_mask(KEY, CODES.shape, 2))
     apply = jax.jit(SoundStorm(MODEL).apply)
     logits = [apply({"params": params}, CODES, hidden.masked, level) for level in range(2, 5)]
@@ -41,7 +41,7 @@ def drawn(params):
 
 @pytest.fixture(scope="module")
 def step(objective, params):
-    """Codes -> (loss, metrics, gradient), with what KEY hides; compiled once."""
+    """Returns a function codes -> (loss, metrics, gradient) under the mask of KEY."""
     compiled = jax.jit(jax.value_and_grad(objective.loss, has_aux=True))
 
     def step(codes):
@@ -52,40 +52,35 @@ def step(objective, params):
 
 
 def scored(scores, where):
-    """Mean nats of the true codes at `where`, bool [B, T, Q]."""
+    """Returns mean nats of the true codes at `where`, bool [B, T, Q]."""
     clip, frame, level = np.nonzero(where)
     return -scores[clip, frame, level - 2, CODES[clip, frame, level]].mean()
 
 
-def test_loss_is_the_mean_over_the_hidden_codes_of_the_drawn_level(step, drawn):
-    (masked, level, target), scores = drawn
-    own = target[:, :, None] & (np.arange(5) == level[:, None, None])
+def test_loss_is_the_mean_over_the_masked_codes_of_the_random_level(step, masking):
+    (masked, level, target), scores = masking
+    of_level = np.broadcast_to(np.arange(5) == level[:, None, None], masked.shape)
+    own = target[:, :, None] & of_level
     loss, metrics, _ = step(CODES)
     np.testing.assert_allclose(loss, scored(scores, own), rtol=1e-5)
     assert metrics["loss"] == loss
     clip, frame, q = np.nonzero(own)
     hits = scores[clip, frame, q - 2].argmax(axis=-1) == CODES[clip, frame, q]
     np.testing.assert_allclose(metrics["accuracy"], hits.mean(), rtol=1e-6)
-    # Two mistakes that people make: all that is hidden is scored, or all frames of the level.
+    # Two common mistakes: scoring all masked codes, or all frames of the level.
     assert abs(loss - scored(scores, masked)) > 1e-3
-    assert (
-        abs(
-            loss
-            - scored(scores, np.broadcast_to(np.arange(5) == level[:, None, None], masked.shape))
-        )
-        > 1e-3
-    )
+    assert abs(loss - scored(scores, of_level)) > 1e-3
 
 
-def test_only_the_head_of_a_drawn_level_learns(step, drawn):
-    (_, level, _), _ = drawn
+def test_only_the_head_of_a_random_level_learns(step, masking):
+    (_, level, _), _ = masking
     moved = np.abs(np.asarray(step(CODES)[2]["head"].unbox())).max(axis=(1, 2)) > 0
     np.testing.assert_array_equal(moved, [q in level for q in range(2, 5)])
     assert not moved.all()
 
 
-def test_codes_that_are_hidden_and_not_scored_change_nothing(step, drawn):
-    (masked, level, target), _ = drawn
+def test_codes_that_are_masked_and_not_scored_change_nothing(step, masking):
+    (masked, level, target), _ = masking
     target = target[:, :, None] & (np.arange(5) == level[:, None, None])
 
     def changed(places):
@@ -94,11 +89,11 @@ def test_codes_that_are_hidden_and_not_scored_change_nothing(step, drawn):
     assert (masked & ~target).any() and (~masked[:, :, 2:]).any()
     assert changed(masked & ~target) == changed(False)
     assert changed(target) != changed(False)
-    assert changed(~masked) != changed(False)  # what is given is heard
+    assert changed(~masked) != changed(False)  # unmasked codes are inputs
 
 
 def test_weights_of_the_papers_size_divide_over_a_mesh(tokens_of):
-    """Eight devices, two for fsdp and two for tensor; 1024 codes and a mask are 1025 rows, which must not be split."""
+    """The 1025 rows of 1024 codes and a mask must not be sharded."""
     batch = {"acoustic": np.zeros((8, 4, 12), np.int32)}
     objective = FineObjective(
         SoundStormConfig(), tokens_of(acoustic_levels=12, acoustic_codes=1024)
@@ -112,16 +107,13 @@ def test_weights_of_the_papers_size_divide_over_a_mesh(tokens_of):
     assert shapes["table"] == (12, 1025, 512) and shapes["head"] == (8, 512, 512)
 
 
-def test_the_models_of_its_tokens_travel_with_it(objective, token_models):
-    assets = objective.assets()
-    assert {name: json.loads(content) for name, content in assets.items()} == {
-        "tokens.json": token_models
-    }
+def test_the_hashes_of_its_tokens_models_are_stored_with_it(objective, token_models):
+    assert json.loads(objective.assets()["tokens.json"]) == token_models
 
 
 @pytest.mark.parametrize(("name", "size"), [("acoustic_levels", 8), ("acoustic_codes", 7)])
 def test_tokens_of_another_layout_are_refused(tokens_of, name, size):
-    """Else the heads of missing levels, and rows of missing codes, would be others', clamped in silence."""
+    """Indices out of range would be clamped silently."""
     data = tokens_of(**{"acoustic_levels": 5, "acoustic_codes": 6} | {name: size})
     with pytest.raises(ValueError, match=f"{name} is ., and its tokens have {size}"):
         FineObjective(MODEL, data).check({"acoustic": CODES})

@@ -9,122 +9,120 @@ import pytest
 from scipy.stats import kendalltau
 
 from musicrl_jax.core import checkpoint
-from musicrl_jax.models import resnet, rewards, soundstream
+from musicrl_jax.models.resnet import ResNetConfig
+from musicrl_jax.models.rewards import Quality, QualityConfig
+from musicrl_jax.models.soundstream import SoundStream, SoundStreamConfig
 from musicrl_jax.objectives import degradations
-from musicrl_jax.objectives import quality as objective
+from musicrl_jax.objectives.quality import Codec, QualityObjective, order
 
-CONFIG = rewards.QualityConfig(16_000, 1.0, resnet.ResNetConfig(mels=16, widths=(4,), blocks=1))
-CODEC = soundstream.SoundStreamConfig(16_000, (4, 4), channels=2, embed=4, levels=3, codes=8)
+CONFIG = QualityConfig(16_000, 0.25, ResNetConfig(mels=16, widths=(4,), blocks=1))
+CODEC = SoundStreamConfig(16_000, (4, 4), channels=2, embed=4, levels=3, codes=8)
+KEY = jax.random.key(5)
+WAV = (0.2 * np.random.default_rng(0).normal(size=(8, 4000))).astype(np.float32)
+RATED = {"audio": WAV, "score": np.linspace(1, 5, 8).astype(np.float32)}
+PSEUDO = QualityObjective(CONFIG, None, "codec")
+
+score = jax.jit(Quality(CONFIG).apply)
 
 
-def clips(count: int = 8) -> np.ndarray:
-    return (0.2 * np.random.default_rng(0).normal(size=(count, 8000))).astype(np.float32)
-
-
-def untrained(config):
-    """A codec as it would come from disk."""
-    variables = jax.jit(soundstream.SoundStream(config).init)(
-        jax.random.key(0), clips(1), jax.random.key(1)
-    )
-    return objective.Codec(variables, config)
+def random_codec(config):
+    keys = jax.random.key(0), jax.random.key(1)
+    return Codec(jax.jit(SoundStream(config).init)(keys[0], WAV[:1], keys[1]), config)
 
 
 @pytest.fixture(scope="module")
 def codec():
-    return untrained(CODEC)
+    return random_codec(CODEC)
 
 
 @pytest.fixture(scope="module")
 def variables():
-    return jax.jit(rewards.Quality(CONFIG).init)(jax.random.key(0), clips(1))
+    return jax.jit(Quality(CONFIG).init)(jax.random.key(0), WAV[:1])
 
 
-@pytest.mark.parametrize(
-    ("code_width", "atol"), [(None, 1e-5), (2, 1e-2)]
-)  # the second decodes to some thousands
-def test_dropped_levels_equal_decoding_fewer(code_width, atol):
-    codec, wav = untrained(dataclasses.replace(CODEC, code_width=code_width)), clips(3)
-    module = soundstream.SoundStream(codec.config)
-    got = jax.jit(objective.through(codec))(wav, jnp.array([0.0, 0.4, 1.0]))
-    codes = jax.jit(lambda v, w: module.apply(v, w, method=soundstream.SoundStream.encode))(
-        codec.variables, wav
-    )
-    for row, levels in enumerate((3, 2, 1)):
-        alone = module.apply(
-            codec.variables, codes[row : row + 1, :, :levels], method=soundstream.SoundStream.decode
-        )
-        np.testing.assert_allclose(got[row], alone[0], atol=atol)
+# The second codec decodes to some thousands.
+@pytest.mark.parametrize(("code_width", "atol"), [(None, 1e-5), (2, 1e-2)])
+def test_dropped_levels_equal_decoding_fewer(codec, code_width, atol):
+    if code_width is not None:
+        codec = random_codec(dataclasses.replace(CODEC, code_width=code_width))
+    module = SoundStream(codec.config)
+
+    @jax.jit
+    def decode_fewer(variables, wav):
+        codes = module.apply(variables, wav, method=SoundStream.encode)
+        decode = [
+            module.apply(variables, codes[row : row + 1, :, :levels], method=SoundStream.decode)
+            for row, levels in enumerate((3, 2, 1))
+        ]
+        return jnp.concatenate(decode)
+
+    fewer = decode_fewer(codec.variables, WAV[:3])
+    dropped = jax.jit(codec.reconstruct)(WAV[:3], jnp.array([0.0, 0.4, 1.0]))
+    np.testing.assert_allclose(dropped, fewer, atol=atol)
 
 
-def test_labels_are_the_pseudo_mos_of_what_is_heard(codec, variables):
-    task = objective.QualityObjective(CONFIG, None, "codec")
-    key = jax.random.key(5)
-    wav = clips()
-    loss, (_, metrics) = jax.jit(task.loss)(variables["params"], {}, codec, {"audio": wav}, key)
-    damage_key, strength_key = jax.random.split(key)
-    strength = jax.random.uniform(strength_key, (8,))
-    through = objective.through(codec)
-    heard = jax.jit(lambda w, s: degradations.degrade(damage_key, w, s, 16_000, through))(
-        wav, strength
-    )
-    coded = jax.jit(through)(
-        heard[4:], jnp.zeros(4)
-    )  # the second half then goes through the whole codec
-    heard = jnp.concatenate([heard[:4], coded])
-    label = np.asarray(jax.jit(degradations.pseudo_mos, static_argnums=2)(wav, heard, 16_000))
-    guess = np.asarray(jax.jit(rewards.Quality(CONFIG).apply)(variables, heard))
-    assert label[0] == 5
-    assert np.all(label[1:] < 5)
-    np.testing.assert_allclose(loss, np.mean((guess - label) ** 2), rtol=1e-4)
-    np.testing.assert_allclose(metrics["mae"], np.abs(guess - label).mean(), rtol=1e-4)
+def test_labels_are_the_pseudo_mos_of_the_damaged_clips(codec, variables):
+    @jax.jit
+    def labelled(codec, wav):
+        damage_key, strength_key = jax.random.split(KEY)
+        strength = jax.random.uniform(strength_key, (8,))
+        damaged = degradations.degrade(damage_key, wav, strength, 16_000, codec.reconstruct)
+        # The second half then goes through the whole codec.
+        decoded = codec.reconstruct(damaged[4:], jnp.zeros(4))
+        damaged = jnp.concatenate([damaged[:4], decoded])
+        return damaged, degradations.pseudo_mos(wav, damaged, 16_000)
+
+    batch = {"audio": WAV}
+    loss, (_, metrics) = jax.jit(PSEUDO.loss)(variables["params"], {}, codec, batch, KEY)
+    damaged, label = labelled(codec, WAV)
+    prediction, label = np.asarray(score(variables, damaged)), np.asarray(label)
+    assert label[0] == 5 and np.all(label[1:] < 5)
+    np.testing.assert_allclose(loss, np.mean((prediction - label) ** 2), rtol=1e-4)
+    np.testing.assert_allclose(metrics["mae"], np.abs(prediction - label).mean(), rtol=1e-4)
 
 
-def test_evaluation_compares_each_clip_with_its_clean_self(codec, variables):
-    task = objective.QualityObjective(CONFIG, None, "codec")
-    metrics = jax.jit(task.evaluate)(
-        variables["params"], {}, codec, {"audio": clips()}, jax.random.key(5)
-    )
+def test_evaluation_compares_each_clip_with_its_clean_version(codec, variables):
+    evaluate = jax.jit(PSEUDO.evaluate)
+    metrics = evaluate(variables["params"], {}, codec, {"audio": WAV}, KEY)
     assert set(metrics) == {"loss", "mae", "order", "clean_first"}
     assert 0 <= metrics["clean_first"] <= 1
-    np.testing.assert_allclose(
-        metrics["clean_first"] * 7 % 1, 0, atol=1e-5
-    )  # all but the first are damaged
+    # All clips but the first are damaged.
+    np.testing.assert_allclose(metrics["clean_first"] * 7 % 1, 0, atol=1e-5)
 
 
-def test_ratings_are_taken_as_they_are(variables):
-    task = objective.QualityObjective(CONFIG, None)
-    batch = {"audio": clips(), "score": np.linspace(1, 5, 8).astype(np.float32)}
-    assert task.frozen() == {}
-    task.init(jax.random.key(0), batch)
-    loss, (_, metrics) = jax.jit(task.loss)(variables["params"], {}, {}, batch, jax.random.key(5))
-    guess = np.asarray(jax.jit(rewards.Quality(CONFIG).apply)(variables, batch["audio"]))
-    np.testing.assert_allclose(loss, np.mean((guess - batch["score"]) ** 2), rtol=1e-5)
-    assert set(task.evaluate(variables["params"], {}, {}, batch, jax.random.key(5))) == set(metrics)
+def test_ratings_are_used_unchanged(variables):
+    objective = QualityObjective(CONFIG, None)
+    assert objective.frozen() == {}
+    jax.eval_shape(objective.init, KEY, RATED)
+    arguments = variables["params"], {}, {}, RATED, KEY
+    loss, (_, metrics) = jax.jit(objective.loss)(*arguments)
+    prediction = np.asarray(score(variables, WAV))
+    np.testing.assert_allclose(loss, np.mean((prediction - RATED["score"]) ** 2), rtol=1e-5)
+    assert set(jax.eval_shape(objective.evaluate, *arguments)) == set(metrics)
 
 
 def test_order_is_kendalls_tau():
-    rng = np.random.default_rng(1)
-    guess, score = rng.normal(size=30), rng.normal(size=30)
-    expected = (kendalltau(guess, score).statistic + 1) / 2
+    prediction, truth = np.random.default_rng(1).normal(size=(2, 30))
+    expected = (kendalltau(prediction, truth).statistic + 1) / 2
     np.testing.assert_allclose(
-        objective.order(jnp.asarray(guess), jnp.asarray(score)), expected, rtol=1e-5
+        order(jnp.asarray(prediction), jnp.asarray(truth)), expected, rtol=1e-5
     )
-    assert objective.order(jnp.zeros(4), jnp.arange(4.0)) == 0  # equal guesses order nothing
+    assert order(jnp.zeros(4), jnp.arange(4.0)) == 0  # equal predictions order nothing
 
 
-def test_neither_ratings_nor_codec_is_named():
-    task = objective.QualityObjective(CONFIG, None)
+def test_neither_ratings_nor_codec_is_an_error():
     with pytest.raises(ValueError, match=r"codec = ''.*inputs\.Ratings"):
-        task.init(jax.random.key(0), {"audio": clips()})
+        QualityObjective(CONFIG, None).init(KEY, {"audio": WAV})
 
 
-def test_codec_comes_from_its_folder(codec, tmp_path):
-    checkpoint.save_model(tmp_path / "codec", CODEC, codec.variables)
-    found = objective.QualityObjective(CONFIG, None, str(tmp_path / "codec")).frozen()
-    jax.tree.map(np.testing.assert_array_equal, found.variables, codec.variables)
-    assert found.config == CODEC
-    other = rewards.QualityConfig(24_000, 1.0, CONFIG.network)
+def test_the_codec_is_read_from_its_folder(codec, tmp_path):
+    folder = str(tmp_path / "codec")
+    checkpoint.save_model(folder, CODEC, codec.variables)
+    loaded = QualityObjective(CONFIG, None, folder).frozen()
+    jax.tree.map(np.testing.assert_array_equal, loaded.variables, codec.variables)
+    assert loaded.config == CODEC
     with pytest.raises(ValueError, match=r"16000 Hz.*24000"):
-        objective.QualityObjective(other, None, str(tmp_path / "codec")).frozen()
+        other = dataclasses.replace(CONFIG, sample_rate_hz=24_000)
+        QualityObjective(other, None, folder).frozen()
     with pytest.raises(FileNotFoundError, match="none"):
-        objective.QualityObjective(CONFIG, None, str(tmp_path / "none")).frozen()
+        QualityObjective(CONFIG, None, str(tmp_path / "none")).frozen()

@@ -1,4 +1,4 @@
-"""The settings of RL: each wrong one is named, with its remedy."""
+"""The settings of RL: an error names each wrong one."""
 
 import dataclasses
 
@@ -18,18 +18,18 @@ RIGHT = RLConfig(3, 32, 1.0, 0.02, Optimiser(1e-3), Optimiser(1e-3))
     [
         ({"steps": 0}, "RLConfig.steps=0 must be 1 or more"),
         ({"save_every": 0}, "RLConfig.save_every=0 must be 1 or more"),
-        ({"kl_strength": -0.001}, r"RLConfig.kl_strength=-0.001 must lie in \[0, 1\)"),
-        ({"kl_strength": 1.0}, r"kl_strength=1.0 must lie in \[0, 1\)"),
-        ({"kl_strength": np.nan}, r"kl_strength=nan must lie in \[0, 1\)"),
-        ({"updates": 2}, "updates=2 must be 1, or more with PolicyGradient.surrogate='clipped'"),
-        ({"kl_target_per_second": 0.0}, "kl_target_per_second=0.0 must be above 0"),
-        ({"kl_target_per_second": np.inf}, "kl_target_per_second=inf must be above 0 and finite"),
-        ({"kl_target_per_second": 1.0, "kl_strength": 0.0}, "kl_strength=0.0, where it starts"),
+        ({"kl_strength": -0.001}, r"RLConfig.kl_strength=-0.001 must be in \[0, 1\)"),
+        ({"kl_strength": 1.0}, r"kl_strength=1.0 must be in \[0, 1\)"),
+        ({"kl_strength": np.nan}, r"kl_strength=nan must be in \[0, 1\)"),
+        ({"updates": 2}, "updates=2 needs PolicyGradient.surrogate='clipped'"),
+        ({"kl_target_per_second": 0.0}, "kl_target_per_second=0.0 must be None, or finite"),
+        ({"kl_target_per_second": np.inf}, "kl_target_per_second=inf must be None, or finite"),
+        ({"kl_target_per_second": 1.0, "kl_strength": 0.0}, "kl_strength=0.0 above 0"),
         ({"dtype": "half"}, "dtype=.half. must be .float32. or .bfloat16."),
         ({"microbatches": 3}, "microbatches=3 must divide batch_size=32"),
         (
             {"gradient": PolicyGradient("group", group=5)},
-            "batch_size=32 is no multiple of PolicyGradient.group=5",
+            "batch_size=32 must be a multiple of PolicyGradient.group=5",
         ),
     ],
 )
@@ -38,8 +38,8 @@ def test_wrong_settings_are_named(changes, complaint):
         dataclasses.replace(RIGHT, **changes)
 
 
-def test_what_changes_how_and_not_what_is_computed_is_no_identity():
-    """A run may go on with another mesh, other microbatches and other savings of memory."""
+def test_settings_without_influence_on_results_are_not_part_of_the_identity():
+    """A run may continue with another mesh, other microbatches and other savings of memory."""
     without = {"microbatches", "remat", "fsdp", "tensor", "save_every"}
     fields = {field.name for field in dataclasses.fields(RLConfig)}
     assert set(checkpoint.describe(RIGHT)) == fields - without
