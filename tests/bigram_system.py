@@ -1,6 +1,6 @@
-"""An example system: bytes that follow one another, each of which sounds as a sine for 20 ms.
+"""An example system: a bigram model of bytes, each of which plays a sine of 20 ms.
 
-`bigram.gin` finetunes it with `musicrl train_rl` and judges it with `musicrl evaluate`.
+`bigram.gin` finetunes it with `musicrl train_rl` and compares it by `musicrl evaluate`.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from musicrl_jax.systems.system import MusicSystem, SampledTokens
 
 @dataclasses.dataclass(frozen=True)
 class BigramConfig:
-    """Pitch of byte 0."""
+    """The pitch of byte 0."""
 
     lowest_hz: float = 100.0
 
@@ -29,7 +29,7 @@ class BigramConfig:
 @folder.register("bigram")
 @dataclasses.dataclass(frozen=True)
 class Bigram(MusicSystem):
-    """Logits of a byte given the one before it; the first one follows the prompt's last."""
+    """Logits of a byte given the previous one; the first byte follows the prompt's last."""
 
     PARTS: ClassVar = {"policy": BigramConfig}
     sample_rate_hz, frame_seconds, frame_tokens = 16_000, 0.02, 1
@@ -79,7 +79,7 @@ class Bigram(MusicSystem):
 
 @gin.configurable
 def bigram(directory):
-    """Writes a base of random weights, unless it is there, and returns its folder."""
+    """Returns the folder of a base of random weights, which it writes if there is none."""
     if not checkpoint.has_model(directory):
         config = BigramConfig()
         policy = jax.device_get(Bigram(config).init(jax.random.key(0)))
@@ -115,7 +115,7 @@ class Low:
 @gin.configurable
 @dataclasses.dataclass(frozen=True)
 class Spectrum:
-    """Features to compare sets of clips by: magnitudes of eight bands in 20 ms."""
+    """Features for Frechet distances: magnitudes of eight bands in 20 ms."""
 
     def load(self, read=checkpoint.load_model):
         return checkpoint.Model(None, {}, "none", {})
@@ -128,7 +128,7 @@ class Spectrum:
 @gin.configurable
 @dataclasses.dataclass(frozen=True)
 class Sweeps(Clips):
-    """Real clips to compare with: eight sines of one second, each higher than the last."""
+    """Real clips to compare with: eight rising sines of one second."""
 
     datasets: Mapping[str, float] = dataclasses.field(default_factory=dict)
     data_dir: str = ""

@@ -1,4 +1,4 @@
-"""A system that the package has never heard of is finetuned and judged, with one gin file."""
+"""A system outside the package is finetuned and evaluated with one gin file."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ HERE = Path(__file__).parent
 
 
 def musicrl(verb, directory):
-    """One command, as from a shell."""
+    """Runs one command, as from a shell."""
     gin.clear_config()
     return cli.main(
         [
@@ -28,7 +28,7 @@ def musicrl(verb, directory):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """Folder of a run with a base and a finetuned system."""
+    """Returns the folder of a run with a base and a finetuned system."""
     directory = tmp_path_factory.mktemp("bigram")
     (directory / "prompts.txt").write_text("".join(f"tune {i}\n" for i in range(200)))
     assert musicrl("train_rl", directory) == 0
@@ -46,7 +46,7 @@ def test_train_rl_raises_the_reward_of_a_system_of_forty_lines(run):
     assert loaded.hashes["policy"] != checkpoint.model_hash(run / "base")
 
 
-def test_evaluate_finds_it_better_than_its_base(run):
+def test_evaluate_reports_that_it_is_better_than_its_base(run):
     assert musicrl("evaluate", run) == 0
     summary = json.loads((run / "evaluation/summary.json").read_text())
     assert summary["policies"][:2] == ["base", "finetuned"]

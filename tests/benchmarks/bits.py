@@ -1,11 +1,11 @@
-"""Whether clips, rewards and updates are those of an earlier revision, to the bit, on this machine.
+"""Compares clips, rewards and updates with those of an earlier revision, to the bit.
 
     python tests/benchmarks/bits.py --run runs/tiny --pretrained runs/pretrained
 
-Draws, scores and updates three times by the earlier revision, in a folder of its own, and by
-this one: with random models, with a run's, and with those that ship, if their towers were fetched.
---record writes what the earlier revision gives for the random models by this version of jax, for
-`tests/bits_test.py`.
+Makes three updates with the earlier revision, in a folder of its own, and with this one, on this
+machine: with random models, with a run's, and with the shipped ones if their towers were fetched.
+--record writes the earlier revision's numbers for the random models under this version of jax;
+`tests/bits_test.py` reads them.
 """
 
 import argparse
@@ -30,7 +30,8 @@ STEPS, RANDOM_SECONDS, SECONDS = 3, 0.2, 1.0
 
 
 def updates(folder: str, seconds: float) -> dict[str, np.ndarray]:
-    """Returns tokens, scores, metrics and weights of three updates by a run's models."""
+    """Returns tokens, scores, metrics and weights of three updates with a run's models."""
+    # Imports of this revision, which the earlier one does not have.
     from musicrl_jax.core import sharding
     from musicrl_jax.core.keys import Stream
     from musicrl_jax.losses.optimiser import Optimiser
@@ -48,6 +49,8 @@ def updates(folder: str, seconds: float) -> dict[str, np.ndarray]:
     loaded = systems.load(f"{folder}/policy")
     run = Run(loaded, mixture, config, mesh)
     units, results = {term.name: (0.0, 1.0) for term in terms}, {}
+
+    # The updates.
     state, anchor = run.start()
     base = jax.device_get(anchor)
     with jax.set_mesh(mesh):
@@ -63,7 +66,8 @@ def updates(folder: str, seconds: float) -> dict[str, np.ndarray]:
 
 
 def earlier_updates(folder: str, seconds: float) -> dict[str, np.ndarray]:
-    """Returns what `updates` does, by the earlier revision."""
+    """Returns the same numbers as `updates`, with the earlier revision."""
+    # Imports of the earlier revision, which this one does not have.
     from musicrl_jax.core import sharding
     from musicrl_jax.core.state import Optimiser
     from musicrl_jax.inputs import pieces
@@ -73,6 +77,7 @@ def earlier_updates(folder: str, seconds: float) -> dict[str, np.ndarray]:
     from musicrl_jax.rl.rewards import AcousticQuality, Mixture, TextAdherence
     from musicrl_jax.rl.steps import build
 
+    # Models and settings.
     terms = TextAdherence(f"{folder}/mulan", ""), AcousticQuality(f"{folder}/quality", "")
     mixture = Mixture(terms, {term.name: 1.0 for term in terms}).load()
     loaded = rollouts.load(*(f"{folder}/{name}" for name in ("policy", "fine", "codec", "mulan")))
@@ -82,6 +87,8 @@ def earlier_updates(folder: str, seconds: float) -> dict[str, np.ndarray]:
     settings |= {"policy_optimiser": Optimiser(1e-3, 1), "value_optimiser": Optimiser(1e-3, 1)}
     settings |= {"temperature": 0.99, "top_k": None, "microbatches": 1, "remat": False}
     learner, steps = build(loaded, mixture, mesh, **settings, dtype="float32")
+
+    # The state before the first step.
     state, shardings = sharding.born_sharded(mesh, learner.create, jax.random.key(0))
     anchor = sharding.put(stacked(loaded.policy), shardings.policy)
     base = jax.device_get(anchor)
@@ -90,6 +97,8 @@ def earlier_updates(folder: str, seconds: float) -> dict[str, np.ndarray]:
         sharding.put(tree, sharding.spread(mesh, tree))
         for tree in (loaded.frozen, mixture.variables)
     )
+
+    # The updates.
     text = pieces.encode(loaded.vocabulary, PROMPTS, loaded.studio.mulan.config.text_length)
     units, results = {term.name: (0.0, 1.0) for term in terms}, {}
     with jax.set_mesh(mesh):
@@ -112,13 +121,12 @@ def earlier_updates(folder: str, seconds: float) -> dict[str, np.ndarray]:
 
 def _keep(results: dict[str, Any], step: int, reward: Any, terms: Any, metrics: Any) -> None:
     """Adds the numbers of a step."""
-    results[f"reward {step}"] = reward
-    for name, number in {**terms, **metrics}.items():
+    for name, number in {"reward": reward, **terms, **metrics}.items():
         results[f"{name} {step}"] = number
 
 
 def _finished(results: dict[str, Any], stored: Any, base: Any, state: Any) -> dict[str, np.ndarray]:
-    """Adds the weights, and how far each of the policy's has moved."""
+    """Returns results with the weights, and how far each of the policy's has moved."""
     policy, value, base = (
         stored(jax.device_get(tree)) for tree in (state.policy, state.value, base)
     )
@@ -131,7 +139,7 @@ def _finished(results: dict[str, Any], stored: Any, base: Any, state: Any) -> di
 
 
 def write_random(directory: Path) -> Path:
-    """Writes random models as a run of the earlier revision has them."""
+    """Writes random models, in the folders of a run of the earlier revision."""
     sys.path.append(str(ROOT / "tests"))
     import tiny_musiclm
 
@@ -145,8 +153,13 @@ def write_random(directory: Path) -> Path:
     return directory
 
 
+def recorded(name: str) -> bool:
+    """Tells whether an array is recorded: all but weights and waveforms."""
+    return "[" not in name and not name.startswith("wav")
+
+
 def compared(tree: Path, folder: Path, seconds: float, out: Path) -> dict[str, np.ndarray]:
-    """Runs both revisions, says what differs, and returns what the earlier one gives."""
+    """Runs both revisions, prints the arrays that differ, and returns those of the earlier one."""
     results = []
     for number, root in enumerate((tree, ROOT)):
         path = out / f"{number}.npz"
@@ -155,27 +168,25 @@ def compared(tree: Path, folder: Path, seconds: float, out: Path) -> dict[str, n
         with np.load(path) as arrays:
             results.append(dict(arrays))
     earlier, now = results
-    differ = [
-        name
-        for name in sorted(earlier.keys() | now.keys())
-        if not (
-            name in earlier
-            and name in now
-            and np.array_equal(earlier[name], now[name], equal_nan=True)
-        )
-    ]
+    differ = sorted(earlier.keys() ^ now.keys())
+    for name in sorted(earlier.keys() & now.keys()):
+        if not np.array_equal(earlier[name], now[name], equal_nan=True):
+            differ.append(name)
     verdict = f"differ: {', '.join(differ)}" if differ else "all bit-equal"
     print(f"{folder.name}: {len(earlier)} arrays, {verdict}", flush=True)
     return earlier
 
 
 def main() -> None:
+    """Parses flags, and compares or records."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", help="folder of a finished run, as `runs/tiny`")
     parser.add_argument("--pretrained", default="runs/pretrained", help="where towers were fetched")
     parser.add_argument("--record", action="store_true")
     parser.add_argument("--draw", nargs=3, help=argparse.SUPPRESS)
     flags = parser.parse_args()
+
+    # In a process of one revision.
     if flags.draw:
         from musicrl_jax import rl
 
@@ -183,7 +194,9 @@ def main() -> None:
         draw = earlier_updates if earlier else updates
         np.savez(flags.draw[2], **draw(flags.draw[0], float(flags.draw[1])))
         return
+
     with tempfile.TemporaryDirectory() as scratch:
+        # Random models, with the earlier revision's tree.
         out, tree = Path(scratch), Path(scratch) / "tree"
         tar = subprocess.run(
             ["git", "-C", str(ROOT), "archive", REVISION], check=True, stdout=subprocess.PIPE
@@ -193,18 +206,18 @@ def main() -> None:
         random = write_random(out / "random")
         numbers = compared(tree, random, RANDOM_SECONDS, out)
         if flags.record:
-            wanted = {
-                name: array.tolist()
-                for name, array in numbers.items()
-                if "[" not in name and not name.startswith("wav")
+            records = json.loads(RECORD.read_text(encoding="utf-8"))
+            records[jax.__version__] = {
+                name: array.tolist() for name, array in numbers.items() if recorded(name)
             }
-            recorded = json.loads(RECORD.read_text(encoding="utf-8"))
-            RECORD.write_text(json.dumps({**recorded, jax.__version__: wanted}, sort_keys=True))
+            RECORD.write_text(json.dumps(records, sort_keys=True))
+
+        # A run's models, and the shipped ones.
         if flags.run:
             compared(tree, Path(flags.run), SECONDS, out)
         towers = Path(flags.pretrained).resolve()
         if not (towers / "minilm").is_dir():
-            print(f"shipped: left out, no towers in {towers}: `musicrl fetch` brings them")
+            print(f"shipped: skipped, no towers in {towers}: run `musicrl fetch`")
             return
         unpack = (
             "from musicrl_jax.pack import unpack; import sys; root, out, towers = sys.argv[1:];"
