@@ -48,6 +48,7 @@ class Clip:
 
 def analyse(wav: np.ndarray) -> Clip:
     """Computes the features of a waveform f32 [N] at RATE_HZ, in [-1, 1]."""
+    # Generated clips may have NaN.
     wav = np.nan_to_num(np.asarray(wav, np.float32))
     magnitude = np.abs(librosa.stft(wav, n_fft=FFT, hop_length=HOP))
     chroma = librosa.feature.chroma_stft(S=magnitude**2, sr=RATE_HZ, tuning=0.0).mean(axis=1)
@@ -83,6 +84,7 @@ def consonance(clip: Clip, request: Attributes) -> float:
 
 def beat(clip: Clip, request: Attributes) -> float:
     """Returns the peak of the onsets' autocorrelation at lags of 0.2 to 1.5 s: a steady beat."""
+    # Relative to the autocorrelation at lag 0.
     repeats = librosa.autocorrelate(clip.onsets - clip.onsets.mean())
     low, high = librosa.time_to_frames((0.2, 1.5), sr=RATE_HZ, hop_length=HOP)
     return float(repeats[low:high].max(initial=0.0) / max(repeats[0], 1e-9))
@@ -110,6 +112,7 @@ def key_agreement(clip: Clip, request: Attributes) -> float:
     """Returns the correlation of the notes with the requested key; 0 without one."""
     if not request.get("key") or request.get("mode") not in ("major", "minor"):
         return 0.0
+    # Minor keys follow the 12 major ones.
     tonic = librosa.note_to_midi(request["key"].replace(" sharp", "#").replace(" flat", "b")) % 12
     return float(key_fits(clip)[tonic + 12 * (request["mode"] == "minor")])
 
@@ -135,6 +138,7 @@ def register_agreement(clip: Clip, request: Attributes) -> float:
     """Returns minus the octaves between median pitch and requested register; 0 without one."""
     if request.get("register") not in REGISTERS:
         return 0.0
+    # Pitch of loud frames; its hop is 4 HOP.
     pitch = librosa.yin(
         clip.wav, fmin=60, fmax=2000, sr=RATE_HZ, frame_length=2048, hop_length=4 * HOP
     )
@@ -149,6 +153,7 @@ def density_agreement(clip: Clip, request: Attributes) -> float:
     """Returns minus the octaves between onset rate and requested density; 0 without one."""
     if request.get("density") not in DENSITIES:
         return 0.0
+    # Half an onset more, so that the logarithm of none is finite.
     count = len(librosa.onset.onset_detect(onset_envelope=clip.onsets, sr=RATE_HZ, hop_length=HOP))
     rate = (count + 0.5) / (len(clip.wav) / RATE_HZ)
     return -float(abs(np.log2(rate / DENSITIES[request["density"]])))
@@ -259,11 +264,13 @@ class Ears:
         Higher is better, and real clips have about 0. Attributes that the prompt does not ask for
         have 0.
         """
+        # Raw measurements, in units of real clips' spread.
         clip, score = analyse(wav), 0.0
         if self._classifier is not None and request.get("family"):
             score = _log_probability(self._classifier, timbre(clip), request["family"])
         z = (_measure(clip, request, score) - self._centre) / self._spread
         z = np.clip(z, -FARTHEST, FARTHEST)
+        # Higher becomes better.
         better = {"more": z, "less": -z, "near": REAL_DISTANCE - np.abs(z)}
         result = np.zeros(len(MEASURED))
         for number, (name, row) in enumerate(MEASURED.items()):

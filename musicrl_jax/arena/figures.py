@@ -113,7 +113,7 @@ def opinions(
     }
     pairs, agreement = _pairs(ratings, places)
 
-    # Every listener rates each real clip.
+    # Real clips, which every listener rates.
     rated = panel.rate(panel.utilities(real).T, rng)  # [clips, L]
     rows, columns = (index.ravel() for index in np.indices(rated.shape))
     return {
@@ -152,8 +152,10 @@ def _pairs(
       ratings: [P, S, R] by system.
       places: prompt and rater of each rating.
     """
+    # The first of a pair is the later system.
     pairs, same, decided = [], 0, 0
     for first, second in itertools.combinations(reversed(ratings), 2):
+        # The win rate is among ratings that differ.
         gap = ratings[first] - ratings[second]
         win, loss = gap > 0, gap < 0
         rate = ratio_interval(win.ravel(), (win | loss).ravel(), *places)

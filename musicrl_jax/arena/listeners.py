@@ -73,6 +73,7 @@ class Panel:
 
     def listeners(self) -> np.ndarray:
         """Returns each listener's weights, f64 [L, M]; their sum is the same for all listeners."""
+        # Log-normal weights around the mean ones.
         mean = np.array([self.weights.get(name, 0.0) for name in MEASUREMENTS])
         normal = np.random.default_rng(self.seed).normal(size=(self.size, len(MEASUREMENTS)))
         own = mean * np.exp(self.spread * normal)
@@ -84,12 +85,14 @@ class Panel:
 
     def choose(self, a: np.ndarray, b: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Returns a choice for each pair of utilities: "a", "b" or "abstain"."""
+        # A logistic difference, as in the Bradley-Terry model.
         difference = a - b + rng.logistic(scale=self.noise, size=np.shape(a))
         choice = np.where(difference > 0, "a", "b")
         return np.where(np.abs(difference) < self.indifference * self.noise, "abstain", choice)
 
     def rate(self, utilities: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Returns ratings 1 to 5; real clips have a mean of 4."""
+        # A utility of the sum of all weights is worth 1.5 points.
         noisy = utilities + rng.logistic(scale=self.noise, size=np.shape(utilities))
         return np.clip(np.rint(4 + noisy / sum(self.weights.values()) * 1.5), 1, 5)
 
@@ -101,6 +104,7 @@ class Panel:
         """
         for_a, for_b = self._probabilities(a, b)
 
+        # Pairs of different listeners: the square of the sum, without each one with itself.
         def pairs(chances: np.ndarray) -> float:
             return float((chances.sum(axis=0) ** 2 - (chances**2).sum(axis=0)).sum())
 
@@ -116,10 +120,14 @@ class Panel:
 
     def _probabilities(self, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Returns each listener's probability to choose the first clip and the second, [L, P]."""
+        # A logistic variable is above x with probability 1 / (1 + exp(x)).
         difference = (a - b) / self.noise
         for_a = 1 / (1 + np.exp(self.indifference - difference))
         for_b = 1 / (1 + np.exp(self.indifference + difference))
         return for_a, for_b
+
+
+# --- the three populations ---
 
 
 def training_panel(noise: float = 1.0) -> Panel:

@@ -66,6 +66,7 @@ class Monitor:
           draw_base: draws clips by the base.
           metrics: (steps, values) by name, of the run so far.
         """
+        # The base's utilities on the prompts.
         prompts = self.prompts.unique("validation")[: self.count]
         if len(prompts) < 2:
             raise ValueError(
@@ -74,6 +75,7 @@ class Monitor:
         audience = self.audience.load()
         base = audience.utilities(draw_base(prompts), prompts)
         judge = Judge(self, audience, directory / LOOKS, prompts, base)
+        # Earlier looks, from the run's metrics.
         names = "kl", *JUDGE_METRICS
         by_step = [dict(zip(*metrics.get(name, ((), ())), strict=True)) for name in names]
         # A damaged line of the metrics may lack one of the three.
@@ -134,6 +136,7 @@ class Judge:
             self.looks.append((step, kl, gain, error))
         if len(self.looks) < 4:
             return False
+        # Select the look nearest to the peak, or the base at distance 0.
         steps, kls, gains, errors = map(np.array, zip(*self.looks, strict=True))
         peak = overoptimisation_peak(np.sqrt(kls), gains, errors, self.monitor.z)
         if peak is None:
@@ -190,10 +193,12 @@ def overoptimisation_peak(
     if alpha <= 0:  # the score falls from the start: the base is the peak
         # All gains share the error of the base's clips, so that averaging does not reduce it.
         return 0.0 if -last > z * errors[late].min() else None
+    # No peak yet: the curve still rises.
     if beta <= 0 or alpha / (2 * beta) >= distances[-1]:
         return None
     peak = alpha / (2 * beta)
     near = np.argsort(np.abs(distances - peak), kind="stable")[:size]
+    # The newest points are those at the peak: nothing has fallen.
     if set(near) & set(late):
         return None
     fall = np.average(gains[near], weights=weights[near]) - last

@@ -69,9 +69,11 @@ class CodecObjective(Objective):
         The codec starts as a linear transform codec. The first training step starts the codebooks
         by k-means. 'balance' has running norms of gradients.
         """
+        # The codec.
         codec_key, start_key, discriminator_key = jax.random.split(key, 3)
         variables = SoundStream(self.model).init(codec_key, batch["audio"], codec_key)
         params = linear_start(self.model, variables["params"], start_key)
+        # The discriminators, as a part of 'params'.
         if self.discriminators is not None:
             module = Discriminators(self.discriminators)
             weights = module.init(discriminator_key, batch["audio"])["params"]
@@ -86,7 +88,7 @@ class CodecObjective(Objective):
         and, with discriminators, adversarial, feature and discriminator without weights;
         perplexity, the effective number of codes in the batch, averaged over levels.
         """
-        # Decode.
+        # Encode and decode.
         state, params, wav = dict(state), dict(params), batch["audio"]
         norms, discriminators = state.pop("balance"), params.pop("discriminators", {})
         output, new_state = SoundStream(self.model).apply(
@@ -133,6 +135,7 @@ class CodecObjective(Objective):
     ) -> tuple[jax.Array, dict[str, tuple[jax.Array, jax.Array]]]:
         """Returns the discriminators' loss, and (loss, gradient by `decoded`) of the codec's."""
         apply = Discriminators(self.discriminators).apply
+        # The codec's losses must not move the discriminators.
         constant = {"params": jax.lax.stop_gradient(discriminators)}
         real = apply(constant, wav)
         fake, backward = jax.vjp(lambda decoded: apply(constant, decoded), decoded)
@@ -144,6 +147,7 @@ class CodecObjective(Objective):
             "adversarial": (hinge, backward(hinge_gradient)[0]),
             "feature": (feature, backward(feature_gradient)[0]),
         }
+        # The discriminators' own loss.
         trained = {"params": discriminators}
         return codec.discriminator_hinge(apply(trained, wav), apply(trained, decoded)), losses
 
@@ -178,6 +182,7 @@ class CodecObjective(Objective):
         if self.model.code_width is not None:
             return {"params": params}
         variables = {"params": params, "codebooks": variables["codebooks"]}
+        # K-means starts at the moving averages.
         apply = jax.jit(SoundStream(self.model).apply, static_argnames="method")
         vectors = (
             apply(variables, batch["audio"], method=SoundStream.vectors) for batch in batches()

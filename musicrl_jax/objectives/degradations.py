@@ -22,6 +22,8 @@ import jax.numpy as jnp
 
 from musicrl_jax.core import spectral
 
+# --- constants ---
+
 KINDS = ("clean", "codec", "noise", "band_limit", "clipping", "dropouts", "wow")
 
 # d0: a codec of few levels, at about 11 dB, is in the middle of the scale.
@@ -41,6 +43,9 @@ WOW_HZ = 4.0
 Codec = Callable[[jax.Array, jax.Array], jax.Array]
 
 
+# --- kinds of damage ---
+
+
 def noise(key: jax.Array, wav: jax.Array, strength: jax.Array) -> jax.Array:
     """Adds white noise, at a signal-to-noise ratio of 40 dB (strength 0) to 0 dB (strength 1)."""
     hiss = jax.random.normal(key, wav.shape)
@@ -54,6 +59,7 @@ def band_limit(wav: jax.Array, strength: jax.Array, sample_rate_hz: int) -> jax.
 
     The slope is 48 dB an octave, the phase zero.
     """
+    # A Butterworth filter's magnitude, applied to the spectrum.
     nyquist = sample_rate_hz / 2
     cutoff = nyquist * (LOWEST_CUTOFF_HZ / nyquist) ** strength  # [B]
     hz = jnp.fft.rfftfreq(wav.shape[1], 1 / sample_rate_hz)
@@ -66,6 +72,7 @@ def clipping(wav: jax.Array, strength: jax.Array) -> jax.Array:
 
     The peak never rises.
     """
+    # The gain is at least 1, since clipping lowers the RMS.
     limit = jnp.max(jnp.abs(wav), axis=1) * 10.0 ** (-DEEPEST_CLIPPING_DB * strength / 20.0)  # [B]
     cut = jnp.clip(wav, -limit[:, None], limit[:, None])
     return cut * (_rms(wav) / jnp.maximum(_rms(cut), 1e-9))[:, None]
@@ -84,11 +91,13 @@ def wow(key: jax.Array, wav: jax.Array, strength: jax.Array, sample_rate_hz: int
 
     Resamples linearly at n + a sin(...).
     """
+    # Where each output sample is read, f32 [B, N].
     sway = 2.0 * jnp.pi * WOW_HZ / sample_rate_hz  # radians a sample
     phase = jax.random.uniform(key, (wav.shape[0], 1), maxval=2.0 * jnp.pi)
     place = jnp.arange(wav.shape[1], dtype=jnp.float32)[None, :]  # [1, N]
     shift = WIDEST_WOW * strength[:, None] / sway * jnp.sin(sway * place + phase)  # [B, N] samples
     place = jnp.clip(place + shift, 0.0, wav.shape[1] - 1.0)
+    # Linear interpolation between two samples.
     index = jnp.minimum(place.astype(jnp.int32), wav.shape[1] - 2)
     fraction = place - index.astype(jnp.float32)
     before = jnp.take_along_axis(wav, index, axis=1)
@@ -101,6 +110,9 @@ def remaining_levels(strength: jax.Array, levels: int) -> jax.Array:
     return jnp.clip(levels - jnp.floor(strength * levels).astype(jnp.int32), 1, levels)
 
 
+# --- damage and label ---
+
+
 def degrade(
     key: jax.Array, wav: jax.Array, strength: jax.Array, sample_rate_hz: int, codec: Codec
 ) -> jax.Array:
@@ -110,6 +122,7 @@ def degrade(
     choice. It is balanced, and computes each kind of damage for its own rows only.
     `codec(wav, strength)` encodes and decodes clips.
     """
+    # Each kind has its own key.
     keys = dict(zip(KINDS, jax.random.split(key, len(KINDS)), strict=True))
     damage = {
         "clean": lambda wav, strength: wav,
@@ -120,6 +133,7 @@ def degrade(
         "dropouts": lambda wav, strength: dropouts(keys["dropouts"], wav, strength, sample_rate_hz),
         "wow": lambda wav, strength: wow(keys["wow"], wav, strength, sample_rate_hz),
     }
+    # Rows of one kind are damaged together.
     damaged = wav
     for index, name in enumerate(KINDS[: wav.shape[0]]):
         rows = slice(index, None, len(KINDS))
@@ -139,6 +153,7 @@ def distance(clean: jax.Array, degraded: jax.Array, sample_rate_hz: int) -> jax.
             spectral.mel_magnitude(wav, sample_rate_hz, DISTANCE_MELS, window, window // 4)
             for wav in (clean, degraded)
         )  # [B, S, M]
+        # The same floor for both clips, at least 1e-5 for silent ones.
         floor = jnp.maximum(DISTANCE_RANGE * jnp.max(first, axis=(1, 2), keepdims=True), 1e-5)
         first, second = (jnp.log10(jnp.maximum(mels, floor)) for mels in (first, second))
         gap = 20.0 * jnp.abs(first - second)

@@ -71,15 +71,17 @@ class DPOObjective(TokenObjective):
 
         The metric `log_ratio` is the mean log policy / anchor of the clips, in nats a clip.
         """
+        # Both clips of a pair have one prompt.
         tokens = policy_tokens(batch, self.model)  # [B, 2, F, K]
         flat, mulan = tokens.reshape(-1, *tokens.shape[2:]), jnp.repeat(batch["mulan"], 2, axis=0)
 
         def clip_log_probs(weights: Any) -> jax.Array:
-            # f32 [B, 2]
+            # Returns f32 [B, 2], at the temperature of sampling.
             logits = MusicLM(self.model).apply({"params": weights}, flat, mulan)
             scores = jax.nn.log_softmax(logits / self.temperature, axis=-1)
             return token_log_probs(scores, flat).sum(axis=(1, 2)).reshape(-1, 2)
 
+        # The policy's implied reward is beta log(policy / anchor).
         policy, anchor = clip_log_probs(params), clip_log_probs(frozen)
         beta = self.kl_strength / (1 - self.kl_strength)
         loss, metrics = bradley_terry(dpo_margin(policy, anchor, beta), batch["vote"])

@@ -34,6 +34,7 @@ class FineObjective(TokenObjective):
     def loss(self, params: Any, state: Any, frozen: Any, batch: Batch, key: jax.Array) -> Loss:
         """Returns nats per masked code of one random level for each clip."""
         codes = batch["acoustic"]
+        # `hidden` has the masked codes, the level, and which of its codes are scored.
         hidden = training_mask(key, codes.shape, self.model.coarse_levels)
         logits = SoundStorm(self.model).apply(
             {"params": params}, codes, hidden.masked, hidden.level

@@ -37,6 +37,9 @@ TOWER_BATCH = 16  # clips
 DROPOUT = 0.3  # of the towers' outputs
 
 
+# --- the towers ---
+
+
 @dataclasses.dataclass(frozen=True)
 class PretrainedTowers:
     """Pretrained towers: safetensors of musicnn and of a BERT, with BERT's config.json beside."""
@@ -51,6 +54,7 @@ class PretrainedTowers:
             raise ValueError(
                 "audio_weights are musicnn's: set MuLanConfig.audio to a MusicnnConfig"
             )
+        # The text config is read from the weights, to compare it with the model's.
         filters, _ = pretrained.read(self.audio_weights)
         layers, settings = pretrained.read(self.text_weights)
         text_config = bert.sizes(layers, settings, self.text_weights)
@@ -98,6 +102,9 @@ def without_towers(config: Any, paths: Iterable[str]) -> bool:
     """Tells whether paths of arrays are those of a MuLan without its towers."""
     has_towers = any(path.startswith("params/towers/") for path in paths)
     return isinstance(config, MuLanConfig) and not has_towers
+
+
+# --- their outputs ---
 
 
 @partial(jax.jit, static_argnums=0)
@@ -186,6 +193,7 @@ class TowerOutputs:
         They come from the set's file or, without one, from the towers. The order of the rows is
         that of `Clips.batches` with seed 0.
         """
+        # All that the outputs depend on is hashed into the file's name.
         clips, towers = dataclasses.replace(self.clips, datasets={name: 1.0}), self.towers
         settings = (
             clips,
@@ -207,7 +215,7 @@ class TowerOutputs:
         parts = []
         batches = clips.batches(split, TOWER_BATCH, seed=0, epochs=1)
         for batch in Progress(batches, f"hear {split}", -(-clips.count(split) // TOWER_BATCH)):
-            # The last batch may be smaller.
+            # The last batch may be smaller: padding keeps one compiled shape.
             count = len(batch["audio"])
             pad = partial(np.pad, pad_width=((0, TOWER_BATCH - count), (0, 0)))
             inputs = pad(batch["audio"]), pad(batch["text"])
@@ -215,6 +223,9 @@ class TowerOutputs:
             outputs = {field: array[:count] for field, array in outputs.items()}
             parts.append(outputs | {"pieces": batch["text"]})
         return {field: np.concatenate([part[field] for part in parts]) for field in parts[0]}
+
+
+# --- training on the outputs ---
 
 
 @dataclasses.dataclass(frozen=True)
@@ -242,6 +253,7 @@ class MuLanProjectionsObjective(MuLanObjective):
 
     def init(self, key: jax.Array, batch: Batch) -> Variables:
         """Returns random variables, without those of the towers."""
+        # Batches are outputs of the towers, so no weights of theirs are created.
         outputs = batch["audio"][:1], batch["text"][:1]
         return dict(MuLan(self.model).init(key, *outputs, method=MuLan.place))
 
@@ -253,6 +265,7 @@ class MuLanProjectionsObjective(MuLanObjective):
 
     def loss(self, params: Any, state: Any, frozen: Any, batch: Batch, key: jax.Array) -> Loss:
         """Returns the loss of `losses.contrastive`, with dropout on the towers' outputs."""
+        # Dropout is all that is random here.
         audio_key, text_key = jax.random.split(key)
         audio, text = _dropout(audio_key, batch["audio"]), _dropout(text_key, batch["text"])
         return self._loss(params, state, batch | {"audio": audio, "text": text})

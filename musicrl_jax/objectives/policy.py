@@ -61,6 +61,7 @@ class PolicyObjective(TokenObjective):
         tokens = policy_tokens(batch, self.model)
         logits = MusicLM(self.model).apply({"params": params}, tokens, batch["mulan"])
         loss, metrics = cross_entropy(logits, tokens)
+        # The first code of a frame is semantic, the others are coarse.
         semantic = cross_entropy(logits[:, :, 0], tokens[:, :, 0])[0]
         coarse = cross_entropy(logits[:, :, 1:], tokens[:, :, 1:])[0]
         return {"loss": loss, "semantic": semantic, "coarse": coarse, **metrics}

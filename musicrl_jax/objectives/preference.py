@@ -71,6 +71,7 @@ class PreferenceObjective(TokenObjective):
     def margin(self, params: Any, batch: Batch, key: jax.Array) -> jax.Array:
         """Returns the first clip's score minus the second's, f32 [B]; `key` draws the crops."""
         tokens = policy_tokens(batch, self.model.policy)  # [B, 2, F, K]
+        # Crop each clip by itself.
         pairs, _, frames, codes = tokens.shape
         tokens = tokens.reshape(2 * pairs, frames, codes)
         length = max(round(self.crop * frames), 1)
@@ -78,6 +79,7 @@ class PreferenceObjective(TokenObjective):
             starts = jax.random.randint(key, (2 * pairs,), 0, frames - length + 1)
             crop = partial(jax.lax.dynamic_slice_in_dim, slice_size=length)
             tokens = jax.vmap(crop)(tokens, starts)
+        # Score all clips as one batch.
         mulan = jnp.repeat(batch["mulan"], 2, axis=0)
         scores = Preference(self.model).apply({"params": params}, tokens, mulan).reshape(pairs, 2)
         return scores[:, 0] - scores[:, 1]

@@ -27,6 +27,7 @@ class Codec:
 
     def reconstruct(self, wav: jax.Array, strength: jax.Array) -> jax.Array:
         """Encodes wav [B, N], and decodes it from fewer levels at a higher strength [B]."""
+        # -1 marks a code that the decoder ignores.
         module, levels = SoundStream(self.config), self.config.levels
         codes = module.apply(self.variables, wav, method=SoundStream.encode)  # [B, T, Q]
         count = degradations.remaining_levels(strength, levels)
@@ -92,6 +93,7 @@ class QualityObjective(Objective):
         metrics = _metrics(prediction, score)
         if "score" in batch:
             return metrics
+        # A strength near 0 may leave a clip unchanged.
         damaged = jnp.any(wav != batch["audio"], axis=1)
         above = module.apply(variables, batch["audio"]) > prediction
         return metrics | {"clean_first": _share(above & damaged, damaged)}
@@ -100,6 +102,7 @@ class QualityObjective(Objective):
         """Returns (clips [B, N], scores [B]), rated or damaged."""
         if "score" in batch:
             return batch["audio"], batch["score"]
+        # Damage by a random strength.
         wav, rate = batch["audio"], self.model.sample_rate_hz
         damage_key, strength_key = jax.random.split(key)
         strength = jax.random.uniform(strength_key, (wav.shape[0],))

@@ -63,6 +63,7 @@ class SemanticObjective(Objective):
         mask, noise = _masking(key, self.model, batch["audio"])
         variables = {"params": params, **state}
         logits, targets = SemanticEncoder(self.model).apply(variables, batch["audio"], mask, noise)
+        # The mean over the masked frames of the whole batch.
         count = jnp.maximum(jnp.sum(mask), 1).astype(jnp.float32)
         weight = mask.astype(jnp.float32) / count  # [B, F]
         nats = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), targets)
@@ -97,12 +98,14 @@ class SemanticObjective(Objective):
 
         Reads the first 256 frames a code in the shuffled order. Prints the use of the centroids.
         """
+        # Standardise, so that no dimension dominates the distances.
         count = POINTS_PER_CODE * self.model.codes
         features = collect_points(self._features(variables, batches()), count)[:count]  # [P, D]
         mean, std = features.mean(axis=0), np.maximum(features.std(axis=0), LEAST_STD)
         fit = kmeans.fit(
             jax.random.key(0), (features - mean) / std, self.model.codes, KMEANS_ITERATIONS
         )
+        # Report the fit.
         usage = "  ".join(f"{name} {float(figure):.4g}" for name, figure in fit.usage().items())
         print(
             f"k-means of {len(features)} frames in {self.model.codes} codes:  {usage}", flush=True
@@ -119,7 +122,7 @@ class SemanticObjective(Objective):
         for batch in batches:
             wav = batch["audio"]
             clips = clips or len(wav)
-            # The last batch may be smaller.
+            # The last batch may be smaller: padding keeps one compiled shape.
             rows = {"audio": np.pad(wav, ((0, clips - len(wav)), (0, 0)))}
             rows = rows if mesh.empty else sharding.put_batch(mesh, rows)
             features = apply(variables, rows["audio"], method=SemanticEncoder.features)

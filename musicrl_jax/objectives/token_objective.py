@@ -28,6 +28,7 @@ class TokenObjective(Objective):
 
         Otherwise indices out of range would be clamped silently.
         """
+        # The layout is that of the manifest of the tokens' folder.
         layout = self.data.layout()
         for name, size in sizes.items():
             if layout[name] != size:

@@ -44,15 +44,18 @@ class RLConfig:
       save_every: steps between two checkpoints.
     """
 
+    # The run.
     steps: int
     batch_size: int
     clip_seconds: float
+    # The algorithm.
     kl_strength: float
     policy_optimiser: Optimiser
     value_optimiser: Optimiser
     gradient: PolicyGradient = dataclasses.field(default_factory=PolicyGradient)
     updates: int = 1
     kl_target_per_second: float | None = None
+    # Sampling and computation.
     sampling: Sampling = dataclasses.field(default_factory=Sampling)
     microbatches: int = _no_identity(1)
     remat: bool = _no_identity(False)
@@ -63,11 +66,13 @@ class RLConfig:
     save_every: int = _no_identity(10)
 
     def __post_init__(self) -> None:
+        # Ranges of single settings.
         for name in ("steps", "batch_size", "updates", "microbatches", "save_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"RLConfig.{name}={getattr(self, name)} must be 1 or more")
         if not 0 <= self.kl_strength < 1:
             raise ValueError(f"RLConfig.kl_strength={self.kl_strength} must be in [0, 1)")
+        # Settings that need each other.
         if self.updates > 1 and self.gradient.surrogate != "clipped":
             raise ValueError(
                 f"RLConfig.updates={self.updates} needs PolicyGradient.surrogate='clipped', not "
@@ -79,6 +84,7 @@ class RLConfig:
                 f"RLConfig.kl_target_per_second={target} must be None, or finite and above 0 with "
                 f"kl_strength={self.kl_strength} above 0"
             )
+        # Parts of a batch.
         if self.batch_size % self.gradient.clips_per_prompt:
             raise ValueError(
                 f"RLConfig.batch_size={self.batch_size} must be a multiple of "

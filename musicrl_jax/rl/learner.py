@@ -101,6 +101,7 @@ class Learner:
 
     def create(self, key: jax.Array) -> RLState:
         """Returns a state with random weights; `start_from` replaces them by the base's."""
+        # Values are random too, until `start_from` and `with_baseline` set them.
         policy = self.system.init(key)
         value = self.system.init_values(key) if self.learns_values else {}
         moments = self.policy_transform.init(policy), self.value_transform.init(value)
@@ -121,6 +122,7 @@ class Learner:
         """
         if not self.learns_values:
             return state
+        # Without a finite reward the mean is 0, and the update is skipped.
         finite = jnp.isfinite(reward)
         count = jnp.maximum(finite.sum(dtype=jnp.float32), 1.0)
         mean = jnp.where(finite, reward, 0.0).sum() / count
@@ -203,11 +205,13 @@ class Learner:
         reward: jax.Array,
     ) -> tuple[Advantage, Metrics]:
         """Returns the advantages of all tokens, f32 [B, S], and metrics of the rollout."""
+        # Advantages are of the whole batch: baselines may look at other clips.
         scores = self._map(lambda *part: self._scores(weights.policy, *part), parts, reference)
         values = self._map(lambda part: self._values(weights.value, part), parts)
         scores, values = self._join(scores), self._join(values)
         strength = state.kl_strength
         advantages, metrics = advantage(self.config.gradient, scores, reward, values, strength)
+        # How far the learner's log-probs are from the sampler's: rounding, or a bug.
         drift = scores.log_probs - rollout.sampled.log_probs
         metrics |= {
             "sampler_drift": jnp.abs(drift).max(),
@@ -319,6 +323,7 @@ class Learner:
         def add(total: tuple[Tree, Metrics], part: Batch) -> tuple[tuple[Tree, Metrics], None]:
             return constrain(*jax.tree.map(jnp.add, total, part_gradients(part))), None
 
+        # The sum starts at zeros of the gradients' shapes.
         shapes = jax.eval_shape(part_gradients, _first(batch))
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         total, _ = jax.lax.scan(add, constrain(*zeros), batch)

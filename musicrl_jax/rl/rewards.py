@@ -101,6 +101,8 @@ class LoadedMixture:
     mixture: Mixture
     models: dict[str, checkpoint.Model]
 
+    # --- models ---
+
     @property
     def variables(self) -> dict[str, Tree]:
         """Weights of the models, an argument of the jitted reward."""
@@ -123,6 +125,7 @@ class LoadedMixture:
         """
         system_rate = loaded.system.sample_rate_hz
         for term in self.mixture.terms:
+            # Tokens and embeddings.
             model = self.models[term.name]
             for name, term_hash in term.lineage(model).items():
                 system_hash = loaded.lineage.get(name, term_hash)
@@ -132,6 +135,7 @@ class LoadedMixture:
                         f"and the policy's are of {system_hash[:12]}: give that model's folder, or "
                         "train on votes for clips of this policy"
                     )
+            # The sample rate, if the term's model reads waveforms.
             rate = getattr(model.config, "sample_rate_hz", system_rate)
             if rate != system_rate:
                 raise ValueError(
@@ -151,6 +155,8 @@ class LoadedMixture:
             }
             for term in self.mixture.terms
         }
+
+    # --- scores ---
 
     def read(self, prompts: Sequence[str]) -> dict[str, Text]:
         """Reads prompts on the host, once for each term."""
@@ -180,6 +186,7 @@ class LoadedMixture:
         units = {}
         for name, score in scores.items():
             finite = np.asarray(score)[np.isfinite(score)]
+            # Rounding may give equal scores a tiny standard deviation.
             if len(finite) < 2 or finite.std() <= 1e-7 * max(np.abs(finite).max(), 1e-30):
                 raise ValueError(
                     f"reward {name} has one score for all of {len(finite)} clips of the base and "
@@ -203,6 +210,7 @@ class LoadedMixture:
         """
         for term in self.mixture.terms:
             values = scores[term.name][np.isfinite(scores[term.name])]
+            # float32 may leave the range by rounding.
             outside = values[(values < term.low - 1e-4) | (values > term.high + 1e-4)]
             if outside.size:
                 raise ValueError(

@@ -79,11 +79,13 @@ class Run:
 
         Puts the frozen models and the rewards on the devices.
         """
+        # The state is created sharded, so that no device ever holds all of it.
         mesh, learner = self.mesh, self.learner
         key = jax.random.key(self.config.seed)
         state, _ = sharding.born_sharded(mesh, learner.create, key)
         anchor = sharding.put(self._loaded.policy, self.shardings.policy)
         state = jax.jit(learner.start_from, out_shardings=self.shardings)(state, anchor)
+        # Models that no update changes.
         self._frozen, self._scorers = (
             sharding.put(tree, sharding.spread(mesh, tree))
             for tree in (self._loaded.frozen, self._mixture.variables)
@@ -107,9 +109,11 @@ class Run:
         """Samples, scores and updates; donates the state."""
         rollout = self.draw(state.policy, prompts, step, Stream.ROLLOUT)
         reward, terms = self.score(rollout, prompts, units)
+        # The first rewards set the baseline.
         if step == 0:
             baseline = jax.jit(self.learner.with_baseline, out_shardings=self.shardings)
             state = baseline(state, reward)
+        # The copy is made apart from the update, which compiles faster without all-gathers.
         copy = self.compute_copy(state, anchor)
         state, metrics = self.update(state, copy, rollout, reward)
         return Step(state, reward, terms, metrics)
