@@ -185,10 +185,7 @@ class Learner:
         skips = after.skipped > state.skipped
         after = after.replace(step=state.step + 1, skipped=state.skipped + skips.astype(jnp.int32))
         metrics |= last_metrics
-        metrics |= {
-            "kl_strength": state.kl_strength,
-            "skipped": after.skipped.astype(jnp.float32),
-        }
+        metrics |= {"kl_strength": state.kl_strength, "skipped": after.skipped.astype(jnp.float32)}
         if self.config.kl_target_per_second is not None:
             target = self.config.kl_target_per_second * self.config.clip_seconds  # nats a clip
             strength = adapted_strength(state.kl_strength, metrics["kl"], target)

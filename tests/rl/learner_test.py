@@ -180,9 +180,7 @@ def test_the_value_starts_at_the_mean_of_the_finite_rewards(start):
 
 @pytest.mark.exactness(15)
 @pytest.mark.parametrize(
-    ("gradient", "microbatches"),
-    [(PAPER, 2), (PolicyGradient("group", kl="sampled"), 8)],
-    ids=str,
+    ("gradient", "microbatches"), [(PAPER, 2), (PolicyGradient("group", kl="sampled"), 8)], ids=str
 )
 def test_accumulated_gradients_are_those_of_the_whole_batch(start, rollout, gradient, microbatches):
     reward = jax.random.uniform(jax.random.key(4), (BATCH,))
