@@ -214,7 +214,7 @@ class TowerOutputs:
         variables = jax.device_put({"params": self.towers.params()})
         parts = []
         batches = clips.batches(split, TOWER_BATCH, seed=0, epochs=1)
-        for batch in Progress(batches, f"hear {split}", -(-clips.count(split) // TOWER_BATCH)):
+        for batch in Progress(batches, f"towers on {split}", -(-clips.count(split) // TOWER_BATCH)):
             # The last batch may be smaller: padding keeps one compiled shape.
             count = len(batch["audio"])
             pad = partial(np.pad, pad_width=((0, TOWER_BATCH - count), (0, 0)))

@@ -160,22 +160,23 @@ class Learner:
         """
         # Score the rollout with the policy that sampled it, the anchor and the value function.
         # The same operations score policy and anchor, so with equal weights the KL is exactly 0.
-        # One exception: on jax 0.12, XLA may fuse the gradient's forward pass differently from the
-        # anchor's. Tiny random models then start at 4e-8 nats a clip, trained ones still at 0.
+        # One exception: on jax 0.12, XLA at its default effort may fuse the gradient's forward pass
+        # differently from the anchor's. Tiny random models then start at 4e-8 nats a clip, trained
+        # ones still at 0.
         parts, rewards = jax.tree.map(self._split, (rollout, reward))
         reference = self._map(lambda part: self._reference(weights.anchor, part), parts)
         advantages, metrics = self._advantage(state, weights, parts, reference, rollout, reward)
         batch = Batch(parts, reference, jax.tree.map(self._split, advantages), rewards)
 
         # Update once, then again from compute copies of the moved weights.
-        after, last_metrics = self._update_once(state, weights, batch, reward, shardings)
+        after, last_metrics = self._update_once(state, weights, batch, shardings)
 
         def update_again(state: RLState, _: None) -> tuple[RLState, Metrics]:
             copy = self.compute_copy(state, ())
             if copy_shardings is not None:
                 places = copy_shardings._replace(anchor=())
                 copy = jax.lax.with_sharding_constraint(copy, places)
-            return self._update_once(state, copy, batch, reward, shardings)
+            return self._update_once(state, copy, batch, shardings)
 
         if self.config.updates > 1:
             after, history = jax.lax.scan(update_again, after, length=self.config.updates - 1)
@@ -223,7 +224,6 @@ class Learner:
         state: RLState,
         weights: ComputeCopy,
         batch: Batch,
-        reward: jax.Array,
         shardings: RLState | None,
     ) -> tuple[RLState, Metrics]:
         """Moves policy and value by the gradients of all microbatches."""
@@ -257,7 +257,7 @@ class Learner:
 
         # Skip the update unless everything is finite.
         skipped = state.replace(skipped=state.skipped + 1)
-        finite = jnp.isfinite(norm) & jnp.isfinite(reward).all()
+        finite = jnp.isfinite(norm) & jnp.isfinite(batch.reward).all()
         return jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, skipped), metrics
 
     # --- the system's functions on a microbatch ---

@@ -40,6 +40,18 @@ def variables():
     return jax.jit(Quality(CONFIG).init)(jax.random.key(0), WAV[:1])
 
 
+@pytest.fixture(scope="module")
+def results(codec, variables):
+    """Returns the loss of damaged clips, its metrics and those of the evaluation."""
+
+    @jax.jit
+    def compute(*arguments):
+        loss, (_, metrics) = PSEUDO.loss(*arguments)
+        return loss, metrics, PSEUDO.evaluate(*arguments)
+
+    return compute(variables["params"], {}, codec, {"audio": WAV}, KEY)
+
+
 # The second codec decodes to some thousands.
 @pytest.mark.parametrize(("code_width", "atol"), [(None, 1e-5), (2, 1e-2)])
 def test_dropped_levels_equal_decoding_fewer(codec, code_width, atol):
@@ -61,7 +73,7 @@ def test_dropped_levels_equal_decoding_fewer(codec, code_width, atol):
     np.testing.assert_allclose(dropped, fewer, atol=atol)
 
 
-def test_labels_are_the_pseudo_mos_of_the_damaged_clips(codec, variables):
+def test_labels_are_the_pseudo_mos_of_the_damaged_clips(codec, variables, results):
     @jax.jit
     def labelled(codec, wav):
         damage_key, strength_key = jax.random.split(KEY)
@@ -72,8 +84,7 @@ def test_labels_are_the_pseudo_mos_of_the_damaged_clips(codec, variables):
         damaged = jnp.concatenate([damaged[:4], decoded])
         return damaged, degradations.pseudo_mos(wav, damaged, 16_000)
 
-    batch = {"audio": WAV}
-    loss, (_, metrics) = jax.jit(PSEUDO.loss)(variables["params"], {}, codec, batch, KEY)
+    loss, metrics, _ = results
     damaged, label = labelled(codec, WAV)
     prediction, label = np.asarray(score(variables, damaged)), np.asarray(label)
     assert label[0] == 5 and np.all(label[1:] < 5)
@@ -81,9 +92,8 @@ def test_labels_are_the_pseudo_mos_of_the_damaged_clips(codec, variables):
     np.testing.assert_allclose(metrics["mae"], np.abs(prediction - label).mean(), rtol=1e-4)
 
 
-def test_evaluation_compares_each_clip_with_its_clean_version(codec, variables):
-    evaluate = jax.jit(PSEUDO.evaluate)
-    metrics = evaluate(variables["params"], {}, codec, {"audio": WAV}, KEY)
+def test_evaluation_compares_each_clip_with_its_clean_version(results):
+    metrics = results[2]
     assert set(metrics) == {"loss", "mae", "order", "clean_first"}
     assert 0 <= metrics["clean_first"] <= 1
     # All clips but the first are damaged.
