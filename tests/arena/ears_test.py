@@ -14,6 +14,9 @@ C_MAJOR = [60, 64, 67, 60, 65, 69, 64, 72]
 OWN = MEASUREMENTS.index("instrument_agreement")
 
 
+# --- sounds ---
+
+
 def tone(midi, wave=np.sin):
     return wave(2 * np.pi * 440 * 2 ** ((midi - 69) / 12) * TIME)
 
@@ -34,6 +37,9 @@ def noise(level=0.1):
 
 def measure(name, wav, **request):
     return MEASURED[name].function(analyse(wav), request)
+
+
+# --- measurements ---
 
 
 def test_notes_of_a_key_are_consonant_and_fit_their_own_key_best():
@@ -95,6 +101,9 @@ def test_register_and_density_agree_best_with_their_own(attribute, values, wavs)
         clip = analyse(melody(notes, bpm))
         agreement = {value: function(clip, {attribute: value}) for value in values}
         assert max(agreement, key=agreement.get) == own
+
+
+# --- ears that are fitted to real clips ---
 
 
 @pytest.fixture(scope="module")

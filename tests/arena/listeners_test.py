@@ -32,6 +32,9 @@ def test_listeners_differ_and_are_the_same_each_time():
     assert panel.listeners().std(axis=0)[MEASUREMENTS.index("consonance")] > 0.1
 
 
+# --- choices ---
+
+
 def test_a_choice_is_logistic_in_the_utilities():
     panel = training_panel(noise=2.0)
     for difference in (0.0, 1.0, -3.0):
@@ -69,6 +72,9 @@ def test_more_noise_is_less_agreement(measured):
     assert agreements == sorted(agreements, reverse=True)
 
 
+# --- ratings ---
+
+
 def test_ratings_go_from_one_to_five_and_real_clips_get_four():
     panel = judging_panel()
     rng = np.random.default_rng(3)
@@ -91,6 +97,9 @@ def test_raters_agree_about_as_often_as_voters(measured):
         decided = (one != 0) & (other != 0)
         same, both = same + (one == other)[decided].sum(), both + decided.sum()
     assert abs(same / both - panel.agreement(a, b)) < 0.05
+
+
+# --- limits of what can be predicted, and settings ---
 
 
 @pytest.mark.parametrize("panel", [training_panel(), judging_panel()], ids=str)

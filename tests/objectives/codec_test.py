@@ -17,6 +17,9 @@ DISCRIMINATORS = DiscriminatorsConfig(wave_scales=0, stft_windows=(), periods=(2
 KEY = jax.random.key(0)
 
 
+# --- data ---
+
+
 class Tones:
     """Eight clips of one tone each, in another order in each of three batches."""
 
@@ -39,6 +42,9 @@ def first_variables(objective):
     """Returns (params, the other collections) before the first step."""
     variables = dict(jax.jit(objective.init)(KEY, BATCH))
     return variables.pop("params"), variables
+
+
+# --- training ---
 
 
 def test_a_few_steps_lower_the_distances():
@@ -128,6 +134,9 @@ def test_codec_and_discriminators_each_move_by_their_own_loss(adversarial):
         gradients["discriminators"],
         expected,
     )
+
+
+# --- the finished codec ---
 
 
 def test_the_finished_codec_has_fitted_codebooks_and_no_discriminators(adversarial):

@@ -15,6 +15,9 @@ RATE = 16_000
 KEY = jax.random.key(0)
 
 
+# --- clips ---
+
+
 def music(clips: int = 4) -> np.ndarray:
     """Returns harmonic tones with decaying notes, [clips, 16000]."""
     time = np.arange(RATE) / RATE
@@ -51,6 +54,9 @@ def damaged(kind: str, wav: jax.Array, strength: jax.Array) -> jax.Array:
 
 mos = jax.jit(lambda clean, wav: degradations.pseudo_mos(clean, wav, RATE))
 distance = jax.jit(lambda clean, wav: degradations.distance(clean, wav, RATE))
+
+
+# --- kinds of damage ---
 
 
 @pytest.mark.parametrize("strength", [0.0, 0.25, 1.0])
@@ -127,6 +133,9 @@ def test_remaining_levels_fall_from_all_to_one():
     np.testing.assert_array_equal(degradations.remaining_levels(strength, 8), [8, 8, 7, 4, 1, 1])
 
 
+# --- distance and label ---
+
+
 @pytest.mark.parametrize("kind", degradations.KINDS[1:])
 def test_stronger_damage_is_farther_and_scores_less(kind):
     clean = music()
@@ -157,6 +166,9 @@ def test_distance_equals_librosa():
     np.testing.assert_allclose(distance(clean, other), expected, rtol=1e-3)
     expected_mos = 1 + 4 * np.exp(-np.array(expected) / 12)
     np.testing.assert_allclose(mos(clean, other), expected_mos, rtol=1e-3)
+
+
+# --- damage of a batch ---
 
 
 @jax.jit

@@ -51,6 +51,9 @@ def step(objective, params):
     return step
 
 
+# --- loss ---
+
+
 def scored(scores, where):
     """Returns mean nats of the true codes at `where`, bool [B, T, Q]."""
     clip, frame, level = np.nonzero(where)
@@ -90,6 +93,9 @@ def test_codes_that_are_masked_and_not_scored_change_nothing(step, masking):
     assert changed(masked & ~target) == changed(False)
     assert changed(target) != changed(False)
     assert changed(~masked) != changed(False)  # unmasked codes are inputs
+
+
+# --- meshes, assets and checks ---
 
 
 def test_weights_of_the_papers_size_divide_over_a_mesh(tokens_of):

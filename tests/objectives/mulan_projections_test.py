@@ -34,6 +34,9 @@ apply_mulan = jax.jit(MuLan(MODEL).apply, static_argnames="method")
 apply_towers = jax.jit(Towers(MODEL).apply, static_argnames="method")
 
 
+# --- clips, weights and the objective ---
+
+
 @dataclasses.dataclass(frozen=True)
 class Tones:
     """Replaces `inputs.Clips`: clips of half a second; clip n of a set has caption n mod 4."""
@@ -145,6 +148,9 @@ def test_a_batch_larger_than_a_split_is_refused(task):
         next(task.data.batches("train", 18, seed=0))
 
 
+# --- outputs of the towers ---
+
+
 def test_outputs_are_computed_once_and_are_the_towers(task, weights):
     data = task.data
     batches = list(data.batches("train", 5, seed=3, epochs=2))
@@ -185,6 +191,9 @@ def test_outputs_of_other_weights_are_computed_again(task, weights, tmp_path):
     list(dataclasses.replace(task.data, towers=towers).batches("validation", 8, seed=0, epochs=1))
     assert task.data.clips.passes == [("one", "validation")] * 2
     assert len(list((tmp_path / "heard").iterdir())) == 2
+
+
+# --- training ---
 
 
 def test_the_loss_is_that_of_the_whole_model_and_moves_projections_alone(task, weights):

@@ -30,6 +30,9 @@ CONFIG = MuLanConfig(
 )
 
 
+# --- data and training ---
+
+
 def tones() -> np.ndarray:
     """Returns two clips for each caption, [8, 8000]."""
     time = np.arange(8000) / 16_000
@@ -92,6 +95,9 @@ def test_the_loss_falls_below_chance(trained):
     assert last["recall_1"] == 1
 
 
+# --- the finished model ---
+
+
 def test_quantizer_is_fitted_to_audio_embeddings(trained):
     _, done, _, _ = trained
     embedding = apply(done, tones(), method=MuLan.embed_audio)
@@ -120,6 +126,9 @@ def test_clips_and_their_caption_get_one_code(trained):
     text = apply(done, jnp.asarray(task.data.text), method=MuLan.embed_text)
     text_codes = apply(fitted, text, method=MuLan.quantize)
     np.testing.assert_array_equal(text_codes[:, 0], codes[:, 0])
+
+
+# --- checks and meshes ---
 
 
 def test_more_codes_than_clips_is_named(trained):

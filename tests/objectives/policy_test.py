@@ -48,6 +48,9 @@ def evaluate(objective):
     return lambda params, batch=BATCH, key=KEY: compiled(params, {}, {}, batch, key)
 
 
+# --- loss ---
+
+
 def test_nats_are_those_of_the_codes_in_the_order_of_a_frame(evaluate, params):
     """A frame is a semantic code, then the coarse levels of two codec frames in turn."""
     coarse = BATCH["acoustic"][:, :, :2]
@@ -84,6 +87,9 @@ def test_training_has_dropout_and_lowers_the_loss_of_evaluation(objective, param
         slope = loss(moved, jax.random.key(step))[1]
         moved = jax.tree.map(lambda p, g: p - jnp.float32(0.3) * g, moved, slope)
     assert evaluate(moved)["loss"] < 0.9 * before[0]
+
+
+# --- assets and checks ---
 
 
 def test_the_hashes_of_its_tokens_models_are_stored_with_it(objective, token_models):

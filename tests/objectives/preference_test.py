@@ -32,6 +32,9 @@ RANDOM = {"trunk": {"w": 1}, "score": {"kernel": 2}}  # in place of random weigh
 score = jax.jit(lambda config, *a: Preference(config).apply(*a), static_argnums=0)
 
 
+# --- data and models ---
+
+
 def batch(seed):
     """Returns pairs whose clip with more zeros among its semantic codes was chosen."""
     rng = np.random.default_rng(seed)
@@ -79,6 +82,9 @@ def start(objective):
     return params, objective.frozen(), jax.jit(jax.value_and_grad(objective.loss, has_aux=True))
 
 
+# --- learning ---
+
+
 def test_before_the_first_step_nothing_is_preferred(start):
     params, frozen, step = start
     (loss, _), _ = step(params, {}, frozen, batch(0), KEY)
@@ -98,6 +104,9 @@ def test_votes_are_learned_and_generalise_to_other_clips(start):
     np.testing.assert_allclose(loss, metrics["loss"], rtol=1e-4)
     np.testing.assert_allclose(other["accuracy"], metrics["accuracy"])
     jax.tree.map(lambda a, b: np.testing.assert_allclose(b, a, atol=2e-4), slope, back)
+
+
+# --- policies and layouts ---
 
 
 @pytest.mark.parametrize("name", LAYOUT)
@@ -140,6 +149,9 @@ def test_a_policy_of_another_size_is_named(data, base):
     other = PreferenceConfig(MusicLMConfig(POLICY.temporal, POLICY.depth, POLICY.layout, 3, 5))
     with pytest.raises(ValueError, match="mulan_codes is 4, and MusicLMConfig's is 5"):
         PreferenceObjective(other, data, base[0]).start({})
+
+
+# --- crops and windows ---
 
 
 def random_preference(config, tokens, mulan):

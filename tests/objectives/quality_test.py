@@ -25,6 +25,9 @@ PSEUDO = QualityObjective(CONFIG, None, "codec")
 score = jax.jit(Quality(CONFIG).apply)
 
 
+# --- models ---
+
+
 def random_codec(config):
     keys = jax.random.key(0), jax.random.key(1)
     return Codec(jax.jit(SoundStream(config).init)(keys[0], WAV[:1], keys[1]), config)
@@ -50,6 +53,9 @@ def results(codec, variables):
         return loss, metrics, PSEUDO.evaluate(*arguments)
 
     return compute(variables["params"], {}, codec, {"audio": WAV}, KEY)
+
+
+# --- labels ---
 
 
 # The second codec decodes to some thousands.
@@ -98,6 +104,9 @@ def test_evaluation_compares_each_clip_with_its_clean_version(results):
     assert 0 <= metrics["clean_first"] <= 1
     # All clips but the first are damaged.
     np.testing.assert_allclose(metrics["clean_first"] * 7 % 1, 0, atol=1e-5)
+
+
+# --- ratings, metrics and the codec ---
 
 
 def test_ratings_are_used_unchanged(variables):

@@ -59,6 +59,9 @@ def split(variables):
     return state.pop("params"), state
 
 
+# --- training ---
+
+
 @pytest.fixture(scope="module")
 def trained():
     """Returns (variables before, variables after 60 steps, first and last metrics)."""
@@ -111,6 +114,9 @@ def test_loss_counts_masked_frames_only(trained):
     np.testing.assert_allclose(metrics["accuracy"], correct[mask].mean(), rtol=1e-5)
 
 
+# --- k-means ---
+
+
 @pytest.fixture(scope="module")
 def finished(trained):
     """Returns the variables after k-means, and the printed text."""
@@ -150,6 +156,9 @@ def test_finish_on_a_mesh_equals_one_device(trained):
         spread = OBJECTIVE.finish(after, {}, batches)["kmeans"]
     np.testing.assert_allclose(spread["centroids"], alone["centroids"], atol=1e-4)
     np.testing.assert_array_equal(spread["share"], alone["share"])
+
+
+# --- evaluation and checks ---
 
 
 def test_evaluation_reports_the_use_of_tokens(finished):

@@ -41,6 +41,9 @@ class Peak:
         return rollout.mono.max(axis=-1)
 
 
+# --- scores ---
+
+
 def scored(mixture, wav):
     """Returns scores of clips f32 [B, C, N], and their weighted sum."""
     loaded = mixture.load()
@@ -98,6 +101,9 @@ def test_a_mixture_describes_its_terms():
     }
 
 
+# --- models ---
+
+
 @dataclasses.dataclass(frozen=True)
 class Reading(Peak):
     """A term with a model."""
@@ -138,6 +144,9 @@ def test_a_model_for_another_system_is_refused(config, lineage, complaint):
     else:
         with pytest.raises(ValueError, match=f"the model of reward {complaint}"):
             mixture.check_models(loaded)
+
+
+# --- ranges and settings ---
 
 
 @pytest.mark.parametrize("value", [-0.01, 1.01])
