@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 
+# Slow: it compiles all parts of a system, for a regression that other tests would locate.
+@pytest.mark.slow
 def test_a_random_musiclm_samples_scores_and_learns_as_before(tmp_path):
     """`tests/benchmarks/bits.py --record` wrote the numbers, separately for each version of jax."""
     recorded = json.loads(bits.RECORD.read_text(encoding="utf-8")).get(jax.__version__)
