@@ -21,6 +21,7 @@ from musicrl_jax.losses.policy_gradient import (
     adapted_strength,
     advantage,
     policy_loss,
+    scores,
     value_loss,
 )
 from musicrl_jax.rl.config import RLConfig
@@ -259,13 +260,13 @@ class Learner:
     # --- the system's functions on a microbatch ---
 
     def _reference(self, anchor: Tree, part: Rollout) -> Tree:
-        return self.system.reference(anchor, part.condition, part.sampled, self.config.sampling)
+        return self.system.distributions(anchor, part.condition, part.sampled, self.config.sampling)
 
     def _scored(self, policy: Tree, reference: Tree, part: Rollout) -> Scores:
         """Returns log-probs and KL of a microbatch, f32 [b, S]."""
-        return self.system.scores(
-            policy, reference, part.condition, part.sampled, self.config.sampling
-        )
+        arguments = part.condition, part.sampled, self.config.sampling
+        log_policy = self.system.distributions(policy, *arguments)
+        return scores(log_policy, reference, part.sampled.tokens)
 
     def _valued(self, value: Tree, part: Rollout) -> jax.Array | None:
         """Returns the values f32 [b, S], if there are any."""

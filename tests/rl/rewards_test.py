@@ -12,7 +12,8 @@ from musicrl_jax.core import checkpoint
 from musicrl_jax.core.keys import row_keys
 from musicrl_jax.rl.rewards import Mixture
 from musicrl_jax.systems import folder, tiny
-from musicrl_jax.systems.system import Rollout, Sampling, Weights, roll_out
+from musicrl_jax.systems.player import roll_out
+from musicrl_jax.systems.system import Rollout, Sampling, Weights
 
 BATCH = 3
 
