@@ -19,6 +19,7 @@ def assemble(out: str, parts: Mapping[str, str], kind: str = "musiclm") -> None:
       ValueError: if the kind or a part's name is unknown, or parts are missing.
       FileNotFoundError: if the folder of a part has no model.
     """
+    # The kind must have the parts.
     system = folder.system_class(kind, out)
     if unknown := sorted(set(parts) - set(system.PARTS)):
         raise ValueError(
@@ -35,6 +36,8 @@ def assemble(out: str, parts: Mapping[str, str], kind: str = "musiclm") -> None:
             f"assemble.parts has {', '.join(sorted(parts)) or 'none'}, and a system of kind {kind} "
             f"needs: {missing}"
         )
+
+    # The parts must be trained already.
     for name, part in parts.items():
         if not checkpoint.has_model(part):
             raise FileNotFoundError(

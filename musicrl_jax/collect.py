@@ -108,7 +108,16 @@ def collect(
     loaded = folder.load(system)
     loaded.system.length(config.clip_seconds)
     audience.check(loaded.system.sample_rate_hz)
-    collection = _Collection.of(votes_dir, loaded, prompts, audience, config)
+    models = {**loaded.system.data_models(loaded.hashes), **loaded.lineage}
+    data = {"hashes": loaded.hashes, "prompts": prompts, "audience": audience, "settings": config}
+    collection = _Collection(
+        votes_dir,
+        audience.panel,
+        config,
+        models,
+        loaded.system.data_layout(),
+        checkpoint.describe(data),
+    )
     hosts.first_alone(collection.refuse_others)()
     missing = {}
     for split in SPLITS:
@@ -138,6 +147,9 @@ def _texts(prompts: Prompts, split: str, count: int) -> list[str]:
     if not unique:
         raise ValueError(f"prompts: split {split!r} has none: name a set or file that has")
     return [unique[number % len(unique)] for number in range(count)]
+
+
+# --- the clips ---
 
 
 class _Stage:
@@ -179,6 +191,9 @@ class _Stage:
         return {**features, MEASURED: sharding.gather_rows(self._mesh, measured, rows)}
 
 
+# --- the folder of votes ---
+
+
 @dataclasses.dataclass(frozen=True)
 class _Collection:
     """A folder of votes, with everything that the votes depend on.
@@ -198,22 +213,6 @@ class _Collection:
     models: dict[str, str]
     layout: dict[str, int]
     data: dict[str, Any]
-
-    @classmethod
-    def of(
-        cls,
-        votes_dir: str,
-        loaded: LoadedSystem,
-        prompts: Prompts,
-        audience: Audience,
-        config: CollectConfig,
-    ) -> "_Collection":
-        """Describes the votes of an audience on clips of a system."""
-        origin = {"hashes": loaded.hashes, "prompts": prompts}
-        data = checkpoint.describe({**origin, "audience": audience, "settings": config})
-        models = {**loaded.system.data_models(loaded.hashes), **loaded.lineage}
-        layout = loaded.system.data_layout()
-        return cls(votes_dir, audience.panel, config, models, layout, data)
 
     def complete(self, split: str) -> bool:
         """Returns whether a split is complete."""
@@ -313,8 +312,11 @@ class _Collection:
           texts: P prompts.
           measured: measurements of 2 P clips.
         """
+        # The utility of both clips of each pair for each listener.
         utilities = self.panel.utilities(measured)  # [L, 2 P]
         a, b = utilities[:, ::2], utilities[:, 1::2]
+
+        # Random listeners vote on each pair.
         rng = np.random.default_rng([self.config.seed, SPLITS.index(split)])
         cast = []
         for pair, text in enumerate(texts):
@@ -329,6 +331,9 @@ class _Collection:
         """Returns the votes in the folder."""
         exists = (Path(self.votes_dir) / votes.VOTES).exists()
         return votes.read_votes(self.votes_dir) if exists else []
+
+
+# --- helpers ---
 
 
 def _examples(split: str, texts: list[str], batches: Batches) -> Iterator[dict[str, Any]]:

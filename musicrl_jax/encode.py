@@ -81,10 +81,11 @@ def _examples(clips: Clips, split: str, rows: int, encoder: Encoder) -> Iterator
     """Yields the tokens, id and caption of each clip, the same on all hosts."""
     batches = clips.batches(split, rows, seed=0, epochs=1)
     for batch in Progress(batches, f"encode {split}", -(-clips.count(split) // rows)):
-        # The last batch is filled up with silence.
+        # Silence fills the last batch.
         count = len(batch["audio"])
         codes = encoder(np.pad(batch["audio"], ((0, rows - count), (0, 0))))
         for row in range(count):
+            # Models mark codes of features that are not finite with -1.
             if invalid := [name for name, code in codes.items() if code[row].min() < 0]:
                 raise ValueError(
                     f"clip {batch['id'][row]!r} of {split!r} has no {' and no '.join(invalid)} "

@@ -63,6 +63,7 @@ def train(  # noqa: PLR0913
         metric is not finite.
       hosts.Preempted: if the run was told to stop; its state is saved.
     """
+    # The run: a folder belongs to one, and a finished one is left as it is.
     directory = Path(model_dir)
     identity = {
         "objective": type(objective).__name__,
@@ -103,8 +104,12 @@ def train(  # noqa: PLR0913
             for step in progress:
                 if stopping():
                     checkpoints.leave(step, state)
+
+                # One update.
                 batch = sharding.put_batch(mesh, next(batches), batch_size)
                 state, metrics = step_function(state, frozen, batch)
+
+                # Metrics. A run that only skips updates ends here.
                 saves = (step + 1) % save_every == 0
                 if step % LOG_EVERY == 0 or step == steps - 1 or saves:
                     numbers = {name: float(value) for name, value in metrics.items()}
@@ -128,11 +133,14 @@ def train(  # noqa: PLR0913
         variables = objective.finish({"params": state.params, **state.state}, frozen, epoch)
 
         # Validation.
+        # Metrics that are not finite end the run before its model is saved.
         metrics = _validate(
             objective, variables, frozen, mesh, batch_size, seed, evaluation_batches
         )
         _check_finite(metrics, steps, directory)
         writer.write(steps, metrics, prefix="validation/")
+
+    # The model marks the run as complete.
     figures = "  ".join(f"{name} {value:.3f}" for name, value in metrics.items())
     print(f"{directory.name:>9}  validation  {figures}", flush=True)
     checkpoint.save_model(directory, objective.model, variables, objective.assets())

@@ -67,6 +67,9 @@ class LoadedSystem:
     assets: Mapping[str, bytes] = dataclasses.field(default_factory=dict)
 
 
+# --- kinds ---
+
+
 def register(kind: str) -> Callable[[type[MusicSystem]], type[MusicSystem]]:
     """Returns a decorator that registers a system's class; a gin file imports its module."""
 
@@ -87,6 +90,9 @@ def system_class(kind: str, where: str) -> type[MusicSystem]:
     if isinstance(KINDS[kind], str):
         KINDS[kind] = pkgutil.resolve_name(KINDS[kind])
     return KINDS[kind]
+
+
+# --- loading ---
 
 
 def load(
@@ -162,6 +168,9 @@ def read_part(
     return model
 
 
+# --- the policy alone ---
+
+
 def read_policy(folder: str, read: checkpoint.Reader = checkpoint.load_model) -> checkpoint.Model:
     """Loads the policy of a system alone."""
     return read_part(folder, "policy", read, _policy_alone(folder))
@@ -187,6 +196,9 @@ def _policy_alone(folder: str) -> dict[str, Any]:
     if folder and (Path(folder) / FILE).is_file():
         return describe(folder)
     return {"kind": "musiclm", "parts": {"policy": {"folder": folder, "hash": ""}}}
+
+
+# --- describing ---
 
 
 def encoding_parts(folder: str) -> tuple[str, ...]:
@@ -237,6 +249,9 @@ def describe_neighbours(folder: str, beside: Callable[[str, str], str]) -> dict[
     return {"format": FORMAT, "kind": "musiclm", "parts": parts}
 
 
+# --- writing ---
+
+
 def write(
     folder: str | Path,
     kind: str,
@@ -258,6 +273,7 @@ def write(
       FileNotFoundError: if a part is missing.
     """
     start = os.path.realpath(folder)
+    # Relative folders, so that a run can move with its models.
     described = {}
     for name, part in sorted(parts.items()):
         described[name] = {
@@ -268,6 +284,7 @@ def write(
     text = json.dumps({"format": FORMAT, "kind": kind, "parts": described}, indent=1) + "\n"
     path = Path(folder) / FILE
 
+    # The first host writes the file; all hosts return its answer.
     def write_file() -> bool:
         if path.is_file() and path.read_bytes() == text.encode():
             return False

@@ -44,6 +44,15 @@ SIZES = (
     ("soundstorm", "codes", "soundstream", "codes"),
     ("soundstorm", "coarse_levels", "policy", "layout.coarse_levels"),
 )
+# Sizes that token data sets record: (name, part, its field); the encoder overrides the policy.
+DATA_SIZES = (
+    ("acoustic_levels", "soundstream", "levels"),
+    ("acoustic_codes", "soundstream", "codes"),
+    ("semantic_codes", "policy", "layout.semantic_codes"),
+    ("semantic_codes", "semantic", "codes"),
+    ("mulan_levels", "mulan", "levels"),
+    ("mulan_codes", "mulan", "codes"),
+)
 LOOPED = ("tpu",)  # platforms on which frozen networks scan over stacked layers
 
 
@@ -165,16 +174,9 @@ class MusicLMSystem(MusicSystem):
     def data_layout(self) -> dict[str, int]:
         """Returns the numbers of levels and codes of the loaded parts."""
         layout = {}
-        if "soundstream" in self.configs:
-            codec = self.configs["soundstream"]
-            layout |= {"acoustic_levels": codec.levels, "acoustic_codes": codec.codes}
-        if "semantic" in self.configs:
-            layout["semantic_codes"] = self.configs["semantic"].codes
-        elif "policy" in self.configs:
-            layout["semantic_codes"] = self.music.layout.semantic_codes
-        if "mulan" in self.configs:
-            mulan = self.configs["mulan"]
-            layout |= {"mulan_levels": mulan.levels, "mulan_codes": mulan.codes}
+        for name, part, field in DATA_SIZES:
+            if part in self.configs:
+                layout[name] = attrgetter(field)(self.configs[part])
         return layout
 
     def data_models(self, hashes: Mapping[str, str]) -> dict[str, str]:
@@ -217,7 +219,7 @@ class MusicLMSystem(MusicSystem):
         """
         layout, frames = self.music.layout, length // self.frame_tokens
         model, variables, batch = self._policy, {"params": policy}, condition.tokens.shape[0]
-        keys = _split(keys)[:, 0]
+        keys = _split(keys)[:, 0]  # `codes` uses the other ones
 
         def apply(method: Callable, *arguments: Any) -> Any:
             return model.apply(variables, *arguments, method=method)
@@ -226,9 +228,11 @@ class MusicLMSystem(MusicSystem):
         depth_bias = apply(MusicLM.depth_bias)
 
         def sample_frame(carry: Any, frame: jax.Array) -> Any:
-            # The temporal model reads the previous frame.
+            # The temporal model reads the previous frame, and gives the context of this one.
             previous, cache = carry
             context, cache = apply(MusicLM.next_frame, previous, cache, frame, temporal_bias)
+
+            # Gumbel noise, so that the likeliest code of the noisy scores is a sample.
             frame_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, frame)
             noise = jax.vmap(
                 lambda key: jax.random.gumbel(key, (layout.depth, layout.vocabulary), jnp.float32)
@@ -251,6 +255,8 @@ class MusicLMSystem(MusicSystem):
             places = jnp.arange(layout.depth, dtype=jnp.int32)
             _, sampled = jax.lax.scan(sample_code, start, (places, jnp.moveaxis(noise, 1, 0)))
             sampled = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), sampled)  # [B, K, ...]
+
+            # The frames of the beginning replace what was sampled, and the next ones follow them.
             if beginning is not None:
                 first_tokens = self._frames(beginning.tokens)[:, frame]
                 in_beginning = (frame < beginning.length // layout.depth)[:, None]
@@ -306,6 +312,7 @@ class MusicLMSystem(MusicSystem):
 
     def encode(self, frozen: Mapping[str, Tree], wav: jax.Array) -> dict[str, jax.Array]:
         """Encodes wav f32 [B, N]: int32 semantic [B, F], acoustic [B, T, Q] and mulan [B, M]."""
+        # A policy that learns from sound alone is conditioned on MuLan's audio embeddings.
         mulan = MuLan(self.configs["mulan"])
         embedding = mulan.apply(frozen["mulan"], wav, method=MuLan.embed_audio)
         semantic = SemanticEncoder(self.configs["semantic"])
@@ -330,6 +337,9 @@ class MusicLMSystem(MusicSystem):
     def _layers(self, weights: Tree) -> Tree:
         """Separates stacked layers unless remat scans over them: a quarter faster on CPUs."""
         return weights if self.remat else unstacked(weights)
+
+
+# --- helpers ---
 
 
 def _by_clip(x: jax.Array) -> jax.Array:

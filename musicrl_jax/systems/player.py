@@ -25,6 +25,9 @@ LITTLE_EFFORT = {"tpu": {"optimization_level": 19}}
 Units = Mapping[str, tuple[float, float]]  # centre and spread of each reward term
 
 
+# --- the jitted functions ---
+
+
 class Scorer(Protocol):
     """A mixture of rewards with its models; `rl.rewards.LoadedMixture` is one."""
 
@@ -95,11 +98,6 @@ class Player:
         self.gather_scorers = jax.jit(lambda scorers: scorers, out_shardings=replicated)
 
         # Sampling.
-        def keys(
-            seed: jax.Array, step: jax.Array, stream: jax.Array, first: jax.Array
-        ) -> jax.Array:
-            return row_keys(step_key(seed, step, stream), rows, first)
-
         def sample(
             policy: Tree,
             condition: Tree,
@@ -107,12 +105,16 @@ class Player:
             temperatures: jax.Array | None = None,
             beginning: Beginning | None = None,
         ) -> SampledTokens:
+            # Clips share the player's temperature, or have one each.
             by_clip = sampling
             if temperatures is not None:
                 by_clip = Sampling(temperatures[:, None], sampling.top_k)
             return system.sample(policy, condition, keys, length, by_clip, beginning)
 
-        self.keys, self.sample = jit(keys), jit(sample)
+        self.sample = jit(sample)
+        self.keys = jit(
+            lambda seed, step, stream, first: row_keys(step_key(seed, step, stream), rows, first)
+        )
         self.jitted = {
             "condition": jit_with_little_effort(system.condition),
             "codes": jit(system.codes),
@@ -225,6 +227,9 @@ class Player:
         """
         texts = self.put(self.mixture.read(prompts))
         return self.reward(self.gather_scorers(scorers), rollout, texts, units)
+
+
+# --- their parts ---
 
 
 def roll_out(

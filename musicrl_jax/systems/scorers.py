@@ -19,6 +19,8 @@ from musicrl_jax.models.semantic import SemanticConfig, SemanticEncoder
 from musicrl_jax.systems.musiclm import VOCABULARY, MuLanCondition
 from musicrl_jax.systems.system import Rollout, Text, Tree
 
+# --- reward terms; `rl.rewards.Term` is their protocol ---
+
 
 class _FirstAndLastWindow:
     """A term that scores both ends of a clip, and neither reads the prompt nor has a lineage."""
@@ -137,9 +139,13 @@ class UserPreference(_FirstAndLastWindow):
         self, model: PreferenceConfig, variables: Tree, rollout: Rollout, text: Text
     ) -> jax.Array:
         """Returns scores, f32 [B]."""
+        # The model reads frames, [B, F, K], where K is the codes in a frame.
         tokens = rollout.sampled.tokens
         tokens = tokens.reshape(tokens.shape[0], -1, model.policy.layout.depth)
         return Preference(model).apply(variables, tokens, rollout.condition.tokens)
+
+
+# --- features ---
 
 
 @dataclasses.dataclass(frozen=True)

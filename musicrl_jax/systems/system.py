@@ -108,12 +108,10 @@ class MusicSystem(abc.ABC):
 
         Any form computes with any form's `compute_copy`.
         """
-        del platform, remat
         return self
 
     def compute_copy(self, weights: Weights, dtype: str) -> Weights:
         """Returns the weights that sampling takes; matrix products with them are in `dtype`."""
-        del dtype
         return weights
 
     # --- sizes ---
@@ -192,7 +190,6 @@ class MusicSystem(abc.ABC):
 
     def start_values(self, values: Tree, policy: Tree) -> Tree:
         """Returns the value function's weights, initialised from the policy's (MusicRL 3.3)."""
-        del policy
         return values
 
     def centre_values(self, values: Tree, mean: jax.Array) -> Tree:
@@ -207,7 +204,6 @@ class MusicSystem(abc.ABC):
 
     def codes(self, frozen: Mapping[str, Tree], tokens: jax.Array, keys: jax.Array) -> Tree:
         """Returns the input of `decode` for tokens int32 [B, S] and the keys of `sample`."""
-        del frozen, keys
         return tokens
 
     @abc.abstractmethod

@@ -125,12 +125,15 @@ class TinySystem(MusicSystem):
         """Samples token by token, with a key that depends on row and place."""
 
         def sample_token(before: jax.Array, place: jax.Array) -> tuple[jax.Array, SampledTokens]:
+            # A token from the distribution that `sampling` makes of the logits.
             logits = self._logits(policy, condition, before)
             allowed = sampling.allowed(logits)
             scores = sampling.log_distribution(logits, allowed)
             place_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, place)
             token = jax.vmap(jax.random.categorical)(place_keys, scores).astype(jnp.int32)
             sampled = SampledTokens(token, token_log_probs(scores, token), allowed)
+
+            # Within the beginning, the given token replaces it; the log-prob stays.
             if beginning is not None:
                 frames = beginning.length // self.frame_tokens
                 continues = place // self.frame_tokens >= frames
@@ -184,11 +187,17 @@ class TinySystem(MusicSystem):
 
     def encode(self, frozen: Mapping[str, Tree], wav: jax.Array) -> dict[str, jax.Array]:
         """Returns the loudest code of each window, {'tokens': int32 [B, S]}; -1 if not finite."""
+        # The power of each code's sine in each window, whatever its phase.
         quadrature = self._waves(frozen, jnp.array([0.0, 0.25]))  # sines and cosines, [2, V, W]
         windows = wav.reshape(len(wav), -1, quadrature.shape[-1])
         power = jnp.square(jnp.einsum("bsw,qvw->bsqv", windows, quadrature)).sum(axis=2)
+
+        # Clips that are not finite have no tokens.
         finite = jnp.isfinite(wav).all(axis=1, keepdims=True)
         return {"tokens": jnp.where(finite, power.argmax(axis=-1), -1).astype(jnp.int32)}
+
+
+# --- helpers ---
 
 
 def _before(tokens: jax.Array) -> jax.Array:
