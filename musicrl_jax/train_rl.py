@@ -9,6 +9,7 @@ Each step calls jitted functions, one after the other; this file only does the b
 `systems/` defines how a system makes clips, and `rl/learner.py` what an update is.
 """
 
+import dataclasses
 import itertools
 import json
 from contextlib import closing
@@ -171,41 +172,38 @@ def _base_units(run: Run, mixture: LoadedMixture, anchor: Tree, prompts: Prompts
     return mixture.units({name: np.concatenate([part[name] for part in parts]) for name in neutral})
 
 
+@dataclasses.dataclass
 class _MetricLog:
     """Writes the metrics of each step, and ends a run whose updates are all skipped."""
 
-    def __init__(
-        self,
-        name: str,
-        writer: MetricWriter,
-        mixture: LoadedMixture,
-        clip_seconds: float,
-        skipped: int,
-    ):
-        self._name, self._writer, self._mixture = name, writer, mixture
-        self._clip_seconds, self._skipped, self._skipped_in_a_row = clip_seconds, skipped, 0
+    name: str
+    writer: MetricWriter
+    mixture: LoadedMixture
+    clip_seconds: float
+    skipped: int  # updates since the start of the run
+    skipped_in_a_row: int = 0
 
     def write(self, step: int, result: Step, judgement: dict[str, float]) -> dict[str, float]:
         """Writes and returns metrics; raises FloatingPointError after too many skipped updates."""
         reward, terms, metrics = sharding.fetch((result.reward, result.terms, result.metrics))
-        self._mixture.check(terms)
+        self.mixture.check(terms)
         metrics = {
             **{name: scores.mean() for name, scores in terms.items()},
             "reward": reward.mean(),
             "reward_std": reward.std(),
             **metrics,
             **judgement,
-            "kl_per_second": metrics["kl"] / self._clip_seconds,
+            "kl_per_second": metrics["kl"] / self.clip_seconds,
         }
-        self._writer.write(step, metrics)
+        self.writer.write(step, metrics)
 
-        # `skipped` counts the skipped updates since the start of the run.
-        skips = metrics["skipped"] > self._skipped
-        self._skipped = metrics["skipped"]
-        self._skipped_in_a_row = self._skipped_in_a_row + 1 if skips else 0
-        if self._skipped_in_a_row > MOST_SKIPPED:
+        # A few skipped updates are no harm.
+        skips = metrics["skipped"] > self.skipped
+        self.skipped = metrics["skipped"]
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skips else 0
+        if self.skipped_in_a_row > MOST_SKIPPED:
             raise FloatingPointError(
-                f"{self._name}: {self._skipped_in_a_row} updates in a row had a reward or gradient "
+                f"{self.name}: {self.skipped_in_a_row} updates in a row had a reward or gradient "
                 f"that is not finite, the last at step {step}; mend the reward or lower the "
                 "learning rate"
             )

@@ -211,11 +211,7 @@ class Player:
         return roll_out(self, weights, text, keys, temperatures, beginning)
 
     def score(
-        self,
-        scorers: Mapping[str, Tree],
-        rollout: Rollout,
-        prompts: Sequence[str],
-        units: Units,
+        self, scorers: Mapping[str, Tree], rollout: Rollout, prompts: Sequence[str], units: Units
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Returns the reward f32 [B] of clips, and each term f32 [B].
 
