@@ -193,6 +193,7 @@ def encode_tones(folder):
 
 
 def test_each_device_encodes_its_own_rows(tmp_path, monkeypatch):
+    tiny.write(tmp_path / "system")
     mesh, fetch, shares = sharding.make_mesh(devices=jax.devices()[:4]), sharding.fetch, []
     monkeypatch.setattr(sharding, "make_mesh", lambda: mesh)
 
