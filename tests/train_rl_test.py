@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from musicrl_jax import train_rl
 from musicrl_jax.arena import monitor
@@ -28,6 +29,25 @@ from musicrl_jax.systems import folder as systems
 from musicrl_jax.systems import tiny
 
 BATCH, SECONDS = 32, 0.4
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled(tmp_path_factory):
+    """Compiles equal programs once for all runs of this file."""
+    settings = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+
+    def use(settings):
+        for name, value in settings.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()  # JAX reads the settings once
+
+    use(settings)
+    yield
+    use(before)
 
 
 @dataclasses.dataclass(frozen=True)
