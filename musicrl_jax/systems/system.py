@@ -111,7 +111,7 @@ class MusicSystem(abc.ABC):
         return self
 
     def compute_copy(self, weights: Weights, dtype: str) -> Weights:
-        """Returns the weights that sampling takes, with matrices of frozen token models in `dtype`."""
+        """Returns the weights that sampling takes; frozen token models multiply in `dtype`."""
         return weights
 
     # --- sizes ---
