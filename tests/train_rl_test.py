@@ -9,12 +9,12 @@ import sys
 import tempfile
 from pathlib import Path
 
+import compilation
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from musicrl_jax import train_rl
 from musicrl_jax.arena import monitor
@@ -33,21 +33,8 @@ BATCH, SECONDS = 32, 0.4
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled(tmp_path_factory):
-    """Compiles equal programs once for all runs of this file."""
-    settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-
-    def use(settings):
-        for name, value in settings.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()  # JAX reads the settings once
-
-    use(settings)
-    yield
-    use(before)
+    with compilation.cached(tmp_path_factory.mktemp("compiled")):
+        yield
 
 
 @dataclasses.dataclass(frozen=True)

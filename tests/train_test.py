@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import compilation
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,6 +31,12 @@ CONFIG = MusicLMConfig(
     2,
     4,
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled(tmp_path_factory):
+    with compilation.cached(tmp_path_factory.mktemp("compiled")):
+        yield
 
 
 @dataclasses.dataclass(frozen=True)
