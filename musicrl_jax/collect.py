@@ -1,13 +1,14 @@
-"""Prompts -> votes: a system plays each prompt twice, and simulated listeners choose.
+"""Collects votes: a system plays each prompt twice, and simulated listeners choose a clip.
 
-Legend: P pairs, clips 2 i and 2 i + 1 are pair i; L listeners.
+Legend: P pairs of clips, where clips 2 i and 2 i + 1 are pair i; L listeners.
 """
 
 import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,25 +30,26 @@ from musicrl_jax.systems.folder import LoadedSystem
 from musicrl_jax.systems.player import Player
 from musicrl_jax.systems.system import Sampling
 
-PLAYED = "played"  # folder of the batches that are done, until their votes are written
-MEASURED = "measured"  # name of the measurements among a batch's arrays
+PLAYED = "played"  # folder of finished batches, until their votes are written
+MEASURED = "measured"  # name of the listeners' measurements in a batch
 SPLITS = ("train", "validation")
-PEOPLE = (0.6, 0.7)  # how often people agree
+PEOPLE = (0.6, 0.7)  # share of pairs on which two people agree
+Batches = list[dict[str, np.ndarray]]  # arrays of two clips for each text, the last batch too full
 
 
 @dataclasses.dataclass(frozen=True)
 class CollectConfig:
-    """Which pairs of clips are played, and how many votes they get.
+    """The pairs of clips to play, and their number of votes.
 
     Attributes:
-      pairs: P, of both splits together.
+      pairs: P, both splits together.
       clip_seconds: length of the clips, whole frames of the system.
-      validation_share: of the pairs, above 0 and below 1.
-      votes_per_pair: different listeners that vote on a pair, 1 or more.
+      validation_share: share of the pairs for validation, above 0 and below 1.
+      votes_per_pair: number of listeners that vote on a pair, 1 or more.
       sampling: the distribution of the policy.
-      batch_size: pairs at a time; rounded up to a multiple of the devices, and changes nothing in
-        the result.
-      seed: of sampling, of who votes on what, and of the listeners' noise.
+      batch_size: pairs in a batch, rounded up to a multiple of the devices; does not change the
+        result.
+      seed: seed of sampling, of the choice of listeners, and of their noise.
     """
 
     pairs: int
@@ -71,7 +73,7 @@ class CollectConfig:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Pairs of each split."""
+        """Number of pairs in each split."""
         validation = round(self.pairs * self.validation_share)
         return {"train": self.pairs - validation, "validation": validation}
 
@@ -80,25 +82,24 @@ class CollectConfig:
 def collect(
     votes_dir: str, system: str, prompts: Prompts, audience: Audience, config: CollectConfig
 ) -> None:
-    """Writes tokens of P pairs of clips and the votes on them; killed, it goes on where it was.
+    """Writes tokens of P pairs of clips, and votes on them; resumes after a kill.
 
-    Every vote is of *simulated listeners*, and says so. How often two of them agree on these pairs,
-    and how often one's choice can be foretold at most, is printed and stands in
-    `votes_dir`/agreement.json; the agreement of MusicRL's people was about 60 %. A folder with
-    votes of others, people above all, is refused.
+    All votes are marked as votes of *simulated listeners*. `votes_dir`/agreement.json has the share
+    of pairs on which two listeners agree, and the highest share of choices that a model can
+    predict. (MusicRL's people agreed on about 60 %.)
 
     Args:
-      votes_dir: where tokens and votes go.
+      votes_dir: folder for tokens and votes.
       system: folder of the system that plays.
-      prompts: what is played; validation prompts for the validation pairs. They come again if there
-        are fewer than pairs.
-      audience: who votes.
-      config: on which pairs.
+      prompts: prompts of both splits; they are repeated if there are fewer than pairs.
+      audience: the listeners.
+      config: settings of pairs and votes.
 
     Raises:
-      ValueError: if a setting is out of range, models do not fit, or `votes_dir` holds other votes.
+      ValueError: if a setting is out of range, models do not belong together, or `votes_dir` has
+        votes of others, above all of people.
     """
-    # Everything is checked before any work.
+    # Check everything before any work.
     if config.votes_per_pair > audience.panel.size:
         raise ValueError(
             f"CollectConfig.votes_per_pair={config.votes_per_pair} must be from 1 to the panel's "
@@ -107,89 +108,105 @@ def collect(
     loaded = folder.load(system)
     loaded.system.length(config.clip_seconds)
     audience.check(loaded.system.sample_rate_hz)
-    collection = _Collection.of(votes_dir, loaded, prompts, audience, config)
+    models = {**loaded.system.data_models(loaded.hashes), **loaded.lineage}
+    data = {"hashes": loaded.hashes, "prompts": prompts, "audience": audience, "settings": config}
+    collection = _Collection(
+        votes_dir,
+        audience.panel,
+        config,
+        models,
+        loaded.system.data_layout(),
+        checkpoint.describe(data),
+    )
     hosts.first_alone(collection.refuse_others)()
-    wanting = [
-        split for split in SPLITS if not hosts.first_decides(lambda s=split: collection.complete(s))
-    ]
-    # All hosts draw and measure; the first writes.
-    if wanting:
+    missing = {}
+    for split in SPLITS:
+        if not hosts.first_decides(lambda split=split: collection.complete(split)):
+            missing[split] = _texts(prompts, split, config.counts[split])
+
+    # All hosts sample and measure; the first one writes.
+    if missing:
         mesh = sharding.make_mesh()
         with jax.set_mesh(mesh):
             stage = _Stage(loaded, audience.load(), config, mesh)
-            for split in wanting:
-                unique = prompts.unique(split)
-                if not unique:
-                    raise ValueError(
-                        f"prompts: split {split!r} has none: name a set or file that has"
-                    )
-                texts = [unique[i % len(unique)] for i in range(config.counts[split])]
+            for split, texts in missing.items():
                 batches = stage.play(split, texts, collection)
                 hosts.first_alone(collection.write)(split, texts, batches)
     else:
         print(f"{votes_dir}: collected already")
 
-    # No host reads them any more; a killed run may have left them too.
+    # Remove the batches, also those of a killed run. No host reads them any more.
     hosts.wait_for_all("collected")
     if hosts.first():
         shutil.rmtree(Path(votes_dir) / PLAYED, ignore_errors=True)
 
 
+def _texts(prompts: Prompts, split: str, count: int) -> list[str]:
+    """Returns `count` prompts of a split; raises ValueError if it has none."""
+    unique = prompts.unique(split)
+    if not unique:
+        raise ValueError(f"prompts: split {split!r} has none: name a set or file that has")
+    return [unique[number % len(unique)] for number in range(count)]
+
+
+# --- the clips ---
+
+
 class _Stage:
-    """Where clips are drawn on all devices, and measured by the hosts that hold them."""
+    """Samples clips on all devices; each host measures the clips of its own devices."""
 
     def __init__(
-        self, loaded: LoadedSystem, hearing: LoadedAudience, config: CollectConfig, mesh: Mesh
+        self, loaded: LoadedSystem, audience: LoadedAudience, config: CollectConfig, mesh: Mesh
     ):
+        # Batches have whole pairs, even if the number of devices is odd.
         rows = sharding.round_up_rows(mesh, 2 * config.batch_size)
-        rows = sharding.round_up_rows(
-            mesh, rows + rows % 2
-        )  # whole pairs on odd numbers of devices too
+        rows = sharding.round_up_rows(mesh, rows + rows % 2)
         system, seconds = loaded.system, config.clip_seconds
         self._player = Player(system, mesh, rows, seconds, config.sampling)
         self._weights = self._player.place(loaded.policy, loaded.frozen)
         by_row = sharding.batch_sharding(mesh)
         self._features = jax.jit(system.features, out_shardings=by_row)
-        self._hearing, self._seed, self._mesh = hearing, config.seed, mesh
+        self._audience, self._seed, self._mesh = audience, config.seed, mesh
 
-    def play(
-        self, split: str, texts: list[str], collection: "_Collection"
-    ) -> list[dict[str, np.ndarray]]:
-        """Returns batches of tokens and MEASURED, two clips for each text; the last is filled up."""
+    def play(self, split: str, texts: list[str], collection: "_Collection") -> Batches:
+        """Returns batches of tokens and measurements; reads those that a killed run has stored."""
         pairs = self._player.rows // 2
-        starts = range(0, len(texts), pairs)
-        batches = []
+        starts, batches = range(0, len(texts), pairs), []
+        folder = Path(collection.votes_dir) / PLAYED
         for first in Progress(starts, f"collect {split}", len(starts)):
             chosen = [texts[i % len(texts)] for i in range(first, first + pairs)]
-            batch = kept(
-                Path(collection.votes_dir) / PLAYED,
-                f"{split}-{first}+{pairs}",
-                collection.data,
-                lambda first=first, chosen=chosen: self._play_batch(split, first, chosen),
-            )
-            batches.append(batch)
+            play_batch = partial(self._play_batch, split, first, chosen)
+            batches.append(kept(folder, f"{split}-{first}+{pairs}", collection.data, play_batch))
         return batches
 
     def _play_batch(self, split: str, first: int, texts: list[str]) -> dict[str, np.ndarray]:
-        """Returns the tokens and MEASURED of the pairs `first`, `first` + 1, ... of a split."""
+        """Returns the tokens and measurements of the pairs `first`, `first` + 1, ... of a split."""
+        # Sample, with keys by the split and the number of the clip.
         step, rows = SPLITS.index(split), self._player.rows
         twice = [text for text in texts for _ in "ab"]
         rollout = self._player.draw(self._weights, twice, self._seed, step, Stream.VOTES, 2 * first)
+
+        # Measure the clips of this host, and gather the measurements of all hosts.
         own = [twice[row] for row in sharding.own_rows(self._mesh, rows)]
-        measured = self._hearing.measure(sharding.local_rows(rollout.mono), own)
+        measured = self._audience.measure(sharding.local_rows(rollout.mono), own)
         features = sharding.fetch(self._features(rollout))
         return {**features, MEASURED: sharding.gather_rows(self._mesh, measured, rows)}
 
 
+# --- the folder of votes ---
+
+
 @dataclasses.dataclass(frozen=True)
 class _Collection:
-    """A folder of votes with what they depend on.
+    """A folder of votes, with everything that the votes depend on.
 
     Attributes:
       votes_dir: the folder.
-      panel: who votes.
-      config: on which pairs.
-      models, layout, data: of the manifest, see `inputs.tokens`.
+      panel: the listeners.
+      config: settings of pairs and votes.
+      models: hashes of the models, for the manifest; see `inputs.tokens`.
+      layout: sizes of the tokens, for the manifest.
+      data: the system, prompts, audience and settings, for the manifest.
     """
 
     votes_dir: str
@@ -199,46 +216,27 @@ class _Collection:
     layout: dict[str, int]
     data: dict[str, Any]
 
-    @classmethod
-    def of(
-        cls,
-        votes_dir: str,
-        loaded: LoadedSystem,
-        prompts: Prompts,
-        audience: Audience,
-        config: CollectConfig,
-    ) -> "_Collection":
-        """Describes what a system plays for an audience."""
-        data = checkpoint.describe(
-            {
-                "hashes": loaded.hashes,
-                "prompts": prompts,
-                "audience": audience,
-                "settings": config,
-            }
-        )
-        models = {**loaded.system.data_models(loaded.hashes), **loaded.lineage}
-        layout = loaded.system.data_layout()
-        return cls(votes_dir, audience.panel, config, models, layout, data)
-
     def complete(self, split: str) -> bool:
-        """Tells whether a split was written to its end."""
+        """Returns whether a split is complete."""
         return tokens.complete(self.votes_dir, split, self.models, self.layout, self.data)
 
     def refuse_others(self) -> None:
-        """Raises ValueError if the folder has other votes, or tokens that nobody voted on.
+        """Raises ValueError if the folder has other votes, or tokens without votes.
 
-        Votes cannot be had again, as tokens can.
+        Unlike tokens, votes cannot be made again.
         """
+        # Votes of other listeners.
         listeners = {vote.listener for vote in self._read_votes()}
         others = sorted(name for name in listeners if not votes.is_of(name, self.panel.name))
         if others:
             votes.set_figures_aside(self.votes_dir, others)
             raise ValueError(
                 f"votes_dir: {self.votes_dir}/{votes.VOTES} has votes of {others[0]!r}, who is not "
-                f"of the {self.panel.name}, and collecting would replace them: name another folder, "
-                "or leave these votes as they are with --skip=votes"
+                f"of the {self.panel.name}, and collecting would replace them: name another "
+                "folder, or leave these votes as they are with --skip=votes"
             )
+
+        # Tokens without votes.
         if not (Path(self.votes_dir) / tokens.MANIFEST).exists():
             return
         if not (Path(self.votes_dir) / votes.VOTES).exists():
@@ -246,6 +244,8 @@ class _Collection:
                 f"votes_dir: {self.votes_dir} holds tokens and no {votes.VOTES}: it is a folder of "
                 "`musicrl encode`, or its votes are lost; name another folder, or restore them"
             )
+
+        # Votes on other pairs.
         manifest = tokens.read_manifest(self.votes_dir)
         before = {**manifest["models"], **manifest["layout"], **manifest["data"]}
         now = json.loads(json.dumps({**self.models, **self.layout, **self.data}))
@@ -256,25 +256,22 @@ class _Collection:
                     "folder, or leave these votes as they are with --skip=votes"
                 )
 
-    def write(
-        self, split: str, texts: list[str], batches: Sequence[Mapping[str, np.ndarray]]
-    ) -> None:
-        """Lets the panel vote on a split's pairs, writes votes, figures and tokens, and prints.
+    def write(self, split: str, texts: list[str], batches: Batches) -> None:
+        """Lets the panel vote on a split's pairs; writes votes, figures and tokens.
 
         Args:
-          split: its name.
+          split: name of the split.
           texts: P prompts.
-          batches: what `_Stage.play` returned.
+          batches: output of `_Stage.play`.
         """
-        # Votes and figures come first: the manifest that tokens end with makes a split whole.
+        # Votes and figures. They come first, since the tokens' manifest marks a split as complete.
         measured = np.concatenate([batch[MEASURED] for batch in batches])[: 2 * len(texts)]
         cast, agreement, ceiling = self._vote(split, texts, measured)
         too_few = too_small(len(texts), LEAST_INTERVAL)
         path = Path(self.votes_dir) / votes.FIGURES
         figures = _read_figures(path)
-        figures["agreement"][split], figures["ceiling"][split] = (
-            (too_few, too_few) if too_few else (agreement, ceiling)
-        )
+        figures["agreement"][split] = too_few or agreement
+        figures["ceiling"][split] = too_few or ceiling
         others = [vote for vote in self._read_votes() if not vote.a.startswith(f"{split}-")]
         votes.write_votes(self.votes_dir, [*others, *cast])
         signature = {
@@ -285,16 +282,17 @@ class _Collection:
         }
         write_json(path, {**signature, **figures})
 
+        # Tokens.
         examples = _examples(split, texts, batches)
         tokens.write_tokens(self.votes_dir, split, examples, self.models, self.layout, self.data)
 
-        # What came of it.
+        # A summary for the terminal.
         abstained = np.mean([vote.vote == votes.ABSTAINED for vote in cast])
         shares = f"shares of them: {too_few}"
         if not too_few:
             shares = (
-                f"{abstained:.0%} abstentions; two listeners agree on {agreement:.1%} of the pairs, "
-                f"and {ceiling:.1%} of the choices can be foretold"
+                f"{abstained:.0%} abstentions; two listeners agree on {agreement:.1%} of the "
+                f"pairs, and {ceiling:.1%} of the choices can be predicted"
             )
         print(
             f"{split}: {len(cast)} votes of simulated listeners ({self.panel.name}) on "
@@ -303,15 +301,24 @@ class _Collection:
         if not too_few and not PEOPLE[0] <= agreement <= PEOPLE[1]:
             print(
                 f"{split}: people agreed on {PEOPLE[0]:.0%} to {PEOPLE[1]:.0%}; a panel with "
-                "another noise comes nearer"
+                "another noise comes nearer to that"
             )
 
     def _vote(
         self, split: str, texts: list[str], measured: np.ndarray
     ) -> tuple[list[votes.Vote], float, float]:
-        """Returns votes, how often two listeners would agree, and how much can be foretold."""
+        """Returns votes, the agreement of two listeners, and the highest predictable share.
+
+        Args:
+          split: name of the split.
+          texts: P prompts.
+          measured: measurements of 2 P clips.
+        """
+        # The utility of both clips of each pair for each listener.
         utilities = self.panel.utilities(measured)  # [L, 2 P]
         a, b = utilities[:, ::2], utilities[:, 1::2]
+
+        # Random listeners vote on each pair.
         rng = np.random.default_rng([self.config.seed, SPLITS.index(split)])
         cast = []
         for pair, text in enumerate(texts):
@@ -323,35 +330,33 @@ class _Collection:
         return cast, self.panel.agreement(a, b), self.panel.ceiling(a, b)
 
     def _read_votes(self) -> list[votes.Vote]:
-        """Returns the votes that the folder has."""
-        there = (Path(self.votes_dir) / votes.VOTES).exists()
-        return votes.read_votes(self.votes_dir) if there else []
+        """Returns the votes in the folder."""
+        exists = (Path(self.votes_dir) / votes.VOTES).exists()
+        return votes.read_votes(self.votes_dir) if exists else []
 
 
-def _examples(
-    split: str, texts: list[str], batches: Sequence[Mapping[str, np.ndarray]]
-) -> Iterator[dict[str, Any]]:
-    """Yields the clips of P texts with their tokens, as `inputs.tokens` writes them."""
-    numbers = iter(range(2 * len(texts)))
-    for batch in batches:
-        names = [name for name in batch if name != MEASURED]
-        # The last batch has more rows than there are clips left.
-        for row, number in zip(range(len(batch[MEASURED])), numbers, strict=False):
-            clip = {name: batch[name][row] for name in names}
-            clip_id = f"{split}-{number // 2:06d}-{'ab'[number % 2]}"
-            yield {**clip, "id": clip_id, "caption": texts[number // 2]}
+# --- helpers ---
+
+
+def _examples(split: str, texts: list[str], batches: Batches) -> Iterator[dict[str, Any]]:
+    """Yields the tokens, id and caption of the clips of P texts."""
+    rows = len(batches[0][MEASURED])
+    for number in range(2 * len(texts)):
+        batch, pair = batches[number // rows], number // 2
+        clip = {name: array[number % rows] for name, array in batch.items() if name != MEASURED}
+        yield {**clip, "id": f"{split}-{pair:06d}-{'ab'[number % 2]}", "caption": texts[pair]}
 
 
 def _read_figures(path: Path) -> dict[str, dict[str, Any]]:
-    """Returns agreement and ceiling of the splits that are done; a damaged file is set aside.
+    """Returns agreement and ceiling of the finished splits; sets a damaged file aside.
 
-    Figures of a split that was done before are then missing, and are not worth collecting it again.
+    Figures of finished splits are then lost, since it is not worth while to collect these again.
     """
     figures: dict[str, dict[str, Any]] = {"agreement": {}, "ceiling": {}}
     if os.path.lexists(path):
         try:
-            there = read_json(path, {name: {str: (float, str)} for name in figures})
-            return {name: there[name] for name in figures}
+            content = read_json(path, {name: {str: (float, str)} for name in figures})
+            return {name: content[name] for name in figures}
         except (ValueError, OSError) as error:
             set_aside(path, str(error).removeprefix(f"{path} "))
     return figures

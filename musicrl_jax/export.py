@@ -36,7 +36,7 @@ from musicrl_jax.serving import bundle
 from musicrl_jax.serving.bundle import DRAW, FORMAT, GOLDEN, SCORE, VOCABULARY, WEIGHTS
 from musicrl_jax.systems import folder as folders
 from musicrl_jax.systems.folder import LoadedSystem
-from musicrl_jax.systems.player import keys_by_seed
+from musicrl_jax.systems.player import keys_by_seed, roll_out
 from musicrl_jax.systems.system import (
     Beginning,
     MusicSystem,
@@ -45,7 +45,6 @@ from musicrl_jax.systems.system import (
     Sampling,
     Tree,
     Weights,
-    roll_out,
 )
 
 PROMPTS = "upbeat jazz with a walking bass", "a slow sad piano piece"

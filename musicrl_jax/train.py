@@ -1,7 +1,6 @@
-"""One supervised loop for every objective: codec, semantic, MuLan, policy, fine, quality.
+"""Trains the model of any objective by supervised learning: codec, semantic, MuLan, policy, ...
 
-The order of a run: data, state born sharded, one jitted step, metrics and checkpoints on the way, an evaluation at the
-end, the finished model in `model_dir`/model.
+Each step is one jitted function, `objectives.step.training_step`; this file does the bookkeeping.
 """
 
 import dataclasses
@@ -25,13 +24,11 @@ from musicrl_jax.losses.optimiser import MOST_SKIPPED, Optimiser, TrainState
 from musicrl_jax.objectives.objective import Objective
 from musicrl_jax.objectives.step import first_state, training_step
 
-LOG_EVERY = (
-    10  # steps between two lines of metrics; the last step and the saved ones have a line too
-)
+LOG_EVERY = 10  # steps; the last step and those with a checkpoint are logged too
 
 
 @lock.holds("model_dir")
-def train(
+def train(  # noqa: PLR0913
     objective: Objective,
     model_dir: str,
     steps: int,
@@ -43,29 +40,30 @@ def train(
     save_every: int = 1000,
     evaluation_batches: int = 2,
 ) -> dict[str, float]:
-    """Trains an objective and writes `model_dir`/model; goes on from the newest checkpoint there, if any.
-
-    A run that is done already is left as it is; one with other sizes, settings or data is refused.
+    """Trains an objective's model, and writes it to `model_dir`; resumes an interrupted run.
 
     Args:
-      objective: what is trained.
-      model_dir: the run's folder.
-      steps: updates in all.
-      batch_size: clips a step, over all devices.
-      optimiser: how weights move.
-      seed: of the weights, the order of data and the noise.
-      fsdp, tensor: sizes of the mesh's axes; data takes the other devices.
+      objective: model, data and loss.
+      model_dir: folder of the run, and of the trained model.
+      steps: number of updates.
+      batch_size: examples in a step, over all devices.
+      optimiser: the optimiser.
+      seed: seed of the weights, the order of data and the noise.
+      fsdp: size of the mesh's axis that shards weights and batches.
+      tensor: size of the mesh's axis that shards heads and inner layers.
       save_every: steps between two checkpoints.
-      evaluation_batches: validation batches at the end, if there are validation examples.
+      evaluation_batches: validation batches after training.
 
     Returns:
-      The validation metrics; {} where nothing was left to do.
+      The validation metrics; {} without validation examples, or if the run was done already.
 
     Raises:
-      ValueError: where model_dir holds another run.
-      FloatingPointError: where the loss or its gradient is not finite many times in a row, or a validation metric is.
-      hosts.Preempted: where the run was told to stop; its state is saved.
+      ValueError: if model_dir has another run: other sizes, settings or data.
+      FloatingPointError: if losses or gradients are not finite many times in a row, or a validation
+        metric is not finite.
+      hosts.Preempted: if the run was told to stop; its state is saved.
     """
+    # The run: a folder belongs to one, and a finished one is left as it is.
     directory = Path(model_dir)
     identity = {
         "objective": type(objective).__name__,
@@ -81,20 +79,22 @@ def train(
         checkpoints.close()
         return {}
 
-    # Data, weights and the optimiser.
+    # Data. The first batch gives the shapes of the model.
     mesh = sharding.make_mesh(fsdp, tensor)
     rows = sharding.own_rows(mesh, batch_size)
     frozen = objective.frozen()
     frozen = sharding.put(frozen, sharding.spread(mesh, frozen))
     first = next(objective.data.batches("train", batch_size, seed, rows=rows))
     objective.check(first)
-    example = sharding.put_batch(mesh, first, batch_size)
+
+    # Weights and the optimiser's state, sharded from the start; those of an interrupted run.
     transform = optimiser.build(steps)
     create = partial(first_state, objective, transform)
+    example = sharding.put_batch(mesh, first, batch_size)
     state, shardings = sharding.born_sharded(mesh, create, jax.random.key(seed), example)
     step_function = training_step(objective, transform, seed, mesh, shardings)
     start = checkpoints.latest_step()
-    state = checkpoints.restore(state) if start else _started(objective, state, shardings)
+    state = checkpoints.restore(state) if start else _initialised(objective, state, shardings)
 
     # The loop.
     batches = objective.data.batches("train", batch_size, seed, start_step=start, rows=rows)
@@ -104,48 +104,51 @@ def train(
             for step in progress:
                 if stopping():
                     checkpoints.leave(step, state)
-                state, metrics = step_function(
-                    state, frozen, sharding.put_batch(mesh, next(batches), batch_size)
-                )
-                saved = (step + 1) % save_every == 0
-                if step % LOG_EVERY == 0 or step == steps - 1 or saved:
+
+                # One update.
+                batch = sharding.put_batch(mesh, next(batches), batch_size)
+                state, metrics = step_function(state, frozen, batch)
+
+                # Metrics. A run that only skips updates ends here.
+                saves = (step + 1) % save_every == 0
+                if step % LOG_EVERY == 0 or step == steps - 1 or saves:
                     numbers = {name: float(value) for name, value in metrics.items()}
                     if numbers["in_a_row"] >= min(MOST_SKIPPED, steps):
-                        _stop_unless_finite(numbers, step, directory)
+                        _check_finite(numbers, step, directory)
                     writer.write(step, numbers)
                     progress.note(f"loss {numbers['loss']:.3f}")
-                if saved:
+                if saves:
                     checkpoints.save(step + 1, state)
 
-            if start < steps:  # what follows may be stopped, and takes no state with it
+            # The work after the last step can be stopped, and then starts again from here.
+            if start < steps:
                 checkpoints.save(steps, state)
 
-        # What follows the last step, and the figures on data that was not trained on.
+        # An objective may need one more pass over the data, for instance for k-means.
         def epoch() -> Iterator[dict[str, np.ndarray]]:
+            batches = objective.data.batches("train", batch_size, seed, epochs=1)
             total = -(-objective.data.count("train") // batch_size)
-            return iter(
-                Progress(
-                    objective.data.batches("train", batch_size, seed, epochs=1), "last pass", total
-                )
-            )
+            return iter(Progress(batches, "last pass", total))
 
         variables = objective.finish({"params": state.params, **state.state}, frozen, epoch)
+
+        # Validation.
+        # Metrics that are not finite end the run before its model is saved.
         metrics = _validate(
             objective, variables, frozen, mesh, batch_size, seed, evaluation_batches
         )
-        _stop_unless_finite(metrics, steps, directory)
+        _check_finite(metrics, steps, directory)
         writer.write(steps, metrics, prefix="validation/")
-    print(
-        f"{directory.name:>9}  validation  "
-        + "  ".join(f"{k} {v:.3f}" for k, v in metrics.items()),
-        flush=True,
-    )
+
+    # The model marks the run as complete.
+    figures = "  ".join(f"{name} {value:.3f}" for name, value in metrics.items())
+    print(f"{directory.name:>9}  validation  {figures}", flush=True)
     checkpoint.save_model(directory, objective.model, variables, objective.assets())
     return metrics
 
 
-def _started(objective: Objective, state: TrainState, shardings: TrainState) -> TrainState:
-    """Returns the state before the first step, with the weights that the objective starts from."""
+def _initialised(objective: Objective, state: TrainState, shardings: TrainState) -> TrainState:
+    """Returns the state with the weights that the objective starts from."""
     params = objective.start(state.params)
     if params is state.params:
         return state
@@ -161,40 +164,47 @@ def _validate(
     seed: int,
     count: int,
 ) -> dict[str, float]:
-    """Returns means over `count` validation batches, smaller ones of few examples; {} if there are none.
+    """Averages metrics over validation batches; {} if there are too few examples for one.
 
-    What says nothing of batches of so few examples is left out, and named.
+    If there are fewer examples than `batch_size`, batches are smaller. A metric that needs more
+    examples in a batch is left out with a message.
     """
+    # The size of a batch.
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     available = objective.data.count("validation") if "validation" in objective.data.splits() else 0
     batch_size = min(batch_size, available // shards * shards)
     if not batch_size:
         print("too few validation examples for one batch: not validated")
         return {}
-    state = dict(variables)
-    params = state.pop("params")
+
+    # Metrics.
+    params = variables["params"]
+    state = {name: tree for name, tree in variables.items() if name != "params"}
     evaluate = jax.jit(objective.evaluate)
-    batches = objective.data.batches(
-        "validation", batch_size, seed, rows=sharding.own_rows(mesh, batch_size)
-    )
+    rows = sharding.own_rows(mesh, batch_size)
+    batches = objective.data.batches("validation", batch_size, seed, rows=rows)
     parts = []
-    for i in range(count):
+    for number in range(count):
         hosts.stop_point()
         batch = sharding.put_batch(mesh, next(batches), batch_size)
-        parts.append(evaluate(params, state, frozen, batch, step_key(seed, i, Stream.VALIDATION)))
+        key = step_key(seed, number, Stream.VALIDATION)
+        parts.append(evaluate(params, state, frozen, batch, key))
     means = {name: float(np.mean([part[name] for part in parts])) for name in parts[0]}
+
+    # Leave out metrics of too few examples, but not those that end the run.
     for name, least in objective.LEAST_EXAMPLES.items():
-        words = too_small(batch_size, least)
-        if words and np.isfinite(means.get(name, np.nan)):  # what is not finite stops the run
+        message = too_small(batch_size, least)
+        if message and np.isfinite(means.get(name, np.nan)):
             del means[name]
-            print(f"validation {name}: {words}, clips or votes in a batch", flush=True)
+            print(f"validation {name}: {message}, clips or votes in a batch", flush=True)
     return means
 
 
-def _stop_unless_finite(metrics: dict[str, float], step: int, directory: Path) -> None:
-    bad = [name for name, value in metrics.items() if not np.isfinite(value)]
-    if bad:
-        raise FloatingPointError(
-            f"{directory.name}: {bad[0]} is {metrics[bad[0]]} at step {step}; lower Optimiser.learning_rate, "
-            "in a new MODEL_DIR"
-        )
+def _check_finite(metrics: dict[str, float], step: int, directory: Path) -> None:
+    """Raises FloatingPointError if a metric is not finite."""
+    for name, value in metrics.items():
+        if not np.isfinite(value):
+            raise FloatingPointError(
+                f"{directory.name}: {name} is {value} at step {step}; lower "
+                "Optimiser.learning_rate, in a new MODEL_DIR"
+            )

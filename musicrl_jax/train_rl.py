@@ -1,20 +1,20 @@
-"""Prompts -> a finetuned policy. Jitted functions, one after the other, in a loop that keeps books:
+"""Finetunes the policy of a system by RL. Read this file first.
 
-    player.draw     prompts -> condition, tokens, their log-probs, waveform      on the devices
-    player.score    clips -> one number a term, and the reward                   on the devices
+Each step calls jitted functions, one after the other; this file only does the bookkeeping:
+
+    player.draw     prompts -> condition, tokens, their log-probs, waveform
+    player.score    clips -> the score of each reward term, and the reward
     learner.update  log-probs of policy and anchor, values -> gradients -> new policy and value
 
-What an update is stands in rl/learner.py; what a clip is, in systems/.
-
-Legend: B clips, N samples, n prompts of the judge.
+`systems/` defines how a system makes clips, and `rl/learner.py` what an update is.
 """
 
+import dataclasses
 import itertools
 import json
 from contextlib import closing
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -30,7 +30,6 @@ from musicrl_jax.inputs.prompts import Prompts
 from musicrl_jax.losses.optimiser import MOST_SKIPPED
 from musicrl_jax.report.curves import read_metrics
 from musicrl_jax.rl.config import RLConfig
-from musicrl_jax.rl.learner import RLState
 from musicrl_jax.rl.rewards import LoadedMixture, Mixture
 from musicrl_jax.rl.steps import Run, Step
 from musicrl_jax.systems import folder
@@ -50,27 +49,26 @@ def train_rl(
     config: RLConfig,
     monitor: Monitor | None = None,
 ) -> None:
-    """Finetunes a system's policy and writes it to `model_dir`; goes on from the newest checkpoint.
+    """Finetunes a system, and writes the finetuned one to `model_dir`; resumes an interrupted run.
 
-    Policy and value start from the base's weights, and the base stays as the anchor (MusicRL 3.3).
-    With a monitor the policy is written that `arena.monitor.RULE` keeps; if that is not the last,
-    the last one is written to `model_dir`/last.
+    Policy and value start from the base's weights; the base is the anchor (MusicRL 3.3). If the
+    judge chooses an earlier policy, by `arena.monitor.RULE`, the last goes to `model_dir`/last.
 
     Args:
-      model_dir: the run's folder, and that of the finetuned system.
+      model_dir: folder of the run, and of the finetuned system.
       system: folder of the base.
-      rewards: the mixture that is maximised.
-      prompts: training prompts, their 'train' split.
-      config: how the policy is finetuned.
-      monitor: a held-out judge that looks at the policy from time to time and stops an
-        over-optimised run.
+      rewards: rewards to maximise.
+      prompts: prompts; training uses their 'train' split.
+      config: settings of the finetuning.
+      monitor: held-out judge that stops the run once the rewards are over-optimised.
 
     Raises:
-      ValueError: if a setting is out of range, models do not fit, or model_dir holds another run.
+      ValueError: if a setting is out of range, models do not belong together, there are no training
+        prompts, or model_dir has another run.
       FloatingPointError: if rewards or gradients are not finite many times in a row.
       hosts.Preempted: if the run was told to stop; its state is saved.
     """
-    # Everything is checked before any work.
+    # Check everything before any work.
     directory = Path(model_dir)
     loaded = folder.load(system)
     mixture = rewards.load()
@@ -91,66 +89,77 @@ def train_rl(
         monitors.forget(directory)  # of a run that was killed just before its end
         checkpoints.close()
         return
+    start = checkpoints.latest_step()
+    prompts_per_step = config.batch_size // config.gradient.clips_per_prompt
+    batches = prompts.batches("train", prompts_per_step, config.seed, start_step=start)
 
-    # Policy, value and anchor, all from the base; what an interrupted run had comes after.
+    # Policy, value and anchor start from the base's weights. An interrupted run goes on.
     mesh = sharding.make_mesh(config.fsdp, config.tensor)
     run = Run(loaded, mixture, config, mesh)
     state, anchor = run.start()
-    start = checkpoints.latest_step()
-    about = checkpoints.about()
     if start:
         state = checkpoints.restore(state)
 
     with closing(checkpoints), jax.set_mesh(mesh), MetricWriter(directory, start) as writer:
-        # What the base sounds like: units of the rewards, and what the judge compares with.
-        units = _units(run, mixture, anchor, prompts, about if start else None)
-        about = {"anchor": loaded.hashes["policy"], "units": units, "seed": config.seed}
+        # Clips of the base: the units of the rewards come from them, and the judge listens to them.
+        if start:
+            units = {name: tuple(unit) for name, unit in checkpoints.about()["units"].items()}
+        else:
+            units = _base_units(run, mixture, anchor, prompts)
+        record = {"anchor": loaded.hashes["policy"], "units": units, "seed": config.seed}
         judge = None
         if monitor is not None:
             metrics = read_metrics(directory / FILE_NAME)
             judge = monitor.load(directory, partial(run.monitor_clips, anchor), metrics)
 
         # The loop.
-        batch = config.batch_size // config.gradient.clips_per_prompt
-        batches = prompts.batches("train", batch, config.seed, start_step=start)
         progress = Progress(range(start, config.steps), directory.name, config.steps, start)
-        books = _Books(directory.name, config, mixture, writer, int(state.skipped))
+        log = _MetricLog(directory.name, writer, mixture, config.clip_seconds, int(state.skipped))
         with hosts.stopping_together() as stopping:
             for step in progress:
                 if stopping():
-                    checkpoints.leave(step, state, about)
-                looked = {}
+                    checkpoints.leave(step, state, record)
+
+                # Now and then the held-out judge listens to the policy.
+                judgement = {}
                 if judge is not None and judge.due(step, config.steps):
-                    stored = loaded.system.stored(sharding.fetch(state.policy))
+                    variables = loaded.system.stored(sharding.fetch(state.policy))
                     draw = partial(run.monitor_clips, state.policy)
-                    looked = judge.look(step, draw, loaded.config, stored)
-                # The clips of a prompt stand together.
+                    judgement = judge.look(step, draw, loaded.config, variables)
+
+                # Sample, score and update. The clips of a prompt are neighbours in the batch.
                 texts = np.repeat(next(batches), config.gradient.clips_per_prompt).tolist()
-                done = run.step(state, anchor, texts, step, units)
-                state = done.state
-                metrics = books.write(step, done, looked)
+                result = run.step(state, anchor, texts, step, units)
+                state = result.state
+
+                # Metrics, the judge's alarm and checkpoints.
+                metrics = log.write(step, result, judgement)
                 progress.note(f"reward {metrics['reward']:.3f}  kl {metrics['kl']:.2f}")
-                if looked and judge.alarm(step, float(metrics["kl"]), *looked.values()):
+                if judgement and judge.alarm(step, float(metrics["kl"]), *judgement.values()):
                     print(
                         f"{directory.name}: the held-out judge has passed its peak; stops, and "
                         f"keeps step {judge.selected_step}"
                     )
                     break
                 if (step + 1) % config.save_every == 0:
-                    checkpoints.save(step + 1, state, about)
-    _finish(directory, loaded, mixture, config, state, judge, units)
+                    checkpoints.save(step + 1, state, record)
+
+    # The finetuned system, with a record of how it was trained.
+    record = {
+        "anchor": loaded.hashes["policy"],
+        "rewards": mixture.describe(),
+        "units": units,
+        "watched": None if judge is None else judge.describe(),
+    }
+    assets = {
+        checkpoint.ANCHOR: json.dumps(record).encode(),
+        checkpoint.CLIP: json.dumps({"seconds": config.clip_seconds}).encode(),
+    }
+    _save(directory, loaded, sharding.fetch(state.policy), judge, assets)
 
 
-def _units(
-    run: Run,
-    mixture: LoadedMixture,
-    anchor: Tree,
-    prompts: Prompts,
-    about: dict[str, Any] | None,
-) -> Units:
-    """Returns centre and spread of each term on clips of the base, or those of the run so far."""
-    if about is not None:
-        return {name: tuple(unit) for name, unit in about["units"].items()}
+def _base_units(run: Run, mixture: LoadedMixture, anchor: Tree, prompts: Prompts) -> Units:
+    """Returns centre and spread of each reward term on clips of the base."""
     neutral = dict.fromkeys(mixture.names, (0.0, 1.0))
     if not mixture.mixture.normalise:
         return neutral
@@ -158,66 +167,61 @@ def _units(
     batches = prompts.batches("train", run.config.batch_size, run.config.seed)
     for number, texts in enumerate(itertools.islice(batches, UNIT_BATCHES)):
         rollout = run.draw(anchor, texts, number, Stream.UNITS)
-        parts.append(sharding.fetch(run.score(rollout, texts, neutral)[1]))
+        _, terms = run.score(rollout, texts, neutral)
+        parts.append(sharding.fetch(terms))
     return mixture.units({name: np.concatenate([part[name] for part in parts]) for name in neutral})
 
 
-class _Books:
-    """Writes the metrics of each step, and gives a run up whose updates are all left out."""
+@dataclasses.dataclass
+class _MetricLog:
+    """Writes the metrics of each step, and ends a run whose updates are all skipped."""
 
-    def __init__(
-        self,
-        name: str,
-        config: RLConfig,
-        mixture: LoadedMixture,
-        writer: MetricWriter,
-        skipped: int,
-    ):
-        self._name, self._seconds, self._mixture = name, config.clip_seconds, mixture
-        self._writer, self._skipped, self._in_a_row = writer, skipped, 0
+    name: str
+    writer: MetricWriter
+    mixture: LoadedMixture
+    clip_seconds: float
+    skipped: int  # updates since the start of the run
+    skipped_in_a_row: int = 0
 
-    def write(self, step: int, done: Step, looked: dict[str, float]) -> dict[str, float]:
-        """Returns the metrics of a step; FloatingPointError after too many left-out updates."""
-        reward, terms, metrics = sharding.fetch((done.reward, done.terms, done.metrics))
-        self._mixture.check(terms)
-        numbers = {name: score.mean() for name, score in terms.items()}
-        numbers |= {"reward": reward.mean(), "reward_std": reward.std(), **metrics, **looked}
-        numbers["kl_per_second"] = numbers["kl"] / self._seconds
-        self._writer.write(step, numbers)
-        self._in_a_row = self._in_a_row + 1 if metrics["skipped"] > self._skipped else 0
-        self._skipped = metrics["skipped"]
-        if self._in_a_row > MOST_SKIPPED:
+    def write(self, step: int, result: Step, judgement: dict[str, float]) -> dict[str, float]:
+        """Writes and returns metrics; raises FloatingPointError after too many skipped updates."""
+        reward, terms, metrics = sharding.fetch((result.reward, result.terms, result.metrics))
+        self.mixture.check(terms)
+        metrics = {
+            **{name: scores.mean() for name, scores in terms.items()},
+            "reward": reward.mean(),
+            "reward_std": reward.std(),
+            **metrics,
+            **judgement,
+            "kl_per_second": metrics["kl"] / self.clip_seconds,
+        }
+        self.writer.write(step, metrics)
+
+        # A few skipped updates are no harm.
+        skips = metrics["skipped"] > self.skipped
+        self.skipped = metrics["skipped"]
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skips else 0
+        if self.skipped_in_a_row > MOST_SKIPPED:
             raise FloatingPointError(
-                f"{self._name}: {self._in_a_row} updates in a row had a reward or gradient that is "
-                f"not finite, the last at step {step}; mend the reward or lower the learning rate"
+                f"{self.name}: {self.skipped_in_a_row} updates in a row had a reward or gradient "
+                f"that is not finite, the last at step {step}; mend the reward or lower the "
+                "learning rate"
             )
-        return numbers
+        return metrics
 
 
-def _finish(
+def _save(
     directory: Path,
     loaded: LoadedSystem,
-    mixture: LoadedMixture,
-    config: RLConfig,
-    state: RLState,
+    policy: Tree,
     judge: Judge | None,
-    units: Units,
+    assets: dict[str, bytes],
 ) -> None:
-    """Writes the finetuned system, and the last policy beside it if the judge keeps another."""
-    learned = {
-        "anchor": loaded.hashes["policy"],
-        "rewards": mixture.describe(),
-        "units": units,
-        "watched": None if judge is None else judge.describe(),
-    }
-    assets = {
-        checkpoint.ANCHOR: json.dumps(learned).encode(),
-        checkpoint.CLIP: json.dumps({"seconds": config.clip_seconds}).encode(),
-    }
-    policy = sharding.fetch(state.policy)
+    """Writes the finetuned system; if the judge chose an earlier policy, also the last one."""
     if judge is not None and judge.selected_step is not None:
+        # The finetuned system's folder holds its last policy too, to compare both.
         folder.save_policy(directory / folder.LAST, loaded, policy, assets)
-        kept = judge.selected_policy(type(loaded.config))
-        policy = loaded.policy if kept is None else loaded.system.restored(kept.variables)
+        chosen = judge.selected_policy(type(loaded.config))
+        policy = loaded.policy if chosen is None else loaded.system.restored(chosen.variables)
     folder.save_policy(directory, loaded, policy, assets)
     monitors.forget(directory)

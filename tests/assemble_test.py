@@ -1,4 +1,4 @@
-"""A system's folder: what it refers to, and what is refused."""
+"""Systems that `assemble` writes, and parts that it refuses."""
 
 import json
 
@@ -16,7 +16,7 @@ def models(tmp_path_factory):
     return directory
 
 
-def test_parts_are_named_by_path_and_hash_and_an_equal_file_is_left_alone(models, tmp_path, capsys):
+def test_a_system_refers_to_its_parts_and_an_equal_file_stays(models, tmp_path, capsys):
     parts = {name: str(models / name) for name in ("policy", "decoder")}
     out = tmp_path / "base"
     assemble(str(out), parts, "tiny")
@@ -39,29 +39,20 @@ def test_parts_are_named_by_path_and_hash_and_an_equal_file_is_left_alone(models
 
 
 @pytest.mark.parametrize(
-    ("parts", "kind", "complaint"),
+    ("kind", "names", "complaint"),
     [
-        (
-            {"policy": "policy", "codec": "decoder"},
-            "tiny",
-            "tiny has no part 'codec', only policy, decoder",
-        ),
-        (
-            {"policy": "policy"},
-            "tiny",
-            "has policy, and a system of kind tiny needs: to play, policy, decoder; to enc",
-        ),
-        ({}, "tiny", "assemble.parts has none, and a system of kind tiny needs"),
-        (
-            {"policy": "policy", "decoder": "nowhere"},
-            "tiny",
-            "decoder is '.*nowhere', which holds no model: train it",
-        ),
-        ({"policy": "policy"}, "organ", "is a system of kind 'organ', which is none of"),
+        ("tiny", "policy codec=decoder", "tiny has no part 'codec', only policy, decoder"),
+        ("tiny", "policy", "has policy, and a system .* needs: to play, policy, decoder; to enc"),
+        ("tiny", "", "assemble.parts has none, and a system of kind tiny needs"),
+        ("tiny", "policy decoder=nowhere", "decoder is '.*nowhere', which holds no model: train"),
+        ("organ", "policy", "is a system of kind 'organ', which is none of"),
     ],
 )
-def test_what_is_no_system_is_refused(models, parts, kind, complaint, tmp_path):
-    parts = {name: str(models / part) for name, part in parts.items()}
+def test_parts_that_make_no_system_are_refused(models, kind, names, complaint, tmp_path):
+    parts = {}
+    for name in names.split():
+        part, _, folder_name = name.partition("=")
+        parts[part] = str(models / (folder_name or part))
     with pytest.raises((ValueError, FileNotFoundError), match=complaint):
         assemble(str(tmp_path / "base"), parts, kind)
     assert not (tmp_path / "base").exists()

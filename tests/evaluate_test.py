@@ -243,7 +243,9 @@ def test_a_host_listens_to_its_own_rows_alone(monkeypatch):
 
     bench = object.__new__(evaluate._Bench)
     bench.mesh = None
-    bench._hearing = LoadedAudience(None, Counted(), {f"tune {number}": number for number in range(8)})
+    bench._hearing = LoadedAudience(
+        None, Counted(), {f"tune {number}": number for number in range(8)}
+    )
     monkeypatch.setattr(sharding, "own_rows", lambda mesh, count: np.arange(count // 2, count))
     monkeypatch.setattr(sharding, "gather_rows", lambda mesh, rows, count: rows)
     wav = np.arange(8, dtype=np.float32)[:, None] + np.zeros(10, np.float32)

@@ -22,7 +22,8 @@ from musicrl_jax.models.soundstorm import SoundStorm
 from musicrl_jax.models.soundstream import SoundStream
 from musicrl_jax.systems import folder
 from musicrl_jax.systems.musiclm import MusicLMSystem
-from musicrl_jax.systems.system import Sampling, Weights, roll_out
+from musicrl_jax.systems.player import roll_out
+from musicrl_jax.systems.system import Sampling, Weights
 
 # Config of each model as f1186c7 wrote it, and a digest of the names, kinds and shapes of its arrays.
 OLD = {

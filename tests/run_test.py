@@ -1,5 +1,6 @@
-"""Stages run in their order, what is left out is left out, and the summary belongs to the last one."""
+"""Stages run in order, and the summary is that of the last one."""
 
+import functools
 import json
 
 import pytest
@@ -10,20 +11,17 @@ NAMES = ("data", "codec", "evaluate")
 
 
 @pytest.fixture
-def made():
+def calls():
     return []
 
 
 @pytest.fixture
-def stages(made):
+def stages(calls):
     def stage(name):
-        def do():
-            made.append(name)
-            return {"from": name}
+        calls.append(name)
+        return {"from": name}
 
-        return do
-
-    return {name: stage(name) for name in NAMES}
+    return {name: functools.partial(stage, name) for name in NAMES}
 
 
 @pytest.mark.parametrize(
@@ -35,17 +33,15 @@ def stages(made):
         ("data,codec", "data", ("codec",)),
     ],
 )
-def test_the_stages_that_are_asked_for_run_in_order(stages, made, tmp_path, only, skip, expected):
+def test_chosen_stages_run_in_order(stages, calls, tmp_path, only, skip, expected):
     run(str(tmp_path), [stages], only, skip)
-    assert tuple(made) == expected
+    assert tuple(calls) == expected
     assert set(read_seconds(str(tmp_path))) == set(expected)
     summary = tmp_path / "summary.json"
     assert summary.exists() == ("evaluate" in expected)
     if summary.exists():
-        assert json.loads(summary.read_text()) == {
-            "from": "evaluate",
-            "seconds": read_seconds(str(tmp_path)),
-        }
+        seconds = read_seconds(str(tmp_path))
+        assert json.loads(summary.read_text()) == {"from": "evaluate", "seconds": seconds}
 
 
 @pytest.mark.parametrize(
@@ -56,12 +52,10 @@ def test_the_stages_that_are_asked_for_run_in_order(stages, made, tmp_path, only
         ("codec", "codec", "leave no stage"),
     ],
 )
-def test_what_names_no_stage_is_refused_before_any_runs(
-    stages, made, tmp_path, only, skip, complaint
-):
+def test_unknown_stages_are_refused_before_any_runs(stages, calls, tmp_path, only, skip, complaint):
     with pytest.raises(ValueError, match=complaint):
         run(str(tmp_path), [stages], only, skip)
-    assert not made
+    assert not calls
 
 
 def test_seconds_of_an_interrupted_stage_count(stages, tmp_path):

@@ -74,10 +74,10 @@ def collect():
 
     measure = collect_test.Pitch.measure
 
-    def counted(ears, wav, asked):
+    def counted(ears, wav, attributes):
         if shared(1) == dies_at and jax.process_index() == jax.process_count() - 1 > 0:
             os.kill(os.getpid(), signal.SIGKILL)
-        return measure(ears, wav, asked)
+        return measure(ears, wav, attributes)
 
     collect_test.Pitch.measure = counted
     collect_test.collected(folder)
@@ -93,7 +93,7 @@ def encode():
         return fetch(tree)
 
     sharding.fetch = counted
-    encode_test.tunes_encoded(folder)
+    encode_test.encode_tones(folder)
 
 
 def shared(rows):

@@ -1,4 +1,4 @@
-"""The loop around the learner, on the tiny system: devices, keys, anchor, kills, and the judge."""
+"""The RL loop on the tiny system: devices, keys, anchor, restarts and the held-out judge."""
 
 import dataclasses
 import functools
@@ -9,6 +9,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import compilation
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,9 +31,15 @@ from musicrl_jax.systems import tiny
 BATCH, SECONDS = 32, 0.4
 
 
+@pytest.fixture(scope="module", autouse=True)
+def compiled(tmp_path_factory):
+    with compilation.cached(tmp_path_factory.mktemp("compiled")):
+        yield
+
+
 @dataclasses.dataclass(frozen=True)
 class Zeros:
-    """The share of 0 among the tokens, times a factor."""
+    """A reward: the share of 0 among the tokens, times a factor."""
 
     factor: float = 1.0
     name = "zeros"
@@ -57,7 +64,7 @@ class Zeros:
 
 @dataclasses.dataclass(frozen=True)
 class Descent:
-    """A tenth of the gradient: near gradients give near weights; Adam's first step is their sign."""
+    """Gradient descent; Adam's first step would depend on the signs of tiny gradients."""
 
     def build(self, steps):
         return optax.sgd(0.1)
@@ -65,17 +72,17 @@ class Descent:
 
 @functools.cache
 def files():
-    """A folder with a base, a file of one training prompt and one of a thousand prompts."""
+    """Writes a base, a file of one training prompt and one of a thousand prompts."""
     directory = tempfile.TemporaryDirectory()
     path = Path(directory.name)
     tiny.write(path / "base")
     (path / "one.txt").write_text("a tune")
     (path / "many.txt").write_text("".join(f"tune {i}\n" for i in range(1000)))
-    return path, directory  # which is removed with the last reference to it
+    return path, directory  # Python removes the folder with the last reference to `directory`
 
 
 class Dying(MetricWriter):
-    """As a machine that is taken away: no exception, no farewell."""
+    """Kills the process in step 3, without an exception."""
 
     def write(self, step, metrics, prefix=""):
         if step == 3:
@@ -94,13 +101,17 @@ def loop(
     monitor=None,
     **settings,
 ):
-    """train_rl itself on a mesh -> (every rollout, the last state on its devices, metrics)."""
+    """Runs train_rl; returns all rollouts, the last state on its devices, and the metrics."""
     rollouts, states = [], []
     optimisers = {"policy_optimiser": Descent(), "value_optimiser": Descent()}
     settings = {"steps": 3, "kl_strength": 0.02, "batch_size": BATCH, **settings}
     settings = {"clip_seconds": SECONDS, "save_every": settings["steps"], **optimisers, **settings}
-    with pytest.MonkeyPatch.context() as patch:
 
+    def save(self, step, state, record):
+        states.append(state)
+
+    with pytest.MonkeyPatch.context() as patch:
+        # Note the rollouts and the states.
         def score(self, rollout, *rest):
             rollouts.append(sharding.fetch(rollout))
             return plain_score(self, rollout, *rest)
@@ -108,9 +119,9 @@ def loop(
         plain_score = Run.score
         patch.setattr(Run, "score", score)
         if not saves:
-            patch.setattr(
-                RunCheckpoints, "save", lambda self, step, state, about: states.append(state)
-            )
+            patch.setattr(RunCheckpoints, "save", save)
+
+        # Run.
         if writer is not None:
             patch.setattr(train_rl, "MetricWriter", writer)
         if mesh is not None:
@@ -127,55 +138,52 @@ def loop(
     return rollouts, states[-1] if states else None, [json.loads(line) for line in lines]
 
 
-def a_mesh(devices, fsdp=1, tensor=1):
-    shape = (devices // (fsdp * tensor), fsdp, tensor)
-    auto = (jax.sharding.AxisType.Auto,) * 3
-    return jax.make_mesh(shape, ("data", "fsdp", "tensor"), auto, devices=jax.devices()[:devices])
+def make_mesh(devices, fsdp=1, tensor=1):
+    return sharding.make_mesh(fsdp, tensor, jax.devices()[:devices])
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    return loop(tmp_path_factory.mktemp("alone"), a_mesh(1))
+def one_device(tmp_path_factory):
+    """Finetunes on one device; returns the folder and the results."""
+    folder = tmp_path_factory.mktemp("alone")
+    return folder, *loop(folder, make_mesh(1))
 
 
 @pytest.mark.exactness(11, 15)
-@pytest.mark.parametrize(
-    ("devices", "fsdp", "tensor"), [(2, 1, 1), (4, 1, 2), (8, 1, 1), (8, 2, 2)]
-)
-def test_many_devices_do_what_one_does(alone, devices, fsdp, tensor, tmp_path):
-    many = loop(tmp_path, a_mesh(devices, fsdp, tensor))
-    assert [run[1].value["offset"].sharding.num_devices for run in (alone, many)] == [1, devices]
+@pytest.mark.parametrize(("devices", "fsdp", "tensor"), [(4, 1, 2), (8, 1, 1), (8, 2, 2)])
+def test_many_devices_do_what_one_does(one_device, devices, fsdp, tensor, tmp_path):
+    (_, *one_run), many = one_device, loop(tmp_path, make_mesh(devices, fsdp, tensor))
+    assert [run[1].value["offset"].sharding.num_devices for run in (one_run, many)] == [1, devices]
     assert many[1].policy["after"].sharding.is_fully_replicated == (fsdp * tensor == 1)
-    for one, other in zip(alone[0], many[0], strict=True):
+    for one, other in zip(one_run[0], many[0], strict=True):
         np.testing.assert_array_equal(other.sampled.tokens, one.sampled.tokens)
         np.testing.assert_allclose(other.sampled.log_probs, one.sampled.log_probs, atol=1e-5)
         np.testing.assert_allclose(other.wav, one.wav, atol=1e-5)
     for name in ("policy", "value"):
-        one, other = (jax.device_get(getattr(run[1], name)) for run in (alone, many))
+        one, other = (jax.device_get(getattr(run[1], name)) for run in (one_run, many))
         jax.tree.map(lambda a, b: np.testing.assert_allclose(b, a, atol=1e-6), one, other)
-    for one, other in zip(alone[2], many[2], strict=True):
+    for one, other in zip(one_run[2], many[2], strict=True):
         assert other == pytest.approx(one, rel=1e-4, abs=1e-5)
 
 
 @pytest.mark.exactness(11)
-def test_no_two_clips_of_a_run_have_the_same_key(alone):
-    phases = np.concatenate([rollout.codes["phase"] for rollout in alone[0]])
+def test_no_two_clips_of_a_run_have_the_same_key(one_device):
+    rollouts = one_device[1]
+    phases = np.concatenate([rollout.codes["phase"] for rollout in rollouts])
     assert len(np.unique(phases)) == len(phases) == 3 * BATCH
-    clips = np.concatenate([rollout.sampled.tokens for rollout in alone[0]])
+    clips = np.concatenate([rollout.sampled.tokens for rollout in rollouts])
     assert len(np.unique(clips, axis=0)) == len(clips)  # of one prompt
 
 
 @pytest.mark.exactness(16)
-def test_a_finetuned_policy_knows_its_anchor_and_is_a_system(tmp_path):
-    """RU is anchored to R: its checkpoint names the content of R's policy, and its decoder is R's."""
-    base, (r, ru) = files()[0] / "base", (tmp_path / name for name in ("r", "ru"))
-    loop(r, steps=1)
-    loop(ru, steps=1, system=r / "run")
-    hashes = [checkpoint.model_hash(path) for path in (base / "policy", r / "run", ru / "run")]
+def test_a_finetuned_system_records_its_anchor(one_device, tmp_path):
+    """A second run finetunes the policy of the first; both have the decoder of the base."""
+    base, first, second = files()[0] / "base", one_device[0] / "run", tmp_path / "run"
+    loop(tmp_path, make_mesh(1), system=first)
+    hashes = [checkpoint.model_hash(path) for path in (base / "policy", first, second)]
     assert len(set(hashes)) == 3
-    for path, anchor in ((r, hashes[0]), (ru, hashes[1])):
-        saved = checkpoint.load_model(path / "run", tiny.TinyConfig)
-        assert json.loads(saved.assets[checkpoint.ANCHOR]) == {
+    for path, anchor, policy in zip((first, second), hashes, hashes[1:], strict=False):
+        assert read_record(path) == {
             "anchor": anchor,
             "rewards": {
                 "zeros": {
@@ -189,56 +197,74 @@ def test_a_finetuned_policy_knows_its_anchor_and_is_a_system(tmp_path):
             "units": {"zeros": [0.0, 1.0]},
             "watched": None,
         }
-        loaded = systems.load(str(path / "run"))
+        loaded = systems.load(str(path))
         assert (loaded.kind, loaded.clip_seconds) == ("tiny", SECONDS)
-        assert loaded.hashes == {
-            "policy": saved.hash,
-            "decoder": checkpoint.model_hash(base / "decoder"),
-        }
+        decoder = checkpoint.model_hash(base / "decoder")
+        assert loaded.hashes == {"policy": policy, "decoder": decoder}
+
+
+def read_record(run):
+    """Reads how a finetuned policy was trained."""
+    model = checkpoint.load_model(run, tiny.TinyConfig)
+    return json.loads(model.assets[checkpoint.ANCHOR])
+
+
+NORMALISED = {"steps": 5, "save_every": 2, "saves": True, "normalise": True}
+
+
+@pytest.fixture(scope="module")
+def normalised(tmp_path_factory):
+    """Finetunes with normalised rewards; returns the folder."""
+    folder = tmp_path_factory.mktemp("whole")
+    loop(folder, **NORMALISED)
+    return folder / "run"
 
 
 @pytest.mark.exactness(17)
-def test_a_run_that_is_killed_goes_on_as_if_nothing_had_happened(tmp_path, processes):
-    """Kill -9 in the fourth of five steps, a checkpoint after every second: metrics and weights equal to the bit."""
-    for name in ("whole", "cut"):
-        (tmp_path / name).mkdir()
-    settings = {"steps": 5, "save_every": 2, "saves": True, "normalise": True}
-    loop(tmp_path / "whole", **settings)
+def test_a_killed_run_goes_on_to_the_bit(normalised, tmp_path, processes):
+    """It is killed in the fourth of five steps, with a checkpoint after every second."""
     code = f"""
 import sys
 from pathlib import Path
 sys.path[:0] = [{str(Path(__file__).parents[1])!r}, {str(Path(__file__).parent)!r}]
 import train_rl_test
-train_rl_test.loop(Path({str(tmp_path / "cut")!r}), writer=train_rl_test.Dying, **{settings!r})
+train_rl_test.loop(Path({str(tmp_path)!r}), writer=train_rl_test.Dying, **{NORMALISED!r})
 """
-    done = processes.run([sys.executable, "-c", code], capture_output=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
-    assert not checkpoint.has_model(tmp_path / "cut/run")
-    loop(tmp_path / "cut", **settings)
-    whole, cut = ((tmp_path / name / "run/metrics.jsonl").read_text() for name in ("whole", "cut"))
-    assert cut == whole and whole.count("\n") == 5
-    assert checkpoint.model_hash(tmp_path / "cut/run") == checkpoint.model_hash(
-        tmp_path / "whole/run"
-    )
+    process = processes.run([sys.executable, "-c", code], capture_output=True)
+    assert process.returncode == -signal.SIGKILL, process.stderr[-2000:]
+    assert not checkpoint.has_model(tmp_path / "run")
+    loop(tmp_path, **NORMALISED)
+    assert_equal_runs(tmp_path / "run", normalised, steps=5)
 
 
-def test_normalised_rewards_are_in_units_of_the_base(tmp_path):
-    """From 128 of its clips, with keys of their own: the first step's are about 0 and 1."""
-    _, _, lines = loop(tmp_path, normalise=True, steps=2)
-    centre, spread = learned(tmp_path)["units"]["zeros"]
-    assert lines[0]["reward"] == pytest.approx((lines[0]["zeros"] - centre) / spread, abs=1e-5)
-    assert 0 < abs(lines[0]["reward"]) < 0.8 and lines[0]["reward_std"] == pytest.approx(1, abs=0.5)
+def assert_equal_runs(run, expected, steps=None):
+    """Compares metrics, records and weights of two runs, to the bit."""
+    metrics, expected_metrics = ((each / "metrics.jsonl").read_text() for each in (run, expected))
+    assert metrics == expected_metrics and steps in (None, metrics.count("\n"))
+    assert read_record(run) == read_record(expected)
+    assert checkpoint.model_hash(run) == checkpoint.model_hash(expected)
+
+
+def test_normalised_rewards_are_in_units_of_the_base(normalised):
+    """The rewards of the first step are about 0 and 1 apart; 128 other clips give the units."""
+    line = json.loads((normalised / "metrics.jsonl").read_text().splitlines()[0])
+    centre, spread = read_record(normalised)["units"]["zeros"]
+    assert line["reward"] == pytest.approx((line["zeros"] - centre) / spread, abs=1e-5)
+    assert 0 < abs(line["reward"]) < 0.8 and line["reward_std"] == pytest.approx(1, abs=0.5)
+
+
+# --- the held-out judge ---
+
+PEAK = (0.5, 0.9, 1.0, 0.9, 0.5, -0.2, -1.2, -2.0)  # a script
 
 
 @dataclasses.dataclass
 class Critics:
-    """An audience that likes what it hears by a script: the base, then a value a look, each clip a little apart."""
+    """An audience whose opinions follow a script: 0 for the base, then one number for each look."""
 
     script: tuple
-    already: int = dataclasses.field(
-        default=0, metadata=checkpoint.NO_IDENTITY
-    )  # looks of an earlier attempt
-    heard: list = dataclasses.field(default_factory=list)
+    earlier_looks: int = dataclasses.field(default=0, metadata=checkpoint.NO_IDENTITY)
+    calls: int = dataclasses.field(default=0, metadata=checkpoint.NO_IDENTITY)
 
     def check(self, rate_hz):
         assert rate_hz == 16_000
@@ -246,81 +272,73 @@ class Critics:
     def load(self):
         return self
 
-    def utilities(self, wavs, asked):
-        assert len(wavs) == len(asked) == 40
-        look = len(self.heard) + (
-            self.already if self.heard else 0
-        )  # the base is heard first, in every attempt
-        self.heard.append(wavs)
-        return (0, *self.script)[look] + 0.1 * np.random.default_rng(look).normal(size=len(asked))
+    def utilities(self, wavs, prompts):
+        assert len(wavs) == len(prompts) == 40
+        look = self.calls and self.calls + self.earlier_looks  # each attempt starts with the base
+        self.calls += 1
+        noise = np.random.default_rng(look).normal(size=len(prompts))
+        return (0, *self.script)[look] + 0.1 * noise
 
 
-def judged(folder, script, steps, looks, already=0, **settings):
-    critics = Critics(script, already)
-    judge = monitor.Monitor(
-        critics, Prompts(files=(str(files()[0] / "many.txt"),)), looks, count=40
-    )
-    *_, lines = loop(folder, steps=steps, monitor=judge, kl_strength=0.0, **settings)
-    return lines
+def judged(folder, script, looks, earlier_looks=0, **settings):
+    """Runs 20 steps with a judge, and returns the metrics."""
+    prompts = Prompts(files=(str(files()[0] / "many.txt"),))
+    judge = monitor.Monitor(Critics(script, earlier_looks), prompts, looks, count=40)
+    settings = {"steps": 20, "kl_strength": 0.0, "save_every": 1, **settings}
+    return loop(folder, monitor=judge, **settings)[2]
 
 
-def learned(folder):
-    """What a finetuned policy's checkpoint says of how it was learned."""
-    saved = checkpoint.load_model(folder / "run", tiny.TinyConfig)
-    return json.loads(saved.assets[checkpoint.ANCHOR])
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """Finetunes until the alarm; returns folder, metrics and hashes of the policies by step."""
+    folder, hashes = tmp_path_factory.mktemp("stopped"), {}
+    save = checkpoint.save_model
 
-
-def test_a_judge_that_passes_its_peak_stops_the_run_and_keeps_the_best(tmp_path, monkeypatch):
-    script = (0.5, 0.9, 1.0, 0.9, 0.5, -0.2, -1.2, -2.0)
-    looked, save = {}, checkpoint.save_model
-
-    def noting(directory, config, variables, assets=None):
-        looked[Path(directory).name] = checkpoint.content_hash(variables)
+    def save_and_hash(directory, config, variables, assets=None):
+        hashes[Path(directory).name] = checkpoint.content_hash(variables)
         return save(directory, config, variables, assets)
 
-    monkeypatch.setattr(checkpoint, "save_model", noting)
-    lines = judged(tmp_path, script, steps=20, looks=9)
-    looks = {line["step"]: line["judge_gain"] for line in lines if "judge_gain" in line}
-    assert list(looks) == [2, 4, 6, 8, 10, 12, 14, 16][: len(looks)] and len(looks) < 9
-    assert lines[-1]["step"] == list(looks)[-1] < 19
-    told = learned(tmp_path)["watched"]
-    assert told["kept"] in (4, 6, 8) and told["looks"] == len(looks) and told["kl"] > 0
-    kept, last = (
-        checkpoint.load_model(tmp_path / name, tiny.TinyConfig) for name in ("run", "run/last")
-    )
-    assert len({kept.hash, last.hash, checkpoint.model_hash(files()[0] / "base/policy")}) == 3
-    assert not (tmp_path / "run" / monitor.LOOKS).exists()
-    # The policy that is kept is the one that the judge heard at that step.
-    assert kept.hash == looked[str(told["kept"])]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "save_model", save_and_hash)
+        lines = judged(folder, PEAK, looks=9, saves=True)
+    return folder / "run", lines, hashes
 
 
-def test_a_judge_that_is_content_lets_the_run_end(tmp_path):
-    lines = judged(tmp_path, (0.2, 0.4, 0.5, 0.55), steps=5, looks=4)
-    assert [line["step"] for line in lines if "judge_gain" in line] == [1, 2, 3, 4] and len(
-        lines
-    ) == 5
-    gains = [line["judge_gain"] for line in lines[1:]]
-    np.testing.assert_allclose(gains, [0.2, 0.4, 0.5, 0.55], atol=0.1)
+def test_a_judge_that_passes_its_peak_stops_the_run_and_keeps_the_best(stopped):
+    run, lines, hashes = stopped
+    looks = [line["step"] for line in lines if "judge_gain" in line]
+    assert looks == [2, 4, 6, 8, 10, 12, 14, 16][: len(looks)] and len(looks) < 9
+    assert lines[-1]["step"] == looks[-1] < 19
+    record = read_record(run)["watched"]
+    assert record["kept"] in (4, 6, 8) and record["looks"] == len(looks) and record["kl"] > 0
+    base = checkpoint.model_hash(files()[0] / "base/policy")
+    best, last = (checkpoint.model_hash(path) for path in (run, run / "last"))
+    assert len({best, last, base}) == 3
+    assert not (run / monitor.LOOKS).exists()
+    # The judge listened to this very policy at that step.
+    assert best == hashes[str(record["kept"])]
+
+
+def test_a_judge_without_an_alarm_lets_the_run_end(tmp_path):
+    script = (0.2, 0.4, 0.5, 0.55)
+    lines = judged(tmp_path, script, looks=4)
+    gains = {line["step"]: line["judge_gain"] for line in lines if "judge_gain" in line}
+    assert list(gains) == [4, 8, 12, 16] and len(lines) == 20
+    np.testing.assert_allclose(list(gains.values()), script, atol=0.1)
     assert not (tmp_path / "run/last").exists()
-    assert learned(tmp_path)["watched"] == {"looks": 4, "kept": None}
+    assert read_record(tmp_path / "run")["watched"] == {"looks": 4, "kept": None}
 
 
-def test_a_reward_that_harms_from_the_start_gives_the_base_back(tmp_path):
-    judged(tmp_path, (-0.3, -0.6, -0.9, -1.2, -1.5, -1.8), steps=14, looks=6)
-    assert learned(tmp_path)["watched"]["kept"] == 0
-    assert checkpoint.model_hash(tmp_path / "run") == checkpoint.model_hash(
-        files()[0] / "base/policy"
-    )
-    assert checkpoint.model_hash(tmp_path / "run/last") != checkpoint.model_hash(tmp_path / "run")
+def test_a_harmful_reward_gives_the_base_back(tmp_path):
+    judged(tmp_path, (-0.3, -0.6, -0.9, -1.2, -1.5, -1.8), looks=6)
+    run, base = tmp_path / "run", files()[0] / "base/policy"
+    assert read_record(run)["watched"]["kept"] == 0
+    assert checkpoint.model_hash(run) == checkpoint.model_hash(base)
+    assert checkpoint.model_hash(run / "last") != checkpoint.model_hash(run)
 
 
-def test_the_judge_remembers_across_a_restart(tmp_path):
-    """Cut off after its third look, a run stops where the uninterrupted one does, and keeps the same policy."""
-    script = (0.5, 0.9, 1.0, 0.9, 0.5, -0.2, -1.2, -2.0)
-    for name in ("whole", "cut"):
-        (tmp_path / name).mkdir()
-    settings = {"steps": 20, "looks": 9, "saves": True, "save_every": 1}
-    judged(tmp_path / "whole", script, **settings)
+def test_a_judge_remembers_its_looks_after_a_restart(stopped, tmp_path):
+    """A run that is interrupted after the third look ends like the uninterrupted one."""
 
     class Interrupted(MetricWriter):
         def write(self, step, metrics, prefix=""):
@@ -329,13 +347,12 @@ def test_the_judge_remembers_across_a_restart(tmp_path):
             super().write(step, metrics, prefix)
 
     with pytest.raises(KeyboardInterrupt):
-        judged(tmp_path / "cut", script, writer=Interrupted, **settings)
-    judged(tmp_path / "cut", script, already=3, **settings)
-    whole, cut = ((tmp_path / name / "run/metrics.jsonl").read_text() for name in ("whole", "cut"))
-    assert cut == whole and learned(tmp_path / "cut") == learned(tmp_path / "whole")
-    assert checkpoint.model_hash(tmp_path / "cut/run") == checkpoint.model_hash(
-        tmp_path / "whole/run"
-    )
+        judged(tmp_path, PEAK, looks=9, saves=True, writer=Interrupted)
+    judged(tmp_path, PEAK, looks=9, saves=True, earlier_looks=3)
+    assert_equal_runs(tmp_path / "run", stopped[0])
+
+
+# --- runs that end in an error ---
 
 
 def test_a_run_whose_updates_are_all_skipped_gives_up(tmp_path):
@@ -344,7 +361,14 @@ def test_a_run_whose_updates_are_all_skipped_gives_up(tmp_path):
     assert not checkpoint.has_model(tmp_path / "run")
 
 
-def test_a_clip_of_part_frames_is_named_before_anything_is_written(tmp_path):
+def test_a_part_of_a_frame_is_refused_before_anything_is_written(tmp_path):
     with pytest.raises(ValueError, match=r"clip_seconds=0\.33 must be a multiple of 0\.04 s"):
         loop(tmp_path, clip_seconds=0.33)
     assert not (tmp_path / "run").exists()
+
+
+def test_an_empty_train_split_is_refused_before_the_state_is_built(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_rl, "Run", None)
+    monkeypatch.setattr(Prompts, "unique", lambda self, split: [])
+    with pytest.raises(ValueError, match=r"split 'train' of .* has no prompts"):
+        loop(tmp_path)

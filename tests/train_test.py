@@ -1,4 +1,4 @@
-"""The supervised loop: one device equals eight, a resumed run equals an uninterrupted one, bad settings are named."""
+"""The supervised loop: meshes, restarts, validation and updates that are not finite."""
 
 import dataclasses
 import itertools
@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import compilation
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,9 +33,15 @@ CONFIG = MusicLMConfig(
 )
 
 
+@pytest.fixture(scope="module", autouse=True)
+def compiled(tmp_path_factory):
+    with compilation.cached(tmp_path_factory.mktemp("compiled")):
+        yield
+
+
 @dataclasses.dataclass(frozen=True)
 class RandomTokens:
-    """Token batches that are a pure function of (seed, step); `killed_at` stands for a kill before that step."""
+    """Token batches that depend on (seed, step) alone; step `killed_at` interrupts a run."""
 
     size: int = 8
     killed_at = None
@@ -67,7 +74,7 @@ class RandomTokens:
 
 @dataclasses.dataclass(frozen=True)
 class Policy(PolicyObjective):
-    """The policy's objective without a token folder to name its lineage."""
+    """The policy's objective without a token folder, and so without a lineage."""
 
     data: Any
 
@@ -76,18 +83,13 @@ class Policy(PolicyObjective):
 
 
 def run(folder, objective=None, **changes):
-    """Trains with a line of metrics for every step."""
-    arguments = {
-        "steps": 4,
-        "batch_size": 8,
-        "optimiser": Optimiser(1e-2, 1),
-        "seed": 3,
-        "save_every": 2,
-    }
+    """Trains, and logs every step."""
+    arguments = {"steps": 4, "batch_size": 8, "optimiser": Optimiser(1e-2, 1), "seed": 3}
+    arguments |= {"save_every": 2}
     objective = objective or Policy(CONFIG, changes.pop("data", RandomTokens()))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer, "LOG_EVERY", 1)
-        return train(objective, str(folder), **{**arguments, **changes})
+        return train(objective, str(folder), **(arguments | changes))
 
 
 def losses(folder):
@@ -109,57 +111,49 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(tmp_path, whole, monk
     run(tmp_path / "cut")
     assert losses(whole) == losses(tmp_path / "cut")
     assert checkpoint.model_hash(whole) == checkpoint.model_hash(tmp_path / "cut")
-    assert run(tmp_path / "cut") == {}  # done already
+    assert run(tmp_path / "cut") == {}  # the run is complete
 
 
 def test_one_device_equals_eight_on_any_mesh():
-    """Loss and gradients of one batch, on meshes 1x1x1, 8x1x1 and 2x2x2."""
+    """Loss and gradients of one batch are equal on meshes of 1x1x1, 8x1x1 and 2x2x2."""
     objective = Policy(CONFIG, RandomTokens())
     batch = next(objective.data.batches("train", 8, 0))
-    found = []
+    results = []
 
     def create(key, arrays):
         return create_state(objective.init(key, arrays), Optimiser().build(10))
 
-    for devices, (fsdp, tensor) in ((1, (1, 1)), (8, (1, 1)), (8, (2, 2))):
-        mesh = jax.sharding.Mesh(
-            np.array(jax.devices()[:devices]).reshape(devices // (fsdp * tensor), fsdp, tensor),
-            ("data", "fsdp", "tensor"),
-        )
+    def loss(params, batch):
+        return objective.loss(params, {}, {}, batch, jax.random.key(1))[0]
+
+    for devices, fsdp, tensor in ((1, 1, 1), (8, 1, 1), (8, 2, 2)):
+        mesh = sharding.make_mesh(fsdp, tensor, jax.devices()[:devices])
         arrays = sharding.put_batch(mesh, batch)
         state, _ = sharding.born_sharded(mesh, create, jax.random.key(0), arrays)
         with jax.set_mesh(mesh), jax.default_matmul_precision("highest"):
-            step = jax.jit(
-                jax.value_and_grad(lambda p, b: objective.loss(p, {}, {}, b, jax.random.key(1))[0])
-            )
-            found.append(jax.device_get(step(state.params, arrays)))
-        if tensor > 1:  # the weights are really split
-            assert (
-                len(state.params["trunk"]["temporal"]["block_0"]["gate"].sharding.device_set)
-                == devices
-            )
-            assert not state.params["trunk"]["temporal"]["block_0"][
-                "gate"
-            ].sharding.is_fully_replicated
-    for loss, gradients in found[1:]:
-        np.testing.assert_allclose(loss, found[0][0], atol=1e-6)
-        jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), gradients, found[0][1]
-        )
+            results.append(jax.device_get(jax.jit(jax.value_and_grad(loss))(state.params, arrays)))
+        gate = state.params["trunk"]["temporal"]["block_0"]["gate"].sharding
+        assert len(gate.device_set) == devices
+        assert gate.is_fully_replicated == (tensor == 1)
+    for result in results[1:]:
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), result, results[0])
 
 
 def test_a_model_trained_on_eight_devices_loads_on_one(whole, processes):
-    """In a process of its own, since the number of devices is fixed when JAX starts."""
-    code = (
-        "import sys; from musicrl_jax.core import checkpoint; from musicrl_jax.models.musiclm import MusicLMConfig;"
-        "import jax; assert jax.device_count() == 1;"
-        "model = checkpoint.load_model(sys.argv[1], MusicLMConfig); print(checkpoint.content_hash(model.variables))"
-    )
+    """JAX fixes the number of devices when it starts, so this takes a process of its own."""
+    code = """
+import sys
+import jax
+from musicrl_jax.core import checkpoint
+from musicrl_jax.models.musiclm import MusicLMConfig
+assert jax.device_count() == 1
+model = checkpoint.load_model(sys.argv[1], MusicLMConfig)
+print(checkpoint.content_hash(model.variables))
+"""
     environment = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(Path(__file__).parents[1])}
-    done = processes.run(
-        [sys.executable, "-c", code, whole], env=environment, capture_output=True, timeout=300
-    )
-    assert done.stdout.strip() == checkpoint.model_hash(whole), done.stderr
+    command = [sys.executable, "-c", code, whole]
+    process = processes.run(command, env=environment, capture_output=True, timeout=300)
+    assert process.stdout.strip() == checkpoint.model_hash(whole), process.stderr
 
 
 def test_other_data_in_the_same_folder_is_refused(whole):
@@ -167,7 +161,7 @@ def test_other_data_in_the_same_folder_is_refused(whole):
         run(whole, data=RandomTokens(size=9))
 
 
-def test_few_validation_examples_are_enough_and_none_are_no_error(tmp_path, capsys):
+def test_a_model_is_saved_without_validation_examples(tmp_path, capsys):
     @dataclasses.dataclass(frozen=True)
     class Few(RandomTokens):
         def count(self, split):
@@ -181,8 +175,8 @@ def test_few_validation_examples_are_enough_and_none_are_no_error(tmp_path, caps
 @pytest.mark.parametrize(
     ("clips", "loss"), [(1, 0.5), (7, 0.5), (8, 0.5), (19, 0.5), (20, 0.5), (1, np.nan)]
 )
-def test_figures_of_too_few_examples_are_words(clips, loss, capsys):
-    """MuLan finds one clip among one; what is not finite is kept, as it stops the run."""
+def test_metrics_of_too_few_examples_are_left_out(clips, loss, capsys):
+    """MuLan's recall among one clip is 1. A metric that is not finite stays: it ends the run."""
 
     class Clips:
         def splits(self):
@@ -196,21 +190,17 @@ def test_figures_of_too_few_examples_are_words(clips, loss, capsys):
 
     class Objective(MuLanObjective):
         def evaluate(self, params, state, frozen, batch, key):
-            return {
-                "loss": jnp.float32(loss),
-                "recall_1": jnp.float32(1),
-                "temperature": jnp.float32(0.25),
-            }
+            metrics = {"loss": loss, "recall_1": 1.0, "temperature": 0.25}
+            return jax.tree.map(jnp.float32, metrics)
 
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    found = _validate(Objective(None, Clips(), ""), {"params": {}}, {}, mesh, 32, 0, 1)
+    metrics = _validate(Objective(None, Clips(), ""), {"params": {}}, {}, mesh, 32, 0, 1)
     out = capsys.readouterr().out
     if clips == 20:
-        assert found == {"loss": 0.5, "recall_1": 1, "temperature": 0.25} and not out
+        assert metrics == {"loss": 0.5, "recall_1": 1, "temperature": 0.25} and not out
     else:
-        assert found.keys() == {"temperature"} | (
-            {"loss"} if np.isnan(loss) or clips >= 8 else set()
-        )
+        assert ("loss" in metrics) == (np.isnan(loss) or clips >= 8)
+        assert set(metrics) - {"loss"} == {"temperature"}
         assert f"validation recall_1: n too small ({clips} < 20)" in out
 
 
@@ -230,28 +220,9 @@ def test_a_mesh_that_does_not_divide_is_named():
         sharding.make_mesh(fsdp=3)
 
 
-def test_a_gradient_that_is_not_finite_stops_the_run_before_its_model_is_saved(
-    tmp_path, monkeypatch
-):
-    """At the last step, whose own loss is still finite."""
-    loss = Policy.loss
-
-    def cliff(self, params, state, frozen, batch, key):
-        value, extra = loss(self, params, state, frozen, batch, key)
-        level = jax.tree.leaves(params)[0].reshape(-1)[0]
-        return value + jnp.where(
-            level == level, 0.0 * jnp.sqrt(jnp.maximum(level * 0.0, 0.0)), 0.0
-        ), extra
-
-    monkeypatch.setattr(Policy, "loss", cliff)
-    with pytest.raises(FloatingPointError, match="gradient_norm is nan"):
-        run(tmp_path / "cliff", steps=1)
-    assert not checkpoint.has_model(tmp_path / "cliff")
-
-
 @dataclasses.dataclass(frozen=True)
 class Broken(Policy):
-    """Its loss is NaN, or its gradient alone, for batches whose first code is 0, or for all."""
+    """A loss or gradient of NaN for batches whose first code is 0, or for all."""
 
     always: bool = False
     loss_too: bool = True
@@ -263,43 +234,35 @@ class Broken(Policy):
             loss = jnp.where(breaks, jnp.nan, loss)
         level = jax.tree.leaves(params)[0].reshape(-1)[0]
         kink = jnp.where(breaks, level * 0.0, 1.0)
-        loss = (
-            loss + jnp.sqrt(kink) - jax.lax.stop_gradient(kink)
-        )  # 0; at 0 its slope is 0 x infinity
+        loss += jnp.sqrt(kink) - jax.lax.stop_gradient(kink)  # 0; the slope at 0 is 0 x infinity
         return loss, (state, {**metrics, "loss": loss})
 
 
 @pytest.mark.parametrize("loss_too", [True, False])
 def test_an_update_that_is_not_finite_is_skipped_and_counted(tmp_path, loss_too):
-    """As if its batch had not been: weights and moments stay, and the run goes on."""
-    broken = Broken(CONFIG, RandomTokens(), loss_too=loss_too)
-    steps = 30
-    first = [
-        next(broken.data.batches("train", 8, 3, start_step=i))["semantic"][0, 0]
-        for i in range(steps)
-    ]
-    skipped = [int(code == 0) for code in first]
+    """Weights and moments stay, and the run goes on."""
+    broken, steps = Broken(CONFIG, RandomTokens(), loss_too=loss_too), 30
+    batches = itertools.islice(broken.data.batches("train", 8, 3), steps)
+    skipped = [int(batch["semantic"][0, 0] == 0) for batch in batches]
     assert 1 <= sum(skipped) < 10
     run(tmp_path, broken, steps=steps, save_every=1000)
     lines = losses(tmp_path)[:steps]
     assert [line["skipped"] for line in lines] == list(np.cumsum(skipped))
-    assert all(
-        np.isfinite(line["loss"]) == (not skip or not loss_too)
-        for line, skip in zip(lines, skipped, strict=True)
-    )
-    assert all(
-        np.isfinite(x).all()
-        for x in jax.tree.leaves(checkpoint.load_model(tmp_path, MusicLMConfig).variables)
-    )
+    for line, skip in zip(lines, skipped, strict=True):
+        assert np.isfinite(line["loss"]) == (not skip or not loss_too)
+    variables = checkpoint.load_model(tmp_path, MusicLMConfig).variables
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(variables))
 
 
-def test_a_run_of_nothing_but_such_updates_stops(tmp_path):
-    with pytest.raises(FloatingPointError, match="is nan at step 9"):
-        run(
-            tmp_path,
-            Broken(CONFIG, RandomTokens(), always=True),
-            steps=12,
-            optimiser=Optimiser(),
-            save_every=1000,
-        )
+@pytest.mark.parametrize(
+    ("steps", "loss_too", "complaint"),
+    [(12, True, "is nan at step 9"), (1, False, "gradient_norm is nan at step 0")],
+)
+def test_a_run_of_skipped_updates_stops_before_its_model_is_saved(
+    tmp_path, steps, loss_too, complaint
+):
+    """A run of one step ends with it, even if only the gradient is not finite."""
+    broken = Broken(CONFIG, RandomTokens(), always=True, loss_too=loss_too)
+    with pytest.raises(FloatingPointError, match=complaint):
+        run(tmp_path, broken, steps=steps, save_every=1000)
     assert not checkpoint.has_model(tmp_path)

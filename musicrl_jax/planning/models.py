@@ -19,7 +19,8 @@ from musicrl_jax.inputs.tokens import Shapes, clip_shapes
 from musicrl_jax.objectives.mulan import VOCABULARY
 from musicrl_jax.planning.stages import Stage
 from musicrl_jax.systems import folder
-from musicrl_jax.systems.system import Sampling, Text, Weights, roll_out
+from musicrl_jax.systems.player import roll_out
+from musicrl_jax.systems.system import Sampling, Text, Weights
 
 PLANNED = "planned"  # the content hash of every model
 PROMPT = "music"  # every prompt; the stand-in vocabulary knows it

@@ -1,4 +1,4 @@
-"""The models that this installation knows: the parts of every system, and those that judge clips."""
+"""The config classes of all models: parts of registered systems, and models that judge clips."""
 
 from musicrl_jax.models.rewards import PreferenceConfig, QualityConfig
 from musicrl_jax.systems import folder
@@ -7,13 +7,14 @@ JUDGES = QualityConfig, PreferenceConfig
 
 
 def config_class(name: str, where: str) -> type:
-    """Returns a model's config class by its name, as manifests hold it.
+    """Returns a model's config class by the name in its manifest.
 
-    Raises ValueError, with `where` it stands, if it is none of a registered system or a judge.
+    Raises ValueError, which starts with `where`, if neither a registered system nor a judge has it.
     """
-    known = {judge.__name__: judge for judge in JUDGES}
+    classes = list(JUDGES)
     for kind in folder.KINDS:
-        known |= {part.__name__: part for part in folder.system_class(kind, where).PARTS.values()}
-    if name not in known:
-        raise ValueError(f"{where} is a {name}, which is none of {', '.join(sorted(known))}")
-    return known[name]
+        classes += folder.system_class(kind, where).PARTS.values()
+    by_name = {each.__name__: each for each in classes}
+    if name not in by_name:
+        raise ValueError(f"{where} is a {name}, which is none of {', '.join(sorted(by_name))}")
+    return by_name[name]

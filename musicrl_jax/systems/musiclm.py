@@ -1,14 +1,16 @@
-"""MusicLM and what stands around it: MuLan tokens, the policy's tokens, SoundStorm's fine levels, SoundStream.
+"""MusicLM as a system: MuLan reads prompts, MusicLM samples tokens, and two models decode them.
 
 A frame of 40 ms is K tokens of the policy: one semantic code and the coarse codes of two codec
-frames (MusicRL 3.1). In memory the policy's layers are stacked; on disk they are apart.
+frames (MusicRL 3.1). SoundStorm adds the fine codes, and SoundStream decodes all. The policy's
+layers are stacked in memory, and separate on disk.
 
 Legend: B clips, L text pieces, E MuLan's width, M MuLan levels, F frames, K codes in a frame,
-S = F K, V ids at a place, T codec frames, Q codec levels, N samples.
+S = F K tokens, V ids at a place, T codec frames, Q codec levels, N samples.
 """
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from operator import attrgetter
 from typing import Any, ClassVar
 
 import flax.struct
@@ -27,30 +29,40 @@ from musicrl_jax.models.soundstorm import SoundStorm, SoundStormConfig, fill_fin
 from musicrl_jax.models.soundstream import SoundStream, SoundStreamConfig
 from musicrl_jax.models.tokens import FRAMES_PER_SECOND, deinterleave
 from musicrl_jax.models.transformer import LANES
-from musicrl_jax.systems.system import (
-    Beginning,
-    MusicSystem,
-    Rollout,
-    SampledTokens,
-    Sampling,
-    Text,
-    Tree,
-    Weights,
-)
+from musicrl_jax.systems.sampling import Beginning, SampledTokens, Sampling
+from musicrl_jax.systems.system import MusicSystem, Rollout, Text, Tree, Weights
 
-VOCABULARY = "vocabulary"  # MuLan's asset: what reads texts
-# The parts that say what tokens mean, by the names under which data sets and lineages record them.
+VOCABULARY = "vocabulary"  # asset of MuLan: its tokenizer's file
+# The parts that define what tokens mean, by their names in data sets and lineages.
 TOKENIZERS = {"codec": "soundstream", "semantic": "semantic", "mulan": "mulan"}
+# Sizes that must be equal: (part, field, other part, its field).
+SIZES = (
+    ("policy", "layout.acoustic_codes", "soundstream", "codes"),
+    ("policy", "mulan_levels", "mulan", "levels"),
+    ("policy", "mulan_codes", "mulan", "codes"),
+    ("soundstorm", "levels", "soundstream", "levels"),
+    ("soundstorm", "codes", "soundstream", "codes"),
+    ("soundstorm", "coarse_levels", "policy", "layout.coarse_levels"),
+)
+# Sizes that token data sets record: (name, part, its field); the encoder overrides the policy.
+DATA_SIZES = (
+    ("acoustic_levels", "soundstream", "levels"),
+    ("acoustic_codes", "soundstream", "codes"),
+    ("semantic_codes", "policy", "layout.semantic_codes"),
+    ("semantic_codes", "semantic", "codes"),
+    ("mulan_levels", "mulan", "levels"),
+    ("mulan_codes", "mulan", "codes"),
+)
 LOOPED = ("tpu",)  # platforms on which frozen networks scan over stacked layers
 
 
 @flax.struct.dataclass
 class MuLanCondition:
-    """Prompts as MuLan sees them.
+    """Prompts, embedded by MuLan.
 
     Attributes:
       embedding: f32 [B, E], of length 1.
-      tokens: int32 [B, M], the same quantized: the policy's prefix.
+      tokens: int32 [B, M], the quantized embedding: the policy's prefix.
     """
 
     embedding: jax.Array
@@ -59,12 +71,12 @@ class MuLanCondition:
 
 @dataclasses.dataclass(frozen=True)
 class MusicLMSystem(MusicSystem):
-    """The four models between a prompt and its sound, and the semantic encoder for tokens of sound.
+    """MuLan, MusicLM, SoundStorm and SoundStream, and the semantic encoder that reads sound.
 
     Attributes:
-      configs: the config of each part that is there, by name.
-      vocabulary: content of the file that MuLan reads text with.
-      lanes: lanes of a vector register, as in `models.transformer.Transformer`.
+      configs: config of each loaded part, by name.
+      vocabulary: content of MuLan's tokenizer file.
+      lanes: lanes of a vector register; see `models.transformer.Transformer`.
       looped: whether frozen networks scan over stacked layers, which compiles faster.
       remat: whether gradients recompute activations, to save memory.
     """
@@ -104,12 +116,12 @@ class MusicLMSystem(MusicSystem):
 
     @property
     def frame_tokens(self) -> int:
-        """K."""
+        """Number of codes in a frame, K."""
         return self.music.layout.depth
 
     @property
     def token_names(self) -> list[str]:
-        """The semantic code and the levels of both codec frames."""
+        """Names of the semantic code and of the coarse codes of both codec frames."""
         levels = [f"coarse {level}" for level in range(1, self.music.layout.coarse_levels + 1)]
         return ["semantic", *levels, *levels]
 
@@ -121,11 +133,11 @@ class MusicLMSystem(MusicSystem):
     def _value(self) -> Value:
         return Value(self.music, self.remat, self.lanes)
 
-    # --- from and to disk ---
+    # --- weights ---
 
     @classmethod
     def from_models(cls, models: Mapping[str, checkpoint.Model]) -> "MusicLMSystem":
-        """Builds the system; ValueError, by name of the field, if the parts do not fit."""
+        """Builds the system; raises ValueError if sizes or lineages of the parts do not match."""
         configs = {name: model.config for name, model in models.items()}
         _check_sizes(configs)
         _check_lineage(models)
@@ -140,65 +152,55 @@ class MusicLMSystem(MusicSystem):
         return cls(configs, vocabulary).tuned(jax.default_backend())
 
     def stored(self, policy: Tree) -> Tree:
-        """Returns the policy's variables with its layers apart."""
+        """Returns the policy's variables with separate layers."""
         return {"params": unstacked(policy)}
 
     def restored(self, variables: Tree) -> Tree:
-        """Returns the policy's weights with its layers stacked."""
+        """Returns the policy's weights with stacked layers."""
         return stacked(variables["params"])
 
     def tuned(self, platform: str, remat: bool = False) -> "MusicLMSystem":
-        """Returns the system for a platform: cache lanes, and whether frozen layers are scanned."""
-        return dataclasses.replace(
-            self, lanes=LANES.get(platform, 1), looped=platform in LOOPED, remat=remat
-        )
+        """Returns the system with the fastest lanes and loops for a platform."""
+        lanes, looped = LANES.get(platform, 1), platform in LOOPED
+        return dataclasses.replace(self, lanes=lanes, looped=looped, remat=remat)
 
     def compute_copy(self, weights: Weights, dtype: str) -> Weights:
-        """Returns the policy's layers apart, SoundStorm in `dtype`, frozen layers stacked if looped."""
-        frozen = {
-            name: in_dtype(tree, dtype) if name == "soundstorm" else tree
-            for name, tree in weights.frozen.items()
-        }
+        """Separates the policy's layers, casts SoundStorm, and stacks frozen layers if looped."""
+        frozen = dict(weights.frozen)
+        if "soundstorm" in frozen:
+            frozen["soundstorm"] = in_dtype(frozen["soundstorm"], dtype)
         return Weights(unstacked(weights.policy), stacked(frozen) if self.looped else frozen)
 
     def data_layout(self) -> dict[str, int]:
-        """Returns levels and codes of the tokens, of the parts that are there."""
+        """Returns the numbers of levels and codes of the loaded parts."""
         layout = {}
-        if "soundstream" in self.configs:
-            codec = self.configs["soundstream"]
-            layout |= {"acoustic_levels": codec.levels, "acoustic_codes": codec.codes}
-        if "semantic" in self.configs:
-            layout["semantic_codes"] = self.configs["semantic"].codes
-        elif "policy" in self.configs:
-            layout["semantic_codes"] = self.music.layout.semantic_codes
-        if "mulan" in self.configs:
-            mulan = self.configs["mulan"]
-            layout |= {"mulan_levels": mulan.levels, "mulan_codes": mulan.codes}
+        for name, part, field in DATA_SIZES:
+            if part in self.configs:
+                layout[name] = attrgetter(field)(self.configs[part])
         return layout
 
     def data_models(self, hashes: Mapping[str, str]) -> dict[str, str]:
-        """Returns the hashes of codec, semantic encoder and MuLan, those that are there."""
+        """Returns the hashes of codec, semantic encoder and MuLan, as far as they are loaded."""
         return {name: hashes[part] for name, part in TOKENIZERS.items() if part in hashes}
 
     # --- text ---
 
     def read(self, prompts: Sequence[str]) -> Text:
-        """Returns the pieces of prompts, {'pieces': int32 [B, L]}, cut to MuLan's length."""
+        """Tokenizes prompts for MuLan: {'pieces': int32 [B, L]}, cut to its length."""
         length = self.configs["mulan"].text_length
         return {"pieces": pieces.encode(self.vocabulary, prompts, length)}
 
     def condition(self, frozen: Mapping[str, Tree], text: Text) -> MuLanCondition:
-        """Returns MuLan's embedding of the texts, and its tokens."""
-        mulan = MuLan(self.configs["mulan"])
-        embedding = mulan.apply(frozen["mulan"], text["pieces"], method=MuLan.embed_text)
-        return MuLanCondition(
-            embedding, mulan.apply(frozen["mulan"], embedding, method=MuLan.quantize)
-        )
+        """Returns MuLan's embeddings of the texts, and their tokens."""
+        mulan, variables = MuLan(self.configs["mulan"]), frozen["mulan"]
+        embedding = mulan.apply(variables, text["pieces"], method=MuLan.embed_text)
+        tokens = mulan.apply(variables, embedding, method=MuLan.quantize)
+        return MuLanCondition(embedding, tokens)
 
     # --- tokens ---
 
     def init(self, key: jax.Array) -> Tree:
-        """Draws weights of the policy, its layers stacked."""
+        """Samples initial weights of the policy, with stacked layers."""
         return stacked(self._policy.init(key, *self.music.smallest())["params"])
 
     def sample(
@@ -210,14 +212,14 @@ class MusicLMSystem(MusicSystem):
         sampling: Sampling,
         beginning: Beginning | None = None,
     ) -> SampledTokens:
-        """Samples clips frame by frame, and in a frame code by code.
+        """Samples frame by frame, and code by code within a frame.
 
-        The caches travel in the loop's carry and are updated in place. A row's key is folded with
-        the frame, so that what a row samples does not depend on the rest of the batch.
+        Both scans carry their caches, so XLA updates these in place. The noise of a row depends on
+        its key and the frame alone.
         """
         layout, frames = self.music.layout, length // self.frame_tokens
         model, variables, batch = self._policy, {"params": policy}, condition.tokens.shape[0]
-        keys = _split(keys)[:, 0]
+        keys = _split(keys)[:, 0]  # `codes` uses the other ones
 
         def apply(method: Callable, *arguments: Any) -> Any:
             return model.apply(variables, *arguments, method=method)
@@ -226,8 +228,11 @@ class MusicLMSystem(MusicSystem):
         depth_bias = apply(MusicLM.depth_bias)
 
         def sample_frame(carry: Any, frame: jax.Array) -> Any:
+            # The temporal model reads the previous frame, and gives the context of this one.
             previous, cache = carry
             context, cache = apply(MusicLM.next_frame, previous, cache, frame, temporal_bias)
+
+            # Gumbel noise, so that the likeliest code of the noisy scores is a sample.
             frame_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, frame)
             noise = jax.vmap(
                 lambda key: jax.random.gumbel(key, (layout.depth, layout.vocabulary), jnp.float32)
@@ -245,18 +250,21 @@ class MusicLMSystem(MusicSystem):
                 code = code.astype(jnp.int32)
                 return (code, cache), SampledTokens(code, token_log_probs(scores, code), allowed)
 
-            # The codes of the frame, each given those before it.
+            # The depth model samples the codes, each given those before it in the frame.
             start = (jnp.zeros(batch, jnp.int32), apply(MusicLM.empty_depth_cache, batch))
             places = jnp.arange(layout.depth, dtype=jnp.int32)
             _, sampled = jax.lax.scan(sample_code, start, (places, jnp.moveaxis(noise, 1, 0)))
             sampled = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), sampled)  # [B, K, ...]
+
+            # The frames of the beginning replace what was sampled, and the next ones follow them.
             if beginning is not None:
-                given = self._frames(beginning.tokens)[:, frame]
-                kept = (frame < beginning.length // layout.depth)[:, None]
-                sampled = sampled.replace(tokens=jnp.where(kept, given, sampled.tokens))
+                first_tokens = self._frames(beginning.tokens)[:, frame]
+                in_beginning = (frame < beginning.length // layout.depth)[:, None]
+                tokens = jnp.where(in_beginning, first_tokens, sampled.tokens)
+                sampled = sampled.replace(tokens=tokens)
             return (sampled.tokens, cache), sampled
 
-        # The frames, each given those before it.
+        # Sample the frames, each given those before it.
         cache = apply(MusicLM.start_clip, condition.tokens, frames, temporal_bias)
         start = (jnp.zeros((batch, layout.depth), jnp.int32), cache)
         _, sampled = jax.lax.scan(sample_frame, start, jnp.arange(frames, dtype=jnp.int32))
@@ -265,52 +273,46 @@ class MusicLMSystem(MusicSystem):
     def distributions(
         self, policy: Tree, condition: MuLanCondition, sampled: SampledTokens, sampling: Sampling
     ) -> jax.Array:
-        """Returns f32 [B, S, V], all positions at once.
+        """Returns the log-distributions of all tokens in one pass, f32 [B, S, V].
 
-        Policy and anchor are renormalised over the same allowed codes. Otherwise a code that the
-        anchor's own filter leaves out would cost an infinite KL.
+        The anchor, too, is renormalised over the codes that the policy allowed. By its own filter
+        it could exclude some of them, and the KL would be infinite.
         """
-        logits = self._policy.apply(
-            {"params": self._layers(policy)}, self._frames(sampled.tokens), condition.tokens
-        )
+        variables, frames = {"params": self._layers(policy)}, self._frames(sampled.tokens)
+        logits = self._policy.apply(variables, frames, condition.tokens)
         return sampling.log_distribution(_by_clip(logits), sampled.allowed)
 
     # --- values ---
 
     def init_values(self, key: jax.Array) -> Tree:
-        """Draws weights of the value function, its layers stacked."""
+        """Samples initial weights of the value function, with stacked layers."""
         return stacked(self._value.init(key, *self.music.smallest())["params"])
 
     def start_values(self, values: Tree, policy: Tree) -> Tree:
-        """Returns the value function with the policy's trunk (MusicRL 3.3)."""
+        """Returns the value function's weights with the policy's trunk (MusicRL 3.3)."""
         return {**values, "trunk": jax.tree.map(jnp.copy, policy["trunk"])}
-
-    def centre_values(self, values: Tree, mean: jax.Array) -> Tree:
-        """Returns the value function, shifted to start at a reward f32 []."""
-        return {**values, "offset": mean}
 
     def values(self, values: Tree, condition: MuLanCondition, tokens: jax.Array) -> jax.Array:
         """Returns the value of the prefix before each token, f32 [B, S]."""
-        frames = self._frames(tokens)
-        return _by_clip(
-            self._value.apply({"params": self._layers(values)}, frames, condition.tokens)
-        )
+        variables, frames = {"params": self._layers(values)}, self._frames(tokens)
+        return _by_clip(self._value.apply(variables, frames, condition.tokens))
 
     # --- sound ---
 
     def codes(self, frozen: Mapping[str, Tree], tokens: jax.Array, keys: jax.Array) -> jax.Array:
-        """Returns all codec levels, int32 [B, T, Q]: SoundStorm adds the fine ones."""
+        """Returns the codes of all codec levels, int32 [B, T, Q]: SoundStorm adds the fine ones."""
         model = SoundStorm(self.configs["soundstorm"])
         coarse = deinterleave(self._frames(tokens))[1]
         return fill_fine(model, frozen["soundstorm"], coarse, _split(keys)[:, 1])
 
     def decode(self, frozen: Mapping[str, Tree], codes: jax.Array) -> jax.Array:
-        """Returns SoundStream's waveforms, f32 [B, 1, N]."""
+        """Decodes codes with SoundStream, f32 [B, 1, N]."""
         codec = SoundStream(self.configs["soundstream"])
         return codec.apply(frozen["soundstream"], codes, method=SoundStream.decode)[:, None]
 
     def encode(self, frozen: Mapping[str, Tree], wav: jax.Array) -> dict[str, jax.Array]:
-        """Returns semantic int32 [B, F], acoustic [B, T, Q] and mulan [B, M] of wav f32 [B, N]."""
+        """Encodes wav f32 [B, N]: int32 semantic [B, F], acoustic [B, T, Q] and mulan [B, M]."""
+        # A policy that learns from sound alone is conditioned on MuLan's audio embeddings.
         mulan = MuLan(self.configs["mulan"])
         embedding = mulan.apply(frozen["mulan"], wav, method=MuLan.embed_audio)
         semantic = SemanticEncoder(self.configs["semantic"])
@@ -322,55 +324,44 @@ class MusicLMSystem(MusicSystem):
         }
 
     def features(self, rollout: Rollout) -> dict[str, jax.Array]:
-        """Returns the arrays that `encode` would, of clips that were drawn."""
+        """Returns the arrays of `encode`, from a rollout."""
         semantic, _ = deinterleave(self._frames(rollout.sampled.tokens))
         return {"semantic": semantic, "acoustic": rollout.codes, "mulan": rollout.condition.tokens}
 
     # --- shapes and layers ---
 
     def _frames(self, tokens: jax.Array) -> jax.Array:
-        """[B, S] -> [B, F, K]."""
+        """Splits tokens by frame, [B, S] -> [B, F, K]."""
         return tokens.reshape(tokens.shape[0], -1, self.frame_tokens)
 
     def _layers(self, weights: Tree) -> Tree:
-        """Returns stacked weights as they are where remat scans over them; else apart, which CPUs
-        compute a quarter faster.
-        """
+        """Separates stacked layers unless remat scans over them: a quarter faster on CPUs."""
         return weights if self.remat else unstacked(weights)
 
 
+# --- helpers ---
+
+
 def _by_clip(x: jax.Array) -> jax.Array:
-    """[B, F, K, ...] -> [B, S, ...]."""
+    """Joins frames, [B, F, K, ...] -> [B, S, ...]."""
     return x.reshape(x.shape[0], -1, *x.shape[3:])
 
 
 def _split(keys: jax.Array) -> jax.Array:
-    """A row's key [B] -> the policy's and SoundStorm's [B, 2], so that neither shows in the other."""
+    """Splits keys [B] into independent ones for policy and SoundStorm, [B, 2]."""
     return jax.vmap(jax.random.split)(keys)
 
 
 def _check_sizes(configs: Mapping[str, Any]) -> None:
-    """Raises ValueError if a part has other sizes than the one it reads from or writes for."""
-    pairs = []
-    if "policy" in configs and "soundstream" in configs:
-        codes = configs["policy"].layout.acoustic_codes
-        pairs.append(("policy", "layout.acoustic_codes", codes, configs["soundstream"].codes))
-    if "policy" in configs and "mulan" in configs:
-        music, mulan = configs["policy"], configs["mulan"]
-        pairs.append(("policy", "mulan_levels", music.mulan_levels, mulan.levels))
-        pairs.append(("policy", "mulan_codes", music.mulan_codes, mulan.codes))
-    if "soundstorm" in configs and "soundstream" in configs:
-        storm, codec = configs["soundstorm"], configs["soundstream"]
-        pairs.append(("soundstorm", "levels", storm.levels, codec.levels))
-        pairs.append(("soundstorm", "codes", storm.codes, codec.codes))
-    if "soundstorm" in configs and "policy" in configs:
-        levels = configs["policy"].layout.coarse_levels
-        pairs.append(("soundstorm", "coarse_levels", configs["soundstorm"].coarse_levels, levels))
-    for part, field, value, wanted in pairs:
-        if value != wanted:
+    """Raises ValueError if the sizes of two parts that work together differ."""
+    for part, field, other, other_field in SIZES:
+        if part not in configs or other not in configs:
+            continue
+        size, expected = attrgetter(field)(configs[part]), attrgetter(other_field)(configs[other])
+        if size != expected:
             raise ValueError(
-                f"the part {part}: {field} is {value}, but the models it works with have {wanted}; "
-                "train it for them"
+                f"the part {part}: {field} is {size}, but the models it works with have "
+                f"{expected}; train it for them"
             )
 
 
@@ -380,10 +371,10 @@ def _check_lineage(models: Mapping[str, checkpoint.Model]) -> None:
         if part not in models:
             continue
         lineage = models[part].json_asset(checkpoint.LINEAGE, {"codec": str, "mulan": str})
-        for name, source in (("codec", "soundstream"), ("mulan", "mulan")):
-            if source in models and lineage[name] != models[source].hash:
+        for name in ("codec", "mulan"):
+            source = models.get(TOKENIZERS[name])
+            if source and lineage[name] != source.hash:
                 raise ValueError(
                     f"the part {part} was trained on tokens of {name} {lineage[name][:12]}, not of "
-                    f"{models[source].hash[:12]}: give the folder of that {name}, or encode and "
-                    "train again"
+                    f"{source.hash[:12]}: give the folder of that {name}, or encode and train again"
                 )

@@ -1,6 +1,7 @@
-"""This project's models that judge or describe clips: reward terms, and features to compare sets by.
+"""Reward terms by this project's models, and features to compare sets of clips by.
 
-Legend: B clips, N samples, V windows of a clip, E MuLan's width, F frames, K codes in a frame.
+Legend: B clips, L text pieces, N samples, V windows of a clip, E MuLan's width, F frames, D numbers
+of a frame.
 """
 
 import dataclasses
@@ -18,18 +19,34 @@ from musicrl_jax.models.semantic import SemanticConfig, SemanticEncoder
 from musicrl_jax.systems.musiclm import VOCABULARY, MuLanCondition
 from musicrl_jax.systems.system import Rollout, Text, Tree
 
-FIRST_AND_LAST = "the first and the last {:g} s; the mean"
+# --- reward terms; `rl.rewards.Term` is their protocol ---
+
+
+class _FirstAndLastWindow:
+    """A term that scores both ends of a clip, and neither reads the prompt nor has a lineage."""
+
+    def windows(self, model: QualityConfig | PreferenceConfig) -> str:
+        """Describes the windows that are scored."""
+        return f"the first and the last {model.window_seconds:g} s; the mean"
+
+    def lineage(self, model: checkpoint.Model) -> dict[str, str]:
+        """Returns {}: the term works with the clips of any system."""
+        return {}
+
+    def read(self, model: checkpoint.Model, prompts: Sequence[str]) -> Text:
+        """Returns {}: the term does not read prompts itself."""
+        return {}
 
 
 @dataclasses.dataclass(frozen=True)
 class TextAdherence:
     """Cosine of MuLan's embeddings of prompt and clip (MusicRL 3.2).
 
-    The mean over the clip's windows, three of 10 s in 30 s.
+    It is averaged over the clip's windows: three of 10 s in 30 s.
 
     Attributes:
       mulan: folder of the MuLan checkpoint.
-      licence: that its weights stand under.
+      licence: licence of its weights.
     """
 
     mulan: str = dataclasses.field(metadata=checkpoint.PATH)
@@ -39,19 +56,19 @@ class TextAdherence:
     high = 1.0
 
     def load(self, read: checkpoint.Reader = checkpoint.load_model) -> checkpoint.Model:
-        """Returns MuLan."""
+        """Loads MuLan."""
         return read(self.mulan, MuLanConfig)
 
     def windows(self, model: MuLanConfig) -> str:
-        """Names the windows: one after the other."""
+        """Describes the windows that are scored."""
         return f"windows of {model.window_seconds:g} s, one after the other; the mean"
 
     def lineage(self, model: checkpoint.Model) -> dict[str, str]:
-        """Returns MuLan's own hash."""
+        """Returns MuLan's hash."""
         return {"mulan": model.hash}
 
     def read(self, model: checkpoint.Model, prompts: Sequence[str]) -> Text:
-        """Returns the pieces of prompts, {'pieces': int32 [B, L]}."""
+        """Tokenizes prompts for MuLan, {'pieces': int32 [B, L]}."""
         vocabulary = model.assets[VOCABULARY]
         return {"pieces": pieces.encode(vocabulary, prompts, model.config.text_length)}
 
@@ -59,7 +76,7 @@ class TextAdherence:
         """Returns cosines, f32 [B]."""
         module = MuLan(model)
         if isinstance(rollout.condition, MuLanCondition):
-            # The same MuLan read the prompt for the policy, which `lineage` makes sure of.
+            # This MuLan has embedded the prompt for the policy: `lineage` holds it to be the same.
             prompt = rollout.condition.embedding
         else:
             prompt = module.apply(variables, text["pieces"], method=MuLan.embed_text)
@@ -68,14 +85,12 @@ class TextAdherence:
 
 
 @dataclasses.dataclass(frozen=True)
-class AcousticQuality:
-    """(q - 1) / 4 for a mean opinion score q in [1, 5] (MusicRL 3.2).
-
-    Pseudo-MOS where the regressor learned that.
+class AcousticQuality(_FirstAndLastWindow):
+    """(q - 1) / 4 for a predicted mean opinion score q in [1, 5] (MusicRL 3.2).
 
     Attributes:
       quality: folder of the quality regressor's checkpoint.
-      licence: that its weights stand under.
+      licence: licence of its weights.
     """
 
     quality: str = dataclasses.field(metadata=checkpoint.PATH)
@@ -85,35 +100,25 @@ class AcousticQuality:
     high = 1.0
 
     def load(self, read: checkpoint.Reader = checkpoint.load_model) -> checkpoint.Model:
-        """Returns the regressor."""
+        """Loads the regressor."""
         return read(self.quality, QualityConfig)
-
-    def windows(self, model: QualityConfig) -> str:
-        """Names the windows: both ends."""
-        return FIRST_AND_LAST.format(model.window_seconds)
-
-    def lineage(self, model: checkpoint.Model) -> dict[str, str]:
-        """Returns {}: it hears waveforms alone."""
-        return {}
-
-    def read(self, model: checkpoint.Model, prompts: Sequence[str]) -> Text:
-        """Returns {}: the prompt does not matter."""
-        return {}
 
     def score(
         self, model: QualityConfig, variables: Tree, rollout: Rollout, text: Text
     ) -> jax.Array:
-        """Returns f32 [B] in [0, 1]."""
+        """Returns scores, f32 [B] in [0, 1]."""
         return (Quality(model).apply(variables, rollout.mono) - 1) / 4
 
 
 @dataclasses.dataclass(frozen=True)
-class UserPreference:
-    """Score of a preference model trained on votes, unbounded (MusicRL 3.2); MusicLM's clips alone.
+class UserPreference(_FirstAndLastWindow):
+    """Score of a preference model that was trained on votes, unbounded (MusicRL 3.2).
+
+    The model reads the tokens and the condition of `MusicLMSystem`.
 
     Attributes:
       preference: folder of the preference model's checkpoint.
-      licence: that its weights stand under.
+      licence: licence of its weights.
     """
 
     preference: str = dataclasses.field(metadata=checkpoint.PATH)
@@ -123,33 +128,29 @@ class UserPreference:
     high = math.inf
 
     def load(self, read: checkpoint.Reader = checkpoint.load_model) -> checkpoint.Model:
-        """Returns the preference model."""
+        """Loads the preference model."""
         return read(self.preference, PreferenceConfig)
 
-    def windows(self, model: PreferenceConfig) -> str:
-        """Names the windows: both ends."""
-        return FIRST_AND_LAST.format(model.window_seconds)
-
     def lineage(self, model: checkpoint.Model) -> dict[str, str]:
-        """Returns the models whose tokens it was trained on."""
+        """Returns the hashes of the models whose tokens it was trained on."""
         return model.json_asset(checkpoint.LINEAGE, {str: str}, default={})
-
-    def read(self, model: checkpoint.Model, prompts: Sequence[str]) -> Text:
-        """Returns {}: it reads the prompt as the policy does, from the condition."""
-        return {}
 
     def score(
         self, model: PreferenceConfig, variables: Tree, rollout: Rollout, text: Text
     ) -> jax.Array:
-        """Returns f32 [B]."""
+        """Returns scores, f32 [B]."""
+        # The model reads frames, [B, F, K], where K is the codes in a frame.
         tokens = rollout.sampled.tokens
         tokens = tokens.reshape(tokens.shape[0], -1, model.policy.layout.depth)
         return Preference(model).apply(variables, tokens, rollout.condition.tokens)
 
 
+# --- features ---
+
+
 @dataclasses.dataclass(frozen=True)
 class SemanticFeatures:
-    """Features of the semantic encoder, by which sets of clips are compared.
+    """Features of the semantic encoder, to compare sets of clips by.
 
     Attributes:
       semantic: folder of the semantic encoder's checkpoint.
@@ -158,10 +159,10 @@ class SemanticFeatures:
     semantic: str = dataclasses.field(metadata=checkpoint.PATH)
 
     def load(self, read: checkpoint.Reader = checkpoint.load_model) -> checkpoint.Model:
-        """Returns the encoder."""
+        """Loads the semantic encoder."""
         return read(self.semantic, SemanticConfig)
 
     def features(self, model: SemanticConfig, variables: Tree, wav: jax.Array) -> jax.Array:
-        """Returns f32 [B, F, D] of waveforms f32 [B, N]."""
+        """Returns features f32 [B, F, D] of waveforms f32 [B, N]."""
         encoder = SemanticEncoder(model)
         return encoder.apply(variables, wav, method=SemanticEncoder.features)

@@ -1,94 +1,34 @@
-"""The contract of a text-to-music model: texts become tokens, and tokens become sound.
+"""The contract of a text-to-music model: it turns texts into tokens, and tokens into sound.
 
-RL, the listeners and the verbs know a model by this contract alone. Frames, codec levels, delay
-patterns and guidance are the model's own affair. `tests/bigram_system.py` is an example of forty lines.
+RL, listeners and verbs know a model by this contract alone. Codec levels, delay patterns and
+guidance are the model's own affair. `tests/bigram_system.py` is a complete example.
 
-Legend: B clips, S tokens of a clip in the order of sampling, V token ids, C channels, N samples.
+Legend: B clips, S tokens of a clip in sampling order, V token ids, C channels, N samples.
 """
 
 import abc
-import dataclasses
-import math
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple
 
 import flax.struct
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from musicrl_jax.losses.policy_gradient import Scores, scores, token_log_probs
+from musicrl_jax.losses.policy_gradient import Scores, scores
+from musicrl_jax.systems.sampling import Beginning, SampledTokens, Sampling
 
-Tree = Any  # a pytree of arrays, which only the system looks into
-Text = Mapping[str, np.ndarray]  # prompts as a system reads them, arrays [B, ...] by name
-
-
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-    """How logits become the distribution that tokens are sampled from, which *is* the policy.
-
-    Attributes:
-      temperature: above 0; an f32 array that broadcasts against the logits gives each clip its own.
-      top_k: only the k likeliest tokens may be sampled, and those that are as likely as the last of
-        them; None, the paper's choice, allows all.
-    """
-
-    temperature: float | jax.Array = 0.99
-    top_k: int | None = None
-
-    def __post_init__(self) -> None:
-        number = isinstance(self.temperature, float | int)
-        if not isinstance(self.temperature, jax.Array) and not (
-            number and 0 < self.temperature < math.inf
-        ):
-            raise ValueError(f"temperature={self.temperature!r} must be above 0 and finite")
-        if self.top_k is not None and not (isinstance(self.top_k, int) and self.top_k >= 1):
-            raise ValueError(f"top_k={self.top_k!r} must be 1 or more, or None for all codes")
-
-    def allowed(self, logits: jax.Array) -> jax.Array | None:
-        """Returns which tokens may be sampled, bool [..., V]; None if all may."""
-        if self.top_k is None or self.top_k >= logits.shape[-1]:
-            return None
-        return logits >= jax.lax.top_k(logits, self.top_k)[0][..., -1:]
-
-    def log_distribution(self, logits: jax.Array, allowed: jax.Array | None) -> jax.Array:
-        """Returns f32 [..., V], renormalised over the allowed tokens; -inf for the others."""
-        scaled = logits / self.temperature
-        return jax.nn.log_softmax(
-            scaled if allowed is None else jnp.where(allowed, scaled, -jnp.inf), axis=-1
-        )
-
-
-class Beginning(NamedTuple):
-    """How clips begin that continue given ones."""
-
-    tokens: jax.Array  # int32 [B, S]
-    length: jax.Array  # int32 [B], the tokens that are given: whole frames; the others are ignored
-
-
-@flax.struct.dataclass
-class SampledTokens:
-    """Tokens with the distribution that they were sampled from.
-
-    Attributes:
-      tokens: int32 [B, S].
-      log_probs: f32 [B, S], of the tokens under that distribution.
-      allowed: bool [B, S, V], the tokens that could have been sampled; None if all could.
-    """
-
-    tokens: jax.Array
-    log_probs: jax.Array
-    allowed: jax.Array | None
+Tree = Any  # a pytree of arrays that only the system looks into
+Text = Mapping[str, np.ndarray]  # prompts that a system has read, arrays [B, ...] by name
 
 
 @flax.struct.dataclass
 class Rollout:
-    """Everything that prompts became, on the device.
+    """Clips with everything that was computed on the way to them, on the device.
 
     Attributes:
-      condition: what the policy knows of the prompts, the system's own pytree.
-      sampled: the policy's tokens.
-      codes: what the tokens became on the way to sound, the system's own pytree.
+      condition: output of `MusicSystem.condition`.
+      sampled: output of `MusicSystem.sample`.
+      codes: output of `MusicSystem.codes`.
       wav: f32 [B, C, N], in about [-1, 1].
     """
 
@@ -110,33 +50,24 @@ class Weights(NamedTuple):
     frozen: dict[str, Tree]
 
 
-class Stages(Protocol):
-    """The functions of a rollout: those of a system, or a player's jitted ones."""
-
-    condition: Any
-    sample: Any
-    codes: Any
-    decode: Any
-
-
 class MusicSystem(abc.ABC):
     """A text-to-music model without its weights.
 
-    A subclass is a frozen dataclass of configs. All methods but `read` and `length` are pure
-    functions of arrays, traced under jit. A row of their result depends on its own row of the
-    arguments alone.
+    A subclass is a frozen dataclass of configs. The methods of the sections text, tokens, values
+    and sound are pure functions, traced under jit (`read` is not: it runs on the host). Row i of
+    their results depends on row i of their arguments alone.
 
     Attributes:
-      PARTS: the config class of each part on disk, by name; 'policy' is the one that RL trains.
-      PLAYING: the parts that make clips from prompts.
-      ENCODING: the parts that make tokens from sound; () if the system cannot.
-      USES: the frozen parts that each function of `Stages` needs, by the function's name.
+      PARTS: config class of each part on disk, by name; RL trains the part 'policy'.
+      PLAYING: names of the parts that turn prompts into clips.
+      ENCODING: names of the parts that turn sound into tokens; () if the system cannot.
+      USES: names of the frozen parts that `condition`, `codes` and `decode` take.
       sample_rate_hz: sample rate of the generated audio.
       channels: C.
-      frame_seconds: length of a frame; clips and given beginnings are whole frames.
+      frame_seconds: length of a frame; clips and beginnings are whole frames.
       frame_tokens: tokens of a frame.
-      vocabulary: content of the file by which `read` has `inputs.pieces` read texts, and does no
-        more; b'' if it reads them in another way. A bundle needs it.
+      vocabulary: content of the vocabulary file, if `read` only calls `inputs.pieces.encode` with
+        it; otherwise b'', and the system cannot be exported.
     """
 
     PARTS: ClassVar[Mapping[str, type]]
@@ -152,17 +83,17 @@ class MusicSystem(abc.ABC):
 
     @property
     def token_names(self) -> list[str]:
-        """Names of the tokens of a frame, as pages show them."""
+        """Names of the tokens of a frame, for pages."""
         return [str(number) for number in range(1, self.frame_tokens + 1)]
 
-    # --- from and to disk ---
+    # --- weights ---
 
     @classmethod
     @abc.abstractmethod
     def from_models(cls, models: Mapping[str, Any]) -> "MusicSystem":
         """Builds the system from its parts, `core.checkpoint.Model` by name.
 
-        Raises ValueError, by name of the field, if they do not belong together.
+        Raises ValueError, with the name of the field, if parts do not belong together.
         """
 
     def stored(self, policy: Tree) -> Tree:
@@ -170,26 +101,24 @@ class MusicSystem(abc.ABC):
         return {"params": policy}
 
     def restored(self, variables: Tree) -> Tree:
-        """Returns the policy's weights as this system computes with them."""
+        """Returns the policy's weights from a checkpoint's variables; inverts `stored`."""
         return variables["params"]
 
     def tuned(self, platform: str, remat: bool = False) -> "MusicSystem":
-        """Returns the system as it computes fastest on a platform; `remat` saves its memory.
+        """Returns the system in its fastest form for a platform; `remat` saves memory in gradients.
 
-        It computes with any platform's `compute_copy`, if not as fast as with its own.
+        Any form computes with any form's `compute_copy`.
         """
-        del platform, remat
         return self
 
     def compute_copy(self, weights: Weights, dtype: str) -> Weights:
-        """Returns the weights as sampling takes them; `dtype` is that of large products."""
-        del dtype
+        """Returns the weights that sampling takes; frozen token models multiply in `dtype`."""
         return weights
 
     # --- sizes ---
 
     def length(self, clip_seconds: float) -> int:
-        """Returns S of a clip; ValueError if it holds no whole number of frames."""
+        """Returns S of a clip; raises ValueError if it is not a whole number of frames."""
         frames = round(clip_seconds / self.frame_seconds)
         if frames < 1 or abs(frames * self.frame_seconds - clip_seconds) > 1e-6:
             raise ValueError(
@@ -198,32 +127,28 @@ class MusicSystem(abc.ABC):
         return frames * self.frame_tokens
 
     def data_layout(self) -> dict[str, int]:
-        """Returns the sizes that a data set of tokens has to share, by name."""
+        """Returns the sizes, by name, that a data set of this system's tokens must have."""
         return {}
 
     def data_models(self, hashes: Mapping[str, str]) -> dict[str, str]:
-        """Returns the hashes that a data set of tokens records of its models, by name.
-
-        Args:
-          hashes: of the parts.
-        """
+        """Returns the hashes that a token data set records, by name, from the hashes of parts."""
         return {name: part for name, part in hashes.items() if name != "policy"}
 
     # --- text ---
 
     @abc.abstractmethod
     def read(self, prompts: Sequence[str]) -> Text:
-        """Reads texts on the host; ValueError if one says nothing."""
+        """Reads prompts on the host; raises ValueError if one is empty."""
 
     @abc.abstractmethod
     def condition(self, frozen: Mapping[str, Tree], text: Text) -> Tree:
-        """Returns what the policy knows of the texts."""
+        """Returns what the policy is conditioned on."""
 
     # --- tokens ---
 
     @abc.abstractmethod
     def init(self, key: jax.Array) -> Tree:
-        """Draws weights of the policy; boxes with logical axis names say how they are sharded."""
+        """Samples initial weights of the policy, boxed with logical axis names for sharding."""
 
     @abc.abstractmethod
     def sample(
@@ -238,23 +163,23 @@ class MusicSystem(abc.ABC):
         """Samples clips.
 
         Args:
-          policy: its weights, as `compute_copy` returns them.
-          condition: of B prompts.
-          keys: [B], one a row.
+          policy: weights from `compute_copy`.
+          condition: output of `condition` for B prompts.
+          keys: random keys [B].
           length: S.
           sampling: the distribution.
-          beginning: tokens that stand before the sampled ones; the log-probs at their places are of
-            the tokens that would have been sampled.
+          beginning: first tokens of the clips. There, the log-probs are those of tokens that would
+            have been sampled.
         """
 
     @abc.abstractmethod
     def distributions(
         self, policy: Tree, condition: Tree, sampled: SampledTokens, sampling: Sampling
     ) -> jax.Array:
-        """Returns the log-distribution before each token, f32 [B, S, V].
+        """Returns the log-distribution of each token given the tokens before it, f32 [B, S, V].
 
-        It is the one that `sample` draws from, over the same allowed tokens. Systems whose V is
-        large override `reference` and `scores`, and nothing but tests calls this.
+        `sample` samples from it: the allowed tokens are `sampled.allowed`. A system whose V is large
+        overrides `reference` and `scores`, so that only tests call this.
         """
 
     def reference(
@@ -271,17 +196,16 @@ class MusicSystem(abc.ABC):
         sampled: SampledTokens,
         sampling: Sampling,
     ) -> Scores:
-        """Scores sampled tokens by policy and anchor: log-probs and the exact KL, f32 [B, S]."""
+        """Returns the tokens' log-probs, and the exact KL to an anchor before each, f32 [B, S]."""
         log_policy = self.distributions(policy, condition, sampled, sampling)
         return scores(log_policy, reference, sampled.tokens)
 
     def log_probs(
         self, policy: Tree, condition: Tree, sampled: SampledTokens, sampling: Sampling
     ) -> jax.Array:
-        """Returns the tokens' log-probs, f32 [B, S], under the distribution `sample` draws from."""
-        return token_log_probs(
-            self.distributions(policy, condition, sampled, sampling), sampled.tokens
-        )
+        """Returns the tokens' log-probs, f32 [B, S], under the distribution of `sample`."""
+        reference = self.reference(policy, condition, sampled, sampling)
+        return self.scores(policy, reference, condition, sampled, sampling).log_probs
 
     def kl(
         self,
@@ -291,36 +215,34 @@ class MusicSystem(abc.ABC):
         sampled: SampledTokens,
         sampling: Sampling,
     ) -> jax.Array:
-        """Returns KL(policy || other) before each token, exact over V: f32 [B, S], in nats."""
+        """Returns KL(policy || other) before each token, exact over V, in nats: f32 [B, S]."""
         reference = self.reference(other, condition, sampled, sampling)
         return self.scores(policy, reference, condition, sampled, sampling).kl
 
-    # --- values: systems without them are trained with another baseline ---
+    # --- values: without them, another baseline is needed ---
 
     def init_values(self, key: jax.Array) -> Tree:
-        """Draws weights of the value function, boxed as in `init`."""
+        """Samples initial weights of the value function, boxed as in `init`."""
         raise ValueError(
             f"{type(self).__name__} has no values: set PolicyGradient.baseline to 'leave_one_out'"
         )
 
     def start_values(self, values: Tree, policy: Tree) -> Tree:
-        """Returns the value function's weights, started from the policy's (MusicRL 3.3)."""
-        del policy
+        """Returns the value function's weights, initialised from the policy's (MusicRL 3.3)."""
         return values
 
     def centre_values(self, values: Tree, mean: jax.Array) -> Tree:
-        """Returns the value function's weights, shifted to start at a reward f32 []."""
-        raise NotImplementedError
+        """Returns the value function's weights, with their 'offset' at a mean reward, f32 []."""
+        return {**values, "offset": mean}
 
     def values(self, values: Tree, condition: Tree, tokens: jax.Array) -> jax.Array:
-        """Returns the value of the prefix before each of the tokens int32 [B, S], f32 [B, S]."""
-        raise NotImplementedError
+        """Returns the value of the prefix before each token, f32 [B, S]."""
+        raise ValueError(f"{type(self).__name__} has init_values, but no values: define both")
 
     # --- sound ---
 
     def codes(self, frozen: Mapping[str, Tree], tokens: jax.Array, keys: jax.Array) -> Tree:
-        """Returns what `decode` takes, from the policy's tokens int32 [B, S]; keys as in `sample`."""
-        del frozen, keys
+        """Returns the input of `decode` for tokens int32 [B, S] and the keys of `sample`."""
         return tokens
 
     @abc.abstractmethod
@@ -328,34 +250,16 @@ class MusicSystem(abc.ABC):
         """Returns waveforms, f32 [B, C, N]."""
 
     def sound(self, frozen: Mapping[str, Tree], tokens: jax.Array, keys: jax.Array) -> jax.Array:
-        """Returns the waveforms of tokens int32 [B, S], f32 [B, C, N]."""
+        """Returns the waveforms of tokens int32 [B, S], f32 [B, C, N]; keys as in `sample`."""
         return self.decode(frozen, self.codes(frozen, tokens, keys))
 
     def encode(self, frozen: Mapping[str, Tree], wav: jax.Array) -> dict[str, jax.Array]:
         """Returns the arrays of a token data set, int32 [B, ...] by name, from wav f32 [B, N].
 
-        A token below 0 marks a clip whose features are not finite.
+        A token is below 0 if the features it comes from are not finite.
         """
         raise ValueError(f"{type(self).__name__} cannot encode sound")
 
     def features(self, rollout: Rollout) -> dict[str, jax.Array]:
-        """Returns the arrays of a token data set, as `encode` does, of clips that were drawn."""
+        """Returns the same arrays as `encode`, from a rollout."""
         return {"tokens": rollout.sampled.tokens}
-
-
-def roll_out(
-    stages: Stages, weights: Weights, text: Text, keys: jax.Array, *sampling: Any
-) -> Rollout:
-    """Draws a clip for each prompt: condition, sample, codes, decode, one after the other.
-
-    Args:
-      stages: a system, or a player.
-      weights: as `compute_copy` returns them.
-      text: what `read` returned for B prompts.
-      keys: [B]; a clip depends on its prompt and key alone.
-      sampling: what `stages.sample` takes behind the keys.
-    """
-    condition = stages.condition(weights.frozen, text)
-    sampled = stages.sample(weights.policy, condition, keys, *sampling)
-    codes = stages.codes(weights.frozen, sampled.tokens, keys)
-    return Rollout(condition, sampled, codes, stages.decode(weights.frozen, codes))

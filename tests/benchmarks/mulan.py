@@ -27,7 +27,7 @@ from musicrl_jax.core.statistics import LEAST_INTERVAL, LEAST_RANKED, printed, t
 from musicrl_jax.inputs import pieces, pretrained
 from musicrl_jax.inputs.clips import Clips
 from musicrl_jax.models import bert, mulan, musicnn, rvq
-from musicrl_jax.objectives.mulan_projections import TowerOutputs, PretrainedTowers
+from musicrl_jax.objectives.mulan_projections import PretrainedTowers, TowerOutputs
 
 MINILM = bert.BertConfig(layers=6, heads=12, embed=384, mlp=1536, positions=512, pieces=30_522)
 PENALTIES = 10.0 ** np.arange(0, 5.5, 0.5)

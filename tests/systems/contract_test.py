@@ -1,4 +1,4 @@
-"""What every registered system promises to RL: see `systems/system.py`."""
+"""Every registered system keeps the contract of `systems/system.py`."""
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +12,13 @@ from musicrl_jax.core import sharding
 from musicrl_jax.core.keys import row_keys
 from musicrl_jax.systems import folder, tiny
 from musicrl_jax.systems.musiclm import MuLanCondition
-from musicrl_jax.systems.system import Beginning, Rollout, SampledTokens, Sampling, Weights
+from musicrl_jax.systems.player import roll_out
+from musicrl_jax.systems.sampling import Beginning, Sampling
+from musicrl_jax.systems.system import Weights
 
 BATCH, FRAMES = 4, 5
 SAMPLINGS = (Sampling(0.9), Sampling(1.3, top_k=3))
-# What a system's condition is for four prompts.
+# The condition of each system for four prompts.
 CONDITIONS = {
     "tiny": jnp.arange(4, dtype=jnp.int32),
     "musiclm": MuLanCondition(
@@ -27,7 +29,7 @@ CONDITIONS = {
 
 
 class Case:
-    """A system with the weights of two policies, and the tokens that the first one samples."""
+    """A system, the weights of two policies, and clips of the first one with their scores."""
 
     def __init__(self, kind, directory):
         if kind == "tiny":
@@ -50,33 +52,35 @@ class Case:
             ),
             static_argnums=4,
         )
-        self.log_probs = jax.jit(self.system.log_probs, static_argnums=3)
-        self.scores = {sampling: self._score(sampling) for sampling in SAMPLINGS}
+        self._score = jax.jit(self._distributions, static_argnums=4)
+        self.scores = {
+            sampling: self.score(self.sample(sampling), sampling) for sampling in SAMPLINGS
+        }
 
-    def sample(self, rows=slice(None), sampling=SAMPLINGS[0], beginning=None):
-        """Samples some of the clips."""
+    def sample(self, sampling=SAMPLINGS[0], rows=slice(None), beginning=None):
+        """Samples some of the clips, by default without a beginning."""
+        if beginning is None:
+            count = len(self.keys[rows])
+            nothing = np.zeros((count, self.length), np.int32), np.zeros(count, np.int32)
+            beginning = Beginning(*nothing)
         copy = self.system.compute_copy(Weights(self.policy, {}), "float32").policy
         condition, keys = jax.tree.map(lambda x: x[rows], (self.condition, self.keys))
         return jax.device_get(self._sample(copy, condition, keys, beginning, sampling))
 
-    def _score(self, sampling):
-        """Returns all that the contract says of the tokens, by name."""
-        nothing = np.zeros((BATCH, self.length), np.int32), np.zeros(BATCH, np.int32)
+    def score(self, sampled, sampling=SAMPLINGS[0]):
+        """Returns tokens with their log-probs and both policies' distributions and KL, by name."""
+        arguments = self.policy, self.other, self.condition, sampled, sampling
+        return {"sampled": sampled, **jax.device_get(self._score(*arguments))}
+
+    def _distributions(self, policy, other, *arguments):
         system = self.system
-        sampled = self.sample(sampling=sampling, beginning=Beginning(*nothing))
-
-        def scores(policy, other, condition, sampled):
-            arguments = condition, sampled, sampling
-            return {
-                "ours": system.distributions(policy, *arguments),
-                "theirs": system.distributions(other, *arguments),
-                "kl": system.kl(policy, other, *arguments),
-                "no_kl": system.kl(policy, policy, *arguments),
-            }
-
-        found = jax.jit(scores)(self.policy, self.other, self.condition, sampled)
-        log_probs = self.log_probs(self.policy, self.condition, sampled, sampling)
-        return jax.device_get({"sampled": sampled, "log_probs": log_probs, **found})
+        return {
+            "ours": system.distributions(policy, *arguments),
+            "theirs": system.distributions(other, *arguments),
+            "log_probs": system.log_probs(policy, *arguments),
+            "kl": system.kl(policy, other, *arguments),
+            "no_kl": system.kl(policy, policy, *arguments),
+        }
 
 
 @pytest.fixture(scope="module", params=CONDITIONS)
@@ -85,17 +89,16 @@ def case(request, tmp_path_factory):
 
 
 def test_every_shipped_system_is_tested():
-    shipped = {
-        kind
-        for kind, place in folder.KINDS.items()
-        if getattr(place, "__module__", str(place)).startswith("musicrl_jax.systems")
-    }
+    shipped = set()
+    for kind, place in folder.KINDS.items():
+        if getattr(place, "__module__", str(place)).startswith("musicrl_jax.systems"):
+            shipped.add(kind)
     assert set(CONDITIONS) == shipped
 
 
 @pytest.mark.exactness(8)
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
-def test_log_probs_are_those_of_sampling(case, sampling):
+def test_scored_log_probs_are_those_of_sampling(case, sampling):
     scores = case.scores[sampling]
     sampled = scores["sampled"]
     assert sampled.tokens.shape == (BATCH, case.length) and sampled.tokens.dtype == np.int32
@@ -112,7 +115,7 @@ def test_log_probs_are_those_of_sampling(case, sampling):
 
 @pytest.mark.exactness(7)
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
-def test_distributions_are_distributions_over_what_is_allowed(case, sampling):
+def test_distributions_sum_to_one_over_the_allowed_tokens(case, sampling):
     scores = case.scores[sampling]
     sampled = scores["sampled"]
     for name in ("ours", "theirs"):
@@ -126,7 +129,7 @@ def test_distributions_are_distributions_over_what_is_allowed(case, sampling):
 
 @pytest.mark.exactness(6, 7)
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
-def test_kl_is_zero_to_the_bit_against_itself_and_else_that_of_enumeration(case, sampling):
+def test_kl_is_exactly_zero_against_itself_and_else_as_enumerated(case, sampling):
     scores = case.scores[sampling]
     np.testing.assert_array_equal(scores["no_kl"], 0)
     ours, theirs = (np.exp(scores[name].astype(np.float64)) for name in ("ours", "theirs"))
@@ -137,54 +140,54 @@ def test_kl_is_zero_to_the_bit_against_itself_and_else_that_of_enumeration(case,
 
 @pytest.mark.exactness(11)
 def test_a_row_does_not_depend_on_its_batch(case):
-    alone = case.sample(slice(1, 2))
+    alone = case.sample(rows=slice(1, 2))
     together = case.scores[SAMPLINGS[0]]["sampled"]
     np.testing.assert_array_equal(alone.tokens[0], together.tokens[1])
     np.testing.assert_allclose(alone.log_probs[0], together.log_probs[1], atol=1e-5)
 
 
-def test_a_beginning_stays_and_the_rest_goes_on(case):
-    """After 0, 1, 3 and all frames; a part of a frame does not count."""
+def test_a_clip_continues_its_beginning(case):
+    """Of the beginnings of 0, 1, 3 and all frames, two have a part of a frame, which is ignored."""
     plain, depth = case.scores[SAMPLINGS[0]]["sampled"], case.system.frame_tokens
     frames = np.array([0, 1, 3, FRAMES])
-    given = np.roll(plain.tokens.reshape(BATCH, FRAMES, depth), 1, axis=(0, 1))
-    given = given.reshape(BATCH, -1)
+    first = np.roll(plain.tokens.reshape(BATCH, FRAMES, depth), 1, axis=(0, 1))
+    first = first.reshape(BATCH, -1)
     lengths = (frames * depth + np.array([1, 1, 0, 0])).astype(np.int32)
-    sampled = case.sample(beginning=Beginning(given, lengths))
+    sampled = case.sample(beginning=Beginning(first, lengths))
     np.testing.assert_array_equal(sampled.tokens[0], plain.tokens[0])
     for row, count in enumerate(frames * depth):
-        np.testing.assert_array_equal(sampled.tokens[row, :count], given[row, :count])
-    # What comes after the beginning is sampled given it.
-    scored = case.log_probs(case.policy, case.condition, sampled, SAMPLINGS[0])
+        np.testing.assert_array_equal(sampled.tokens[row, :count], first[row, :count])
+    # The other tokens are sampled given the beginning.
+    log_probs = case.score(sampled)["log_probs"]
     new = np.arange(case.length) >= (frames * depth)[:, None]
-    np.testing.assert_allclose(np.asarray(scored)[new], sampled.log_probs[new], atol=2e-5)
-    assert (sampled.tokens != given)[new].any()
+    np.testing.assert_allclose(log_probs[new], sampled.log_probs[new], atol=2e-5)
+    assert (sampled.tokens != first)[new].any()
 
 
-def test_sound_is_as_long_as_the_clip(case):
-    system, tokens = case.system, jax.ShapeDtypeStruct((BATCH, case.length), jnp.int32)
-    wav = jax.eval_shape(system.sound, case.frozen, tokens, case.keys)
-    samples = round(FRAMES * system.frame_seconds * system.sample_rate_hz)
-    assert (wav.shape, wav.dtype) == ((BATCH, system.channels, samples), jnp.float32)
-    assert set(system.USES) == {"condition", "codes", "decode"}
-    assert {part for parts in system.USES.values() for part in parts} <= set(system.PLAYING)
-
-
-def test_drawn_clips_have_the_arrays_of_encoded_ones(case):
+def test_a_rollout_is_as_long_as_the_clip_and_has_the_arrays_of_encoded_sound(case):
     system, text = case.system, case.system.read(["a slow jig"] * BATCH)
 
-    def arrays(frozen, text, tokens, keys):
-        sampled = SampledTokens(tokens, jnp.zeros(tokens.shape), None)
-        condition = system.condition(frozen, text)
-        codes = system.codes(frozen, tokens, keys)
-        wav = system.decode(frozen, codes)
-        rollout = Rollout(condition, sampled, codes, wav)
-        return system.features(rollout), system.encode(frozen, rollout.mono)
+    def arrays(policy, frozen, text, keys):
+        weights = system.compute_copy(Weights(policy, frozen), "float32")
+        rollout = roll_out(system, weights, text, keys, case.length, SAMPLINGS[0])
+        sound = system.sound(frozen, rollout.sampled.tokens, keys)
+        encoded = system.encode(frozen, rollout.mono)
+        return rollout.wav, sound, system.features(rollout), encoded
 
-    tokens = jax.ShapeDtypeStruct((BATCH, case.length), jnp.int32)
-    drawn, encoded = jax.eval_shape(arrays, case.frozen, text, tokens, case.keys)
-    assert drawn == encoded and all(x.dtype == jnp.int32 for x in drawn.values())
-    assert set(system.ENCODING) <= set(system.PARTS) and system.data_layout()
+    arguments = case.policy, case.frozen, text, case.keys
+    wav, sound, features, encoded = jax.eval_shape(arrays, *arguments)
+    samples = round(FRAMES * system.frame_seconds * system.sample_rate_hz)
+    assert (wav.shape, wav.dtype) == ((BATCH, system.channels, samples), jnp.float32)
+    assert sound == wav
+    assert features == encoded and all(x.dtype == jnp.int32 for x in features.values())
+    assert system.data_layout()
+
+
+def test_a_system_uses_its_own_parts(case):
+    system = case.system
+    assert set(system.USES) == {"condition", "codes", "decode"}
+    used = set().union(*system.USES.values())
+    assert used <= set(system.PLAYING) and set(system.ENCODING) <= set(system.PARTS)
 
 
 def test_stored_and_restored_are_inverse(case):
@@ -192,7 +195,7 @@ def test_stored_and_restored_are_inverse(case):
     jax.tree.map(np.testing.assert_array_equal, back, case.policy)
 
 
-def test_new_weights_have_the_shapes_of_loaded_ones_and_are_split_by_name(case):
+def test_initial_weights_have_the_shapes_of_loaded_ones_and_are_sharded(case):
     mesh = sharding.make_mesh(2, 2)
     shapes, shardings = sharding.laid_out(mesh, case.system.init, jax.random.key(0))
     jax.tree.map(
@@ -202,7 +205,7 @@ def test_new_weights_have_the_shapes_of_loaded_ones_and_are_split_by_name(case):
     assert {"fsdp", "tensor"} <= axes
 
 
-def test_values_see_the_past_alone_and_move_with_their_mean(case):
+def test_values_depend_on_earlier_tokens_alone_and_move_with_their_mean(case):
     system, sampled = case.system, case.scores[SAMPLINGS[0]]["sampled"]
     shapes = meta.unbox(jax.eval_shape(system.init_values, jax.random.key(0)))
     noise = np.random.default_rng(3)

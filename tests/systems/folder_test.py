@@ -1,4 +1,4 @@
-"""A system on disk: what its file says, where its parts are, and what is refused."""
+"""Systems on disk: their file, their parts, and damaged or foreign folders."""
 
 import dataclasses
 import json
@@ -16,7 +16,7 @@ from musicrl_jax.systems.tiny import TinyConfig, TinySystem
 
 @pytest.fixture
 def base(tmp_path):
-    """Folder of a tiny system: run/base, run/base/policy and run/base/decoder."""
+    """Writes a tiny system: run/base, run/base/policy and run/base/decoder."""
     return tiny.write(tmp_path / "run/base")
 
 
@@ -24,7 +24,7 @@ def described(directory):
     return json.loads((directory / folder.FILE).read_text())
 
 
-def test_a_file_names_the_kind_and_refers_to_parts_by_relative_folder_and_hash(base, tmp_path):
+def test_a_file_has_the_kind_and_the_relative_folders_and_hashes_of_parts(base, tmp_path):
     assert described(tmp_path / "run/base") == {
         "format": 1,
         "kind": "tiny",
@@ -40,7 +40,7 @@ def test_a_file_names_the_kind_and_refers_to_parts_by_relative_folder_and_hash(b
 
 
 def test_a_run_may_move(base, tmp_path, monkeypatch):
-    """A finetuned policy keeps its weights beside its file, and finds the base's decoder."""
+    """A finetuned system has its own policy, and refers to the decoder of the base."""
     loaded = folder.load(base)
     policy = {name: weight + np.float32(1) for name, weight in loaded.policy.items()}
     assets = {checkpoint.CLIP: b'{"seconds": 2.0}'}
@@ -60,7 +60,7 @@ def test_a_run_may_move(base, tmp_path, monkeypatch):
         assert again.clip_seconds == 2.0
 
 
-def test_other_weights_than_the_recorded_ones_are_refused(base, tmp_path):
+def test_weights_with_another_hash_are_refused(base, tmp_path):
     other = tiny.write(tmp_path / "other", seed=1)
     shutil.rmtree(f"{base}/policy")
     shutil.copytree(f"{other}/policy", f"{base}/policy")
@@ -90,7 +90,7 @@ def test_parts_for_encoding_are_loaded_alone(base):
     assert loaded.policy is None and loaded.config is None and set(loaded.hashes) == {"decoder"}
 
 
-def test_parts_that_do_not_fit_are_named(base, tmp_path):
+def test_parts_of_different_sizes_are_named(base, tmp_path):
     other = tiny.write(tmp_path / "other", TinyConfig(codes=8))
     parts = {"policy": f"{base}/policy", "decoder": f"{other}/decoder"}
     folder.write(tmp_path / "mixed", "tiny", parts)
@@ -137,25 +137,23 @@ def test_a_kind_is_registered_by_its_class(base, tmp_path, monkeypatch):
 
 @pytest.fixture
 def older(tmp_path):
-    """A policy with its neighbours, as runs were written before there was a system.json."""
+    """Writes a policy and its neighbours as older versions did, without a system.json."""
     for name in ("policy", *folder.BESIDE.values()):
         checkpoint.save_model(tmp_path / "run" / name, TinyConfig(), {"params": {}})
     return tmp_path / "run"
 
 
 def test_a_policy_with_its_neighbours_is_a_musiclm(older, tmp_path, monkeypatch):
-    """Given by its path, as '.', and by a link whose target has the neighbours."""
+    """The policy's folder is a path, '.', or a link into the folder with the neighbours."""
     (tmp_path / "link").symlink_to(older / "policy")
     monkeypatch.chdir(older / "policy")
     for place in (str(older / "policy"), ".", str(tmp_path / "link")):
-        found = folder.describe(place)
-        assert (found["kind"], found["parts"].pop("policy")) == (
-            "musiclm",
-            {"folder": place, "hash": ""},
-        )
-        assert found["parts"] == {
-            name: {"folder": str(older / beside), "hash": ""}
-            for name, beside in folder.BESIDE.items()
+        places = {name: str(older / beside) for name, beside in folder.BESIDE.items()}
+        places["policy"] = place
+        description = folder.describe(place)
+        assert description["kind"] == "musiclm"
+        assert description["parts"] == {
+            name: {"folder": path, "hash": ""} for name, path in places.items()
         }
 
 
@@ -169,8 +167,8 @@ def test_a_policy_with_its_neighbours_is_a_musiclm(older, tmp_path, monkeypatch)
         ("nothing", None),
     ],
 )
-def test_the_length_that_a_policy_was_trained_on_comes_with_it(base, tmp_path, recorded, seconds):
-    """From the asset of the model, else from the identity of an older version's run, beside it."""
+def test_the_length_of_training_clips_is_loaded(base, tmp_path, recorded, seconds):
+    """It is in an asset of the model, or in the identity of an older version's run."""
     model = checkpoint.load_model(f"{base}/policy", TinyConfig)
     assets = {checkpoint.CLIP: b'{"seconds": 2.5}'} if recorded.startswith("asset") else {}
     checkpoint.save_model(f"{base}/policy", model.config, model.variables, assets)

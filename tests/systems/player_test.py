@@ -1,4 +1,4 @@
-"""The player on a mesh: its clips, scores and KLs are those of pure functions on one device."""
+"""The player on a mesh gives the clips, scores and KLs of pure functions on one device."""
 
 import dataclasses
 from typing import ClassVar
@@ -11,8 +11,9 @@ import pytest
 from musicrl_jax.core import sharding
 from musicrl_jax.core.keys import Stream, row_keys, step_key
 from musicrl_jax.systems import folder, tiny
-from musicrl_jax.systems.player import Player, keys_by_seed
-from musicrl_jax.systems.system import Beginning, Sampling, Weights, roll_out
+from musicrl_jax.systems.player import Player, keys_by_seed, roll_out
+from musicrl_jax.systems.sampling import Beginning, Sampling
+from musicrl_jax.systems.system import Weights
 
 BATCH, SECONDS, TOKENS = 8, 0.16, 8
 PROMPTS = [f"tune {i}" for i in range(BATCH)]
@@ -53,20 +54,18 @@ def player(request, loaded):
 
 
 @pytest.fixture(scope="module")
-def whole(loaded):
-    """The clips as one program on one device draws them."""
+def expected(loaded):
+    """Samples the clips with one program on one device."""
     keys = row_keys(step_key(3, 5, Stream.VOTES), BATCH, 16)
     weights = jax.device_put(Weights(loaded.policy, loaded.frozen))
-    text = loaded.system.read(PROMPTS)
-    return jax.jit(lambda *given: roll_out(loaded.system, *given, TOKENS, SAMPLING))(
-        weights, text, keys
-    )
+    sample = jax.jit(lambda *arguments: roll_out(loaded.system, *arguments, TOKENS, SAMPLING))
+    return sample(weights, loaded.system.read(PROMPTS), keys)
 
 
-def equal(found, expected):
-    """Tokens are equal; what is computed in float32 is near."""
-    assert jax.tree.structure(found) == jax.tree.structure(expected)
-    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+def assert_close(rollout, expected):
+    """Compares two rollouts: tokens are equal, and floats differ by rounding."""
+    assert jax.tree.structure(rollout) == jax.tree.structure(expected)
+    for one, other in zip(jax.tree.leaves(rollout), jax.tree.leaves(expected), strict=True):
         if jnp.issubdtype(other.dtype, jnp.floating):
             np.testing.assert_allclose(one, other, atol=1e-5)
         else:
@@ -74,7 +73,7 @@ def equal(found, expected):
 
 
 @pytest.mark.exactness(11, 15)
-def test_function_by_function_on_a_mesh_the_clips_are_those_of_one_program(player, loaded, whole):
+def test_a_player_on_a_mesh_samples_the_clips_of_one_program(player, loaded, expected):
     with jax.set_mesh(player.mesh):
         weights = player.place(loaded.policy, loaded.frozen)
         rollout = player.draw(weights, PROMPTS, 3, 5, Stream.VOTES, first_row=16)
@@ -82,45 +81,48 @@ def test_function_by_function_on_a_mesh_the_clips_are_those_of_one_program(playe
         other = jax.tree.map(lambda x: x + 0.5, weights.policy)
         kl = player.kl(weights.policy, other, rollout)
         no_kl = player.kl(weights.policy, weights.policy, rollout)
-    equal(rollout, whole)
+    assert_close(rollout, expected)
     by_row = sharding.batch_sharding(player.mesh)
     for leaf in jax.tree.leaves((rollout, reward, terms, kl)):
         assert leaf.sharding.is_equivalent_to(by_row, leaf.ndim)
-    assert len(np.unique(whole.sampled.tokens, axis=0)) > 3 and np.ptp(whole.wav) > 0
+    assert len(np.unique(expected.sampled.tokens, axis=0)) > 3 and np.ptp(expected.wav) > 0
     # Scores and KLs.
-    peak = 2 * np.asarray(whole.mono).max(axis=1)
+    peak = 2 * np.asarray(expected.mono).max(axis=1)
     np.testing.assert_allclose(terms["peak"], peak, rtol=1e-5)
     np.testing.assert_allclose(reward, (peak - 0.5) / 2 + len("tune 0") / 10, rtol=1e-5)
     np.testing.assert_array_equal(no_kl, 0)
-    assert kl.shape == (BATCH, TOKENS) and np.abs(kl).max() < 1e-5  # all logits moved alike
+    assert (
+        kl.shape == (BATCH, TOKENS) and np.abs(kl).max() < 1e-5
+    )  # the same number added to all logits
 
 
-def test_clips_by_their_seeds_have_their_own_keys_temperatures_and_beginnings(
-    player, loaded, whole
-):
+def test_clips_have_their_own_seeds_temperatures_and_beginnings(player, loaded, expected):
     text, count = loaded.system.read(PROMPTS), np.arange(BATCH)
     seeds, candidates = (count // 2).astype(np.uint32), (count % 2).astype(np.uint32)
     temperatures = np.linspace(0.5, 1.5, BATCH).astype(np.float32)
-    beginning = Beginning(np.asarray(whole.sampled.tokens), (count % 3 * 2).astype(np.int32))
+    beginning = Beginning(np.asarray(expected.sampled.tokens), (count % 3 * 2).astype(np.int32))
     with jax.set_mesh(player.mesh):
         weights = player.place(loaded.policy, loaded.frozen)
         rollout = player.draw_by_seed(weights, text, seeds, candidates, temperatures, beginning)
-    # One by one, without a mesh.
+    keys = keys_by_seed(jnp.asarray(seeds), jnp.asarray(candidates))
+    key = jax.random.fold_in(step_key(3, 0, Stream.GENERATION), 1)
+    np.testing.assert_array_equal(jax.random.key_data(keys[7]), jax.random.key_data(key))
+
+    # The same clips one by one, without a mesh.
+    weights, rollout = (
+        jax.device_put(Weights(loaded.policy, loaded.frozen)),
+        jax.device_get(rollout),
+    )
+
+    @jax.jit
+    def sample(text, key, temperature, beginning):
+        sampling = Sampling(temperature[:, None], SAMPLING.top_k)
+        return roll_out(loaded.system, weights, text, key, TOKENS, sampling, beginning)
+
     for row in (0, 3, 7):
         one = slice(row, row + 1)
-        expected = roll_out(
-            loaded.system,
-            jax.device_put(Weights(loaded.policy, loaded.frozen)),
-            {name: array[one] for name, array in text.items()},
-            keys_by_seed(jnp.asarray(seeds[one]), jnp.asarray(candidates[one])),
-            TOKENS,
-            Sampling(float(temperatures[row]), SAMPLING.top_k),
-            jax.tree.map(lambda x, one=one: jnp.asarray(x[one]), beginning),
-        )
-        equal(jax.tree.map(lambda x, one=one: x[one], jax.device_get(rollout)), expected)
-    key = jax.random.fold_in(step_key(3, 0, Stream.GENERATION), 1)
-    found = jax.random.key_data(keys_by_seed(jnp.asarray(seeds), jnp.asarray(candidates))[7])
-    np.testing.assert_array_equal(found, jax.random.key_data(key))
+        inputs = jax.tree.map(lambda x, one=one: x[one], (text, keys, temperatures, beginning))
+        assert_close(jax.tree.map(lambda x, one=one: x[one], rollout), sample(*inputs))
 
 
 @pytest.mark.parametrize(
