@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from musicrl_jax.arena.audience import Audience, Hearing
 from musicrl_jax.arena.listeners import Panel
 from musicrl_jax.core import checkpoint, hosts, lock, sharding
-from musicrl_jax.core.files import kept, read_json, set_aside, write_json
+from musicrl_jax.core.files import cached, read_json, set_aside, write_json
 from musicrl_jax.core.keys import Stream
 from musicrl_jax.core.progress import Progress
 from musicrl_jax.core.statistics import LEAST_INTERVAL, too_small
@@ -159,7 +159,7 @@ class _Stage:
         batches = []
         for first in Progress(starts, f"collect {split}", len(starts)):
             chosen = [texts[i % len(texts)] for i in range(first, first + pairs)]
-            batch = kept(
+            batch = cached(
                 Path(collection.votes_dir) / PLAYED,
                 f"{split}-{first}+{pairs}",
                 collection.data,

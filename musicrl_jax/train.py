@@ -91,7 +91,7 @@ def train(
     example = sharding.put_batch(mesh, first, batch_size)
     transform = optimiser.build(steps)
     create = partial(first_state, objective, transform)
-    state, shardings = sharding.born_sharded(mesh, create, jax.random.key(seed), example)
+    state, shardings = sharding.create_sharded(mesh, create, jax.random.key(seed), example)
     step_function = training_step(objective, transform, seed, mesh, shardings)
     start = checkpoints.latest_step()
     state = checkpoints.restore(state) if start else _started(objective, state, shardings)

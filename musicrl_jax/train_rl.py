@@ -97,7 +97,7 @@ def train_rl(
     run = Run(loaded, mixture, config, mesh)
     state, anchor = run.start()
     start = checkpoints.latest_step()
-    about = checkpoints.about()
+    about = checkpoints.notes()
     if start:
         state = checkpoints.restore(state)
 

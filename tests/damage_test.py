@@ -449,9 +449,9 @@ def test_what_is_set_aside_is_named_and_nothing_is_lost(tmp_path, capsys):
     path, calls = tmp_path / "a.npz", []
     for content in (b"first", b"second", b""):
         path.write_bytes(content)
-        made = files.kept_at(path, lambda: calls.append(1) or {"a": np.arange(3)})
+        made = files.cached_at(path, lambda: calls.append(1) or {"a": np.arange(3)})
         assert made["a"].tolist() == [0, 1, 2]
-    assert len(calls) == 3 and files.kept_at(path, dict)["a"].tolist() == [0, 1, 2]
+    assert len(calls) == 3 and files.cached_at(path, dict)["a"].tolist() == [0, 1, 2]
     aside = [tmp_path / f"a.npz.damaged{ending}" for ending in ("", ".2", ".3")]
     assert [each.read_bytes() for each in aside] == [b"first", b"second", b""]
     out = capsys.readouterr().out.splitlines()

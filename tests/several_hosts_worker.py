@@ -113,7 +113,7 @@ def main():
 try:
     main()
 except jax.errors.JaxRuntimeError as error:
-    if not hosts.lost(error):
+    if not hosts.is_lost_host(error):
         raise
     print("lost", error, flush=True)
     os._exit(hosts.LOST)

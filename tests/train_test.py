@@ -127,7 +127,7 @@ def test_one_device_equals_eight_on_any_mesh():
             ("data", "fsdp", "tensor"),
         )
         arrays = sharding.put_batch(mesh, batch)
-        state, _ = sharding.born_sharded(mesh, create, jax.random.key(0), arrays)
+        state, _ = sharding.create_sharded(mesh, create, jax.random.key(0), arrays)
         with jax.set_mesh(mesh), jax.default_matmul_precision("highest"):
             step = jax.jit(
                 jax.value_and_grad(lambda p, b: objective.loss(p, {}, {}, b, jax.random.key(1))[0])

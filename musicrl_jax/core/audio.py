@@ -21,7 +21,7 @@ SUBTYPES = {
 LONGEST_TAG = 2000  # bytes in a wav: libsndfile 1.2.2 writes one of more than 2045, and all after it, as nothing
 
 
-def form_of(path: str | Path) -> str:
+def audio_format(path: str | Path) -> str:
     """Returns the format that a file's ending names; ValueError where it is none that can be written."""
     form = Path(path).suffix.lower().removeprefix(".")
     if form not in SUBTYPES:
@@ -30,7 +30,7 @@ def form_of(path: str | Path) -> str:
     return form
 
 
-def made_from(prompt: str, **settings: Any) -> dict[str, str]:
+def provenance_tags(prompt: str, **settings: Any) -> dict[str, str]:
     """Returns the tags that say how a clip was made: the prompt as title, the settings as JSON in the comment.
 
     A wav may hold a part of a long prompt, and so the comment has the sha256 of all of it.
@@ -39,7 +39,7 @@ def made_from(prompt: str, **settings: Any) -> dict[str, str]:
     return {"title": prompt, "comment": json.dumps(settings)}
 
 
-def encoded(wav: np.ndarray, rate: int, form: str, tags: Mapping[str, str] | None = None) -> bytes:
+def encode(wav: np.ndarray, rate: int, form: str, tags: Mapping[str, str] | None = None) -> bytes:
     """Returns the content of a file of f32 [N] or [C, N] in [-1, 1].
 
     Args:

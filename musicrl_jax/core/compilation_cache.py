@@ -15,8 +15,8 @@ from pathlib import Path
 import filelock
 import jax
 
-MOST_BYTES = 2 << 30  # the entries that were used least recently are removed beyond
-LEAST_SECONDS = 0.1  # of compiling: what is quicker is not kept. JAX's default is a second
+MAX_BYTES = 2 << 30  # the entries that were used least recently are removed beyond
+MIN_COMPILE_SECONDS = 0.1  # of compiling: what is quicker is not kept. JAX's default is a second
 LOCK_SECONDS = 10
 
 
@@ -44,13 +44,13 @@ def _cpu() -> str:
     return hashlib.sha256("\n".join(able).encode()).hexdigest()[:8]
 
 
-def keep() -> None:
+def enable() -> None:
     """Turns the cache on in this process; leaves it off where its folder cannot be written, which
     is no error.
     """
     settings = {
-        "jax_compilation_cache_max_size": MOST_BYTES,
-        "jax_persistent_cache_min_compile_time_secs": LEAST_SECONDS,
+        "jax_compilation_cache_max_size": MAX_BYTES,
+        "jax_persistent_cache_min_compile_time_secs": MIN_COMPILE_SECONDS,
     }
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         try:

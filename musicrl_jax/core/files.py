@@ -115,7 +115,7 @@ def set_aside(path: str | Path, reason: str) -> Path:
     return aside
 
 
-def kept(
+def cached(
     folder: str | Path, name: str, made_of: Any, make: Callable[[], dict[str, np.ndarray]]
 ) -> dict[str, np.ndarray]:
     """Returns the arrays of `make`, from the file of an earlier call if there is one.
@@ -139,7 +139,7 @@ def kept(
     return arrays
 
 
-def kept_at(path: Path, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+def cached_at(path: Path, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     """Returns the arrays of `make`, from the file if it is there; each host looks for itself.
 
     Args:

@@ -364,6 +364,6 @@ def first_decides(question: Callable[[], bool]) -> bool:
     return bool(multihost_utils.broadcast_one_to_all(np.asarray(bool(answer))))
 
 
-def lost(error: Exception) -> bool:
+def is_lost_host(error: Exception) -> bool:
     """Whether an error of JAX means that another host is gone, not that there is a mistake."""
     return jax.process_count() > 1 and "RESOURCE_EXHAUSTED" not in str(error)

@@ -96,14 +96,14 @@ class RunCheckpoints:
             self._latest = found
         return self._latest
 
-    def save(self, step: int, tree: Any, about: dict[str, Any] | None = None) -> None:
+    def save(self, step: int, tree: Any, notes: dict[str, Any] | None = None) -> None:
         """Writes the state of `step` in the background, after the one before it; a step that is there already is not
         written again.
 
         Args:
           step: updates so far, 1 or more.
           tree: the arrays; they may be donated to the next update.
-          about: what comes back from `about` after a restart, as JSON holds it.
+          notes: what comes back from `notes` after a restart, as JSON holds it.
 
         Raises:
           OSError: where this save cannot begin or the one before it failed.
@@ -116,7 +116,7 @@ class RunCheckpoints:
             return
         told = {
             "step": step,
-            "about": json.loads(json.dumps(about or {}, default=lambda number: number.item())),
+            "about": json.loads(json.dumps(notes or {}, default=lambda number: number.item())),
             "identity": self._identity,
             "arrays": _arrays(tree),
         }
@@ -150,16 +150,16 @@ class RunCheckpoints:
         )
         return self._checkpointer.restore(folder / STATE, abstract)
 
-    def about(self) -> dict[str, Any]:
+    def notes(self) -> dict[str, Any]:
         """What was told to `save` with `latest_step`; {} where there is no step."""
         step = self.latest_step()
         return unsealed(self._directory / f"{step}" / MANIFEST, kind=KIND)["about"] if step else {}
 
-    def leave(self, step: int, tree: Any, about: dict[str, Any] | None = None) -> NoReturn:
+    def leave(self, step: int, tree: Any, notes: dict[str, Any] | None = None) -> NoReturn:
         """Saves, waits until that is done on all hosts, and raises `hosts.Preempted`."""
         told = "told to stop before the first step"
         if step:
-            self.save(step, tree, about)
+            self.save(step, tree, notes)
             if not hosts.first():
                 self._settle()
             hosts.first_alone(self._settle)()

@@ -23,7 +23,7 @@ RULES: Rules = (
     ("kv", None),
 )
 # Weights while clips are drawn: whole but for the tensor axis; gathered from fsdp before the loop, not in each step.
-DRAWING_RULES = tuple((name, None if axis == "fsdp" else axis) for name, axis in RULES)
+SAMPLING_RULES = tuple((name, None if axis == "fsdp" else axis) for name, axis in RULES)
 AXES = ("data", "fsdp", "tensor")
 LARGE = 1 << 16  # elements
 
@@ -80,7 +80,7 @@ def named(array: jax.Array, axes: Sequence[str | None]) -> nn.LogicallyPartition
     return nn.LogicallyPartitioned(array, tuple(axes))
 
 
-def laid_out(
+def shapes_and_shardings(
     mesh: Mesh, create: Callable[..., Any], *arguments: Any, rules: Rules = RULES
 ) -> tuple[Any, Any]:
     """(shapes, shardings) of `create(*arguments)`, each array laid out as its axis names and the rules say.
@@ -92,9 +92,9 @@ def laid_out(
     return nn.meta.unbox(boxed), shardings
 
 
-def born_sharded(mesh: Mesh, create: Callable[..., Any], *arguments: Any) -> tuple[Any, Any]:
-    """(tree, shardings) of `create(*arguments)`, each array created where `laid_out` puts it."""
-    _, shardings = laid_out(mesh, create, *arguments)
+def create_sharded(mesh: Mesh, create: Callable[..., Any], *arguments: Any) -> tuple[Any, Any]:
+    """(tree, shardings) of `create(*arguments)`, each array created where `shapes_and_shardings` puts it."""
+    _, shardings = shapes_and_shardings(mesh, create, *arguments)
     with jax.set_mesh(mesh):
         born = jax.jit(
             lambda *a: nn.meta.unbox(create(*a)),

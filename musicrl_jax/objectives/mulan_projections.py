@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from musicrl_jax.core import checkpoint
-from musicrl_jax.core.files import kept_at
+from musicrl_jax.core.files import cached_at
 from musicrl_jax.core.manifest import read_regular
 from musicrl_jax.core.progress import Progress
 from musicrl_jax.inputs import order, pieces, pretrained
@@ -185,7 +185,7 @@ class Heard:
         identity = json.dumps(checkpoint.describe(settings), sort_keys=True)
         short = hashlib.sha256(identity.encode()).hexdigest()[:12]
         path = Path(self.folder) / f"{name.replace('/', '.')}-{split}-{short}.npz"
-        return kept_at(path, lambda: self._hear(clips, split))
+        return cached_at(path, lambda: self._hear(clips, split))
 
     def _hear(self, clips: Clips, split: str) -> dict[str, np.ndarray]:
         variables = jax.device_put({"params": self.towers.params()})

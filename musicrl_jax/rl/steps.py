@@ -60,9 +60,9 @@ class Run:
         )
         self.learner = learner = Learner(system, config)
         key = jax.eval_shape(lambda: jax.random.key(0))
-        self.shapes, self.shardings = sharding.laid_out(mesh, learner.create, key)
-        rules = sharding.DRAWING_RULES
-        gathered = sharding.laid_out(mesh, learner.create, key, rules=rules)[1]
+        self.shapes, self.shardings = sharding.shapes_and_shardings(mesh, learner.create, key)
+        rules = sharding.SAMPLING_RULES
+        gathered = sharding.shapes_and_shardings(mesh, learner.create, key, rules=rules)[1]
         self.copy_shardings = ComputeCopy(gathered.policy, gathered.policy, gathered.value)
         whole = sharding.replicated(mesh)
 
@@ -81,7 +81,7 @@ class Run:
         """Returns the state before the first step and the anchor, both with the base's weights."""
         mesh, learner = self.mesh, self.learner
         key = jax.random.key(self.config.seed)
-        state, _ = sharding.born_sharded(mesh, learner.create, key)
+        state, _ = sharding.create_sharded(mesh, learner.create, key)
         anchor = sharding.put(self._loaded.policy, self.shardings.policy)
         state = jax.jit(learner.started, out_shardings=self.shardings)(state, anchor)
         self._frozen, self._scorers = (

@@ -86,12 +86,14 @@ class Player:
         by_row, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
         little_effort = LITTLE_EFFORT.get(mesh.devices.flat[0].platform)
         key = jax.eval_shape(lambda: jax.random.key(0))
-        rules = sharding.DRAWING_RULES
+        rules = sharding.SAMPLING_RULES
 
         def drawn_policy(key: jax.Array) -> Tree:
             return system.compute_copy(Weights(system.init(key), {}), dtype).policy
 
-        self.policy_sharding = sharding.laid_out(mesh, drawn_policy, key, rules=rules)[1]
+        _, self.policy_sharding = sharding.shapes_and_shardings(
+            mesh, drawn_policy, key, rules=rules
+        )
 
         def keys(
             seed: jax.Array, step: jax.Array, stream: jax.Array, first: jax.Array

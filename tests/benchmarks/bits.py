@@ -82,7 +82,7 @@ def earlier_updates(folder: str, seconds: float) -> dict[str, np.ndarray]:
     settings |= {"policy_optimiser": Optimiser(1e-3, 1), "value_optimiser": Optimiser(1e-3, 1)}
     settings |= {"temperature": 0.99, "top_k": None, "microbatches": 1, "remat": False}
     learner, steps = build(loaded, mixture, mesh, **settings, dtype="float32")
-    state, shardings = sharding.born_sharded(mesh, learner.create, jax.random.key(0))
+    state, shardings = sharding.create_sharded(mesh, learner.create, jax.random.key(0))
     anchor = sharding.put(stacked(loaded.policy), shardings.policy)
     base = jax.device_get(anchor)
     state = jax.jit(learner.started, out_shardings=shardings)(state, anchor)

@@ -13,7 +13,7 @@ from musicrl_jax.core import audio
 @pytest.mark.parametrize("title", ["\0", "\0{", "a\0b"])
 def test_a_text_with_zero_bytes_is_kept(form, title):
     """A C string ends at one, and libsndfile refuses an empty text: such a prompt was an error of the service."""
-    content = audio.encoded(
+    content = audio.encode(
         np.zeros(100, np.float32), 16_000, form, {"title": title, "comment": "seed 1"}
     )
     with soundfile.SoundFile(io.BytesIO(content)) as file:

@@ -14,8 +14,8 @@ SCRIPT = """
 import json
 import jax
 from musicrl_jax.core import compilation_cache
-compilation_cache.LEAST_SECONDS = 0.0
-compilation_cache.keep()
+compilation_cache.MIN_COMPILE_SECONDS = 0.0
+compilation_cache.enable()
 import warnings
 warnings.simplefilter("error")
 hits = []
@@ -43,7 +43,7 @@ def test_the_next_process_finds_what_the_first_compiled(tmp_path):
     """Also once a process was killed while it wrote: half an entry is not one, and stops no other."""
     hits, folder, most = compiled(XDG_CACHE_HOME=str(tmp_path))
     assert hits == 0 and Path(folder).parent == tmp_path / "musicrl-jax"
-    assert most == compilation_cache.MOST_BYTES > 0
+    assert most == compilation_cache.MAX_BYTES > 0
     assert compiled(XDG_CACHE_HOME=str(tmp_path))[0] > 0
     entries = list(Path(folder).glob("*-cache"))
     for entry in entries:

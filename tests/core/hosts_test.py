@@ -224,7 +224,7 @@ def test_half_an_address_is_refused(monkeypatch):
 )
 def test_what_counts_as_a_lost_host(monkeypatch, processes, message, lost):
     monkeypatch.setattr(hosts.jax, "process_count", lambda: processes)
-    assert hosts.lost(RuntimeError(message)) == lost
+    assert hosts.is_lost_host(RuntimeError(message)) == lost
 
 
 FAKETIME = next(iter(sorted(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"))), None)

@@ -66,7 +66,7 @@ def opened(folder):
     step = run.latest_step()
     if step:
         assert bits(run.restore(state(0))) == bits(state(step))
-        assert run.about() == about(step)
+        assert run.notes() == about(step)
     return step, run
 
 
@@ -93,19 +93,19 @@ def test_state_and_what_was_told_come_back_bit_equal(folder):
 
 def test_a_step_without_anything_told_says_nothing(tmp_path):
     run = RunCheckpoints(tmp_path, IDENTITY)
-    assert (run.latest_step(), run.about(), run.steps()) == (0, {}, [])
+    assert (run.latest_step(), run.notes(), run.steps()) == (0, {}, [])
     with pytest.raises(ValueError, match="checkpoints holds no step"):
         run.restore(state(0))
     run.save(1, state(1))
     run.close()
-    assert (run.latest_step(), run.about()) == (1, {})
+    assert (run.latest_step(), run.notes()) == (1, {})
 
 
 def test_numbers_of_arrays_are_told_as_numbers(tmp_path):
     run = RunCheckpoints(tmp_path, IDENTITY)
     run.save(1, state(1), {"unit": (np.float32(0.1), jnp.float32(0.5), 3)})
     run.close()
-    assert run.about() == {"unit": [float(np.float32(0.1)), 0.5, 3]}
+    assert run.notes() == {"unit": [float(np.float32(0.1)), 0.5, 3]}
 
 
 def test_every_flipped_bit_is_noticed_and_the_step_before_is_used(template, tmp_path, capsys):
@@ -172,7 +172,7 @@ def test_where_all_are_damaged_the_run_begins_anew(folder, capsys):
         cut(folder / f"checkpoints/{step}/state/_METADATA")
     step, run = opened(folder)
     run.close()
-    assert (step, run.steps(), run.about()) == (0, [], {})
+    assert (step, run.steps(), run.notes()) == (0, [], {})
     assert len(capsys.readouterr().out.splitlines()) == 2
 
 

@@ -16,8 +16,10 @@ def named(key):
 
 def test_weights_are_whole_but_for_tensor_while_clips_are_drawn():
     mesh = sharding.make_mesh(2, 2)
-    shapes, spread = sharding.laid_out(mesh, named, jax.random.key(0))
-    drawing = sharding.laid_out(mesh, named, jax.random.key(0), rules=sharding.DRAWING_RULES)[1]
+    shapes, spread = sharding.shapes_and_shardings(mesh, named, jax.random.key(0))
+    drawing = sharding.shapes_and_shardings(
+        mesh, named, jax.random.key(0), rules=sharding.SAMPLING_RULES
+    )[1]
     assert spread["w"].spec == PartitionSpec("fsdp", "tensor", None)
     assert drawing["w"].spec == PartitionSpec(None, "tensor", None)
     assert shapes["w"].shape == (8, 4, 2) and spread["b"].is_fully_replicated
