@@ -28,6 +28,7 @@ from musicrl_jax.core.manifest import (
     Kind,
     check_space,
     damage,
+    error_context,
     read_regular,
     unsealed,
     write_manifest,
@@ -248,10 +249,8 @@ def beside(directory: str | Path, name: str) -> str:
 
 def _model_manifest(directory: Path) -> dict[str, Any]:
     """Reads a model's manifest. Raises ValueError if it is damaged."""
-    try:
+    with error_context(f"{directory} is damaged: ", "; restore a copy"):
         return unsealed(directory / MANIFEST, KIND, digest_required=False)
-    except ValueError as error:
-        raise ValueError(f"{directory} is damaged: {error}; restore a copy") from error
 
 
 def model_hash(directory: str | Path) -> str:

@@ -18,6 +18,7 @@ from musicrl_jax.core.manifest import (
     Kind,
     check_kind,
     check_regular,
+    error_context,
     parse_json,
     read_regular,
     replacing,
@@ -70,24 +71,18 @@ def read_json(path: str | Path, kind: Kind = dict, remedy: str = REMEDY) -> Any:
       ValueError: names the file, what is wrong with it and the remedy.
       OSError: if there is no file or it cannot be read; names it.
     """
-    try:
+    with error_context(after=f": {remedy}"):
         raw = read_regular(path)
-    except ValueError as error:
-        raise ValueError(f"{error}: {remedy}") from error
     return json_from(raw, str(path), kind, remedy)
 
 
 def json_from(raw: bytes, where: str, kind: Kind = dict, remedy: str = REMEDY) -> Any:
     """Parses JSON and checks its kind, as `read_json` does; `where` names it in errors."""
-    try:
+    with error_context(after=f": {remedy}"):
         content = parse_json(raw, where)
-    except ValueError as error:
-        raise ValueError(f"{error}: {remedy}") from error
-    try:
-        check_kind(content, kind)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}: {remedy}") from error
-    return content
+        with error_context(f"{where}: "):
+            check_kind(content, kind)
+        return content
 
 
 # --- Arrays. ---
@@ -119,8 +114,8 @@ def cached(
 ) -> dict[str, np.ndarray]:
     """Returns the arrays of `compute`, from the file of an earlier call if there is one.
 
-    So a killed run does not repeat the work. All hosts call it and return the same arrays; the
-    first host alone reads and writes the file.
+    So a run that was killed does not repeat the work. All hosts call it and return the same arrays;
+    the first host alone checks for the file and writes it.
 
     Args:
       folder: the folder of such files; the caller removes it when no host needs them.

@@ -78,6 +78,16 @@ def flush_names(folder: Path) -> None:
 
 # --- JSON of a known kind. ---
 
+
+@contextlib.contextmanager
+def error_context(before: str = "", after: str = "") -> Iterator[None]:
+    """Raises a ValueError of the block again, with words before and after its message."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{before}{error}{after}") from error
+
+
 Kind = type | tuple[type, ...] | list["Kind"] | dict[Any, "Kind"]
 
 
@@ -153,10 +163,8 @@ def unsealed(path: Path, kind: Kind = dict, digest_required: bool = True) -> dic
     digest = content.pop(SEAL, None) if isinstance(content, dict) else None
     if (digest or digest_required) and (not digest or sealed(content).encode() != raw):
         raise ValueError(f"{path.name} does not have the digest that it names")
-    try:
+    with error_context(f"{path.name}: "):
         check_kind(content, kind)
-    except ValueError as error:
-        raise ValueError(f"{path.name}: {error}") from error
     return content
 
 

@@ -23,6 +23,7 @@ from musicrl_jax.core.manifest import (
     bytes_needed,
     check_space,
     damage,
+    error_context,
     flush_names,
     sealed,
     unsealed,
@@ -259,13 +260,12 @@ class RunCheckpoints:
         has_old_state = any((self._step(step) / OLD_STATE).is_dir() for step in self._folders())
         if not path.exists() or not (steps or has_old_state or has_model(self._model_dir)):
             return None
-        try:
+        remedy = (
+            ", so the run that it belongs to is unknown; choose a new MODEL_DIR, or remove that "
+            "file if it is this run's"
+        )
+        with error_context(f"{self._directory}: ", remedy):
             return unsealed(path, digest_required=False)
-        except ValueError as error:
-            raise ValueError(
-                f"{self._directory}: {error}, so the run that it belongs to is unknown; choose a "
-                "new MODEL_DIR, or remove that file if it is this run's"
-            ) from error
 
     def _write_identity(self) -> None:
         write_on_disk(self._directory / RUN, sealed(self._identity))
