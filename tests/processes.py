@@ -7,6 +7,7 @@ that. A process that outlives its test would keep ports, locks and processor tim
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import time
 import uuid
@@ -49,6 +50,23 @@ class Processes:
         self._started.append(process)
         return process
 
+    def start_hosts(
+        self, command: list, folder: Path, count: int, env: dict[str, str] | None = None
+    ) -> list[subprocess.Popen]:
+        """Starts `count` hosts of one run. Host i appends its output to folder/log-i.txt."""
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            address = f"localhost:{free.getsockname()[1]}"
+        started = []
+        for number in range(count):
+            settings = {**os.environ, **(env or {}), "JAX_COORDINATOR_ADDRESS": address}
+            settings |= {"JAX_NUM_PROCESSES": f"{count}", "JAX_PROCESS_ID": f"{number}"}
+            with (folder / f"log-{number}.txt").open("a") as log:
+                started.append(
+                    self.start(command, env=settings, stdout=log, stderr=subprocess.STDOUT)
+                )
+        return started
+
     def run(self, command: list, check: bool = False, timeout: float | None = None, **settings):
         """Runs a process as `subprocess.run` does, with text as output.
 
@@ -62,6 +80,11 @@ class Processes:
             f"{command} ended with {process.returncode}: {(err or '')[-3000:]}"
         )
         return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+    def wait(self, started: list[subprocess.Popen], seconds: float) -> list[int]:
+        """Returns the exit statuses. Raises TimeoutExpired if a process runs any longer."""
+        deadline = time.monotonic() + seconds
+        return [process.wait(max(deadline - time.monotonic(), 0.1)) for process in started]
 
     def end(self) -> None:
         """Kills the processes that still run, and those that they started in any group."""

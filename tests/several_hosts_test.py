@@ -1,11 +1,8 @@
 """Runs over several processes, as over the hosts of a slice: killed, stopped and resumed."""
 
 import json
-import os
 import shutil
 import signal
-import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -21,30 +18,13 @@ MAX_SECONDS = 240  # for one process
 
 def start(processes, verb, folder, count, devices, dies_at=99):
     """Starts `count` processes of one run, with `devices` each."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
     command = [sys.executable, str(WORKER), verb, str(folder), str(devices), str(dies_at)]
-    workers = []
-    for number in range(count):
-        settings = dict(zip(hosts.ADDRESS, (address, f"{count}", f"{number}"), strict=True))
-        with (folder / f"log-{number}.txt").open("a") as log:
-            workers.append(
-                processes.start(
-                    command, env={**os.environ, **settings}, stdout=log, stderr=subprocess.STDOUT
-                )
-            )
-    return workers
+    return processes.start_hosts(command, folder, count)
 
 
-def check_ends(workers, folder, *statuses):
+def check_ends(processes, workers, folder, *statuses):
     """Asserts that each process ends with its status, or with one of a tuple of statuses."""
-    deadline = time.monotonic() + MAX_SECONDS
-    try:
-        ends = [worker.wait(max(deadline - time.monotonic(), 1)) for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
+    ends = processes.wait(workers, MAX_SECONDS)
     for end, expected in zip(ends, statuses, strict=True):
         expected = expected if isinstance(expected, tuple) else (expected,)
         assert end in expected, (ends, (folder / "log-0.txt").read_text()[-3000:])
@@ -86,8 +66,8 @@ def test_hosts_share_the_rows_and_write_what_one_process_writes(verb, rows, tmp_
     for folder in folders:
         folder.mkdir()
         tiny.write(folder / "system")
-    check_ends(start(processes, verb, alone, 1, 4), alone, 0)
-    check_ends(start(processes, verb, together, 2, 2), together, 0, 0)
+    check_ends(processes, start(processes, verb, alone, 1, 4), alone, 0)
+    check_ends(processes, start(processes, verb, together, 2, 2), together, 0, 0)
     assert data_set(together, name) == data_set(alone, name)
     assert row_counts(alone, 1) == [rows]
     assert row_counts(together, 2) == [rows // 2, rows // 2]
@@ -96,10 +76,10 @@ def test_hosts_share_the_rows_and_write_what_one_process_writes(verb, rows, tmp_
 
     # One is killed in its fourth batch of four clips. Measurements of both are not repeated.
     workers = start(processes, verb, cut, 2, 2, dies_at=15)
-    check_ends(workers, cut, IS_LOST, -signal.SIGKILL)
+    check_ends(processes, workers, cut, IS_LOST, -signal.SIGKILL)
     assert len(list((cut / "votes/played").iterdir())) == 3
     assert not (cut / "votes/votes.jsonl").exists()
-    check_ends(start(processes, verb, cut, 2, 2), cut, 0, 0)
+    check_ends(processes, start(processes, verb, cut, 2, 2), cut, 0, 0)
     assert data_set(cut, name) == data_set(alone, name) and not (cut / "votes/played").exists()
     assert row_counts(cut, 2)[1] == rows // 2 + 3
 
@@ -112,11 +92,11 @@ def test_a_run_survives_the_loss_and_the_stop_of_a_host(verb, tmp_path, processe
     whole, cut, moved = tmp_path / "whole", tmp_path / "cut", tmp_path / "moved"
     whole.mkdir()
     cut.mkdir()
-    check_ends(start(processes, verb, whole, 2, 2), whole, 0, 0)
+    check_ends(processes, start(processes, verb, whole, 2, 2), whole, 0, 0)
 
     # One host is killed.
     workers = start(processes, verb, cut, 2, 2, dies_at=2)
-    check_ends(workers, cut, IS_LOST, -signal.SIGKILL)
+    check_ends(processes, workers, cut, IS_LOST, -signal.SIGKILL)
     assert not checkpoint.has_model(cut) and not checkpoint.has_model(cut / "run")
 
     # One host gets SIGTERM, and both stop.
@@ -125,18 +105,18 @@ def test_a_run_survives_the_loss_and_the_stop_of_a_host(verb, tmp_path, processe
         time.sleep(0.1)
     since = time.monotonic()
     workers[1].send_signal(signal.SIGTERM)
-    check_ends(workers, cut, hosts.AGAIN, hosts.AGAIN)
+    check_ends(processes, workers, cut, hosts.AGAIN, hosts.AGAIN)
     assert time.monotonic() - since < 30
 
     # Both resume, and a lone process of 4 devices does too. Its sums differ in their last digits:
     # JAX gives Gloo, which adds in the order of several hosts, only to processes with a
     # coordination service.
     shutil.copytree(cut, moved)
-    check_ends(start(processes, verb, cut, 2, 2), cut, 0, 0)
+    check_ends(processes, start(processes, verb, cut, 2, 2), cut, 0, 0)
     assert results(cut) == results(whole)
     if verb == "train_rl":
         assert rollouts(cut) == rollouts(whole)
         return
-    check_ends(start(processes, verb, moved, 1, 4), moved, 0)
+    check_ends(processes, start(processes, verb, moved, 1, 4), moved, 0)
     for one, other in zip(results(moved)[0], results(whole)[0], strict=True):
         assert one == pytest.approx(other, rel=1e-4)

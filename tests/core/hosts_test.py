@@ -1,9 +1,7 @@
 """A process joins, stops at SIGTERM, and does what the first of several hosts does."""
 
 import inspect
-import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -92,53 +90,45 @@ work()
 # --- A lone process. ---
 
 
-def start_alone(code, ignored=()):
+def start_alone(processes, code, ignored):
     """Starts a process that joins, with some signals ignored, as by nohup, cron and `&`."""
     ignore = "".join(
         f"import signal; signal.signal({int(number)}, signal.SIG_IGN)\n" for number in ignored
     )
     launch = "import os, sys; os.execv(sys.executable, [sys.executable, '-c', sys.argv[1]])"
     command = [sys.executable, "-c", ignore + launch, PRELUDE + code]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return processes.start(command, text=True, **pipes)
 
 
-def wait_until_ready(process):
-    assert process.stdout.readline() == "ready\n", process.stderr.read()
-
-
-def test_sigterm_ends_a_joined_process_with_75():
+def test_sigterm_ends_a_joined_process_with_75(processes):
     """After a step of a training loop, after an item, behind nohup, and in a callback of gc.
 
     Also after the process was paused, and at once, by the second SIGTERM, where no Python runs.
     """
     background = (signal.SIGINT, signal.SIGHUP)
     cases = {STEPS: background, ITEMS: background, IN_A_CALLBACK: (), IN_C: ()}
-    processes = {code: start_alone(code, ignored) for code, ignored in cases.items()}
-    try:
-        for process in processes.values():
-            wait_until_ready(process)
-        # One is paused.
-        processes[ITEMS].send_signal(signal.SIGSTOP)
-        time.sleep(1.0)
-        processes[ITEMS].send_signal(signal.SIGCONT)
-        time.sleep(0.2)
-        # All get SIGTERM.
-        for process in processes.values():
-            assert process.poll() is None
-            process.send_signal(signal.SIGTERM)
-        for code, words in ((STEPS, "saved\n"), (ITEMS, ""), (IN_A_CALLBACK, "")):
-            out, errors = processes[code].communicate(timeout=60)
-            assert out == words and "ignored" not in errors
-            assert processes[code].returncode == hosts.AGAIN
-        # The last one, in which no Python runs, gets a second.
-        time.sleep(0.2)
-        assert processes[IN_C].poll() is None
-        processes[IN_C].send_signal(signal.SIGTERM)
-        assert processes[IN_C].wait(timeout=10) == -signal.SIGTERM
-    finally:
-        for process in processes.values():
-            process.kill()
-            process.communicate()
+    workers = {code: start_alone(processes, code, ignored) for code, ignored in cases.items()}
+    for worker in workers.values():
+        assert worker.stdout.readline() == "ready\n", worker.stderr.read()
+    # One is paused.
+    workers[ITEMS].send_signal(signal.SIGSTOP)
+    time.sleep(1.0)
+    workers[ITEMS].send_signal(signal.SIGCONT)
+    time.sleep(0.2)
+    # All get SIGTERM.
+    for worker in workers.values():
+        assert worker.poll() is None
+        worker.send_signal(signal.SIGTERM)
+    for code, words in ((STEPS, "saved\n"), (ITEMS, ""), (IN_A_CALLBACK, "")):
+        out, errors = workers[code].communicate(timeout=60)
+        assert out == words and "ignored" not in errors
+        assert workers[code].returncode == hosts.AGAIN
+    # The last one, in which no Python runs, gets a second.
+    time.sleep(0.2)
+    assert workers[IN_C].poll() is None
+    workers[IN_C].send_signal(signal.SIGTERM)
+    assert workers[IN_C].wait(timeout=10) == -signal.SIGTERM
 
 
 def test_stop_point_does_not_raise_inside_a_training_loop(monkeypatch):
@@ -266,42 +256,20 @@ def test_errors_of_several_hosts_but_for_memory_mean_a_lost_host(
 FAKETIME = next(iter(sorted(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"))), None)
 
 
-def start_hosts(code, count, folder, environment=None):
-    """Starts `count` hosts of one run and waits until they have met. Host i writes to folder/i."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
-    processes = []
-    for number in range(count):
-        settings = {**os.environ, **(environment or {})}
-        if count > 1:
-            settings |= dict(zip(hosts.ADDRESS, (address, f"{count}", f"{number}"), strict=True))
-        command = [sys.executable, "-c", PRELUDE + code]
-        with (folder / f"{number}").open("w") as file:
-            processes.append(
-                subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=settings)
-            )
+def start_hosts(processes, code, count, folder, environment=None):
+    """Starts `count` hosts of one run and waits until they have met."""
+    command = [sys.executable, "-c", PRELUDE + code]
+    workers = processes.start_hosts(command, folder, count, environment)
     deadline = time.monotonic() + 120
-    while not all("ready" in (folder / f"{number}").read_text() for number in range(count)):
+    while output(folder).count("ready") < count:
         assert time.monotonic() < deadline, output(folder)
-        assert not any(process.poll() for process in processes), output(folder)
+        assert not any(worker.poll() for worker in workers), output(folder)
         time.sleep(0.05)
-    return processes
+    return workers
 
 
 def output(folder):
-    return "\n".join(path.read_text()[-2000:] for path in sorted(folder.glob("[0-9]")))
-
-
-def exit_statuses(processes, seconds):
-    """Returns the exit statuses. Kills processes that still run after so many seconds."""
-    deadline = time.monotonic() + seconds
-    try:
-        return [process.wait(max(deadline - time.monotonic(), 0.1)) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
+    return "\n".join(path.read_text()[-2000:] for path in sorted(folder.glob("log-*")))
 
 
 @pytest.mark.slow
@@ -309,7 +277,7 @@ def exit_statuses(processes, seconds):
 @pytest.mark.parametrize(
     ("code", "count"), [(ITEMS, 1), (STEPS_TOGETHER, 2)], ids=["alone", "two hosts"]
 )
-def test_a_step_of_the_wall_clock_ends_no_run(tmp_path, code, count):
+def test_a_step_of_the_wall_clock_ends_no_run(processes, tmp_path, code, count):
     clock = tmp_path / "clock"
     clock.write_text("+0")
     faked = {
@@ -320,14 +288,14 @@ def test_a_step_of_the_wall_clock_ends_no_run(tmp_path, code, count):
     }
     # libfaketime breaks time.sleep.
     code = code.replace("time.sleep(", "select.select([], [], [], ")
-    processes = start_hosts(code, count, tmp_path, faked)
+    workers = start_hosts(processes, code, count, tmp_path, faked)
     for step in ("-3600", "+60", "+3600", "+315360000", "+0"):
         (tmp_path / "next").write_text(step)
         (tmp_path / "next").rename(clock)
         time.sleep(3 * hosts.TICK_SECONDS)
-        assert not any(process.poll() for process in processes), (step, output(tmp_path))
-    processes[-1].send_signal(signal.SIGTERM)
-    assert exit_statuses(processes, 30) == [hosts.AGAIN] * count, output(tmp_path)
+        assert not any(worker.poll() for worker in workers), (step, output(tmp_path))
+    workers[-1].send_signal(signal.SIGTERM)
+    assert processes.wait(workers, 30) == [hosts.AGAIN] * count, output(tmp_path)
 
 
 @pytest.mark.slow
@@ -335,31 +303,31 @@ def test_a_step_of_the_wall_clock_ends_no_run(tmp_path, code, count):
 @pytest.mark.parametrize(
     "code", [STEPS_TOGETHER, FIRST_ALONE, ITEMS], ids=["steps", "work of the first", "loops"]
 )
-def test_two_hosts_stop_together_at_sigterm_to_either(tmp_path, code, number):
-    processes = start_hosts(code, 2, tmp_path)
+def test_two_hosts_stop_together_at_sigterm_to_either(processes, tmp_path, code, number):
+    workers = start_hosts(processes, code, 2, tmp_path)
     time.sleep(1)
-    processes[number].send_signal(signal.SIGTERM)
-    assert exit_statuses(processes, 30) == [hosts.AGAIN] * 2, output(tmp_path)
+    workers[number].send_signal(signal.SIGTERM)
+    assert processes.wait(workers, 30) == [hosts.AGAIN] * 2, output(tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [0, 1])
-def test_a_host_that_is_lost_ends_the_other_within_about_a_minute(tmp_path, number):
-    processes = start_hosts(STEPS_TOGETHER, 2, tmp_path)
-    processes[number].kill()
-    status = exit_statuses(processes, 90)[1 - number]
+def test_a_host_that_is_lost_ends_the_other_within_about_a_minute(processes, tmp_path, number):
+    workers = start_hosts(processes, STEPS_TOGETHER, 2, tmp_path)
+    workers[number].kill()
+    status = processes.wait(workers, 90)[1 - number]
     # JAX's own abort if the first host is lost.
     assert status in (hosts.LOST, -signal.SIGABRT), output(tmp_path)
 
 
 @pytest.mark.slow
-def test_a_finished_host_waits_for_the_others(tmp_path):
+def test_a_finished_host_waits_for_the_others(processes, tmp_path):
     code = """
 import jax
 print("ready", flush=True)
 time.sleep(8 * jax.process_index())
 print("done", flush=True)
 """
-    processes = start_hosts(code, 2, tmp_path)
-    assert exit_statuses(processes, 60) == [0, 0], output(tmp_path)
+    workers = start_hosts(processes, code, 2, tmp_path)
+    assert processes.wait(workers, 60) == [0, 0], output(tmp_path)
     assert output(tmp_path).count("done") == 2

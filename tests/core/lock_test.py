@@ -152,28 +152,27 @@ def test_another_hosts_lock_is_taken_over_only_without_touches(
     assert f"locked by process {os.getpid()} on host far" in capsys.readouterr().out
 
 
-def test_of_processes_that_start_at_once_one_gets_the_lock(tmp_path):
+def test_of_processes_that_start_at_once_one_gets_the_lock(tmp_path, processes):
     """In odd rounds all of them want to take over the lock of a dead process."""
     rounds, starters = 20, 3
     with holder(tmp_path / "dead"):
         pass
     stale = [path.name for path in (tmp_path / "dead").iterdir()]
     command = [sys.executable, "-c", RACE, str(tmp_path), f"{rounds}"]
-    racers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(starters)]
-    try:
-        for number in range(rounds):
-            until(tmp_path, f"ready-{number}-*", starters)
-            prepared = tmp_path / f"prepared-{number}"
-            prepared.mkdir()
-            for name in stale if number % 2 else ():
-                (prepared / name).write_bytes((tmp_path / "dead" / name).read_bytes())
-            prepared.rename(tmp_path / f"{number}")
-            until(tmp_path, f"done-{number}-*", starters - 1)  # the refused
-            (tmp_path / f"over-{number}").touch()
-        winners = "".join(racer.communicate(timeout=30)[0] for racer in racers).split()
-    finally:
-        for racer in racers:
-            racer.kill()
+    pipe = subprocess.PIPE
+    racers = [processes.start(command, stdout=pipe, text=True) for _ in range(starters)]
+    for number in range(rounds):
+        # The folder of a round appears with its files, once all are ready.
+        until(tmp_path, f"ready-{number}-*", starters)
+        prepared = tmp_path / f"prepared-{number}"
+        prepared.mkdir()
+        for name in stale if number % 2 else ():
+            (prepared / name).write_bytes((tmp_path / "dead" / name).read_bytes())
+        prepared.rename(tmp_path / f"{number}")
+        # All but the winner are refused.
+        until(tmp_path, f"done-{number}-*", starters - 1)
+        (tmp_path / f"over-{number}").touch()
+    winners = "".join(racer.communicate(timeout=30)[0] for racer in racers).split()
     assert sorted(map(int, winners)) == list(range(rounds))
 
 
