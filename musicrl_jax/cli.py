@@ -894,7 +894,7 @@ def _do(name: str, as_command: bool) -> int:
 
     verb = gin.get_configurable(f"musicrl.{name}")
     if as_command and name != "plan":  # which reads what XLA says while it compiles
-        compilation_cache.keep()
+        compilation_cache.enable()
     try:
         if name in WITHOUT_A_RUN:
             verb()
@@ -920,7 +920,7 @@ def _do(name: str, as_command: bool) -> int:
                 file=sys.stderr,
             )
             return 1
-        if not hosts.lost(error):
+        if not hosts.is_lost_host(error):
             raise
         told = f"musicrl {name}: another host is lost; start all of them again: {error}"
         print(told, file=sys.stderr, flush=True)

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from musicrl_jax.arena.audience import Audience, LoadedAudience
 from musicrl_jax.arena.listeners import Panel
 from musicrl_jax.core import checkpoint, hosts, lock, sharding
-from musicrl_jax.core.files import kept, read_json, set_aside, write_json
+from musicrl_jax.core.files import cached, read_json, set_aside, write_json
 from musicrl_jax.core.keys import Stream
 from musicrl_jax.core.progress import Progress
 from musicrl_jax.core.statistics import LEAST_INTERVAL, too_small
@@ -176,7 +176,7 @@ class _Stage:
         for first in Progress(starts, f"collect {split}", len(starts)):
             chosen = [texts[i % len(texts)] for i in range(first, first + pairs)]
             play_batch = partial(self._play_batch, split, first, chosen)
-            batches.append(kept(folder, f"{split}-{first}+{pairs}", collection.data, play_batch))
+            batches.append(cached(folder, f"{split}-{first}+{pairs}", collection.data, play_batch))
         return batches
 
     def _play_batch(self, split: str, first: int, texts: list[str]) -> dict[str, np.ndarray]:

@@ -24,7 +24,14 @@ from musicrl_jax.arena.figures import OPINION, Arrays
 from musicrl_jax.arena.listeners import MEASUREMENTS
 from musicrl_jax.arena.monitor import RULE
 from musicrl_jax.core import checkpoint, extras, hosts, lock, sharding
-from musicrl_jax.core.files import json_from, kept, provide_caches, read_json, set_aside, write_json
+from musicrl_jax.core.files import (
+    cached,
+    json_from,
+    provide_caches,
+    read_json,
+    set_aside,
+    write_json,
+)
 from musicrl_jax.core.keys import Stream
 from musicrl_jax.core.progress import Progress
 from musicrl_jax.core.statistics import printed
@@ -182,7 +189,7 @@ def evaluate(
     print(f"{directory}: {len(texts)} prompts, {config.seeds} clips each by {', '.join(systems)}")
 
     def play(name: str, policy: Tree, *best: Any) -> Arrays:
-        return kept(directory / PLAYED, name, identity, lambda: bench.play(name, policy, *best))
+        return cached(directory / PLAYED, name, identity, lambda: bench.play(name, policy, *best))
 
     with jax.set_mesh(bench.mesh):
         results = {name: play(name, system.policy) for name, system in loaded.items()}

@@ -413,8 +413,8 @@ def _layouts(system: MusicSystem, weights: Weights, dtype: str, chips: int) -> d
     def policy(key: jax.Array) -> Tree:
         return system.compute_copy(Weights(system.init(key), {}), dtype).policy
 
-    key, rules = jax.random.key(0), sharding.DRAWING_RULES
-    split = sharding.laid_out(mesh, policy, key, rules=rules)[1]
+    key, rules = jax.random.key(0), sharding.SAMPLING_RULES
+    split = sharding.shapes_and_shardings(mesh, policy, key, rules=rules)[1]
     for (name, array), (_, layout) in zip(_named(weights.policy), _named(split), strict=True):
         for axis, mesh_axis in enumerate(layout.spec):
             if mesh_axis and array.shape[axis] % chips:

@@ -160,7 +160,7 @@ def _make(system: str, order: _Order) -> list[Path]:
             wav, candidate, _ = piece.best()
             name = f"{_stem(order.prompts[number], order.seed)}_{candidate}.{order.form}"
             paths[number] = order.file or order.folder / name
-            tags = audio.made_from(order.prompts[number], **settings, candidate=candidate)
+            tags = audio.provenance_tags(order.prompts[number], **settings, candidate=candidate)
             clips.append((paths[number], wav, tags))
         hosts.first_alone(_save)(clips, order, about["sample_rate_hz"])
     return [paths[number] for number in range(count)]
@@ -305,7 +305,7 @@ def _target(out: str, single: bool) -> tuple[Path, Path | None, str]:
             )
         return path, None, "wav"
     try:
-        form = audio.form_of(out)
+        form = audio.audio_format(out)
     except ValueError as error:
         raise ValueError(f"{error}, or for a new folder a name that ends in /") from None
     if path.stem == EVERY:
@@ -399,7 +399,7 @@ def _save(
     for path, wav, tags in clips:
         if order.loudness_lufs is not None:
             wav = _levelled(wav, rate, order.loudness_lufs, path)
-        _write(path, audio.encoded(np.clip(wav, -1, 1), rate, order.form, tags))
+        _write(path, audio.encode(np.clip(wav, -1, 1), rate, order.form, tags))
         print(path)
 
 

@@ -91,7 +91,7 @@ def train(  # noqa: PLR0913
     transform = optimiser.build(steps)
     create = partial(first_state, objective, transform)
     example = sharding.put_batch(mesh, first, batch_size)
-    state, shardings = sharding.born_sharded(mesh, create, jax.random.key(seed), example)
+    state, shardings = sharding.create_sharded(mesh, create, jax.random.key(seed), example)
     step_function = training_step(objective, transform, seed, mesh, shardings)
     start = checkpoints.latest_step()
     state = checkpoints.restore(state) if start else _initialised(objective, state, shardings)

@@ -103,7 +103,7 @@ def train_rl(
     with closing(checkpoints), jax.set_mesh(mesh), MetricWriter(directory, start) as writer:
         # Clips of the base: the units of the rewards come from them, and the judge listens to them.
         if start:
-            units = {name: tuple(unit) for name, unit in checkpoints.about()["units"].items()}
+            units = {name: tuple(unit) for name, unit in checkpoints.notes()["units"].items()}
         else:
             units = _base_units(run, mixture, anchor, prompts)
         record = {"anchor": loaded.hashes["policy"], "units": units, "seed": config.seed}

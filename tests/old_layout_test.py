@@ -1,4 +1,4 @@
-"""Folders that older versions wrote: a policy's, with the models that it needs beside it, and no system.json."""
+"""Runs of older versions load: a policy, with its models beside it, and no system.json."""
 
 import functools
 import hashlib
@@ -14,7 +14,7 @@ from flax.linen import meta
 
 from musicrl_jax import pack
 from musicrl_jax.core import checkpoint
-from musicrl_jax.core.manifest import MANIFEST, described_files, sealed
+from musicrl_jax.core.manifest import sealed, write_manifest
 from musicrl_jax.models.mulan import MuLan
 from musicrl_jax.models.musiclm import MusicLM
 from musicrl_jax.models.semantic import SemanticEncoder
@@ -25,7 +25,7 @@ from musicrl_jax.systems.musiclm import MusicLMSystem
 from musicrl_jax.systems.player import roll_out
 from musicrl_jax.systems.system import Sampling, Weights
 
-# Config of each model as f1186c7 wrote it, and a digest of the names, kinds and shapes of its arrays.
+# Each model's config as f1186c7 wrote it, and a digest of its arrays' names, dtypes and shapes.
 OLD = {
     "codec": (
         '{"kind": "SoundStreamConfig", "sample_rate_hz": 8000, "strides": [8, 5, 4], '
@@ -63,6 +63,7 @@ OLD = {
         "e4dd5d7c97a9ee77",
     ),
 }
+# Example inputs, for the shapes of the weights.
 WAV, TOKENS, CODES = (
     jnp.zeros((1, 8000)),
     jnp.zeros((1, 1, 3), jnp.int32),
@@ -79,25 +80,21 @@ MODULES = {
 
 
 def write(directory, config, variables, assets):
-    """Writes a model as f1186c7 did -> its hash."""
+    """Writes a model as f1186c7 did, and returns its hash."""
     directory.mkdir(parents=True)
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(directory / "variables", variables)
     for name, content in assets.items():
         (directory / name).write_bytes(content)
-    manifest = {
-        "config": json.loads(config),
-        "hash": checkpoint.content_hash(variables),
-        "assets": sorted(assets),
-        "files": described_files(directory),
-    }
-    (directory / MANIFEST).write_text(sealed(manifest))
-    return manifest["hash"]
+    model_hash = checkpoint.content_hash(variables)
+    manifest = {"config": json.loads(config), "hash": model_hash, "assets": sorted(assets)}
+    write_manifest(directory, manifest)
+    return model_hash
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """The folder of a run, and the hash of each of its models."""
+    """Returns the folder of a run and the hash of each of its models."""
     directory, hashes = tmp_path_factory.mktemp("run"), {}
     for name, (part, module, example) in MODULES.items():
         config, digest = OLD[name]
@@ -105,9 +102,7 @@ def run(tmp_path_factory):
         shapes = meta.unbox(jax.eval_shape(module(parsed).init, jax.random.key(0), *example))
         leaves = jax.tree_util.tree_leaves_with_path(shapes)
         lines = [f"{jax.tree_util.keystr(path)} {x.dtype} {x.shape}" for path, x in leaves]
-        assert hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16] == digest, (
-            f"{name} has other arrays"
-        )
+        assert hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16] == digest, name
         rng = np.random.default_rng(len(hashes))
         variables = jax.tree.map(
             lambda x, rng=rng: rng.normal(size=x.shape).astype(x.dtype), shapes
@@ -121,14 +116,17 @@ def run(tmp_path_factory):
 
 @pytest.fixture
 def policy(run, tmp_path):
-    """A policy's folder that a test may change, and the models beside it."""
+    """Returns a policy's folder, beside its models, which the test may change."""
     shutil.copytree(run[0], tmp_path / "run")
     return tmp_path / "run/policy"
 
 
 def parts(hashes):
-    """Hashes by the names that the parts of a system have."""
+    """Returns the hashes under the names of a system's parts."""
     return {MODULES[name][0]: hash_ for name, hash_ in hashes.items()}
+
+
+# --- Loading. ---
 
 
 def test_an_old_policy_is_a_system_whose_weights_fit_its_models(run):
@@ -157,22 +155,23 @@ def test_an_old_policy_is_a_system_whose_weights_fit_its_models(run):
     assert encoding.policy is None and set(encoding.frozen) == set(MusicLMSystem.ENCODING)
 
 
-def test_the_length_of_clips_is_found_where_an_older_finetuning_left_it(policy, tmp_path):
+# --- Packing. ---
+
+
+def test_an_old_policy_is_packed_as_one_system_with_its_hashes_and_clip_length(
+    run, policy, tmp_path
+):
+    # An older finetuning left the clip length in the identity of its run.
     (policy / "checkpoints").mkdir()
     (policy / "checkpoints/run.json").write_text(sealed({"clip_seconds": 0.4}))
     assert folder.load(str(policy)).clip_seconds == 0.4
-    pack.pack(str(tmp_path / "whole"), system=str(policy), format="system")
-    assert folder.load(str(tmp_path / "whole")).clip_seconds == 0.4  # without the run
-
-
-def test_an_old_policy_is_packed_as_one_system_with_its_hashes(run, policy, tmp_path):
     whole = tmp_path / "whole"
     pack.pack(str(whole), system=str(policy), format="system")
     shutil.rmtree(policy.parent)
     moved = whole.rename(tmp_path / "elsewhere")
     assert {path.name for path in moved.iterdir()} == {"system.json", *parts(run[1])}
     loaded = folder.load(str(moved), list(MusicLMSystem.PARTS))
-    assert loaded.hashes == parts(run[1])
+    assert loaded.hashes == parts(run[1]) and loaded.clip_seconds == 0.4
     before = folder.load(str(run[0] / "policy"), list(MusicLMSystem.PARTS))
     jax.tree.map(np.testing.assert_array_equal, loaded.policy, before.policy)
     jax.tree.map(np.testing.assert_array_equal, loaded.frozen, before.frozen)
@@ -180,7 +179,7 @@ def test_an_old_policy_is_packed_as_one_system_with_its_hashes(run, policy, tmp_
     assert not list(tmp_path.glob(".*"))
 
 
-def test_a_system_that_refers_elsewhere_is_packed_with_what_it_names(run, policy, tmp_path):
+def test_a_system_is_packed_with_the_models_that_it_refers_to(run, policy, tmp_path):
     system = tmp_path / "base"
     places = {
         MODULES[name][0]: str(policy.parent / name) for name in ("policy", "fine", "codec", "mulan")
@@ -202,7 +201,7 @@ def full_disk(*_):
 
 def test_a_system_is_packed_whole_or_not_at_all(policy, tmp_path):
     out = tmp_path / "whole"
-    shutil.rmtree(policy.parent / "semantic")  # which plays nothing
+    shutil.rmtree(policy.parent / "semantic")  # not needed for generation
     shutil.move(policy.parent / "mulan", tmp_path / "mulan")
     with pytest.raises(FileNotFoundError, match=r"no MuLanConfig checkpoint in .*mulan"):
         pack.pack(str(out), system=str(policy), format="system")

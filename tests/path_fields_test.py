@@ -1,4 +1,4 @@
-"""Fields of configs that hold paths are marked as such, so that no other text is taken for one."""
+"""Configs mark the fields that hold paths, so no other text is taken for a path."""
 
 import ast
 import hashlib
@@ -27,46 +27,44 @@ LOOKS_LIKE_A_PATH = re.compile(
     rf"dir|folder|path|file|model|vocabulary|weights|csv|({'|'.join(PARTS)})$"
 )
 TEXTS = "str", "str | None", "tuple[str, ...]"
-NO_CONFIG = {"Wheel.file"}  # what is fetched, by its name on the index
+NO_CONFIG = {"Wheel.file"}  # a file's name on the package index
 
 
-def unmarked(source):
-    """Returns the fields of dataclasses that look like paths and are not marked, and all fields of text."""
-    every, bare = [], []
+def text_fields(source):
+    """Yields the name of each text field of dataclasses, and whether it is an unmarked path."""
     for config in ast.walk(ast.parse(source)):
-        if not isinstance(config, ast.ClassDef) or "dataclass" not in " ".join(
-            map(ast.unparse, config.decorator_list)
-        ):
+        decorators = [ast.unparse(each) for each in getattr(config, "decorator_list", ())]
+        if not isinstance(config, ast.ClassDef) or "dataclass" not in " ".join(decorators):
             continue
         for field in config.body:
             if isinstance(field, ast.AnnAssign) and ast.unparse(field.annotation) in TEXTS:
-                every.append(f"{config.name}.{field.target.id}")
+                name = f"{config.name}.{field.target.id}"
                 is_marked = field.value is not None and "metadata=" in ast.unparse(field.value)
-                if (
-                    LOOKS_LIKE_A_PATH.search(field.target.id)
-                    and not is_marked
-                    and every[-1] not in NO_CONFIG
-                ):
-                    bare.append(every[-1])
-    return bare, every
+                is_path = LOOKS_LIKE_A_PATH.search(field.target.id) and name not in NO_CONFIG
+                yield name, bool(is_path and not is_marked)
+
+
+# --- Marks. ---
 
 
 def test_every_field_that_looks_like_a_path_is_marked():
-    fields = set()
+    fields = {}
     for room in ROOMS:
         for file in sorted((PACKAGE / room).glob("*.py")):
-            bare, every = unmarked(file.read_text())
-            assert not bare, (
-                f"{file}: mark {bare[0]} with dataclasses.field(metadata=checkpoint.PATH)"
-            )
-            fields |= set(every)
-    assert {"Clips.data_dir", "Prompts.files", "DPOObjective.policy", "RLConfig.dtype"} <= fields
+            fields |= dict(text_fields(file.read_text()))
+    bare = [name for name, is_bare in fields.items() if is_bare]
+    assert not bare, f"mark {bare[0]} with dataclasses.field(metadata=checkpoint.PATH)"
+    assert fields.keys() >= {"Clips.data_dir", "Prompts.files", "DPOObjective.policy"}
+    # Only unmarked fields that look like paths count.
     source = "@dataclass\nclass A:\n out_dir: str\n mulan: str = ''\n steps: int\n baseline: str\n"
-    assert unmarked(source)[0] == ["A.out_dir", "A.mulan"]
+    assert dict(text_fields(source)) == {"A.out_dir": True, "A.mulan": True, "A.baseline": False}
+
+
+# --- Descriptions. ---
 
 
 def settings():
-    """One of each kind of setting, none of whose paths is there."""
+    """Returns one setting of each kind, with paths that do not exist."""
     clips = Clips({"value": 1.0}, "data", 16_000, vocabulary="words")
     optimiser = Optimiser(1e-3)
     return [
@@ -83,6 +81,7 @@ def test_a_file_named_like_a_setting_changes_no_identity(tmp_path, monkeypatch):
     """So a run may be resumed from any working directory."""
     monkeypatch.chdir(tmp_path)
     before = checkpoint.describe(settings())
+    # Files with the names of settings.
     for name in ("value", "float32", "reinforce", "exact", "c0", "manifest.json", "votes.jsonl"):
         (tmp_path / name).write_text("a file")
     assert checkpoint.describe(settings()) == before
@@ -128,11 +127,7 @@ def test_paths_are_described_as_before_they_were_marked(tmp_path):
         "policy": policy,
         "crop": 1.0,
     }
-    assert (
-        checkpoint.describe(PreferenceObjective(None, votes, "missing/policy"))["policy"]
-        == "missing/policy"
-    )
-    assert checkpoint.describe(Prompts(files=(str(tmp_path / "words"), "none")))["files"] == [
-        sha256(tmp_path / "words"),
-        "none",
-    ]
+    missing = checkpoint.describe(PreferenceObjective(None, votes, "missing/policy"))
+    assert missing["policy"] == "missing/policy"
+    prompts = checkpoint.describe(Prompts(files=(str(tmp_path / "words"), "none")))
+    assert prompts["files"] == [sha256(tmp_path / "words"), "none"]

@@ -1,4 +1,4 @@
-"""What tests start has default signals and is gone afterwards."""
+"""Processes of tests have default signals and do not outlive their test."""
 
 import os
 import signal
@@ -10,18 +10,19 @@ from pathlib import Path
 import pytest
 from processes import Processes, default_signals
 
+# Prints a line once it runs.
 SLEEP = [sys.executable, "-c", "import time; print('up', flush=True); time.sleep(60)"]
 
 
 @pytest.fixture
 def ignored():
-    """SIGINT as `nohup` leaves it."""
+    """Ignores SIGINT, as `nohup` does."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     yield
     signal.signal(signal.SIGINT, before)
 
 
-def test_what_is_started_hears_a_signal_that_the_tests_ignore(ignored, processes):
+def test_a_process_gets_a_signal_that_the_tests_ignore(ignored, processes):
     process = processes.start(SLEEP, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "up\n"
     process.send_signal(signal.SIGINT)
@@ -29,7 +30,7 @@ def test_what_is_started_hears_a_signal_that_the_tests_ignore(ignored, processes
     os.kill(os.getpid(), signal.SIGINT)  # the tests go on ignoring it
 
 
-def test_signals_that_are_not_ignored_are_left_alone():
+def test_handlers_of_other_signals_stay():
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     default_signals()
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
@@ -38,7 +39,7 @@ def test_signals_that_are_not_ignored_are_left_alone():
 @pytest.mark.parametrize(
     "command", ["sleep 60 & echo $!; wait", "setsid sleep 60 & echo $!"], ids=["group", "session"]
 )
-def test_nothing_outlives_its_test(command):
+def test_no_process_outlives_its_test(command):
     with Processes() as processes:
         process = processes.start(["bash", "-c", command], stdout=subprocess.PIPE, text=True)
         child = int(process.stdout.readline())
@@ -49,7 +50,7 @@ def test_nothing_outlives_its_test(command):
         time.sleep(0.01)
 
 
-def test_a_failed_command_says_what_it_wrote(processes):
-    with pytest.raises(AssertionError, match=r"ended with 3: .*told"):
-        processes.run(["bash", "-c", "echo told >&2; exit 3"], check=True, capture_output=True)
+def test_the_error_of_a_failed_command_ends_with_its_stderr(processes):
+    with pytest.raises(AssertionError, match=r"ended with 3: .*words"):
+        processes.run(["bash", "-c", "echo words >&2; exit 3"], check=True, capture_output=True)
     assert processes.run(["echo", "x"], capture_output=True).stdout == "x\n"

@@ -1,7 +1,4 @@
-"""One process of a run over several, for several_hosts_test.py: VERB FOLDER DEVICES DIES_AT.
-
-Its name is no test's: pytest leaves it alone.
-"""
+"""One process of a run over several, for several_hosts_test.py: VERB FOLDER DEVICES DIES_AT."""
 
 import os
 import sys
@@ -28,13 +25,16 @@ WRITE = metric_files.MetricWriter.write
 
 
 def write(self, step, metrics, prefix=""):
-    """As it is; then the last process may die, or the first says that it got here and waits to be told to stop."""
+    """Writes metrics. At step DIES_AT the last process dies; at -DIES_AT it waits for SIGTERM."""
     WRITE(self, step, metrics, prefix)
     if step == dies_at and jax.process_index() == jax.process_count() - 1 > 0:
         os.kill(os.getpid(), signal.SIGKILL)
     if step == -dies_at:
         (folder / f"here-{jax.process_index()}").touch()
         time.sleep(1)
+
+
+# --- Verbs, as their tests run them. ---
 
 
 def train():
@@ -50,22 +50,22 @@ def train_rl():
     from musicrl_jax.rl.steps import Run
     from musicrl_jax.systems import tiny
 
-    tiny.write(folder / "base")  # which the hosts share
+    tiny.write(folder / "base")  # the hosts share it
     (folder / "one.txt").write_text("a tune")
     train_rl_test.files = lambda: (folder, None)
     draw = Run.draw
 
-    def noted(self, policy, prompts, step, stream):
-        """Leaves a line a step: the content of all that was drawn."""
+    def draw_and_note(self, policy, prompts, step, stream):
+        """Draws a rollout, and appends a hash of it to a file."""
         rollout = draw(self, policy, prompts, step, stream)
         if stream == Stream.ROLLOUT:
             tokens, wav = sharding.fetch((rollout.sampled.tokens, rollout.wav))
             content = hashlib.sha256(tokens.tobytes() + wav.tobytes()).hexdigest()
-            with (folder / f"drawn-{jax.process_index()}.jsonl").open("a") as file:
+            with (folder / f"rollouts-{jax.process_index()}.jsonl").open("a") as file:
                 file.write(json.dumps(content) + "\n")
         return rollout
 
-    Run.draw = noted
+    Run.draw = draw_and_note
     train_rl_test.loop(folder, steps=STEPS, save_every=2, saves=True, normalise=True, fsdp=2)
 
 
@@ -74,12 +74,12 @@ def collect():
 
     measure = collect_test.Pitch.measure
 
-    def counted(ears, wav, attributes):
-        if shared(1) == dies_at and jax.process_index() == jax.process_count() - 1 > 0:
+    def measure_and_count(ears, wav, measurements):
+        if count_rows(1) == dies_at and jax.process_index() == jax.process_count() - 1 > 0:
             os.kill(os.getpid(), signal.SIGKILL)
-        return measure(ears, wav, attributes)
+        return measure(ears, wav, measurements)
 
-    collect_test.Pitch.measure = counted
+    collect_test.Pitch.measure = measure_and_count
     collect_test.collected(folder)
 
 
@@ -88,16 +88,16 @@ def encode():
 
     fetch = sharding.fetch
 
-    def counted(tree):
-        shared(len(sharding.local_rows(tree["tokens"])))
+    def fetch_and_count(tree):
+        count_rows(len(sharding.local_rows(tree["tokens"])))
         return fetch(tree)
 
-    sharding.fetch = counted
+    sharding.fetch = fetch_and_count
     encode_test.encode_tones(folder)
 
 
-def shared(rows):
-    """Counts the rows that this process computes, over all attempts, and returns their number."""
+def count_rows(rows):
+    """Adds `rows` to this process's count over all attempts, and returns the count."""
     path = folder / f"rows-{jax.process_index()}.txt"
     count = rows + (int(path.read_text()) if path.exists() else 0)
     path.write_text(f"{count}")
@@ -113,7 +113,7 @@ def main():
 try:
     main()
 except jax.errors.JaxRuntimeError as error:
-    if not hosts.lost(error):
+    if not hosts.is_lost_host(error):
         raise
     print("lost", error, flush=True)
     os._exit(hosts.LOST)

@@ -129,7 +129,7 @@ def test_one_device_equals_eight_on_any_mesh():
     for devices, fsdp, tensor in ((1, 1, 1), (8, 1, 1), (8, 2, 2)):
         mesh = sharding.make_mesh(fsdp, tensor, jax.devices()[:devices])
         arrays = sharding.put_batch(mesh, batch)
-        state, _ = sharding.born_sharded(mesh, create, jax.random.key(0), arrays)
+        state, _ = sharding.create_sharded(mesh, create, jax.random.key(0), arrays)
         with jax.set_mesh(mesh), jax.default_matmul_precision("highest"):
             results.append(jax.device_get(jax.jit(jax.value_and_grad(loss))(state.params, arrays)))
         gate = state.params["trunk"]["temporal"]["block_0"]["gate"].sharding

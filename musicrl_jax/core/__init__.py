@@ -1,1 +1,1 @@
-"""What every run needs and no machine learning: sharding, state, checkpoints, metrics, keys, tokens, spectra."""
+"""What every run needs besides machine learning: sharding, checkpoints, locks, metrics, keys."""

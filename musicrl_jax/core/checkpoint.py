@@ -1,7 +1,7 @@
-"""Models on disk, by Orbax.
+"""Models on disk, by Orbax, and the description of settings that identifies a run.
 
-A model's folder is what other stages read: the weights, the config that rebuilds the module, a hash of the content and
-any files that belong to it.
+A model's folder holds the weights, the config that rebuilds the module, a hash of the content and
+assets: small files that belong to the model.
 """
 
 import dataclasses
@@ -28,26 +28,25 @@ from musicrl_jax.core.manifest import (
     Kind,
     check_space,
     damage,
-    described_files,
+    error_context,
     read_regular,
-    sealed,
     unsealed,
-    write_on_disk,
+    write_manifest,
 )
 
 MODEL = "model"
-LINEAGE = "tokens.json"  # asset of a token model: which models wrote the tokens that it was trained on, {name: hash}
-CLIP = "clip.json"  # asset of a token model: the length of the clips that it was trained on, {"seconds": s}
-ANCHOR = "anchor.json"  # asset of a finetuned policy: its anchor's content hash, what its rewards declare, the alarm
-TOLD_BY = (
-    MANIFEST,
-    "votes.jsonl",
-)  # the files that say what a folder of tokens, or of votes on them, holds
-# The kind of a model's manifest; older ones do not list their files.
+# Assets of a token model: the models that wrote its training tokens, {name: hash}, and the length
+# of its training clips, {"seconds": s}.
+LINEAGE, CLIP = "tokens.json", "clip.json"
+# Asset of a finetuned policy: its anchor's hash, the declarations of its rewards, the alarm.
+ANCHOR = "anchor.json"
+# Files whose hash describes a folder of tokens, or of votes on them.
+DESCRIPTIONS = MANIFEST, "votes.jsonl"
+# The kind of a model's manifest. Manifests of older versions do not list their files.
 KIND = {"config": {"kind?": str}, "hash": str, "assets": [str], "files?": FILES}
-NO_IDENTITY = {"identity": False}
+NO_IDENTITY = {"identity": False}  # metadata of a dataclass's field that `describe` omits
 
-# What Orbax logs with a traceback, several times over, it raises as well, and that becomes one error here.
+# Orbax logs errors, several times and with tracebacks, that it also raises.
 logging.getLogger("absl").addFilter(
     lambda record: not (record.exc_info and "orbax" in record.pathname)
 )
@@ -60,8 +59,8 @@ class Model:
     Attributes:
       config: the dataclass that rebuilds its module.
       variables: its weights and other collections.
-      hash: sha256 over names, shapes, dtypes and bytes of all arrays.
-      assets: files that came with it.
+      hash: the `content_hash` of the variables.
+      assets: the content of its assets, by name.
     """
 
     config: Any
@@ -70,25 +69,28 @@ class Model:
     assets: dict[str, bytes]
 
     def json_asset(self, name: str, kind: Kind, default: Any = None) -> Any:
-        """Returns an asset that is JSON, or the default where there is none.
+        """Returns an asset that is JSON, or the default if there is no such asset.
 
-        Raises ValueError if it is damaged, not of the kind (see `manifest.check_kind`), or needed and
-        missing.
+        Raises ValueError if it is damaged, is not of the kind (see `manifest.check_kind`), or is
+        missing and has no default.
         """
         where = f"the {type(self.config).__name__} checkpoint {self.hash[:12]}"
-        if name not in self.assets and default is not None:
-            return default
         if name not in self.assets:
+            if default is not None:
+                return default
             raise ValueError(f"{where} has no {name}: train it again with this version")
         remedy = "train it again, or restore a copy"
         return json_from(self.assets[name], f"{name} of {where}", kind, remedy)
 
 
-Reader = Callable[[str | Path, type], Model]  # as `load_model`; a planner's reads shapes alone
+Reader = Callable[[str | Path, type], Model]  # `load_model`, or a planner's that reads only shapes
+
+
+# --- Hashes and configs. ---
 
 
 def content_hash(tree: Any) -> str:
-    """sha256, as hex, over every leaf's path, dtype, shape and bytes: equal exactly where the content is."""
+    """Returns the sha256, in hex, over path, dtype, shape and bytes of every array of a tree."""
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         array = np.asarray(leaf)
@@ -98,97 +100,100 @@ def content_hash(tree: Any) -> str:
 
 
 def config_to_json(config: Any) -> dict[str, Any]:
-    """A config dataclass as plain JSON, with its class's name under 'kind'; so are the configs in it."""
-    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    return {"kind": type(config).__name__} | {
-        name: config_to_json(value)
-        if dataclasses.is_dataclass(value)
-        else json.loads(json.dumps(value))
-        for name, value in values.items()
-    }
+    """Returns a config dataclass as plain JSON, with its class's name under 'kind'."""
+    content = {"kind": type(config).__name__}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        is_config = dataclasses.is_dataclass(value)
+        content[field.name] = config_to_json(value) if is_config else json.loads(json.dumps(value))
+    return content
 
 
 def config_from_json(config_class: type, fields: dict[str, Any], where: str) -> Any:
-    """Returns the config, checked.
+    """Returns the config that `config_to_json` gave, checked.
 
-    Raises ValueError where `fields` are those of another class or version, or have other types.
+    Raises ValueError if `fields` belong to another class or version, or have other types.
     """
-    fields = dict(fields)
-    kind = fields.pop("kind", config_class.__name__)
-    if kind != config_class.__name__:
+    name, fields = config_class.__name__, dict(fields)
+    kind = fields.pop("kind", name)
+    if kind != name:
         raise ValueError(
-            f"{where} holds a {kind}, not a {config_class.__name__}: point to a checkpoint of that model"
+            f"{where} holds a {kind}, not a {name}: point to a checkpoint of that model"
         )
+    # All fields of this version, and no others.
     hints = typing.get_type_hints(config_class)
     known = {field.name for field in dataclasses.fields(config_class)}
-    if set(fields) != known:
-        raise ValueError(
-            f"{where}: fields {sorted(set(fields) ^ known)} of {config_class.__name__} do not match this version"
-        )
+    if changed := sorted(set(fields) ^ known):
+        raise ValueError(f"{where}: fields {changed} of {name} do not match this version")
+    # The fields, and the checks of the class itself.
     values = {
-        name: _field_from_json(hints[name], value, f"{config_class.__name__}.{name}", where)
-        for name, value in fields.items()
+        field: _field_from_json(hints[field], value, f"{name}.{field}", where)
+        for field, value in fields.items()
     }
     try:
         return config_class(**values)
     except (TypeError, ZeroDivisionError, OverflowError) as error:
-        # Of a check that takes the numbers for sensible ones.
-        name = config_class.__name__
+        # From a check in __post_init__ that expects sensible numbers.
         raise ValueError(f"{where}: the fields of {name} do not go together ({error})") from error
 
 
 def _field_from_json(hint: Any, value: Any, field: str, where: str) -> Any:
-    """Returns a field's value; ValueError where it is of another type than its annotation."""
+    """Returns a field's value. Raises ValueError if its type does not match the annotation."""
+    # A nested config: of several that the field allows, the one whose name the value has.
     choices = [choice for choice in (hint, *typing.get_args(hint)) if isinstance(choice, type)]
     configs = [choice for choice in choices if dataclasses.is_dataclass(choice)]
-    if (
-        isinstance(value, dict) and configs
-    ):  # of several that a field may hold, the one that is named
+    if isinstance(value, dict) and configs:
         named = [choice for choice in configs if choice.__name__ == value.get("kind")]
         return config_from_json((named or configs)[0], value, where)
+
+    # A tuple, which JSON has as a list.
     if isinstance(value, list) and typing.get_origin(hint) is tuple:
         inner = typing.get_args(hint)[0]
-        fields = [(f"{field}[{i}]", part) for i, part in enumerate(value)]
-        return tuple(_field_from_json(inner, part, name, where) for name, part in fields)
+        return tuple(
+            _field_from_json(inner, part, f"{field}[{i}]", where) for i, part in enumerate(value)
+        )
     if isinstance(value, list) and hint in (Any, tuple):
         return tuple(value)
+
+    # A plain value.
     is_any = hint is Any or not choices
-    if typing.get_origin(hint) is not tuple and (is_any or _is_of(value, choices)):
+    if typing.get_origin(hint) is not tuple and (is_any or _is_instance(value, choices)):
         return value
-    words = f"{json.dumps(value)[:60]}, which is no {_name(hint)}"
+    name = hint.__name__ if isinstance(hint, type) else str(hint)
+    words = f"{json.dumps(value)[:60]}, which is no {name}"
     raise ValueError(f"{where}: {field} is {words}: restore a copy")
 
 
-def _is_of(value: Any, choices: list[type]) -> bool:
+def _is_instance(value: Any, choices: list[type]) -> bool:
+    """Returns whether a JSON value has one of the types. 3 may be a float, and gin's 1e3 an int."""
     if value is None or isinstance(value, bool):
         return type(value) in choices
-    if isinstance(value, float) and value.is_integer():  # as gin's 1e3
+    if isinstance(value, float) and value.is_integer():
         return int in choices or float in choices
     return isinstance(value, (*choices, *((int,) if float in choices else ())))
 
 
-def _name(hint: Any) -> str:
-    return hint.__name__ if isinstance(hint, type) else str(hint)
+# --- Settings in the identity of a run. ---
 
 
 def describe(value: Any) -> Any:
     """Returns a setting as plain JSON, for the identity of a run.
 
-    A text stands for itself, whatever lies in the working directory. Paths are described by
-    `describe_path`: those of the type Path, and fields of a dataclass that are marked
-    `field(metadata=PATH)`. A field of `field(metadata=NO_IDENTITY)`, such as a cache's folder, is
-    left out. `HashedData` are described by their fields and, under CONTENT, by their hashes;
-    without hashes by their fields alone, as before there were any.
+    Text is not taken for a path, whatever files the working directory has. `describe_path`
+    describes values of the type Path, and dataclass fields with `field(metadata=PATH)`. Fields with
+    `field(metadata=NO_IDENTITY)`, such as a cache's folder, are omitted. `HashedData` have, besides
+    their fields, their hashes under CONTENT, if there are any.
     """
     if dataclasses.is_dataclass(value):
         described = {}
         for field in dataclasses.fields(value):
             if field.metadata != NO_IDENTITY:
-                described[field.name] = field.metadata.get("describe", describe)(
-                    getattr(value, field.name)
-                )
+                describe_field = field.metadata.get("describe", describe)
+                described[field.name] = describe_field(getattr(value, field.name))
         hashes = value.content_hashes() if isinstance(value, HashedData) else {}
         return described | ({CONTENT: hashes} if hashes else {})
+
+    # Containers, and paths.
     if isinstance(value, dict):
         return {str(name): describe(part) for name, part in value.items()}
     if isinstance(value, tuple | list):
@@ -197,11 +202,11 @@ def describe(value: Any) -> Any:
 
 
 def describe_path(path: Any) -> Any:
-    """Returns what lies at a path, for the identity of a run, which may move to another disk.
+    """Returns a description of the content at a path, for the identity of a run that may move.
 
-    A model's folder is described by its hash, a folder of tokens or votes and a file by the hash of
-    their content, another folder by its name, and what is not there as it is written. Several paths
-    are described one by one; '' and None are no paths.
+    It is the hash of a model's folder, the hash of the content of a file or of a folder of tokens
+    or votes, the name of any other folder, and the path itself if nothing is there. Several paths
+    are described one by one; '' and None stay as they are.
     """
     if isinstance(path, tuple | list):
         return [describe_path(each) for each in path]
@@ -210,63 +215,67 @@ def describe_path(path: Any) -> Any:
     place = os.path.expanduser(path)
     if os.path.isdir(place) and has_model(place):
         return model_hash(place)
-    files = [place, *(os.path.join(place, name) for name in TOLD_BY)]
+    files = [place, *(os.path.join(place, name) for name in DESCRIPTIONS)]
     if contents := [read_regular(file) for file in files if os.path.isfile(file)]:
         return hashlib.sha256(b"".join(contents)).hexdigest()
-    # '.' has a name too.
+    # abspath, because '.' needs a name too.
     return os.path.basename(os.path.abspath(place)) if os.path.isdir(place) else str(path)
 
 
 PATH = {"describe": describe_path}  # metadata of a dataclass's field that holds a path, or several
 
 
-def _alone() -> ocp.options.MultiprocessingOptions:
-    """For what this process reads or writes without the others: Orbax waits for none of them."""
-    host = jax.process_index()
-    if jax.process_count() == 1:
-        return ocp.options.MultiprocessingOptions()
-    return ocp.options.MultiprocessingOptions(host, {host}, f"host{host}")
+# --- Models. ---
 
 
 def has_model(directory: str | Path) -> bool:
-    """Whether `directory`/model is there, whole."""
+    """Returns whether `directory`/model is there, whole."""
     return (Path(directory) / MODEL / MANIFEST).exists()
 
 
 def beside(directory: str | Path, name: str) -> str:
-    """Returns the folder of the model `name` that stands beside a model's folder, as a run has them.
+    """Returns the folder of the model `name` beside a model's folder, as in the folder of a run.
 
-    A folder may be given as '.', relative or by a symbolic link. Of a link both neighbourhoods are looked at, that of
-    the link first. Where neither has the model, the one of the folder itself is returned, for an error that names it.
+    The folder may be '.', relative or a symbolic link. Beside a link, the link's parent is searched
+    first and the target's second. If neither has the model, the latter's path is returned, for an
+    error that names it.
     """
-    places = Path(os.path.abspath(directory)).parent, Path(directory).resolve().parent
-    return str(
-        next((place / name for place in places if has_model(place / name)), places[-1] / name)
-    )
+    parents = Path(os.path.abspath(directory)).parent, Path(directory).resolve().parent
+    for parent in parents:
+        if has_model(parent / name):
+            return str(parent / name)
+    return str(parents[-1] / name)
 
 
 def _model_manifest(directory: Path) -> dict[str, Any]:
-    """ValueError where it is damaged."""
-    try:
-        return unsealed(directory / MANIFEST, "if there", KIND)
-    except ValueError as error:
-        raise ValueError(f"{directory} is damaged: {error}; restore a copy") from error
+    """Reads a model's manifest. Raises ValueError if it is damaged."""
+    with error_context(f"{directory} is damaged: ", "; restore a copy"):
+        return unsealed(directory / MANIFEST, KIND, digest_required=False)
 
 
 def model_hash(directory: str | Path) -> str:
-    """The content hash of the model in `directory`, from its manifest."""
+    """Returns the content hash of the model in `directory`, from its manifest."""
     if not has_model(directory):
         raise FileNotFoundError(f"no checkpoint in {directory}: train it first, or mend the path")
     return _model_manifest(Path(directory) / MODEL)["hash"]
 
 
 def check_name(name: str, where: str) -> str:
-    """`name`; ValueError where it is not that of a file or a folder in `where`, but leads elsewhere."""
+    """Returns `name`. Raises ValueError if it is a path that leads out of its folder."""
     if name in ("", ".", "..") or Path(name).name != name:
         raise ValueError(
-            f"{where} names {name!r}, which would lead out of the folder: do not trust where it comes from"
+            f"{where} names {name!r}, which would lead out of the folder: do not trust its source"
         )
     return name
+
+
+def _checkpointer() -> ocp.StandardCheckpointer:
+    """Returns a checkpointer for this process alone, in which Orbax waits for no other process."""
+    host = jax.process_index()
+    options = ocp.options.MultiprocessingOptions()
+    if jax.process_count() > 1:
+        options = ocp.options.MultiprocessingOptions(host, {host}, f"host{host}")
+    return ocp.StandardCheckpointer(multiprocessing_options=options)
 
 
 def save_model(
@@ -274,36 +283,31 @@ def save_model(
 ) -> str:
     """Writes `directory`/model, whole or not at all, and returns its hash.
 
-    All hosts call it, or the first alone inside `hosts.first_alone`. The first writes, and the others wait for it.
+    All hosts call it, or only the first inside `hosts.first_alone`. The first writes, and the
+    others wait.
     """
-    directory = Path(directory).absolute() / MODEL
-    variables = sharding.fetch(
-        variables
-    )  # an array that remembers its mesh could not be read on another
+    directory, assets = Path(directory).absolute() / MODEL, assets or {}
+    # As NumPy arrays, since an array that remembers its mesh could not be read on another.
+    variables = sharding.fetch(variables)
     model_hash = content_hash(variables)
 
     def write() -> None:
+        # A new folder beside the model.
         directory.parent.mkdir(parents=True, exist_ok=True)
         check_space(directory.parent, variables)
-        partial, old = (
-            directory.with_name(directory.name + ending) for ending in (".partial", ".old")
-        )
+        partial, old = directory.with_suffix(".partial"), directory.with_suffix(".old")
         shutil.rmtree(partial, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
         partial.mkdir()
-        with ocp.StandardCheckpointer(multiprocessing_options=_alone()) as checkpointer:
+        with _checkpointer() as checkpointer:
             checkpointer.save(partial / "variables", variables)
-        for name, content in (assets or {}).items():
+        for name, content in assets.items():
             (partial / check_name(name, "an asset")).write_bytes(content)
-        manifest = {
-            "config": config_to_json(config),
-            "hash": model_hash,
-            "assets": sorted(assets or {}),
-        }
-        write_on_disk(partial / MANIFEST, sealed({**manifest, "files": described_files(partial)}))
-        if (
-            directory.exists()
-        ):  # gone in one move: half a folder with a manifest would pass for a whole one
+        manifest = {"config": config_to_json(config), "hash": model_hash, "assets": sorted(assets)}
+        write_manifest(partial, manifest)
+
+        # The old model is moved away first: half of it with a manifest would look whole.
+        if directory.exists():
             directory.rename(old)
         partial.rename(directory)
         shutil.rmtree(old, ignore_errors=True)
@@ -313,52 +317,51 @@ def save_model(
 
 
 def load_description(directory: str | Path, config_class: type) -> Model:
-    """Reads `directory`/model without its weights, for a planner; errors as of `load_model`."""
-    directory = Path(directory).absolute() / MODEL
-    manifest, config = _manifest_and_config(directory, config_class)
-    assets = {name: _asset(directory, name) for name in manifest["assets"]}
-    return Model(config, {}, manifest["hash"], assets)
+    """Reads `directory`/model without its weights, for a planner. Raises as `load_model` does."""
+    return _description(Path(directory).absolute() / MODEL, config_class)[0]
 
 
-def _manifest_and_config(directory: Path, config_class: type) -> tuple[dict[str, Any], Any]:
+def _description(directory: Path, config_class: type) -> tuple[Model, dict[str, list[Any]]]:
+    """Reads a model without its weights, and its manifest's list of files."""
     if not (directory / MANIFEST).exists():
+        name = config_class.__name__
         raise FileNotFoundError(
-            f"no {config_class.__name__} checkpoint in {directory}: train it first, or mend the path"
+            f"no {name} checkpoint in {directory}: train it first, or mend the path"
         )
     manifest = _model_manifest(directory)
-    return manifest, config_from_json(config_class, manifest["config"], str(directory))
+    config, assets = config_from_json(config_class, manifest["config"], str(directory)), {}
+    for name in manifest["assets"]:
+        try:
+            assets[name] = read_regular(directory / check_name(name, str(directory)))
+        except FileNotFoundError as error:
+            words = f"{directory} is damaged: its asset {name} is missing; restore a copy"
+            raise ValueError(words) from error
+    return Model(config, {}, manifest["hash"], assets), manifest.get("files", {})
 
 
 def load_model(directory: str | Path, config_class: type) -> Model:
-    """Reads `directory`/model; any host may, without the others.
+    """Reads `directory`/model; each host on its own.
 
-    Raises FileNotFoundError where there is none, ValueError where it holds another kind of model or a file of it is not
-    the one that was saved.
+    Raises FileNotFoundError if there is none, ValueError if it holds another kind of model or one
+    of its files is not the one that was saved.
     """
     directory = Path(directory).absolute() / MODEL
-    manifest, config = _manifest_and_config(directory, config_class)
-    if wrong := damage(directory, manifest.get("files", {}), more=True):
-        raise ValueError(f"{directory} is damaged: {wrong}; restore a copy")
-    with ocp.StandardCheckpointer(multiprocessing_options=_alone()) as checkpointer:
+    model, files = _description(directory, config_class)
+    # Every file is the one that was saved.
+    if fault := damage(directory, files, more=True):
+        raise ValueError(f"{directory} is damaged: {fault}; restore a copy")
+    with _checkpointer() as checkpointer:
         try:
             variables = checkpointer.restore(directory / "variables")
-        except Exception as error:  # Orbax and TensorStore raise many kinds for damaged files
+        except Exception as error:  # Orbax and TensorStore raise many types for damaged files
             reason = (str(error) or type(error).__name__).splitlines()[0][:200]
             raise ValueError(
                 f"{directory} is damaged: its arrays cannot be read ({reason}); restore a copy"
             ) from error
-    found = content_hash(variables)
-    if found != manifest["hash"]:
+    # A model of an older version has no list of files, but a hash of its arrays.
+    if (actual := content_hash(variables)) != model.hash:
         raise ValueError(
-            f"{directory} is damaged: its arrays hash to {found[:12]}, not {manifest['hash'][:12]}; restore a copy"
+            f"{directory} is damaged: its arrays hash to {actual[:12]}, not {model.hash[:12]}; "
+            "restore a copy"
         )
-    assets = {name: _asset(directory, name) for name in manifest["assets"]}
-    return Model(config, variables, manifest["hash"], assets)
-
-
-def _asset(directory: Path, name: str) -> bytes:
-    try:
-        return read_regular(directory / check_name(name, str(directory)))
-    except FileNotFoundError as error:
-        told = f"{directory} is damaged: its asset {name} is missing; restore a copy"
-        raise ValueError(told) from error
+    return dataclasses.replace(model, variables=variables)

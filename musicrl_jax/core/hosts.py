@@ -1,8 +1,8 @@
-"""The processes of a run, one on each host: how they find each other, stop together and leave work to the first.
+"""The processes of a run, one per host: they meet, stop together, and the first may work alone.
 
-SIGTERM sets a flag and does no more. Training loops look at it through `stopping_together`, save and leave; every other
-loop looks at it through `core.progress.Progress` or `stop_point`, which raise Preempted from ordinary code. A second
-SIGTERM ends the process at once. Whoever does not `join` is stopped as any process is.
+SIGTERM only sets a flag. Training loops check it through `stopping_together`, save and leave. Other
+loops check it through `core.progress.Progress` or `stop_point`, which raise Preempted from ordinary
+code. A second SIGTERM ends the process at once. A process that does not `join` has default signals.
 """
 
 import atexit
@@ -21,68 +21,72 @@ from typing import NoReturn, ParamSpec, TypeVar
 
 import jax
 import numpy as np
-from jax._src import (
-    clusters,
-    distributed,
-)  # cluster detection and key-value store, which have no public names
+
+# JAX's cluster detection and key-value store have no public names.
+from jax._src import clusters, distributed
 from jax.experimental import multihost_utils
 
-AGAIN = (
-    75  # EX_TEMPFAIL, the exit status of a run that saved its state and wants to be started again
-)
-LOST = 134  # that of a process that lost another one; the same as JAX's own end in that case
+# --- Exit statuses. ---
+AGAIN = 75  # EX_TEMPFAIL: the run saved its state and wants to be started again
+LOST = 134  # another host is gone; JAX itself ends with the same status
+
+# --- Heartbeats, by which the hosts notice a stop and the loss of a host. ---
 TICK_SECONDS = 2.0  # between two heartbeats
-LOST_TICKS = (
-    30  # heartbeats of this host without one of another, after which that one counts as lost
-)
-LEFT_TICKS = 5  # the same once the run is told to stop: the other one has left, and nothing more will be saved
-NO_HEARTBEAT_SECONDS = 2**31 - 1
-SHUTDOWN_SECONDS = 60
-STOPPED_SECONDS = 15  # the same once the run is told to stop; the others leave LEFT_TICKS after the first at the latest
-CLOSING_SECONDS = 3  # that the service is there for the others to close their clients, which no message can tell of
+LOST_TICKS = 30  # own heartbeats without one of another host, after which that host counts as lost
+LEFT_TICKS = 5  # the same after a stop was requested: that host has left, and nobody will save
+ALIVE = "musicrl/alive/"  # prefix of the heartbeats' keys
+STOP, END = "stop", "end"  # words in the heartbeat of a host that got SIGTERM, and in its last one
+
+# --- Time limits in seconds. ---
+NO_HEARTBEAT_SECONDS = 2**31 - 1  # turns off the heartbeats of JAX's coordination service
+SHUTDOWN_SECONDS = 60  # the first host waits so long for the others to end
+STOPPED_SECONDS = 15  # the same after a stop: the others leave LEFT_TICKS later at the latest
+CLOSING_SECONDS = 3  # then, for the others to close their clients, which no message can tell
 BARRIER_SECONDS = 600
 POLL_SECONDS = 0.2
 HANDLER_SECONDS = 10.0  # JAX sets its handler of SIGTERM in a thread, soon after `initialize`
+
 ADDRESS = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
-ALIVE = "musicrl/alive/"
-TOLD = "told to stop; what is done is kept, and the same command goes on"
-STOP, END = "stop", "end"  # in the heartbeat of a host that got SIGTERM, and in the last one
+STOP_MESSAGE = "stopped; finished work is saved, and the same command resumes the run"
+SA_RESETHAND = 0x80000000 - 2**32  # a flag of `struct sigaction`, as a C int
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
 class Preempted(SystemExit):
-    """The run was told to stop; what it had is saved, and the same command goes on with it."""
+    """Raised when the run got SIGTERM. Its state is saved, and the same command resumes it."""
 
-    def __init__(self, told: str):
+    def __init__(self, message: str):
         super().__init__(AGAIN)
-        self.told = told
+        self.message = message
 
     def __str__(self) -> str:
-        return self.told
+        return self.message
 
 
-_stop = threading.Event()  # this host, or another one of the run, got SIGTERM
-_saving = False  # inside `stopping_together`
-_native: Callable[[int], None] | None = (
-    None  # JAX's handler of SIGTERM, which agrees with the other hosts on a step
-)
-_asked = itertools.count()  # over all loops of a run
-_barriers = itertools.count()
-_waits, _alone = 0, False
+_stop = threading.Event()  # set once this host or another one of the run got SIGTERM
+_saving = False  # whether this process is inside `stopping_together`
+# JAX's handler of SIGTERM, which agrees with the other hosts on a step.
+_jax_handler: Callable[[int], None] | None = None
+# Counters that are equal on all hosts, because the hosts make these calls in one order.
+_steps, _barriers, _turns = itertools.count(), itertools.count(), itertools.count()
+_alone = False  # whether this process is inside a function of `first_alone`
+
+# --- Meeting the other hosts, and SIGTERM. ---
 
 
 def join() -> None:
-    """Meets the other processes of this run, and has SIGTERM set a flag from here on.
+    """Connects the processes of this run, and makes SIGTERM set a flag from here on.
 
-    On a TPU slice, in Slurm and in a GKE job JAX finds them itself; elsewhere JAX_COORDINATOR_ADDRESS,
-    JAX_NUM_PROCESSES and JAX_PROCESS_ID say who they are. A process with none of these is alone, and starts no
-    coordination service: nobody waits for its heartbeats.
+    On a TPU slice, in Slurm and in a GKE job JAX detects the processes. Elsewhere set
+    JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID. Without these variables the
+    process is alone and starts no coordination service, since nobody waits for its heartbeats.
 
-    Raises ValueError where some of the three variables are set and others are not.
+    Raises ValueError if some of the three variables are set and others are not.
     """
-    global _native
+    global _jax_handler
+    # Who the processes are.
     values = [os.environ.get(name) for name in ADDRESS]
     if any(values) and not all(values):
         raise ValueError(
@@ -93,9 +97,11 @@ def join() -> None:
     else:
         detect = clusters.ClusterEnv.auto_detect_unset_distributed_params
         address, count, number, _ = detect(None, None, None, None, None, 300)
+
+    # JAX's coordination service counts heartbeats by the wall clock. If that clock is set back, the
+    # service takes all hosts for lost, whatever the limit is. With "recoverable" hosts it ends none
+    # of them; `_Heartbeat` ends them, by its own clock.
     if (count or 1) > 1:
-        # JAX's service counts heartbeats by the wall clock, and takes all hosts for lost when that is set back,
-        # whatever the limit is. One of "recoverable" hosts ends none for it; `_Heartbeat` does, by its own clock.
         jax.config.update("jax_enable_recoverability", True)
         before = _c_handler()
         jax.distributed.initialize(
@@ -103,23 +109,26 @@ def join() -> None:
             heartbeat_timeout_seconds=NO_HEARTBEAT_SECONDS,
             shutdown_timeout_seconds=SHUTDOWN_SECONDS,
         )
-        _native = _set_by_jax(before)
+        _jax_handler = _await_jax_handler(before)
         _Heartbeat(count, number).start()
+
+    # SIGTERM.
     signal.signal(signal.SIGTERM, _request_stop)
     _end_at_second_signal()
 
 
 def _request_stop(*_: object) -> None:
     _stop.set()
-    _tell_jax()
+    _forward_to_jax()
 
 
-def _tell_jax() -> None:
-    """Has JAX agree on a step with the other hosts, in a training loop alone: elsewhere its thread would wait for the
-    steps of hosts that do not count any, and with it the end of this process.
+def _forward_to_jax() -> None:
+    """Makes JAX agree on a step with the other hosts, if a training loop runs.
+
+    Elsewhere the hosts count no steps: JAX's thread would wait for them, and this process for it.
     """
-    if _native is not None and _saving and _stop.is_set():
-        _native(signal.SIGTERM)
+    if _jax_handler is not None and _saving and _stop.is_set():
+        _jax_handler(signal.SIGTERM)
 
 
 class _SigAction(ctypes.Structure):
@@ -133,11 +142,11 @@ class _SigAction(ctypes.Structure):
     )
 
 
-SA_RESETHAND = 0x80000000 - 2**32  # as a C int
-
-
 def _sigaction(new: _SigAction | None = None) -> _SigAction:
-    """What handles SIGTERM in the C library; `new` takes its place. Python sees its own handlers alone."""
+    """Returns how the C library handles SIGTERM, and sets `new` if given.
+
+    Python's `signal` module sees only Python's own handlers.
+    """
     old = _SigAction()
     if ctypes.CDLL(None).sigaction(
         signal.SIGTERM, None if new is None else ctypes.byref(new), ctypes.byref(old)
@@ -150,8 +159,11 @@ def _c_handler() -> int | None:
     return _sigaction().handler if sys.platform == "linux" else None
 
 
-def _set_by_jax(before: int | None) -> Callable[[int], None] | None:
-    """JAX's handler of SIGTERM, as soon as it is in the place of `before`; None where its service is turned off."""
+def _await_jax_handler(before: int | None) -> Callable[[int], None] | None:
+    """Waits until JAX has replaced the handler `before`, and returns JAX's handler of SIGTERM.
+
+    Returns None if JAX's preemption service is turned off.
+    """
     if distributed.global_state.preemption_sync_manager is None:
         return None
     deadline = time.monotonic() + HANDLER_SECONDS
@@ -165,8 +177,9 @@ def _set_by_jax(before: int | None) -> Callable[[int], None] | None:
 
 
 def _end_at_second_signal() -> None:
-    """Gives the next SIGTERM but one its default action, already in the C library: Python's own handlers wait for the
-    end of a compilation.
+    """Gives the second SIGTERM its default action, which ends the process.
+
+    This is set in the C library, because Python's own handlers wait for the end of a compilation.
     """
     if sys.platform == "linux":
         action = _sigaction()
@@ -174,25 +187,30 @@ def _end_at_second_signal() -> None:
         _sigaction(action)
 
 
+# --- Stopping. ---
+
+
 def stop_requested() -> bool:
-    """Whether this run got SIGTERM, on this host or, as known a few seconds later, on another."""
+    """Returns whether this run got SIGTERM, on this host or, a few seconds ago, on another."""
     return _stop.is_set()
 
 
 def stop_point() -> None:
-    """Raises Preempted where the run got SIGTERM, unless a training loop is about to save and leave.
+    """Raises Preempted if the run got SIGTERM, unless a training loop is about to save and leave.
 
-    For loops that leave nothing behind but what they have finished; `core.progress.Progress` calls it for its own.
+    For loops whose finished items are already saved. `core.progress.Progress` calls it by itself.
     """
     if _stop.is_set() and not _saving:
-        raise Preempted(TOLD)
+        raise Preempted(STOP_MESSAGE)
 
 
 def end(status: int) -> NoReturn:
-    """Ends this process as `sys.exit` does, but without Python's finalisation: to clear what TensorFlow and JAX leave
-    in memory takes ten seconds, in which a pre-empted machine may go.
+    """Ends this process as `sys.exit` does, but without Python's finalisation.
+
+    Freeing the memory of TensorFlow and JAX takes ten seconds, in which a preempted machine may go.
     """
-    threading._shutdown()  # waits for threads, as the interpreter itself does; neither has a public name
+    # As the interpreter does: waits for threads, then runs the exit functions. No public names.
+    threading._shutdown()
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -201,62 +219,67 @@ def end(status: int) -> NoReturn:
 
 @contextmanager
 def stopping_together() -> Iterator[Callable[[], bool]]:
-    """In the block `stop_point` does not raise. `stopping()`, called by all hosts in every step, turns true in one and
-    the same step for all of them, soon after one of them got SIGTERM.
+    """Yields `stopping`, and keeps `stop_point` from raising inside the block.
+
+    All hosts call `stopping()` once per step. It returns True in the same step on all of them, soon
+    after one of them got SIGTERM.
     """
     global _saving
     before, _saving = _saving, True
-    _tell_jax()
+    _forward_to_jax()
     try:
         if jax.process_count() > 1:
-            yield lambda: multihost_utils.reached_preemption_sync_point(next(_asked))
+            yield lambda: multihost_utils.reached_preemption_sync_point(next(_steps))
         else:
             yield _stop.is_set
     finally:
         _saving = before
 
 
-class _Heartbeat(threading.Thread):
-    """Tells the other hosts that this one is alive, and looks whether they are.
+# --- Heartbeats. ---
 
-    Time is counted in this thread's own ticks: neither a step of the wall clock nor a pause of this process makes
-    another host look lost. Ends the process, with LOST, where another host is gone; with AGAIN where the run was told
-    to stop and another host has left already, as from a loop whose steps this one waits in.
+
+class _Heartbeat(threading.Thread):
+    """Publishes that this host is alive, and checks that the others are.
+
+    Time is counted in this thread's own ticks, so neither a step of the wall clock nor a pause of
+    this process makes another host look lost. The thread ends the process with LOST if another host
+    is gone, and with AGAIN if the run stops and another host has left already: this one may wait
+    for it inside a step.
     """
 
     def __init__(self, count: int, number: int):
         super().__init__(name="heartbeat", daemon=True)
         self._count, self._number, self._ticks = count, number, 0
         self._client = distributed.global_state.client
-        self._last: dict[str, str] = {}
-        self._silent = dict.fromkeys(range(count), 0)
+        self._last: dict[str, str] = {}  # the last heartbeat of each host, by key
+        self._silent = dict.fromkeys(range(count), 0)  # ticks since then, by host
         self._ended = threading.Event()
         atexit.register(self.end)  # before JAX's own, which closes the client
 
     def run(self) -> None:
         """Beats until `end`."""
         while not self._ended.wait(TICK_SECONDS):
-            with suppress(
-                jax.errors.JaxRuntimeError
-            ):  # the service is gone; then all others are silent
+            # If the service is gone, all other hosts are silent.
+            with suppress(jax.errors.JaxRuntimeError):
                 self._beat()
             self._leave_if_lost()
 
     def end(self) -> None:
-        """Stops, says so to the others, and closes JAX's client; the first host, whose service must outlive all other
-        clients, waits for their last words.
+        """Stops the thread, publishes the last heartbeat and closes JAX's client.
+
+        The first host waits for the last heartbeats of the others, whose clients need its service.
         """
         self._ended.set()
         self.join()
-        pause = (
-            threading.Event()
-        )  # never set; as `run` waits, which a step of the clock does not disturb
+        pause = threading.Event()  # never set: unlike time.sleep, it ignores steps of the clock
         with suppress(jax.errors.JaxRuntimeError):
             self._beat()
             deadline = time.monotonic() + (STOPPED_SECONDS if _stop.is_set() else SHUTDOWN_SECONDS)
             while self._number == 0 and not self._all_ended() and time.monotonic() < deadline:
                 pause.wait(POLL_SECONDS)
                 self._beat()
+        # The others close their clients.
         if self._number == 0:
             pause.wait(CLOSING_SECONDS)
         with suppress(jax.errors.JaxRuntimeError):
@@ -266,12 +289,15 @@ class _Heartbeat(threading.Thread):
         return sum(END in word.split() for word in self._last.values()) == self._count
 
     def _beat(self) -> None:
+        # Own time, and the silence of the others.
         self._ticks += 1
         for number in self._silent:
             self._silent[number] += number != self._number
-        said = {STOP: _stop.is_set(), END: self._ended.is_set()}
-        word = " ".join([f"{self._ticks}", *(name for name, true in said.items() if true)])
-        self._client.key_value_set(f"{ALIVE}{self._number}", word, allow_overwrite=True)
+        # This host's heartbeat.
+        flags = {STOP: _stop.is_set(), END: self._ended.is_set()}
+        words = [f"{self._ticks}", *(name for name, is_set in flags.items() if is_set)]
+        self._client.key_value_set(f"{ALIVE}{self._number}", " ".join(words), allow_overwrite=True)
+        # The heartbeats of all hosts.
         for key, word in self._client.key_value_dir_get(ALIVE):
             if self._last.get(key) != word:
                 self._silent[int(key.rsplit("/", 1)[1])] = 0
@@ -280,90 +306,94 @@ class _Heartbeat(threading.Thread):
                 _stop.set()
 
     def _leave_if_lost(self) -> None:
+        # The host that has been silent longest.
         silent = max(self._silent, key=self._silent.get)
         ticks = self._silent[silent]
+        seconds = ticks * TICK_SECONDS
         if _stop.is_set() and not _saving and ticks >= LEFT_TICKS:
-            print(
-                f"host {silent} has left; what is done is kept, and the same command goes on",
-                file=sys.stderr,
-            )
-            sys.stderr.flush()
-            os._exit(AGAIN)
+            end_now(AGAIN, f"host {silent} has left: {STOP_MESSAGE}")
         if ticks >= LOST_TICKS:
-            print(
-                f"host {silent} is lost: silent for {ticks * TICK_SECONDS:.0f} s; start all again",
-                file=sys.stderr,
-            )
-            sys.stderr.flush()
-            os._exit(LOST)
+            end_now(LOST, f"host {silent} is lost: silent for {seconds:.0f} s; start all again")
+
+
+def end_now(status: int, message: str) -> None:
+    """Ends this process at once, from any thread, with a message on stderr."""
+    print(message, file=sys.stderr, flush=True)
+    os._exit(status)
+
+
+# --- Work of the first host. ---
 
 
 def first() -> bool:
-    """Whether this is the process that writes what all have in common."""
+    """Returns whether this is the first host, which writes the files that all hosts share."""
     return jax.process_index() == 0
 
 
 def wait_for_all(what: str) -> None:
-    """Returns once every host is here; JaxRuntimeError where one is not within BARRIER_SECONDS."""
+    """Returns once every host has called it. Raises JaxRuntimeError after BARRIER_SECONDS."""
     if jax.process_count() > 1:
         barrier = f"musicrl/{what}/{next(_barriers)}"
         distributed.global_state.client.wait_at_barrier(barrier, BARRIER_SECONDS * 1000)
 
 
 def first_alone(work: Callable[P, T]) -> Callable[P, T | None]:
-    """A function that the first host does while the others wait; None for those. It fails, or stops, on all of them."""
+    """Returns a function that runs `work` on the first host while the others wait.
+
+    The others return None. If `work` raises or is preempted, the function raises on all hosts.
+    """
 
     @functools.wraps(work)
-    def done(*arguments: P.args, **keywords: P.kwargs) -> T | None:
-        global _waits, _alone
-        if (
-            jax.process_count() == 1 or _alone
-        ):  # inside of another such function, where no one waits
+    def run(*arguments: P.args, **keywords: P.kwargs) -> T | None:
+        global _alone
+        # Inside another such function no host waits.
+        if jax.process_count() == 1 or _alone:
             return work(*arguments, **keywords)
-        _waits += 1  # the same on all hosts, which call such functions in one order
-        told = f"musicrl/{_waits}/"
+        turn = f"musicrl/{next(_turns) + 1}/"
         client = distributed.global_state.client
+
+        # The other hosts poll for the outcome, so that SIGTERM here reaches the first by heartbeat.
         if not first():
-            while not (ended := client.key_value_dir_get(told)):
-                time.sleep(POLL_SECONDS)  # SIGTERM here reaches the first host by the heartbeat
-            how = ended[0][1]
-            if how == "preempted":
-                raise Preempted(TOLD)
-            if how != "done":
-                raise ValueError(f"the first host failed: {how}")
+            while not (entries := client.key_value_dir_get(turn)):
+                time.sleep(POLL_SECONDS)
+            outcome = entries[0][1]
+            if outcome == "preempted":
+                raise Preempted(STOP_MESSAGE)
+            if outcome != "done":
+                raise ValueError(f"the first host failed: {outcome}")
             return None
-        how, _alone = "lost", True
+
+        # The first host works, and publishes the outcome.
+        outcome, _alone = "lost", True
         try:
             result = work(*arguments, **keywords)
-            how = "done"
+            outcome = "done"
         except Preempted:
-            how = "preempted"
+            outcome = "preempted"
             raise
         except Exception as error:
-            how = f"{error}" or type(error).__name__
+            outcome = f"{error}" or type(error).__name__
             raise
         finally:
             _alone = False
-            client.key_value_set(told + work.__name__, how)
+            client.key_value_set(turn + work.__name__, outcome)
         return result
 
-    done.__signature__ = inspect.signature(
-        work
-    )  # gin asks for it, and does not look behind a decorator
-    return done
+    run.__signature__ = inspect.signature(work)  # gin reads it, and ignores `__wrapped__`
+    return run
 
 
-def first_decides(question: Callable[[], bool]) -> bool:
-    """Returns the first host's answer on all hosts, which may then do different work together.
+def first_decides(question: Callable[[], int]) -> int:
+    """Returns the first host's answer, a bool or an int32, on all hosts.
 
-    What is asked about files could have another answer a moment later on another host.
+    For questions about files: another host might see another answer a moment later.
     """
     answer = first_alone(question)()
     if jax.process_count() == 1 or _alone:
         return answer
-    return bool(multihost_utils.broadcast_one_to_all(np.asarray(bool(answer))))
+    return int(multihost_utils.broadcast_one_to_all(np.int32(answer or 0)))
 
 
-def lost(error: Exception) -> bool:
-    """Whether an error of JAX means that another host is gone, not that there is a mistake."""
+def is_lost_host(error: Exception) -> bool:
+    """Returns whether an error of JAX means that another host is gone, and no mistake."""
     return jax.process_count() > 1 and "RESOURCE_EXHAUSTED" not in str(error)

@@ -1,24 +1,29 @@
-"""What a run learned from, as it stands in the run's identity: hashes of data sets, and how two of them differ."""
+"""Content hashes of data sets in the identity of a run, and the comparison of two of them."""
 
 import typing
 from typing import Any
 
-CONTENT = "content"  # the key of `checkpoint.describe` under which the hashes of data sets stand
-ABSENT = "not there"  # in place of the hashes of a data set that is gone, with which a finished run still agrees
+CONTENT = "content"  # key of the data sets' hashes in `checkpoint.describe`
+ABSENT = "not there"  # replaces the hashes of a deleted data set; a finished run accepts it
 
 
 @typing.runtime_checkable
 class HashedData(typing.Protocol):
-    """Data whose content is known by hashes that were made when they were written."""
+    """Data whose content hashes were computed when they were written."""
 
     def content_hashes(self) -> dict[str, Any]:
-        """Returns {name of a set: {split: hash}}, or ABSENT for a set; sets without hashes are left out."""
+        """Returns {data set: {split: hash}}, with ABSENT for a deleted data set.
+
+        Data sets without hashes are omitted.
+        """
 
 
 def changed_content(before: dict[str, Any] | None, now: dict[str, Any] | None) -> str:
-    """Returns what differs between two CONTENTs of `describe` in a sentence's words, '' where nothing does.
+    """Returns a phrase that names the data sets whose hashes differ, '' if none do.
 
-    A set that is ABSENT now is taken to be what it was.
+    Args:
+      before: the saved CONTENT of `checkpoint.describe`.
+      now: the current one; a data set that is ABSENT counts as unchanged.
     """
     before, now = before or {}, now or {}
     changes = []
@@ -26,18 +31,20 @@ def changed_content(before: dict[str, Any] | None, now: dict[str, Any] | None) -
         old, new = before.get(name), now.get(name)
         if new in (ABSENT, old):
             continue
+        # One of them was built before data sets had hashes.
         if not isinstance(old, dict) or not isinstance(new, dict):
-            with_hash, without = ("now", "then") if isinstance(new, dict) else ("then", "now")
+            has, lacks = ("now", "then") if isinstance(new, dict) else ("then", "now")
             changes.append(
-                f"{name} was built anew ({with_hash} it has a content hash, {without} it has none)"
+                f"{name} was built anew ({has} it has a content hash, {lacks} it has none)"
             )
             continue
-        splits = [
-            split for split in sorted(set(old) | set(new)) if old.get(split) != new.get(split)
-        ]
-        hashes = "; ".join(
+        # Both have hashes: name the splits.
+        hashes = [
             f"{split} {str(old.get(split))[:12]}, now {str(new.get(split))[:12]}"
-            for split in splits
+            for split in sorted(set(old) | set(new))
+            if old.get(split) != new.get(split)
+        ]
+        changes.append(
+            f"{name} was built anew with other examples (content hash of {'; '.join(hashes)})"
         )
-        changes.append(f"{name} was built anew with other examples (content hash of {hashes})")
     return " and ".join(changes)

@@ -1,12 +1,10 @@
-"""Where a run's numbers go: TensorBoard for the eyes, `metrics.jsonl` for programs."""
+"""Writes a run's metrics: to TensorBoard for people, to `metrics.jsonl` for programs."""
 
 import contextlib
 import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Any
 
 import tensorboardX
 
@@ -15,16 +13,14 @@ from musicrl_jax.core.files import set_aside, write_text
 from musicrl_jax.core.manifest import parse_json, read_regular
 
 FILE_NAME = "metrics.jsonl"
-LARGEST = (
-    2**63
-)  # whole numbers from here on are damage: no counter gets there, and NumPy does not hold them
+INT_LIMIT = 2**63  # larger integers are damage: no counter gets there, and NumPy cannot hold them
 
 
-class MetricWriter:
-    """Appends scalars to `directory`/metrics.jsonl, one JSON object a step, and to TensorBoard event files.
+class MetricWriter(contextlib.AbstractContextManager):
+    """Appends scalars to `directory`/metrics.jsonl, one JSON object per step, and to TensorBoard.
 
-    A run that resumes at `start_step` first drops the lines at and past it, so that no step stands
-    twice. A damaged file is set aside, and its good lines are kept. Of several hosts the first writes.
+    A run that resumes at `start_step` first drops the lines from that step on, so no step appears
+    twice. A damaged file is set aside, and its valid lines are kept. Only the first host writes.
     """
 
     def __init__(self, directory: str | Path, start_step: int = 0):
@@ -37,10 +33,10 @@ class MetricWriter:
             self._board = tensorboardX.SummaryWriter(
                 str(path.parent / "tensorboard"), purge_step=start_step
             )
-        hosts.wait_for_all("metrics")  # who reads them must not see what was dropped
+        hosts.wait_for_all("metrics")  # no host may read the lines that the first one drops
 
     def write(self, step: int, metrics: Mapping[str, float], prefix: str = "") -> None:
-        """Writes the metrics of one step, their names behind `prefix`."""
+        """Writes the metrics of one step, with `prefix` before their names."""
         if not self._writes:
             return
         numbers = {prefix + name: float(value) for name, value in metrics.items()}
@@ -50,38 +46,36 @@ class MetricWriter:
             self._board.add_scalar(name, value, step)
 
     def close(self) -> None:
-        """Flushes both."""
-        if not self._writes:
-            return
-        self._file.close()
-        self._board.close()
+        """Flushes and closes both files."""
+        if self._writes:
+            self._file.close()
+            self._board.close()
 
-    def __enter__(self) -> "MetricWriter":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
+# --- Reading. ---
+
+
 def read_records(path: str | Path) -> tuple[list[dict[str, float]], str]:
-    """Reads a metrics file, good lines only.
+    """Reads the valid lines of a metrics file.
+
+    A last line without a newline, which a killed run leaves, is read if it is whole and ignored
+    otherwise. Neither it nor a repeated step is a fault.
 
     Returns:
-      The records, {"step": 12, "loss": 0.3, ...}, in the order of the file, and what is wrong with
-      the first line that is no such record, "" if all are. A last line without its newline is what
-      a killed run leaves: it is read if it is whole and ignored otherwise, and is no fault. A step
-      that was written again is none either.
+      The records, {"step": 12, "loss": 0.3, ...}, in the order of the file, and a description of
+      the first invalid line, "" if there is none.
 
-    Raises ValueError or OSError, which name the file, if it cannot be read.
+    Raises:
+      ValueError: if the path is not a regular file; names it.
+      OSError: if there is no file or it cannot be read; names it.
     """
+    # All whole lines.
     *lines, tail = read_regular(path).split(b"\n")
-    cut = tail.startswith(b'{"step"'[: len(tail)])
-    if not cut:
+    is_cut = tail.startswith(b'{"step"'[: len(tail)])
+    if not is_cut:
         lines.append(tail)  # such as the NUL bytes that a power cut leaves
     records, fault = [], ""
     for number, line in enumerate(lines, start=1):
@@ -89,29 +83,29 @@ def read_records(path: str | Path) -> tuple[list[dict[str, float]], str]:
             records.append(_record(line))
         except ValueError as error:
             fault = fault or f"line {number} {error}"
-    if cut:
+    # The last line, if a kill has not cut it.
+    if is_cut:
         with contextlib.suppress(ValueError):
             records.append(_record(tail))
     return records, fault
 
 
 def _record(line: bytes) -> dict[str, float]:
-    """Parses a line; ValueError that says what is wrong with it."""
-    try:
-        record: Any = parse_json(line)
-    except ValueError as error:
-        raise ValueError(f"({line[:60]!r}) {error}") from error
-    numbers = isinstance(record, dict) and all(
-        type(value) is float or (type(value) is int and abs(value) < LARGEST)
+    """Parses a line. Raises ValueError, which says what is wrong with it."""
+    where = f"({line[:60]!r})"
+    record = parse_json(line, where)
+    # Not isinstance, because True is an int.
+    is_numbers = isinstance(record, dict) and all(
+        type(value) is float or (type(value) is int and abs(value) < INT_LIMIT)
         for value in record.values()
     )
-    if not numbers or type(record.get("step")) is not int or record["step"] < 0:
-        raise ValueError(f'({line[:60]!r}) is no object of numbers with a whole number "step"')
+    if not is_numbers or type(record.get("step")) is not int or record["step"] < 0:
+        raise ValueError(f'{where} is no object of numbers with a whole number "step"')
     return record
 
 
 def _drop_from(path: Path, start_step: int) -> None:
-    """Keeps the whole lines below start_step; a line cut short by a kill goes too."""
+    """Rewrites a metrics file with its valid lines below start_step."""
     if not os.path.lexists(path):
         return
     try:
@@ -121,6 +115,6 @@ def _drop_from(path: Path, start_step: int) -> None:
     if fault:
         set_aside(path, fault)
         print(f"{path}: {len(records)} good lines are kept", flush=True)
-    # Of a step that stands twice with the same metrics the later line holds.
+    # Of several lines with the same step and metric names the last is kept.
     lines = {(record["step"], *record): record for record in records if record["step"] < start_step}
     write_text(path, "".join(json.dumps(record) + "\n" for record in lines.values()))

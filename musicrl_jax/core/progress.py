@@ -1,4 +1,4 @@
-"""How far a long stage is: a bar on a terminal, plain lines in a log."""
+"""Shows the progress of a long stage: a bar on a terminal, plain lines in a log."""
 
 import sys
 import time
@@ -10,48 +10,47 @@ from tqdm import tqdm
 from musicrl_jax.core import hosts
 
 T = TypeVar("T")
-LOG_SECONDS = 10.0
+LOG_SECONDS = 10.0  # between two lines of a log
 
 
 class Progress:
-    """An iterator over `items` that shows where it is; `note` adds figures behind the count.
+    """An iterator over `items` that shows the count; `note` adds figures behind it.
 
-    It raises `hosts.Preempted` between two items where the run got SIGTERM; see `hosts.stop_point`.
+    Raises `hosts.Preempted` between two items if the run got SIGTERM; see `hosts.stop_point`.
     """
 
     def __init__(self, items: Iterable[T], label: str, total: int, initial: int = 0):
         self._items, self._label, self._total, self._done = items, label, total, initial
         self._terminal = sys.stderr.isatty()
         self._bar = tqdm(
-            total=total, initial=initial, desc=f"{label:>9}", disable=not self._terminal, leave=True
+            total=total, initial=initial, desc=f"{label:>9}", disable=not self._terminal
         )
         self._start = self._last = time.monotonic()
-        self._note, self._told = "", -1
+        # The last note, and the count in the last line.
+        self._note, self._logged = "", -1
 
     def note(self, text: str) -> None:
-        """Figures to show beside the count, such as the loss."""
+        """Shows figures beside the count, such as the loss."""
         self._note = text
         self._bar.set_postfix_str(text, refresh=False)
 
-    def _line(self) -> None:
-        elapsed, self._told = time.monotonic() - self._start, self._done
-        print(
-            f"{self._label:>9}  {self._done}/{self._total}  {elapsed:.0f} s  {self._note}",
-            flush=True,
-        )
+    def _log(self) -> None:
+        self._last, self._logged = time.monotonic(), self._done
+        count = f"{self._label:>9}  {self._done}/{self._total}"
+        print(f"{count}  {self._last - self._start:.0f} s  {self._note}", flush=True)
 
     def __iter__(self) -> Iterator[T]:
         try:
             for item in self._items:
-                hosts.stop_point()  # making the item may have taken long
+                hosts.stop_point()  # computing the item may have taken long
                 yield item
                 self._done += 1
                 self._bar.update(1)
                 if not self._terminal and time.monotonic() - self._last > LOG_SECONDS:
-                    self._last = time.monotonic()
-                    self._line()
+                    self._log()
                 hosts.stop_point()
-            if not self._terminal and self._told != self._done:
-                self._line()
+            # The last count, unless its line is already there.
+            if not self._terminal and self._logged != self._done:
+                self._log()
         finally:
             self._bar.close()

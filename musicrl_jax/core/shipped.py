@@ -1,7 +1,7 @@
-"""What ships with the package: `gin/`, the recipes, and `data/`, the builders and small models.
+"""Finds the files that ship with the package: recipes in `gin/`, builders and models in `data/`.
 
-In a checkout both stand beside the package. A wheel has them in the package's folder `shipped`: at
-the top level they would hide gin-config's `gin` and anybody's `data`.
+A checkout has both folders beside the package. A wheel has them in the package's folder `shipped`:
+at the top level they would shadow gin-config's `gin` and other packages' `data`.
 """
 
 from pathlib import Path
@@ -11,7 +11,7 @@ ROOT = PACKAGE / "shipped" if (PACKAGE / "shipped").is_dir() else PACKAGE.parent
 
 
 def located(path: str) -> Path:
-    """Returns a path as it is; if nothing is there, that of what ships under this name, if any."""
+    """Returns the shipped file `path` if `path` itself does not exist, else `path`."""
     here = Path(path).expanduser()
     there = ROOT / here
     return there if not here.exists() and there.exists() else here

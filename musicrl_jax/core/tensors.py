@@ -1,10 +1,9 @@
-"""Arrays -> a safetensors file. All such files are written here, since the library trusts how an array lies in memory.
+"""Writes safetensors files. All writes go through `save`, because the library ignores strides.
 
-safetensors 0.8 copies an array's memory from its first byte on, without a look at its strides or its byte order. Of a
-transposed, reversed or broadcast array it writes other numbers, and says nothing.
+safetensors 0.8 copies an array's memory without regard to strides or byte order. For a transposed,
+reversed or broadcast array it silently writes wrong numbers.
 """
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,26 +12,25 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-HEADER = "musicrl"  # the header's text that describes a packed model, as JSON
+from musicrl_jax.core.manifest import replacing
+
+HEADER = "musicrl"  # name of the header's text that describes a packed model, as JSON
 
 
 def save(
     path: str | Path, arrays: Mapping[str, Any], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Writes a file, whole or not at all.
+    """Writes a file, whole or not at all, in place of an existing one.
 
     Args:
-      path: of the file; what stood there is replaced.
-      arrays: by name, of numpy or jax, in any memory layout.
+      path: the file.
+      arrays: NumPy or JAX arrays by name, in any memory layout.
       metadata: texts for the file's header.
     """
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.partial")
     tensors = {name: row_major(array) for name, array in arrays.items()}
-    safetensors.numpy.save_file(
-        tensors, partial, metadata=None if metadata is None else dict(metadata)
-    )
-    os.replace(partial, path)
+    texts = None if metadata is None else dict(metadata)
+    with replacing(Path(path)) as partial:
+        safetensors.numpy.save_file(tensors, partial, texts)
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
@@ -42,8 +40,7 @@ def read_metadata(path: str | Path) -> dict[str, str]:
 
 
 def row_major(array: Any) -> np.ndarray:
-    """Returns the array with its elements one after the other in memory, in this machine's byte order."""
+    """Returns the array in C order and native byte order."""
     array = np.asarray(array)
-    return np.asarray(
-        array, array.dtype.newbyteorder("="), order="C"
-    )  # ascontiguousarray would make [1] of []
+    # Not np.ascontiguousarray, which turns shape [] into [1].
+    return np.asarray(array, array.dtype.newbyteorder("="), order="C")

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from musicrl_jax.core import checkpoint
-from musicrl_jax.core.files import kept_at
+from musicrl_jax.core.files import cached_at
 from musicrl_jax.core.manifest import read_regular
 from musicrl_jax.core.progress import Progress
 from musicrl_jax.inputs import order, pieces, pretrained
@@ -207,7 +207,7 @@ class TowerOutputs:
         identity = json.dumps(checkpoint.describe(settings), sort_keys=True)
         short = hashlib.sha256(identity.encode()).hexdigest()[:12]
         path = Path(self.folder) / f"{name.replace('/', '.')}-{split}-{short}.npz"
-        return kept_at(path, lambda: self._compute(clips, split))
+        return cached_at(path, lambda: self._compute(clips, split))
 
     def _compute(self, clips: Clips, split: str) -> dict[str, np.ndarray]:
         """Returns the towers' outputs for all clips of a split, [P, ...] each."""

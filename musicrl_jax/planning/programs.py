@@ -84,7 +84,7 @@ def _train(models: PlannedModels, arguments: Mapping[str, Any], mesh: Mesh) -> I
     batch = _struct(batch, sharding.batch_sharding(mesh))
     transform = arguments["optimiser"].build(arguments["steps"])
     create = partial(first_state, objective, transform)
-    state, shardings = sharding.laid_out(mesh, create, jax.random.key(0), batch)
+    state, shardings = sharding.shapes_and_shardings(mesh, create, jax.random.key(0), batch)
     step = training_step(objective, transform, arguments["seed"], mesh, shardings)
     frozen = _at_rest(mesh, objective.frozen(models.read))
     yield Program("step", step, (_struct(state, shardings), frozen, batch), batch_size)

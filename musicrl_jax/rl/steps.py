@@ -59,8 +59,10 @@ class Run:
         # The learner: its state at rest, and all-gathered over fsdp.
         self.learner = learner = Learner(system, config)
         key = jax.eval_shape(lambda: jax.random.key(0))
-        self.shapes, self.shardings = sharding.laid_out(mesh, learner.create, key)
-        _, copies = sharding.laid_out(mesh, learner.create, key, rules=sharding.DRAWING_RULES)
+        self.shapes, self.shardings = sharding.shapes_and_shardings(mesh, learner.create, key)
+        _, copies = sharding.shapes_and_shardings(
+            mesh, learner.create, key, rules=sharding.SAMPLING_RULES
+        )
         self.copy_shardings = ComputeCopy(copies.policy, copies.policy, copies.value)
 
         def compute_copy(state: RLState, anchor: Tree) -> ComputeCopy:
@@ -82,7 +84,7 @@ class Run:
         # The state is created sharded, so that no device ever holds all of it.
         mesh, learner = self.mesh, self.learner
         key = jax.random.key(self.config.seed)
-        state, _ = sharding.born_sharded(mesh, learner.create, key)
+        state, _ = sharding.create_sharded(mesh, learner.create, key)
         anchor = sharding.put(self._loaded.policy, self.shardings.policy)
         state = jax.jit(learner.start_from, out_shardings=self.shardings)(state, anchor)
         # Models that no update changes.

@@ -23,7 +23,7 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from prometheus_client import Counter, Gauge, Histogram
 from pydantic import Field
 
-from musicrl_jax.core.audio import encoded, made_from
+from musicrl_jax.core.audio import encode, provenance_tags
 from musicrl_jax.serving.batcher import Batcher, Closed, Full, Wanted
 from musicrl_jax.serving.bundle import Bundle
 from musicrl_jax.serving.composition import Piece
@@ -316,8 +316,8 @@ def _add_clips(app: FastAPI, studio: Studio, limits: Limits, guard: list[Any]) -
             work.cancel()
 
         # Its file.
-        tags = made_from(order.prompt, model=about["sha256"], seed=seed, candidate=candidate)
-        content = await asyncio.to_thread(encoded, wav, rate, order.format, tags)
+        tags = provenance_tags(order.prompt, model=about["sha256"], seed=seed, candidate=candidate)
+        content = await asyncio.to_thread(encode, wav, rate, order.format, tags)
         metrics.latency.observe(time.monotonic() - start)
         metrics.music.inc(wav.shape[-1] / rate)
         headers = {

@@ -381,15 +381,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if bool(asked.prompt) == asked.check:
         parser.error("give a prompt, or --check")
     try:
-        form = audio.form_of(asked.out)
+        form = audio.audio_format(asked.out)
         seed = int(whole("seed", asked.seed))
         bundle = Bundle(Path(__file__).resolve().parent)
         if asked.check:
             return _checked(bundle)
         wav = np.asarray(bundle.draw(bundle.encode([asked.prompt]), [seed]).wav[0])
-        tags = audio.made_from(asked.prompt, seed=seed, model=bundle.about["sha256"])
+        tags = audio.provenance_tags(asked.prompt, seed=seed, model=bundle.about["sha256"])
         Path(asked.out).write_bytes(
-            audio.encoded(np.clip(wav, -1, 1), bundle.about["sample_rate_hz"], form, tags)
+            audio.encode(np.clip(wav, -1, 1), bundle.about["sample_rate_hz"], form, tags)
         )
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)

@@ -88,8 +88,8 @@ class Player:
         def init_policy(key: jax.Array) -> Tree:
             return system.compute_copy(Weights(system.init(key), {}), dtype).policy
 
-        key, rules = jax.eval_shape(lambda: jax.random.key(0)), sharding.DRAWING_RULES
-        self.policy_sharding = sharding.laid_out(mesh, init_policy, key, rules=rules)[1]
+        key, rules = jax.eval_shape(lambda: jax.random.key(0)), sharding.SAMPLING_RULES
+        self.policy_sharding = sharding.shapes_and_shardings(mesh, init_policy, key, rules=rules)[1]
         self.compute_copy = jax.jit(
             lambda weights: system.compute_copy(weights, dtype),
             out_shardings=Weights(self.policy_sharding, replicated),

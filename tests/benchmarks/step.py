@@ -89,7 +89,7 @@ class Run:
         self, learner: Learner, steps: Steps, mesh: Mesh, frozen: dict[str, Any], text: jax.Array
     ) -> None:
         self.frozen, self.text = frozen, text
-        state, _ = sharding.born_sharded(mesh, learner.create, jax.random.key(0))
+        state, _ = sharding.create_sharded(mesh, learner.create, jax.random.key(0))
         self.anchor = jax.tree.map(jnp.copy, state.policy)
         self.state = learner.started(state, self.anchor)
         self.keys = steps.keys(*(np.int32(n) for n in (0, 0, 3)))

@@ -1,4 +1,4 @@
-"""Sound as the content of a file."""
+"""Audio files hold their tags."""
 
 import io
 
@@ -11,10 +11,9 @@ from musicrl_jax.core import audio
 
 @pytest.mark.parametrize("form", ["wav", "flac", "ogg"])
 @pytest.mark.parametrize("title", ["\0", "\0{", "a\0b"])
-def test_a_text_with_zero_bytes_is_kept(form, title):
-    """A C string ends at one, and libsndfile refuses an empty text: such a prompt was an error of the service."""
-    content = audio.encoded(
-        np.zeros(100, np.float32), 16_000, form, {"title": title, "comment": "seed 1"}
-    )
+def test_a_tag_with_nul_bytes_is_written(form, title):
+    """A NUL byte ends a C string, and libsndfile refuses an empty one."""
+    tags = {"title": title, "comment": "seed 1"}
+    content = audio.encode(np.zeros(100, np.float32), 16_000, form, tags)
     with soundfile.SoundFile(io.BytesIO(content)) as file:
         assert (file.title, file.comment) == (title.replace("\0", " "), "seed 1")

@@ -1,8 +1,9 @@
-"""What is restored is what was saved, to the bit, or an error says why not."""
+"""A model comes back bit-equal, or an error says why not."""
 
 import dataclasses
 import json
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -15,158 +16,162 @@ from musicrl_jax.models.musiclm import MusicLMConfig
 from musicrl_jax.models.tokens import TokenLayout
 from musicrl_jax.models.transformer import TransformerConfig
 
+KEY = jax.random.key(0)
+TREE = {
+    "params": {"w": jax.random.normal(KEY, (3, 4)), "half": jnp.ones(5, jnp.bfloat16) / 3},
+    "step": jnp.int32(7),
+    "flag": jnp.array(True),
+}
+CONFIG = MusicLMConfig(
+    TransformerConfig(1, 8, 2, 8), TransformerConfig(1, 4, 1, 8), TokenLayout(5, 6, 2), 3, 4
+)
+ASSETS = {"words.txt": b"\x00hello"}
+NEXT_TREE = {**TREE, "step": jnp.int32(8)}
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("template")
+    checkpoint.save_model(folder, CONFIG, TREE, ASSETS)
+    return folder
+
 
 @pytest.fixture
-def tree():
-    key = jax.random.key(0)
-    return {
-        "params": {"w": jax.random.normal(key, (3, 4)), "half": jnp.ones(5, jnp.bfloat16) / 3},
-        "step": jnp.int32(7),
-        "flag": jnp.array(True),
-    }
+def folder(template, tmp_path):
+    """Returns the folder of a model, which the test may damage."""
+    return Path(shutil.copytree(template, tmp_path / "m"))
 
 
 def assert_equal_bits(a, b):
-    jax.tree.map(
-        lambda x, y: np.testing.assert_array_equal(
-            np.asarray(x).tobytes(), np.asarray(y).tobytes()
-        ),
-        a,
-        b,
-    )
     assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
 
 
-def test_model_comes_back_with_config_hash_and_assets(tmp_path, tree):
-    config = MusicLMConfig(
-        TransformerConfig(1, 8, 2, 8), TransformerConfig(1, 4, 1, 8), TokenLayout(5, 6, 2), 3, 4
-    )
-    saved = checkpoint.save_model(tmp_path / "m", config, tree, {"words.txt": b"\x00hello"})
-    model = checkpoint.load_model(tmp_path / "m", MusicLMConfig)
-    assert_equal_bits(tree, model.variables)
-    assert (model.config, model.hash, model.assets) == (config, saved, {"words.txt": b"\x00hello"})
-    assert checkpoint.model_hash(tmp_path / "m") == saved
+# --- Models come back. ---
 
 
-def test_hash_sees_one_bit_name_shape_and_dtype(tree):
-    reference = checkpoint.content_hash(tree)
-    nudged = {**tree, "step": jnp.int32(6)}
-    renamed = {**{k: v for k, v in tree.items() if k != "step"}, "stop": tree["step"]}
-    reshaped = {**tree, "params": {**tree["params"], "w": tree["params"]["w"].reshape(4, 3)}}
-    assert len({reference, *map(checkpoint.content_hash, (nudged, renamed, reshaped))}) == 4
+def test_a_model_comes_back_with_config_hash_and_assets(template):
+    model = checkpoint.load_model(template, MusicLMConfig)
+    assert_equal_bits(TREE, model.variables)
+    assert (model.config, model.assets) == (CONFIG, ASSETS)
+    assert model.hash == checkpoint.model_hash(template) == checkpoint.content_hash(TREE)
 
 
-def test_another_kind_of_model_is_refused(tmp_path, tree):
-    checkpoint.save_model(tmp_path / "m", TokenLayout(), tree)
-    with pytest.raises(ValueError, match="holds a TokenLayout, not a MusicLMConfig"):
-        checkpoint.load_model(tmp_path / "m", MusicLMConfig)
+def test_the_hash_depends_on_bits_names_shapes_and_dtypes():
+    # The lowest bit of one array, a name, a shape, a dtype.
+    nudged = {**TREE, "step": jnp.int32(6)}
+    renamed = {**{k: v for k, v in TREE.items() if k != "step"}, "stop": TREE["step"]}
+    reshaped = {**TREE, "params": {**TREE["params"], "w": TREE["params"]["w"].reshape(4, 3)}}
+    retyped = {**TREE, "step": jnp.uint32(7)}
+    trees = TREE, nudged, renamed, reshaped, retyped
+    assert len(set(map(checkpoint.content_hash, trees))) == len(trees)
+
+
+def test_another_kind_of_model_is_refused(template):
+    with pytest.raises(ValueError, match="holds a MusicLMConfig, not a TokenLayout"):
+        checkpoint.load_model(template, TokenLayout)
 
 
 @dataclasses.dataclass(frozen=True)
 class Either:
-    """A config whose part is one of two others."""
+    """A config whose part is one of two kinds."""
 
     part: TokenLayout | TransformerConfig
 
 
 @pytest.mark.parametrize("part", [TokenLayout(5, 6, 2), TransformerConfig(1, 8, 2, 8)])
-def test_of_several_parts_the_one_that_was_saved_comes_back(tmp_path, tree, part):
-    checkpoint.save_model(tmp_path / "m", Either(part), tree)
-    assert checkpoint.load_model(tmp_path / "m", Either).config == Either(part)
+def test_a_part_of_several_kinds_comes_back(part):
+    content = json.loads(json.dumps(checkpoint.config_to_json(Either(part))))
+    assert checkpoint.config_from_json(Either, content, "here") == Either(part)
 
 
-def test_missing_model_is_named(tmp_path):
+# --- Missing and damaged models. ---
+
+
+def test_a_missing_model_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no TokenLayout checkpoint in .*nowhere"):
         checkpoint.load_model(tmp_path / "nowhere", TokenLayout)
 
 
-def test_changed_arrays_are_noticed(tmp_path, tree):
-    checkpoint.save_model(tmp_path / "a", TokenLayout(), tree)
-    checkpoint.save_model(tmp_path / "b", TokenLayout(), {**tree, "step": jnp.int32(8)})
-    shutil.rmtree(tmp_path / "a/model/variables")
-    shutil.copytree(tmp_path / "b/model/variables", tmp_path / "a/model/variables")
+def test_arrays_of_another_model_are_detected(folder, tmp_path):
+    checkpoint.save_model(tmp_path / "other", CONFIG, NEXT_TREE)
+    shutil.rmtree(folder / "model/variables")
+    shutil.copytree(tmp_path / "other/model/variables", folder / "model/variables")
     with pytest.raises(ValueError, match="is damaged"):
-        checkpoint.load_model(tmp_path / "a", TokenLayout)
+        checkpoint.load_model(folder, MusicLMConfig)
 
 
-def test_a_setting_is_described_by_what_it_holds(tmp_path, tree, monkeypatch):
-    checkpoint.save_model(tmp_path / "m", TokenLayout(), tree)
+# --- The identity of a run. ---
+
+
+def test_a_setting_is_described_by_its_content(folder, tmp_path, monkeypatch):
     (tmp_path / "votes.csv").write_text("clip,rater,score\n")
     describe = checkpoint.describe_path
     first = describe(str(tmp_path / "votes.csv"))
     (tmp_path / "votes.csv").write_text("clip,rater,score\nx,y,3\n")
     assert describe(str(tmp_path / "votes.csv")) != first
-    assert describe(str(tmp_path / "m")) == checkpoint.model_hash(tmp_path / "m")
+    assert describe(str(folder)) == checkpoint.model_hash(folder)
     assert describe(tmp_path) == tmp_path.name
     monkeypatch.chdir(tmp_path)
+    # A folder without a description has its name, also as ".".
     assert describe(".") == describe("../" + tmp_path.name + "/") == tmp_path.name
     (tmp_path / "votes.jsonl").write_text("one vote\n")
     few = describe(tmp_path)
     (tmp_path / "votes.jsonl").write_text("one vote\nanother\n")
-    assert (
-        tmp_path.name != few != describe(tmp_path)
-    )  # a reward learned from more votes is another reward
+    # A reward that learned from more votes is another reward.
+    assert tmp_path.name != few != describe(tmp_path)
     assert describe(("score_clips/mine", "x" * 5000)) == ["score_clips/mine", "x" * 5000]
     assert describe("") == "" and describe(None) is None  # not the working directory
     assert checkpoint.describe({"layout": TokenLayout(5, 6, 2)})["layout"]["semantic_codes"] == 5
-    assert checkpoint.describe(["votes.jsonl", tmp_path / "m"]) == [
-        "votes.jsonl",
-        describe(str(tmp_path / "m")),
-    ]
+    assert checkpoint.describe(["votes.jsonl", folder]) == ["votes.jsonl", describe(folder)]
 
 
-def test_full_disk_is_said_before_anything_is_written(tmp_path, tree, monkeypatch):
+# --- Saving. ---
+
+
+def test_a_full_disk_is_reported_before_the_save(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
     with pytest.raises(OSError, match="no space to save"):
-        checkpoint.save_model(tmp_path / "m", TokenLayout(), tree)
+        checkpoint.save_model(tmp_path / "m", TokenLayout(), TREE)
     assert not list((tmp_path / "m").iterdir())
 
 
-def files_of(folder):
-    return sorted(path for path in folder.rglob("*") if path.is_file())
-
-
-def test_a_flipped_bit_in_any_file_of_a_model_is_named(tmp_path, tree):
-    checkpoint.save_model(tmp_path, TokenLayout(), tree, {"words.txt": b"hello"})
-    bits = np.random.default_rng(0)
-    files = files_of(tmp_path / "model")
+def test_a_flipped_bit_in_any_file_of_a_model_is_detected(folder):
+    random = np.random.default_rng(0)
+    files = sorted(path for path in (folder / "model").rglob("*") if path.is_file())
     assert {path.name for path in files} > {"words.txt", "manifest.json", "_METADATA"}
     for path in files:
         whole = path.read_bytes()
         flipped = bytearray(whole)
-        flipped[bits.integers(len(whole))] ^= 1 << bits.integers(8)
+        flipped[random.integers(len(whole))] ^= 1 << random.integers(8)
         path.write_bytes(flipped)
         with pytest.raises(ValueError, match=f"is damaged: .*{path.name} "):
-            checkpoint.load_model(tmp_path, TokenLayout)
+            checkpoint.load_model(folder, MusicLMConfig)
         path.write_bytes(whole)
-    (tmp_path / "model/notes.txt").write_text("what I tried")  # nobody minds another file
-    assert_equal_bits(tree, checkpoint.load_model(tmp_path, TokenLayout).variables)
+    # Other files are allowed.
+    (folder / "model/notes.txt").write_text("what I tried")
+    assert_equal_bits(TREE, checkpoint.load_model(folder, MusicLMConfig).variables)
 
 
-def test_a_model_of_an_older_version_is_read(tmp_path, tree):
-    saved = checkpoint.save_model(tmp_path, TokenLayout(), tree, {"words.txt": b"hello"})
-    path = tmp_path / "model/manifest.json"
+def test_a_model_of_an_older_version_is_read(folder):
+    path = folder / "model/manifest.json"
     manifest = json.loads(path.read_text())
-    path.write_text(
-        json.dumps({name: manifest[name] for name in ("config", "hash", "assets")}, indent=1)
-    )
-    assert checkpoint.model_hash(tmp_path) == saved
-    assert checkpoint.load_model(tmp_path, TokenLayout).assets == {"words.txt": b"hello"}
+    old = {name: manifest[name] for name in ("config", "hash", "assets")}
+    path.write_text(json.dumps(old, indent=1))
+    assert checkpoint.model_hash(folder) == manifest["hash"]
+    assert checkpoint.load_model(folder, MusicLMConfig).assets == ASSETS
 
 
-def test_a_model_is_replaced_in_one_move(tmp_path, tree, monkeypatch):
-    old = checkpoint.save_model(tmp_path, TokenLayout(), tree)
-    seen = []
+def test_a_model_is_replaced_in_one_move(folder, monkeypatch):
+    old, hashes, remove = checkpoint.model_hash(folder), [], shutil.rmtree
 
-    def watched(folder, *arguments, **keywords):
-        if checkpoint.has_model(
-            tmp_path
-        ):  # whenever something is removed, what is called the model can be read
-            seen.append(checkpoint.load_model(tmp_path, TokenLayout).hash)
-        remove(folder, *arguments, **keywords)
+    def check_and_remove(path, *arguments, **keywords):
+        if checkpoint.has_model(folder):  # then it can be read
+            hashes.append(checkpoint.load_model(folder, MusicLMConfig).hash)
+        remove(path, *arguments, **keywords)
 
-    remove = shutil.rmtree
-    monkeypatch.setattr(checkpoint.shutil, "rmtree", watched)
-    new = checkpoint.save_model(tmp_path, TokenLayout(), {**tree, "step": jnp.int32(8)})
-    assert {old, new} <= set(seen)
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", check_and_remove)
+    new = checkpoint.save_model(folder, CONFIG, NEXT_TREE)
+    assert {old, new} <= set(hashes)
+    assert [path.name for path in folder.iterdir()] == ["model"]

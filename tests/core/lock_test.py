@@ -1,5 +1,6 @@
-"""Of several processes one writes in a folder; a dead one leaves it to the next."""
+"""One process at a time writes in a folder, and a dead one's lock is taken over."""
 
+import contextlib
 import inspect
 import json
 import os
@@ -23,7 +24,7 @@ try:
 except ValueError as error:
     print(error, flush=True)
 """
-# Starts at once where the file is there, so that imports do not part the starts; many rounds, one line each.
+# Waits for the folder of a round, so that all start at once, and prints the rounds that it wins.
 RACE = """
 import os, sys, time
 from pathlib import Path
@@ -46,41 +47,58 @@ for round in range(rounds):
 """
 
 
-def holder(folder, seconds=60.0):
-    command = [sys.executable, "-c", HOLD, str(folder), f"{seconds}"]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-
-
-def test_a_second_process_is_refused_with_who_the_first_is(tmp_path):
-    folder = tmp_path / "run"
-    before = lock._now()
-    with holder(folder) as process:
+@contextlib.contextmanager
+def holder(folder, code=HOLD):
+    """Starts a process that holds the lock, and kills it at the end."""
+    command = [sys.executable, "-c", code, str(folder), "60"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
         try:
             assert process.stdout.readline() == "held\n"
-            refused = rf"{folder} is in use by process {process.pid} on host .*, since (.* UTC): wait for it, end it"
-            with pytest.raises(ValueError, match=refused) as error, lock.locked(folder):
-                pass
-            assert before <= str(error.value).split("since ")[1][: len(before)] <= lock._now()
-            with (
-                lock.locked(folder, "another"),
-                lock.locked(tmp_path),
-            ):  # other things are others' locks
-                pass
+            yield process
         finally:
             process.kill()
-    with lock.locked(folder):  # of one that was killed
-        assert json.loads((folder / ".musicrl.lock.json").read_text())["process"] == os.getpid()
+
+
+def current_holder(folder):
+    return json.loads((folder / ".musicrl.lock.json").read_text())
+
+
+# --- Two processes. ---
+
+
+def test_a_second_process_is_refused_and_the_first_is_named(tmp_path):
+    folder = tmp_path / "run"
+    before = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
+    with holder(folder) as process:
+        words = (
+            rf"{folder} is in use by process {process.pid} on host .*, since (.* UTC): wait for "
+            "it, end it"
+        )
+        with pytest.raises(ValueError, match=words), lock.locked(folder):
+            pass
+        after = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
+        assert before <= current_holder(folder)["since"] <= after
+        # Locks of other names and folders are free.
+        with lock.locked(folder, "another"), lock.locked(tmp_path):
+            pass
+    with lock.locked(folder):  # the holder was killed
+        assert current_holder(folder)["process"] == os.getpid()
     assert not list(folder.iterdir())
 
 
+# --- Release. ---
+
+
 def test_the_lock_is_released_whatever_ends_the_work(tmp_path):
-    for error in (hosts.Preempted("told"), ValueError("wrong"), KeyboardInterrupt()):
+    for error in (hosts.Preempted("words"), ValueError("wrong"), KeyboardInterrupt()):
         with pytest.raises(type(error)), lock.locked(tmp_path):
             raise error
         assert not list(tmp_path.iterdir())
 
 
-def test_work_that_wrote_nothing_leaves_no_folder(tmp_path):
+def test_a_folder_without_files_is_removed(tmp_path):
     """A verb refuses bad settings inside its lock."""
     with pytest.raises(ZeroDivisionError), lock.locked(tmp_path / "runs/votes"):
         1 / 0  # noqa: B018
@@ -91,21 +109,27 @@ def test_work_that_wrote_nothing_leaves_no_folder(tmp_path):
     assert (tmp_path / "there").exists() and (tmp_path / "runs/votes/file").exists()
 
 
+# --- Taking over. ---
+
+
 def test_a_lock_of_a_recycled_process_number_is_taken_over(tmp_path):
     with lock.locked(tmp_path):
-        marker, about = ((tmp_path / f".musicrl.lock{end}").read_text() for end in ("", ".json"))
+        marker, holder_file = (
+            (tmp_path / f".musicrl.lock{end}").read_text() for end in ("", ".json")
+        )
+    # This process's number, with an earlier start.
     start = next(line for line in marker.splitlines() if line.startswith("start="))
-    earlier = marker.replace(
-        start, f"start={int(start[6:]) - 1}"
-    )  # this process's number, an earlier start
+    earlier = marker.replace(start, f"start={int(start[6:]) - 1}")
     (tmp_path / ".musicrl.lock").write_text(earlier)
-    (tmp_path / ".musicrl.lock.json").write_text(about)
+    (tmp_path / ".musicrl.lock.json").write_text(holder_file)
     with lock.locked(tmp_path):
         pass
 
 
 @pytest.mark.parametrize("alive", [True, False])
-def test_of_a_process_on_another_host_a_touch_is_waited_for(tmp_path, monkeypatch, capsys, alive):
+def test_another_hosts_lock_is_taken_over_only_without_touches(
+    tmp_path, monkeypatch, capsys, alive
+):
     monkeypatch.setattr(lock, "LEASE_SECONDS", 0.4)
     monkeypatch.setattr(lock, "POLL_SECONDS", 0.05)
     path = tmp_path / ".musicrl.lock"
@@ -114,48 +138,41 @@ def test_of_a_process_on_another_host_a_touch_is_waited_for(tmp_path, monkeypatc
     )
     owner.acquire()
     path.write_text(path.read_text().replace("host=", "host=far-"))
-    about = {"machine": "far", "host": "far", "process": os.getpid(), "since": "yesterday"}
-    (tmp_path / ".musicrl.lock.json").write_text(json.dumps(about))
-    if not alive:
-        owner._stop_heartbeat()
+    content = {"machine": "far", "host": "far", "process": os.getpid(), "since": "yesterday"}
+    (tmp_path / ".musicrl.lock.json").write_text(json.dumps(content))
     if alive:
-        with (
-            pytest.raises(ValueError, match=r"in use by process \d+ on host far, since yesterday"),
-            lock.locked(tmp_path),
-        ):
+        words = r"in use by process \d+ on host far, since yesterday"
+        with pytest.raises(ValueError, match=words), lock.locked(tmp_path):
             pass
         owner.release()
     else:
+        owner._stop_heartbeat()
         with lock.locked(tmp_path):
-            assert (
-                json.loads((tmp_path / ".musicrl.lock.json").read_text())["process"] == os.getpid()
-            )
+            assert current_holder(tmp_path)["machine"] != "far"
     assert f"locked by process {os.getpid()} on host far" in capsys.readouterr().out
 
 
-def test_two_starts_at_one_moment_never_both_win(tmp_path):
-    """In odd rounds a lock of a dead process is there, which all want to take over."""
+def test_of_processes_that_start_at_once_one_gets_the_lock(tmp_path, processes):
+    """In odd rounds all of them want to take over the lock of a dead process."""
     rounds, starters = 20, 3
-    with holder(tmp_path / "dead") as process:
-        assert process.stdout.readline() == "held\n"
-        process.kill()
+    with holder(tmp_path / "dead"):
+        pass
     stale = [path.name for path in (tmp_path / "dead").iterdir()]
     command = [sys.executable, "-c", RACE, str(tmp_path), f"{rounds}"]
-    racers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(starters)]
-    try:
-        for number in range(rounds):
-            until(tmp_path, f"ready-{number}-*", starters)
-            prepared = tmp_path / f"prepared-{number}"
-            prepared.mkdir()
-            for name in stale if number % 2 else ():
-                (prepared / name).write_bytes((tmp_path / "dead" / name).read_bytes())
-            prepared.rename(tmp_path / f"{number}")
-            until(tmp_path, f"done-{number}-*", starters - 1)  # the refused
-            (tmp_path / f"over-{number}").touch()
-        winners = "".join(racer.communicate(timeout=30)[0] for racer in racers).split()
-    finally:
-        for racer in racers:
-            racer.kill()
+    pipe = subprocess.PIPE
+    racers = [processes.start(command, stdout=pipe, text=True) for _ in range(starters)]
+    for number in range(rounds):
+        # The folder of a round appears with its files, once all are ready.
+        until(tmp_path, f"ready-{number}-*", starters)
+        prepared = tmp_path / f"prepared-{number}"
+        prepared.mkdir()
+        for name in stale if number % 2 else ():
+            (prepared / name).write_bytes((tmp_path / "dead" / name).read_bytes())
+        prepared.rename(tmp_path / f"{number}")
+        # All but the winner are refused.
+        until(tmp_path, f"done-{number}-*", starters - 1)
+        (tmp_path / f"over-{number}").touch()
+    winners = "".join(racer.communicate(timeout=30)[0] for racer in racers).split()
     assert sorted(map(int, winners)) == list(range(rounds))
 
 
@@ -166,22 +183,18 @@ def until(folder, pattern, count):
         time.sleep(0.001)
 
 
-def test_whoever_was_stopped_while_another_took_over_ends(tmp_path):
+def test_a_paused_process_ends_after_another_has_taken_over(tmp_path):
     code = "from musicrl_jax.core import lock; lock.LEASE_SECONDS = 0.4\n" + HOLD
-    command = [sys.executable, "-c", code, str(tmp_path), "60"]
-    errors = {"stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, **errors) as process:
-        try:
-            assert process.stdout.readline() == "held\n"
-            process.send_signal(signal.SIGSTOP)
-            lease = filelock.SoftFileLease(tmp_path / ".musicrl.lock", lease_duration=0.4)
-            lease.acquire(timeout=10)
+    with holder(tmp_path, code) as process:
+        process.send_signal(signal.SIGSTOP)
+        lease = filelock.SoftFileLease(tmp_path / ".musicrl.lock", lease_duration=0.4)
+        with lease.acquire(timeout=10):
             process.send_signal(signal.SIGCONT)
             assert process.wait(timeout=10) == 1
             assert "was taken over by" in process.stderr.read()
-        finally:
-            process.kill()
-            lease.release()
+
+
+# --- Folders and verbs. ---
 
 
 def test_a_folder_that_cannot_be_written_to_needs_no_lock(tmp_path, monkeypatch):
@@ -190,15 +203,15 @@ def test_a_folder_that_cannot_be_written_to_needs_no_lock(tmp_path, monkeypatch)
         assert not list(tmp_path.iterdir())
 
 
-def test_a_verb_locks_what_it_writes_and_keeps_its_signature(tmp_path):
-    seen = []
+def test_a_verb_locks_its_folder_and_keeps_its_signature(tmp_path):
+    locks = []
 
     def verb(out: str, count: int = 2) -> int:
-        seen.append(sorted(path.name for path in tmp_path.rglob("*.lock")))
+        locks.append(sorted(path.name for path in tmp_path.rglob("*.lock")))
         return count
 
     folder = str(tmp_path / "folder")
-    held = lock.holds("out")(verb)
-    assert held(folder) == 2 and inspect.signature(held) == inspect.signature(verb)
+    locked_verb = lock.holds("out")(verb)
+    assert locked_verb(folder) == 2 and inspect.signature(locked_verb) == inspect.signature(verb)
     lock.holds("out", beside=True)(verb)(out=f"{folder}/model")
-    assert seen == [[".musicrl.lock"], [".model.lock"]]
+    assert locks == [[".musicrl.lock"], [".model.lock"]]

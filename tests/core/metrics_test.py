@@ -14,6 +14,9 @@ def lines(path):
     return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
 
 
+# --- Resuming. ---
+
+
 def test_resuming_drops_what_will_be_written_again(tmp_path):
     with MetricWriter(tmp_path) as writer:
         for step in range(4):
@@ -30,8 +33,10 @@ def test_resuming_drops_what_will_be_written_again(tmp_path):
     assert list((tmp_path / "tensorboard").glob("events.*"))
 
 
+# --- Damage. ---
+
 GOOD = ['{"step": 0, "loss": 1.0}', '{"step": 1, "loss": 0.5}', '{"step": 2, "loss": NaN}']
-DAMAGE = {
+DAMAGED = {
     "half a line": b'{"step": 1, "lo',
     "two lines in one": b'{"step": 1, "loss": 2.0}{"step": 3, "loss": 2.0}',
     "garbage": bytes(range(128, 256)),
@@ -39,19 +44,19 @@ DAMAGE = {
     "an empty line": b"",
     "no object": b"[1, 2]",
     "no step": b'{"loss": 1.0}',
-    "a step that is no whole number": b'{"step": 1.5, "loss": 2.0}',
-    "a step that is a text": b'{"step": "1", "loss": 2.0}',
-    "a step below 0": b'{"step": -1, "loss": 2.0}',
+    "a fractional step": b'{"step": 1.5, "loss": 2.0}',
+    "a step as text": b'{"step": "1", "loss": 2.0}',
+    "a negative step": b'{"step": -1, "loss": 2.0}',
     "a step that is true": b'{"step": true, "loss": 2.0}',
-    "a value that is a text": b'{"step": 1, "loss": "low"}',
-    "a value that is null": b'{"step": 1, "loss": null}',
-    "a number that no float holds": b'{"step": 1, "loss": 1' + b"0" * 400 + b"}",
+    "a value as text": b'{"step": 1, "loss": "low"}',
+    "a null": b'{"step": 1, "loss": null}',
+    "a number beyond floats": b'{"step": 1, "loss": 1' + b"0" * 400 + b"}",
     "deep nesting": b"[" * 100_000,
     "half of a surrogate pair": b'{"step": 1, "lo\\ud800s": 1.0}',
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+@pytest.mark.parametrize("damage", DAMAGED.values(), ids=DAMAGED)
 def test_a_damaged_file_is_set_aside_and_its_good_lines_are_kept(tmp_path, damage, capsys):
     path = tmp_path / "metrics.jsonl"
     content = "\n".join(GOOD[:2]).encode() + b"\n" + damage + b"\n" + GOOD[2].encode() + b"\n"
@@ -63,13 +68,10 @@ def test_a_damaged_file_is_set_aside_and_its_good_lines_are_kept(tmp_path, damag
     assert f"{path} is damaged: line 3 " in capsys.readouterr().out
 
 
-def test_steps_that_stand_twice_and_a_line_that_is_cut_off_are_no_damage(tmp_path, capsys):
+def test_repeated_steps_and_a_line_cut_short_are_no_damage(tmp_path, capsys):
     path = tmp_path / "metrics.jsonl"
-    path.write_text(
-        "\n".join(
-            [*GOOD[:2], '{"step": 1, "loss": 7.0}', '{"step": 1, "kl": 3.0}', '{"step": 2, "lo']
-        )
-    )
+    repeated = ['{"step": 1, "loss": 7.0}', '{"step": 1, "kl": 3.0}', '{"step": 2, "lo']
+    path.write_text("\n".join([*GOOD[:2], *repeated]))
     MetricWriter(tmp_path, start_step=2).close()
     assert lines(tmp_path) == [
         {"step": 0, "loss": 1.0},
@@ -80,7 +82,7 @@ def test_steps_that_stand_twice_and_a_line_that_is_cut_off_are_no_damage(tmp_pat
 
 
 @pytest.mark.parametrize("make", [os.mkdir, os.mkfifo], ids=["a folder", "a FIFO"])
-def test_what_is_no_file_is_set_aside(tmp_path, make, capsys):
+def test_a_folder_or_fifo_in_its_place_is_set_aside(tmp_path, make, capsys):
     make(tmp_path / "metrics.jsonl")
     with MetricWriter(tmp_path) as writer:
         writer.write(0, {"loss": 1.0})
@@ -90,7 +92,8 @@ def test_what_is_no_file_is_set_aside(tmp_path, make, capsys):
 
 @hypothesis.settings(max_examples=40, deadline=None)
 @hypothesis.given(data=st.data())
-def test_no_bytes_block_a_resume(tmp_path_factory, data):
+def test_a_run_resumes_with_any_bytes_in_the_file(tmp_path_factory, data):
+    # Up to three bytes changed, and up to nine replaced by others.
     content = bytearray("\n".join(GOOD).encode())
     for _ in range(data.draw(st.integers(0, 3))):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))

@@ -1,4 +1,4 @@
-"""A log tells how far a stage is, and the last line once."""
+"""A log shows the progress of a stage, and the last count once."""
 
 import threading
 
@@ -11,15 +11,16 @@ def lines(capsys):
     return [line.split()[:2] for line in capsys.readouterr().out.splitlines()]
 
 
-def test_a_log_has_the_last_count_once_whether_or_not_its_time_had_come(capsys, monkeypatch):
+def test_a_log_has_the_last_count_once(capsys, monkeypatch):
     assert list(progress.Progress("ab", "short", 2)) == ["a", "b"]
     assert lines(capsys) == [["short", "2/2"]]
+    # A line for each item.
     monkeypatch.setattr(progress, "LOG_SECONDS", -1.0)
     assert list(progress.Progress("ab", "long", 5, initial=3)) == ["a", "b"]
     assert lines(capsys) == [["long", "4/5"], ["long", "5/5"]]
 
 
-def test_a_note_stands_behind_the_count(capsys):
+def test_a_note_follows_the_count(capsys):
     shown = progress.Progress([1], "noted", 1)
     for _ in shown:
         shown.note("loss 0.5")
@@ -36,6 +37,7 @@ def test_a_stop_ends_the_loop_between_two_items(monkeypatch):
                 hosts._request_stop()
     assert done == [0, 1, 2, 3, 4]
 
+    # SIGTERM while an item is computed: the item is dropped.
     def slow():
         yield "made before the signal"
         hosts._request_stop()

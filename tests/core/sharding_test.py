@@ -1,4 +1,4 @@
-"""Where arrays lie: whose rows are whose, what is gathered for drawing, what has no names."""
+"""Shardings of weights and batches, and the rows of each process."""
 
 import jax
 import jax.numpy as jnp
@@ -14,17 +14,21 @@ def named(key):
     return {"w": nn.Partitioned(jnp.zeros((8, 4, 2)), ("embed", "heads", "kv")), "b": jnp.zeros(3)}
 
 
-def test_weights_are_whole_but_for_tensor_while_clips_are_drawn():
-    mesh = sharding.make_mesh(2, 2)
-    shapes, spread = sharding.laid_out(mesh, named, jax.random.key(0))
-    drawing = sharding.laid_out(mesh, named, jax.random.key(0), rules=sharding.DRAWING_RULES)[1]
-    assert spread["w"].spec == PartitionSpec("fsdp", "tensor", None)
-    assert drawing["w"].spec == PartitionSpec(None, "tensor", None)
-    assert shapes["w"].shape == (8, 4, 2) and spread["b"].is_fully_replicated
+def test_sampling_replicates_weights_but_for_the_tensor_axis():
+    mesh, key = sharding.make_mesh(2, 2), jax.random.key(0)
+    shapes, training = sharding.shapes_and_shardings(mesh, named, key)
+    rules = sharding.SAMPLING_RULES
+    _, sampling = sharding.shapes_and_shardings(mesh, named, key, rules=rules)
+    assert training["w"].spec == PartitionSpec("fsdp", "tensor", None)
+    assert sampling["w"].spec == PartitionSpec(None, "tensor", None)
+    assert shapes["w"].shape == (8, 4, 2) and training["b"].is_fully_replicated
+
+
+# --- Batches. ---
 
 
 @pytest.mark.parametrize(("fsdp", "tensor"), [(1, 1), (2, 1), (2, 2), (1, 8)])
-def test_every_row_of_a_batch_lies_where_its_number_says(fsdp, tensor):
+def test_each_row_of_a_batch_is_on_the_device_of_its_number(fsdp, tensor):
     mesh = sharding.make_mesh(fsdp, tensor)
     batch = {
         "x": np.arange(16 * 3).reshape(16, 3).astype(np.float32),
@@ -36,24 +40,26 @@ def test_every_row_of_a_batch_lies_where_its_number_says(fsdp, tensor):
     rows = sharding.own_rows(mesh, 16)  # one process: all
     np.testing.assert_array_equal(rows, np.arange(16))
     own = sharding.put_batch(mesh, {"x": batch["x"][rows]}, 16)
-    assert own["x"].sharding == whole["x"].sharding and own["x"].sharding.spec == PartitionSpec(
-        ("data", "fsdp")
-    )
+    assert own["x"].sharding == whole["x"].sharding
+    assert own["x"].sharding.spec == PartitionSpec(("data", "fsdp"))
+    # Every device has the rows of its index.
     for piece in own["x"].addressable_shards:
         np.testing.assert_array_equal(piece.data, batch["x"][piece.index])
     with pytest.raises(ValueError, match=r"batch_size=7 must be a multiple of the \d data shards"):
         sharding.own_rows(sharding.make_mesh(2, 1), 7)
 
 
-@pytest.mark.parametrize(("devices", "rows", "up"), [(8, 8, 8), (8, 9, 16), (3, 8, 9), (1, 7, 7)])
-def test_rows_are_rounded_up_to_the_devices(devices, rows, up):
+@pytest.mark.parametrize(
+    ("devices", "rows", "rounded"), [(8, 8, 8), (8, 9, 16), (3, 8, 9), (1, 7, 7)]
+)
+def test_rows_are_rounded_up_to_a_multiple_of_the_shards(devices, rows, rounded):
     mesh = sharding.make_mesh(devices=jax.devices()[:devices])
-    assert sharding.round_up_rows(mesh, rows) == up
-    sharding.rows_a_shard(mesh, up)
+    assert sharding.round_up_rows(mesh, rows) == rounded
+    sharding.rows_a_shard(mesh, rounded)
 
 
 @pytest.mark.parametrize("dtype", [np.float64, np.float32, np.int64])
-def test_rows_that_hosts_computed_come_back_to_the_bit(dtype):
+def test_gathered_rows_are_bit_equal(dtype):
     mesh = sharding.make_mesh(2, 2)  # two devices hold the same rows
     x = (np.random.default_rng(0).normal(size=(8, 3)) * 1e9).astype(dtype)
     placed = sharding.put_batch(mesh, {"x": np.arange(16).reshape(8, 2)})["x"]
@@ -63,21 +69,24 @@ def test_rows_that_hosts_computed_come_back_to_the_bit(dtype):
     np.testing.assert_array_equal(whole, x)
 
 
-def test_a_host_of_several_puts_the_rows_that_it_has(monkeypatch):
-    """As where another process holds the second half of the devices: only its own rows are asked of it."""
+def test_a_host_of_several_puts_only_its_own_rows(monkeypatch):
+    """Here another process has the second half of the devices."""
     mesh = sharding.make_mesh(2, 2)
-    held = np.array([4, 5, 6, 7, 12, 13, 14, 15])
-    monkeypatch.setattr(sharding, "own_rows", lambda mesh, size: held)
-    asked = []
+    own = np.array([4, 5, 6, 7, 12, 13, 14, 15])
+    monkeypatch.setattr(sharding, "own_rows", lambda mesh, size: own)
+    pieces = []
 
-    def made(shape, layout, piece):
+    def make_array(shape, layout, piece):
         assert shape == (16, 2)
-        asked.extend(piece((slice(start, start + 4), slice(None))) for start in (4, 12))
+        pieces.extend(piece((slice(start, start + 4), slice(None))) for start in (4, 12))
 
-    monkeypatch.setattr(jax, "make_array_from_callback", made)
+    monkeypatch.setattr(jax, "make_array_from_callback", make_array)
     x = np.arange(32).reshape(16, 2)
-    sharding.put_batch(mesh, {"x": x[held]}, 16)
-    np.testing.assert_array_equal(np.concatenate(asked), x[held])
+    sharding.put_batch(mesh, {"x": x[own]}, 16)
+    np.testing.assert_array_equal(np.concatenate(pieces), x[own])
+
+
+# --- Weights without axis names. ---
 
 
 def test_large_weights_without_names_are_split_over_fsdp():
@@ -87,12 +96,11 @@ def test_large_weights_without_names_are_split_over_fsdp():
         "odd": np.zeros((301, 303), np.float32),
         "small": np.zeros(8),
     }
-    found = sharding.spread(mesh, tree)
-    assert found["large"].spec == PartitionSpec(None, "fsdp")
-    assert found["odd"].is_fully_replicated and found["small"].is_fully_replicated
-    placed = sharding.put(tree, found)
+    shardings = sharding.spread(mesh, tree)
+    assert shardings["large"].spec == PartitionSpec(None, "fsdp")
+    assert shardings["odd"].is_fully_replicated and shardings["small"].is_fully_replicated
+    placed = sharding.put(tree, shardings)
     assert placed["large"].addressable_shards[0].data.shape == (3, 128, 256)
     jax.tree.map(np.testing.assert_array_equal, sharding.fetch(placed), tree)
-    assert all(
-        sharding.spread(sharding.make_mesh(1, 1), tree)[name].is_fully_replicated for name in tree
-    )
+    alone = sharding.spread(sharding.make_mesh(1, 1), tree)
+    assert all(each.is_fully_replicated for each in alone.values())

@@ -1,4 +1,4 @@
-"""Tables: what is right is read whole, and what is wrong is named with its line and column."""
+"""Valid tables are read whole. A mistake raises an error with its line and column."""
 
 import json
 import os
@@ -16,102 +16,54 @@ def _rows(tmp_path, name, text):
     return read_rows(path, COLUMNS)
 
 
+# --- Mistakes. ---
+
+OPEN_QUOTE = "the quote that opens"
+HALF_PAIR = "half of a surrogate pair"
+CSV = [
+    # Quotes that are not closed before the end, before another row's quote, or at all.
+    ('file,caption\nok.mp3,"slow piano\nb.mp3,fast\n', f"line 2, column 'caption': {OPEN_QUOTE}"),
+    ('file,caption\nok.mp3,"slow piano\nb.mp3,"fast"\n', f"line 2, column 'caption': {OPEN_QUOTE}"),
+    ('file,caption\n\na,"x ""y"""\n"b.mp3,"fast"\n', f"line 4, column 'file': {OPEN_QUOTE}"),
+    ('file,caption\n"two\nlines",a\nb,"c" d\n', f"line 4, column 'caption': {OPEN_QUOTE}"),
+    ('file,caption\na,"' + "long\n" * 40000, f"line 2, column 'caption': {OPEN_QUOTE}"),
+    ('file,"caption\na,b\n', f"line 1, column 2: {OPEN_QUOTE}"),
+    # Rows of another length than the header.
+    ("file,caption\na,b\nb,slow, sad\n", "line 3, column 3: 3 values for 2 columns: put quotes"),
+    ("file,caption\na\n", "line 2, column 'caption': the row ends before it: 1 values for 2"),
+    ("file,caption,\na,slow, sad\n", "line 2, column 3: ' sad' in a column without a name"),
+    # Headers.
+    ("file,caption,file\na,b,c\n", "line 1, column 'file': two columns of this name"),
+    ("file;caption\na;b\n", "line 1, column 'file': .*; separate columns by commas"),
+    ("", "line 1, column 'file': the column is missing"),
+    ("file,caption\n\n", "no rows: give at least one with file, caption"),
+    ("file,caption\na,b\0\n", "line 2: a NUL byte"),
+]
+# Text that is no flat object, or is JSON only to Python.
+JSON = [
+    ('{"file": "a", "caption": "\\ud800"}\n', f"line 1, column 'caption': {HALF_PAIR}"),
+    ('{"file": "a", "caption": "b", "x": [{"\\udfff": 1}]}\n', f"line 1, column 'x': {HALF_PAIR}"),
+    ('{"file": "a", "caption": "b", "\\udfff": 1}\n', rf"line 1, column '\S*udfff': {HALF_PAIR}"),
+    ('\n{"file": "a", "file": "b"}\n', "line 2, column 'file': twice in one object"),
+    ('{"file": "a", "caption": NaN}\n', "line 1: NaN is not JSON"),
+    ("[" * 100000, "line 1: nested too deeply"),
+    ('{"file": ' + "9" * 5000 + "}", "line 1: not JSON: Exceeds the limit"),
+    ('{"file": "a", "caption": 7}\n', "line 1, column 'caption': 7 where text should be"),
+    ('{"file": "a", "caption": null}\n', "line 1, column 'caption': None where text should be"),
+    ('{"file": "a"}\n', "line 1, column 'caption': the column is missing"),
+    ('{"file": "a", "caption": "b"}\n{"file": oops}\n', "line 2, column 10: not JSON"),
+    ('{"file": "a", "caption": "b"} {}\n', "line 1, column 31: not JSON: Extra data"),
+    ("7\n", "line 1, column 1: '7' is not a JSON object"),
+    ("\n \n", "no rows"),
+]
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        # Quotes that are not closed before the end, before another row's quote, or at all.
-        (
-            "a.csv",
-            'file,caption\nok.mp3,"slow piano\nb.mp3,fast\n',
-            "line 2, column 'caption': the quote that opens",
-        ),
-        (
-            "a.csv",
-            'file,caption\nok.mp3,"slow piano\nb.mp3,"fast"\n',
-            "line 2, column 'caption': the quote that opens",
-        ),
-        (
-            "a.csv",
-            'file,caption\n\na,"x ""y"""\n"b.mp3,"fast"\n',
-            "line 4, column 'file': the quote that opens",
-        ),
-        (
-            "a.csv",
-            'file,caption\n"two\nlines",a\nb,"c" d\n',
-            "line 4, column 'caption': the quote that opens",
-        ),
-        (
-            "a.csv",
-            'file,caption\na,"' + "long\n" * 40000,
-            "line 2, column 'caption': the quote that opens",
-        ),
-        ("a.csv", 'file,"caption\na,b\n', "line 1, column 2: the quote that opens"),
-        # Rows of another length than the header.
-        (
-            "a.csv",
-            "file,caption\na,b\nb,slow, sad\n",
-            "line 3, column 3: 3 values for 2 columns: put quotes",
-        ),
-        (
-            "a.csv",
-            "file,caption\na\n",
-            "line 2, column 'caption': the row ends before it: 1 values for 2",
-        ),
-        (
-            "a.csv",
-            "file,caption,\na,slow, sad\n",
-            "line 2, column 3: ' sad' in a column without a name",
-        ),
-        # Headers.
-        ("a.csv", "file,caption,file\na,b,c\n", "line 1, column 'file': two columns of this name"),
-        ("a.csv", "file;caption\na;b\n", "line 1, column 'file': .*; separate columns by commas"),
-        ("a.csv", "", "line 1, column 'file': the column is missing"),
-        ("a.csv", "file,caption\n\n", "no rows: give at least one with file, caption"),
-        ("a.csv", "file,caption\na,b\0\n", "line 2: a NUL byte"),
         ("a.tsv", "file\tcaption\n", "ends in '.tsv': give a .csv or .jsonl"),
-        # JSON.
-        (
-            "a.jsonl",
-            '{"file": "a", "caption": "\\ud800"}\n',
-            "line 1, column 'caption': half of a surrogate pair",
-        ),
-        (
-            "a.jsonl",
-            '{"file": "a", "caption": "b", "x": [{"\\udfff": 1}]}\n',
-            "line 1, column 'x': half of a surrogate",
-        ),
-        (
-            "a.jsonl",
-            '{"file": "a", "caption": "b", "\\udfff": 1}\n',
-            r"line 1, column '\S*udfff': half of a surrogate",
-        ),
-        ("a.jsonl", '\n{"file": "a", "file": "b"}\n', "line 2, column 'file': twice in one object"),
-        ("a.jsonl", '{"file": "a", "caption": NaN}\n', "line 1: NaN is not JSON"),
-        ("a.jsonl", "[" * 100000, "line 1: nested too deeply"),
-        ("a.jsonl", '{"file": ' + "9" * 5000 + "}", "line 1: not JSON: Exceeds the limit"),
-        (
-            "a.jsonl",
-            '{"file": "a", "caption": 7}\n',
-            "line 1, column 'caption': 7 where text should be",
-        ),
-        (
-            "a.jsonl",
-            '{"file": "a", "caption": null}\n',
-            "line 1, column 'caption': None where text should be",
-        ),
-        ("a.jsonl", '{"file": "a"}\n', "line 1, column 'caption': the column is missing"),
-        (
-            "a.jsonl",
-            '{"file": "a", "caption": "b"}\n{"file": oops}\n',
-            "line 2, column 10: not JSON",
-        ),
-        (
-            "a.jsonl",
-            '{"file": "a", "caption": "b"} {}\n',
-            "line 1, column 31: not JSON: Extra data",
-        ),
-        ("a.jsonl", "7\n", "line 1, column 1: '7' is not a JSON object"),
-        ("a.jsonl", "\n \n", "no rows"),
+        *(("a.csv", *case) for case in CSV),
+        *(("a.jsonl", *case) for case in JSON),
     ],
 )
 def test_a_mistake_is_an_error_with_its_line_and_column(tmp_path, name, text, message):
@@ -128,18 +80,14 @@ def test_json_of_any_depth_is_read_or_refused(tmp_path):
             assert "line 1: nested too deeply" in str(error)
 
 
+# --- Valid tables. ---
+
+
 @pytest.mark.parametrize("mark", ["", "\ufeff"])
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
 def test_a_table_is_read_whole(tmp_path, mark, end):
-    lines = [
-        "file,caption,note",
-        "",
-        'a,"slow, sad",',
-        '"b","he said ""ah""",x',
-        "  ",
-        'c,"two',
-        'lines",y',
-    ]
+    lines = ["file,caption,note", "", 'a,"slow, sad",', '"b","he said ""ah""",x']
+    lines += ["  ", 'c,"two', 'lines",y']
     rows = _rows(tmp_path, "a.CSV", mark + end.join(lines))
     assert [(row.line, *row.values.values()) for row in rows] == [
         (3, "a", "slow, sad", ""),
@@ -151,16 +99,17 @@ def test_a_table_is_read_whole(tmp_path, mark, end):
     assert [(row.line, row.values) for row in rows] == [(1, objects[0]), (3, objects[1])]
 
 
-def test_the_unnamed_first_column_of_pandas_is_passed_over(tmp_path):
+def test_the_unnamed_first_column_of_pandas_is_ignored(tmp_path):
     (row,) = _rows(tmp_path, "a.csv", ",file,caption\n0,a,b\n")
     assert row.values == {"file": "a", "caption": "b"}
 
 
-@pytest.mark.parametrize("kind", ["pipe", "folder", "device"])
-def test_what_is_no_regular_file_is_named_and_never_opened(tmp_path, kind):
+# --- Other files. ---
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.symlink("/dev/zero", path)])
+def test_a_folder_pipe_or_device_is_named_and_never_opened(tmp_path, make):
     path = tmp_path / "a.csv"
-    {"pipe": os.mkfifo, "folder": os.mkdir, "device": lambda path: os.symlink("/dev/zero", path)}[
-        kind
-    ](path)
+    make(path)
     with pytest.raises(ValueError, match=r"a\.csv is not a regular file"):
         read_rows(path, COLUMNS)

@@ -32,7 +32,7 @@ from selenium.webdriver.chrome.service import Service as ChromeService
 from selenium.webdriver.common.by import By
 
 from musicrl_jax import serve as serving
-from musicrl_jax.core.audio import encoded
+from musicrl_jax.core.audio import encode
 from musicrl_jax.serving import bundle as bundles
 from musicrl_jax.serving.app import Limits, create
 from musicrl_jax.serving.batcher import Batcher, Closed, Full, Wanted
@@ -455,7 +455,7 @@ def test_two_minutes_of_sound_are_encoded(form):
     """Vorbis, given all of it at once, overflows the stack of a thread."""
     wav = np.sin(np.arange(120 * 24000) / 20).astype(np.float32) / 2
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        content = pool.submit(encoded, wav, 24000, form).result()
+        content = pool.submit(encode, wav, 24000, form).result()
     found, rate = soundfile.read(io.BytesIO(content), dtype="float32")
     assert rate == 24000 and len(found) == len(wav)
     np.testing.assert_allclose(found, wav, atol=0.1 if form == "ogg" else 1e-4)

@@ -197,7 +197,7 @@ def test_stored_and_restored_are_inverse(case):
 
 def test_initial_weights_have_the_shapes_of_loaded_ones_and_are_sharded(case):
     mesh = sharding.make_mesh(2, 2)
-    shapes, shardings = sharding.laid_out(mesh, case.system.init, jax.random.key(0))
+    shapes, shardings = sharding.shapes_and_shardings(mesh, case.system.init, jax.random.key(0))
     jax.tree.map(
         lambda new, old: np.testing.assert_equal(new.shape, old.shape), shapes, case.policy
     )
