@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from musicrl_jax.core.precision import at_least_float32, in_dtype
-from musicrl_jax.losses.optimiser import moved
+from musicrl_jax.losses.optimiser import apply_gradients
 from musicrl_jax.losses.policy_gradient import (
     Advantage,
     Scores,
@@ -235,7 +235,9 @@ class Learner:
             layout and (layout.policy, None),
         )
         metrics["policy_norm"] = norm = optax.tree.norm(gradients)
-        policy, policy_opt = moved(self.policy_transform, gradients, state.policy_opt, state.policy)
+        policy, policy_opt = apply_gradients(
+            self.policy_transform, gradients, state.policy_opt, state.policy
+        )
         taken = state.replace(policy=policy, policy_opt=policy_opt)
 
         # The value.
@@ -246,7 +248,9 @@ class Learner:
                 (parts, rewards),
                 layout and (None, layout.value),
             )
-            value, value_opt = moved(self.value_transform, gradients, state.value_opt, state.value)
+            value, value_opt = apply_gradients(
+                self.value_transform, gradients, state.value_opt, state.value
+            )
             taken = taken.replace(value=value, value_opt=value_opt)
             metrics["value_norm"] = optax.tree.norm(gradients)
             norm += metrics["value_norm"]
