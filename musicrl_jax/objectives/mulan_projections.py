@@ -160,8 +160,8 @@ class Heard:
         key, towers = jax.random.key(0), mulan.Towers(self.towers.model)
 
         def look(wav: jax.Array, text: jax.Array) -> dict[str, jax.Array]:
-            heard, _ = towers.init_with_output(key, wav, method=mulan.Towers.hear)
-            read, _ = towers.init_with_output(key, text, method=mulan.Towers.read)
+            heard, _ = towers.init_with_output(key, wav, method=mulan.Towers.audio_features)
+            read, _ = towers.init_with_output(key, text, method=mulan.Towers.text_features)
             return {"audio": heard, "text": read}
 
         return jax.eval_shape(look, clips["audio"], clips["text"]) | {"pieces": clips["text"]}
@@ -210,8 +210,11 @@ def _look(
 ) -> dict[str, jax.Array]:
     """What the towers find, {'audio' [B, V, W], 'text' [B, D]}."""
     towers = mulan.Towers(model)
-    heard = towers.apply(variables, wav, method=mulan.Towers.hear)
-    return {"audio": heard, "text": towers.apply(variables, text, method=mulan.Towers.read)}
+    heard = towers.apply(variables, wav, method=mulan.Towers.audio_features)
+    return {
+        "audio": heard,
+        "text": towers.apply(variables, text, method=mulan.Towers.text_features),
+    }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,7 +240,7 @@ class MuLanProjectionsObjective(MuLanObjective):
         """Draws the variables without the towers' weights."""
         return dict(
             mulan.MuLan(self.model).init(
-                key, batch["audio"][:1], batch["text"][:1], method=mulan.MuLan.place
+                key, batch["audio"][:1], batch["text"][:1], method=mulan.MuLan.project
             )
         )
 
@@ -264,7 +267,7 @@ class MuLanProjectionsObjective(MuLanObjective):
 
     def _loss(self, params: Any, state: Any, batch: Batch) -> tuple[jax.Array, tuple[Any, Metrics]]:
         placed = mulan.MuLan(self.model).apply(
-            {"params": params, **state}, batch["audio"], batch["text"], method=mulan.MuLan.place
+            {"params": params, **state}, batch["audio"], batch["text"], method=mulan.MuLan.project
         )
         loss, metrics = contrastive.contrastive(
             *placed, contrastive.identical_rows(batch["pieces"])
@@ -280,7 +283,9 @@ class MuLanProjectionsObjective(MuLanObjective):
         """The towers' weights joined to the parameters, and 'rvq' as in `MuLanObjective.finish`."""
         module = mulan.MuLan(self.model)
         place = jax.jit(
-            lambda variables, audio: module.apply(variables, audio, method=mulan.MuLan.place_audio)
+            lambda variables, audio: module.apply(
+                variables, audio, method=mulan.MuLan.project_audio
+            )
         )
         fitted = self.quantizer(place(variables, batch["audio"]) for batch in batches())
         return (

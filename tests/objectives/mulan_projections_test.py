@@ -160,7 +160,7 @@ def test_every_clip_is_heard_once_and_found_as_the_towers_find_it(task, weights)
     )
     module = mulan.Towers(MODEL)
     use = jax.jit(module.apply, static_argnames="method")
-    heard = np.asarray(use(variables, whole["audio"], method=mulan.Towers.hear))
+    heard = np.asarray(use(variables, whole["audio"], method=mulan.Towers.audio_features))
     read = np.asarray(use(variables, whole["text"], method=mulan.Towers.read))
     for clip, text, ids in zip(heard, read, whole["text"], strict=True):
         at = np.abs(found["audio"] - clip).max(axis=(1, 2)).argmin()
@@ -265,11 +265,11 @@ def test_weights_that_do_not_fit_are_named(task, weights):
         ({"text_weights": "/no/file"}, "weights '/no/file' are no file"),
         (
             {"text_weights": weights[0]},
-            r"audio.safetensors is no BERT: it has no tensor embeddings",
+            r"audio.safetensors has no tensor embeddings",
         ),
         (
             {"audio_weights": weights[1]},
-            r"text.safetensors is no musicnn: it has no tensor batch_norm",
+            r"text.safetensors has no tensor batch_norm",
         ),
     ):
         with pytest.raises((ValueError, FileNotFoundError), match=complaint):
