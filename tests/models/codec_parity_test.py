@@ -157,7 +157,7 @@ def test_factored_quantizer_is_dacs(factored):
         expected, codes, *_ = theirs.eval()(torch.tensor(x.transpose(0, 2, 1).copy()))
     got = rvq.quantize_factored(factors, jnp.asarray(x))
     np.testing.assert_array_equal(got, codes.numpy().transpose(0, 2, 1))
-    decoded = rvq.dequantize(rvq.expanded(factors), got)
+    decoded = rvq.dequantize(rvq.full_codebooks(factors), got)
     np.testing.assert_allclose(decoded, expected.numpy().transpose(0, 2, 1), atol=1e-4)
 
 
@@ -176,7 +176,7 @@ def test_factored_training_has_dacs_losses_and_gradients(factored):
         return 0.25 * trained.commitment + jnp.sum(trained.x * weights), trained.commitment
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rvq, "_heard", lambda key, levels, clips: jnp.ones((levels, clips)))
+        patch.setattr(rvq, "_dropout_mask", lambda key, levels, clips: jnp.ones((levels, clips)))
         (_, got), (of_factors, of_x) = jax.value_and_grad(ours, argnums=(0, 1), has_aux=True)(
             factors, jnp.asarray(x)
         )

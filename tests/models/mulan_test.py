@@ -127,7 +127,7 @@ def test_a_text_that_is_too_long_is_named(variables):
 @pytest.mark.parametrize(
     ("change", "word"),
     [
-        ({"text_length": 513}, "text_length = 513 is more than BertConfig.positions = 512"),
+        ({"text_length": 513}, "text_length = 513 must not exceed BertConfig.positions = 512"),
         ({"window_seconds": 0.0}, "window_seconds = 0"),
     ],
 )

@@ -7,7 +7,7 @@ import pytest
 from flax.linen import meta
 
 from musicrl_jax.core.precision import in_dtype
-from musicrl_jax.losses.optimiser import Optimiser, moved
+from musicrl_jax.losses.optimiser import Optimiser, apply_gradients
 from musicrl_jax.models import layers, transformer
 from musicrl_jax.models.musiclm import MusicLM, MusicLMConfig
 from musicrl_jax.models.tokens import TokenLayout
@@ -126,8 +126,8 @@ def test_stacked_layers_are_cast_and_decayed_as_each_of_them_is(model):
     assert len(set(jax.tree.leaves(dtypes))) == 2
     transform = Optimiser(0.1, warmup_steps=0, weight_decay=0.5).build(2)
     nothing = jax.tree.map(jnp.zeros_like, params)
-    apart = moved(transform, nothing, transform.init(params), params)[0]
-    found = moved(transform, layers.stacked(nothing), transform.init(together), together)[0]
+    apart = apply_gradients(transform, nothing, transform.init(params), params)[0]
+    found = apply_gradients(transform, layers.stacked(nothing), transform.init(together), together)[0]
     jax.tree.map(np.testing.assert_array_equal, layers.unstacked(found), apart)
     still = jax.tree.map(lambda a, b: bool((a == b).all()), apart, params)["trunk"]["depth"][
         "block_0"
@@ -143,7 +143,7 @@ def test_frames_side_by_side_and_blocks_of_queries_change_neither_logits_nor_gra
     plain, params = model
     mulan, tokens = clips
     blocks = MusicLM(CONFIG, remat, lanes=24)
-    monkeypatch.setattr(transformer, "QUERIES", 21)
+    monkeypatch.setattr(transformer, "QUERY_BLOCK", 21)
 
     def logits(module, params, tokens):
         return module.apply({"params": params}, tokens, mulan)
@@ -156,7 +156,7 @@ def test_frames_side_by_side_and_blocks_of_queries_change_neither_logits_nor_gra
     assert f"{BATCH * FRAMES // 4},2,20,20" in products and f"{BATCH},2,2,23" in products
     with jax.default_matmul_precision("highest"):
         found = slope(blocks)
-        monkeypatch.setattr(transformer, "QUERIES", 256)
+        monkeypatch.setattr(transformer, "QUERY_BLOCK", 256)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), found, slope(plain))
         # What stands beside a frame is not seen at all: a code that changes in one leaves the others as they are.
         changed = tokens.at[:, -1, 0].set((tokens[:, -1, 0] + 1) % 5)

@@ -119,12 +119,12 @@ def test_silence_is_zero_and_full_scale_is_finite():
 def test_other_rates_are_resampled_as_scipy_does(rate, up, down):
     wav = np.random.default_rng(3).normal(size=(2, 1001)).astype(np.float32)
     expected = scipy.signal.resample_poly(wav, up, down, axis=1)
-    np.testing.assert_allclose(musicnn.at_16_khz(jnp.asarray(wav), rate), expected, atol=1e-5)
+    np.testing.assert_allclose(musicnn.resample_to_16_khz(jnp.asarray(wav), rate), expected, atol=1e-5)
 
 
 def test_16_khz_is_left_alone():
     wav = jnp.ones((1, 5))
-    assert musicnn.at_16_khz(wav, 16_000) is wav
+    assert musicnn.resample_to_16_khz(wav, 16_000) is wav
 
 
 def test_what_does_not_fit_is_named():
@@ -136,10 +136,10 @@ def test_what_does_not_fit_is_named():
         musicnn.params(musicnn.MusicnnConfig(6, 3, 4), tensors, "here")
     del tensors["batch_normalization_9/beta"]
     with pytest.raises(
-        ValueError, match="here is no musicnn: it has no tensor batch_normalization_9/beta"
+        ValueError, match="here has no tensor batch_normalization_9/beta"
     ):
         musicnn.params(CONFIG, tensors, "here")
-    with pytest.raises(ValueError, match="256 samples is too short for musicnn: give at least 257"):
+    with pytest.raises(ValueError, match="256 samples is too short for musicnn: use at least 257"):
         musicnn.log_mels(jnp.zeros((1, 256)))
     with pytest.raises(ValueError, match="temporal = 0"):
         musicnn.MusicnnConfig(temporal=0)

@@ -292,7 +292,7 @@ def test_the_network_is_compiled_once_whatever_the_passes(variables):
 @pytest.mark.parametrize(
     ("field", "value", "complaint"),
     [
-        ("coarse_levels", 5, "coarse_levels=5 must lie"),
+        ("coarse_levels", 5, "coarse_levels=5 must be between"),
         ("first_passes", 0, "first_passes=0 must be at least 1"),
     ],
 )

@@ -152,13 +152,13 @@ def test_parts_without_their_past_are_another_clip(model):
 
 def test_companding_is_undone():
     x = jnp.asarray(noise(50, 6)) * jnp.logspace(-6, 3, 50)[:, None]
-    packed = soundstream.compressed(x)
+    packed = soundstream.compress(x)
     lengths = np.linalg.norm(x, axis=-1)
     np.testing.assert_allclose(
         np.linalg.norm(packed, axis=-1), np.log1p(lengths), rtol=1e-3, atol=2e-6
     )
-    np.testing.assert_allclose(soundstream.expanded(packed), x, rtol=1e-3, atol=1e-6)
-    for f in (soundstream.compressed, soundstream.expanded):
+    np.testing.assert_allclose(soundstream.expand(packed), x, rtol=1e-3, atol=1e-6)
+    for f in (soundstream.compress, soundstream.expand):
         assert np.isfinite(
             jax.grad(lambda x, f=f: jnp.sum(jnp.square(f(x))))(jnp.zeros((2, 6)))
         ).all()
