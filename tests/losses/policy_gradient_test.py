@@ -1,4 +1,4 @@
-"""The policy gradient against enumeration (`tests/benchmarks/gradients.py`), with known mistakes."""
+"""The policy gradient against enumeration (`tests/benchmarks/gradients.py`) and known mistakes."""
 
 from pathlib import Path
 
@@ -150,7 +150,7 @@ def test_k3_is_caught(truth, problem, loss):
 
 @pytest.fixture(scope="module")
 def filtered(double, problem):
-    """Returns the problem of a policy that samples the likelier two of four codes, and its truth."""
+    """Returns the problem with a policy of the likelier two of four codes, and its truth."""
     allowed = Sampling(1.0, top_k=2).allowed(jnp.asarray(problem["theta"]))
     problem = problem | {"allowed": np.asarray(allowed)}
     return problem, gradient_of(oracle.objective, problem)
@@ -174,7 +174,7 @@ def test_scoring_a_filtered_policy_on_all_codes_is_caught(filtered):
 
 @pytest.mark.exactness(5)
 def test_ascent_reaches_the_regularised_optimum(double, problem):
-    """J prefers anchor exp(R / beta) / Z, beta = a / (1 - a). Without the future KL J stays lower."""
+    """It is anchor exp(R / beta) / Z, beta = a / (1 - a). Without the future KL J stays lower."""
     a = oracle.STRENGTH
     anchor = oracle.probabilities(problem["anchor"])
     optimum = anchor * np.exp(problem["rewards"] * (1 - a) / a)
