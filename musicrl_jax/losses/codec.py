@@ -11,8 +11,10 @@ import jax.numpy as jnp
 from musicrl_jax.core import spectral
 
 MELS = 64
-FLOOR = 1e-8  # of mel magnitudes, times the window: 1e-5 at 1024 samples, as in DAC
-EPSILON = 1e-6  # under a root, which has no gradient at 0
+# Of mel magnitudes, times the window: 1e-5 at 1024 samples, as in DAC.
+FLOOR = 1e-8
+# Under a root, which has no gradient at 0.
+EPSILON = 1e-6
 STFT_WINDOWS = (2048, 512)
 BALANCE_DECAY = 0.99
 

@@ -8,7 +8,8 @@ import math
 import jax
 import jax.numpy as jnp
 
-NEVER = -1e9  # a logit that softmax turns into exactly 0 in float32
+# A logit that softmax turns into exactly 0 in float32.
+NEVER = -1e9
 
 
 def identical_rows(text: jax.Array) -> jax.Array:

@@ -10,7 +10,8 @@ import optax
 
 from musicrl_jax.core.precision import layer_axes
 
-MOST_SKIPPED = 10  # updates in a row without a finite gradient before a run stops
+# Updates in a row without a finite gradient before a run stops.
+MOST_SKIPPED = 10
 
 
 @flax.struct.dataclass

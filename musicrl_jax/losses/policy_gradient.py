@@ -29,7 +29,8 @@ import jax.numpy as jnp
 BASELINES = ("value", "leave_one_out", "group", "group_std", "best")
 SURROGATES = ("reinforce", "clipped")
 KLS = ("exact", "local", "sampled")
-LEAST_STD = 1e-4  # added to the standard deviation of a group's rewards before dividing by it
+# Added to the standard deviation of a group's rewards before dividing by it.
+LEAST_STD = 1e-4
 
 Metrics = dict[str, jax.Array]
 
@@ -90,9 +91,12 @@ class PolicyGradient:
 class Scores(NamedTuple):
     """The scores of a rollout's tokens by policy and anchor, f32 [B, S] each."""
 
-    log_probs: jax.Array  # log-probability under the policy
-    anchor: jax.Array  # log-probability under the anchor
-    kl: jax.Array  # KL_t
+    # log-probability under the policy.
+    log_probs: jax.Array
+    # log-probability under the anchor.
+    anchor: jax.Array
+    # KL_t.
+    kl: jax.Array
 
 
 def full_kl(log_policy: jax.Array, log_anchor: jax.Array) -> jax.Array:
@@ -144,8 +148,10 @@ def other_clips_mean(x: jax.Array) -> jax.Array:
 class Advantage(NamedTuple):
     """The advantages of a rollout's tokens before any update; no gradient flows through them."""
 
-    weight: jax.Array  # f32 [B, S], factor of each token's surrogate
-    log_probs: jax.Array  # f32 [B, S], under the policy that sampled the tokens
+    # f32 [B, S], factor of each token's surrogate.
+    weight: jax.Array
+    # f32 [B, S], under the policy that sampled the tokens.
+    log_probs: jax.Array
 
 
 def reward_advantage(

@@ -19,12 +19,15 @@ import numpy as np
 
 from musicrl_jax.core import spectral
 
-WAVE_STRIDES = (4, 4, 4, 4)  # MelGAN's
+# MelGAN's.
+WAVE_STRIDES = (4, 4, 4, 4)
 WAVE_KERNEL = 41
 # Stride in time, stride in frequency and factor of the width, of each residual unit.
 STFT_BLOCKS = ((1, 2, 2), (2, 2, 2), (1, 2, 1), (2, 2, 2), (1, 2, 1), (2, 2, 2))
-BANDS = ((0.0, 0.1), (0.1, 0.25), (0.25, 0.5), (0.5, 0.75), (0.75, 1.0))  # shares of the bins
-SLOPE = 0.1  # of leaky rectifiers below 0
+# Shares of the bins.
+BANDS = ((0.0, 0.1), (0.1, 0.25), (0.25, 0.5), (0.5, 0.75), (0.75, 1.0))
+# Of leaky rectifiers below 0.
+SLOPE = 0.1
 
 Layers = list[jax.Array]
 

@@ -20,19 +20,27 @@ import numpy as np
 
 from musicrl_jax.core import hosts, sharding
 
-BLOCK = 4096  # points of a block or mini-batch; their distances to 1024 codes take 16 MiB
-SAMPLE_PER_CODE = 16  # points per code that k-means++ samples; its cost is quadratic in the codes
-TOLERANCE = 1e-4  # iterations stop when one lowers the inertia by a smaller share than this
+# Points of a block or mini-batch; their distances to 1024 codes take 16 MiB.
+BLOCK = 4096
+# Points per code that k-means++ samples; its cost is quadratic in the codes.
+SAMPLE_PER_CODE = 16
+# Iterations stop when one lowers the inertia by a smaller share than this.
+TOLERANCE = 1e-4
 
 
 class Fit(NamedTuple):
     """Centroids, and statistics of these centroids over all points."""
 
-    centroids: jax.Array  # [C, D] float32
-    share: jax.Array  # [C] float32, share of points nearest to each centroid; sums to 1
-    inertia: jax.Array  # [] float32, mean squared error per coordinate (sklearn's inertia_ / P D)
-    iterations: jax.Array  # [] int32, updates of the centroids
-    converged: jax.Array  # [] bool; False if the iterations ran out
+    # [C, D] float32.
+    centroids: jax.Array
+    # [C] float32, share of points nearest to each centroid; sums to 1.
+    share: jax.Array
+    # [] float32, mean squared error per coordinate (sklearn's inertia_ / P D).
+    inertia: jax.Array
+    # [] int32, updates of the centroids.
+    iterations: jax.Array
+    # [] bool; False if the iterations ran out.
+    converged: jax.Array
 
     def usage(self) -> dict[str, jax.Array]:
         """Summarises the fit; float32 [] each.
@@ -56,9 +64,12 @@ class Fit(NamedTuple):
 class _Totals(NamedTuple):
     """Sums over points that an update of the centroids needs."""
 
-    sums: jax.Array  # [C, D], of each centroid's points
-    counts: jax.Array  # [C], of each centroid's points
-    inertia: jax.Array  # [], sum of squared distances
+    # [C, D], of each centroid's points.
+    sums: jax.Array
+    # [C], of each centroid's points.
+    counts: jax.Array
+    # [], sum of squared distances.
+    inertia: jax.Array
 
 
 # --- distances ---

@@ -17,8 +17,10 @@ from flax.linen import meta
 
 from musicrl_jax.core.precision import LAYERS
 
-BLOCK = "block_"  # prefix of a layer's name; its number follows
-UNNAMED = {nn.PARTITION_NAME: None}  # for an axis that no rule of the mesh shards
+# Prefix of a layer's name; its number follows.
+BLOCK = "block_"
+# For an axis that no rule of the mesh shards.
+UNNAMED = {nn.PARTITION_NAME: None}
 
 
 # --- initial weights ---

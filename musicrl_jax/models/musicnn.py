@@ -26,13 +26,16 @@ SAMPLE_RATE_HZ = 16_000
 MELS = 96
 HOP = 256
 WINDOW = 2 * HOP
-TIMBRAL_BANDS = (38, 67)  # 0.4 and 0.7 of all bands
+# 0.4 and 0.7 of all bands.
+TIMBRAL_BANDS = (38, 67)
 TIMBRAL_FRAMES = 7
 TEMPORAL_FRAMES = (128, 64, 32)
 MIDDLE_FRAMES = 7
 MIDDLE_LAYERS = 3
-TF_EPSILON = 1e-3  # of TensorFlow's batch normalisation
-CROSSINGS = 10  # zero crossings of the resampling filter's sinc on each side
+# Of TensorFlow's batch normalisation.
+TF_EPSILON = 1e-3
+# Zero crossings of the resampling filter's sinc on each side.
+CROSSINGS = 10
 
 
 @dataclasses.dataclass(frozen=True)

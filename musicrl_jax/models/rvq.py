@@ -23,18 +23,24 @@ Factors = dict[str, jax.Array]
 
 DECAY = 0.99
 DECAY_RAMP = 9.0
-DEAD_SHARE = 0.3  # of an even share of the vectors; a code with less is replaced
-ROUNDS, ROUND_ITERATIONS, LAST_ITERATIONS = 6, 3, 5  # of `fit`
+# Of an even share of the vectors; a code with less is replaced.
+DEAD_SHARE = 0.3
+# Of `fit`.
+ROUNDS, ROUND_ITERATIONS, LAST_ITERATIONS = 6, 3, 5
 START_VECTORS_PER_CODE = 4
-START_JITTER = 0.3  # standard deviations
+# Standard deviations.
+START_JITTER = 0.3
 
 
 class Trained(NamedTuple):
     """The output of a training pass, without the new state."""
 
-    x: jax.Array  # [B, T, D] quantized; gradients go straight through to the input
-    codes: jax.Array  # [B, T, Q] int32, all levels, also those dropped in x
-    commitment: jax.Array  # [], mean squared distance of the input to each level's sum
+    # [B, T, D] quantized; gradients go straight through to the input.
+    x: jax.Array
+    # [B, T, Q] int32, all levels, also those dropped in x.
+    codes: jax.Array
+    # [], mean squared distance of the input to each level's sum.
+    commitment: jax.Array
 
 
 # --- codes and vectors ---

@@ -26,12 +26,15 @@ from musicrl_jax.models.layers import kernel_init
 
 FRAME_RATE_HZ = 100
 WINDOW_MS = 64
-STACK = 4  # spectral frames in a policy frame
+# Spectral frames in a policy frame.
+STACK = 4
 PROJECTION = 16
-MASK_FRAMES = 10  # 400 ms
+# 400 ms.
+MASK_FRAMES = 10
 MASK_PROBABILITY = 0.6
 MASK_NOISE = 0.1
-LEAST_STD = 0.1  # of a log-mel band, so that silent bands are not amplified
+# Of a log-mel band, so that silent bands are not amplified.
+LEAST_STD = 0.1
 
 
 @dataclasses.dataclass(frozen=True)

@@ -97,9 +97,12 @@ class SoundStorm(nn.Module):
 class TrainingMask(NamedTuple):
     """The hidden codes of a training example, and the frames of its loss."""
 
-    masked: jax.Array  # [B, T, Q] bool, hidden: part of `level` and all levels above
-    level: jax.Array  # [B] int32, the fine level of the loss
-    target: jax.Array  # [B, T] bool, the hidden frames of `level`: those of the loss
+    # [B, T, Q] bool, hidden: part of `level` and all levels above.
+    masked: jax.Array
+    # [B] int32, the fine level of the loss.
+    level: jax.Array
+    # [B, T] bool, the hidden frames of `level`: those of the loss.
+    target: jax.Array
 
 
 def training_mask(key: jax.Array, shape: tuple[int, int, int], coarse_levels: int) -> TrainingMask:
@@ -134,10 +137,14 @@ def _masked(levels: int, level: jax.Array, hidden: jax.Array) -> jax.Array:
 class Passes(NamedTuple):
     """The passes of decoding in order, [P] each; P = first_passes + fine levels - 1."""
 
-    level: np.ndarray  # int32, the codec level of a pass
-    number: np.ndarray  # int32, from 1 in each level
-    last: np.ndarray  # bool, whether it is the level's last, which takes the most likely codes
-    hidden: np.ndarray  # int32, frames of the level that stay hidden after the pass
+    # int32, the codec level of a pass.
+    level: np.ndarray
+    # int32, from 1 in each level.
+    number: np.ndarray
+    # bool, whether it is the level's last, which takes the most likely codes.
+    last: np.ndarray
+    # int32, frames of the level that stay hidden after the pass.
+    hidden: np.ndarray
 
 
 def schedule(config: SoundStormConfig, frames: int) -> Passes:

@@ -23,10 +23,14 @@ DILATIONS = (1, 3, 9)
 KERNEL = 7
 LAST_KERNEL = 3
 ACTIVATIONS = ("elu", "snake")
-START_CLIPS, START_FRAMES = 64, 50  # of the noise that `linear_start` is fitted to
-START_LEVEL = 0.05  # root mean square of music (about -26 dB), scaled to 1 inside the codec
-LEAST_LENGTH, GREATEST_LOG_LENGTH = 1e-4, 10.0  # of vectors whose lengths are compressed
-LEAST_ENERGY = 1e-6  # of a principal direction, as a share of the strongest one's
+# Of the noise that `linear_start` is fitted to.
+START_CLIPS, START_FRAMES = 64, 50
+# Root mean square of music (about -26 dB), scaled to 1 inside the codec.
+START_LEVEL = 0.05
+# Of vectors whose lengths are compressed.
+LEAST_LENGTH, GREATEST_LOG_LENGTH = 1e-4, 10.0
+# Of a principal direction, as a share of the strongest one's.
+LEAST_ENERGY = 1e-6
 
 Params = dict[str, Any]
 
@@ -348,9 +352,12 @@ def _last_tap(conv: Params, matrix: jax.Array) -> Params:
 class Training(NamedTuple):
     """The output of a training pass."""
 
-    wav: jax.Array  # [B, N] float32, decoded from a random number of levels per clip
-    commitment: jax.Array  # [], see rvq.Trained
-    codes: jax.Array  # [B, T, Q] int32, all levels
+    # [B, N] float32, decoded from a random number of levels per clip.
+    wav: jax.Array
+    # [], see rvq.Trained.
+    commitment: jax.Array
+    # [B, T, Q] int32, all levels.
+    codes: jax.Array
 
 
 class SoundStream(nn.Module):

@@ -27,7 +27,8 @@ Cache = list[LayerCache]
 LANES = {"tpu": 128}
 # Queries that attend together. Blocks of queries skip the future: half of a long clip's scores.
 QUERY_BLOCK = 256
-NEVER = -1e9  # a score that softmax turns into exactly 0 in float32
+# A score that softmax turns into exactly 0 in float32.
+NEVER = -1e9
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""BERT against `transformers` with the same weights: random ones, and the packaged MiniLM's (numbers kept here too)."""
+"""BERT against `transformers` with the same random weights, and reading a file's weights."""
 
 import dataclasses
 
@@ -31,8 +31,8 @@ def apply(params, text):
     return bert.Bert(CONFIG).apply({"params": params}, text)
 
 
-def test_stacked_layers_are_one_loop_with_the_same_result(weights):
-    """As TPUs go through them: a block stands once in the program."""
+def test_stacked_layers_are_one_scan_with_the_same_result(weights):
+    """A block is in the program once."""
     together = stacked(weights)
     assert together["layers"]["up"]["kernel"].shape == (2, 24, 40)
     np.testing.assert_allclose(apply(together, TEXT), apply(weights, TEXT), atol=1e-6)
@@ -41,7 +41,7 @@ def test_stacked_layers_are_one_loop_with_the_same_result(weights):
 
 
 def as_file(params, prefix=""):
-    """The tensors of a file of these weights, by an independent walk from Flax's names to BERT's."""
+    """Returns a file's tensors for these weights, by an independent map of names."""
     tensors = {f"{prefix}embeddings.position_ids": np.arange(16)[None]}
     for name, place in (("pieces", "word"), ("positions", "position"), ("types", "token_type")):
         tensors[f"{prefix}embeddings.{place}_embeddings.weight"] = params[name]
@@ -69,7 +69,7 @@ def as_file(params, prefix=""):
 
 
 def mean_of_hidden(model, text):
-    """What `transformers` gives for each real piece, averaged, float64 [B, D]."""
+    """Averages the output of `transformers` over real pieces, float64 [B, D]."""
     torch = pytest.importorskip("torch")
     real = text != 0
     with torch.no_grad():
@@ -106,7 +106,7 @@ def test_equals_transformers_with_the_same_random_weights(weights, prefix):
     np.testing.assert_array_equal(got[3], 0)  # nothing but padding
 
 
-def test_a_file_is_read_whole_and_its_sizes_are_found(weights):
+def test_all_tensors_of_a_file_are_read_and_its_sizes_returned(weights):
     tensors = as_file(weights, "bert.")
     loaded = bert.params(CONFIG, tensors, "here")
     jax.tree.map(np.testing.assert_array_equal, loaded, weights)
@@ -139,7 +139,9 @@ def test_padding_changes_nothing_and_order_does(weights):
 def test_a_missing_tensor_is_named(weights, missing):
     tensors = as_file(weights)
     del tensors[missing]
-    with pytest.raises(ValueError, match=f"x.safetensors has no tensor {missing}, which .*B(ERT|ert)"):
+    with pytest.raises(
+        ValueError, match=f"x.safetensors has no tensor {missing}, which .*B(ERT|ert)"
+    ):
         bert.params(bert.sizes(tensors, {}, "x.safetensors"), tensors, "x.safetensors")
 
 
