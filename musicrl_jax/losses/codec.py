@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from musicrl_jax.core import spectral
 
 MELS = 64
-# Of mel magnitudes, times the window: 1e-5 at 1024 samples, as in DAC.
+# Least mel magnitude per sample of the window: 1e-5 at 1024 samples, as in DAC.
 FLOOR = 1e-8
-# Under a root, which has no gradient at 0.
+# Added under a root, which has no gradient at 0.
 EPSILON = 1e-6
 STFT_WINDOWS = (2048, 512)
 BALANCE_DECAY = 0.99
@@ -45,11 +45,13 @@ def reconstruction(
     """
     terms = []
     for window in windows:
+        # The distance of magnitudes.
         target, output = (
             spectral.mel_magnitude(x, sample_rate_hz, MELS, window, window // 4)  # [B, S, M]
             for x in (wav, decoded)
         )
         l1 = jnp.mean(jnp.sum(jnp.abs(target - output), -1))
+        # The distance of logs.
         floor = FLOOR * window
         difference = jnp.log(jnp.maximum(target, floor)) - jnp.log(jnp.maximum(output, floor))
         log_l2 = jnp.mean(jnp.sqrt(jnp.sum(jnp.square(difference), -1) + EPSILON))
@@ -145,6 +147,7 @@ def balanced(
     Returns:
       The combined gradient [B, N] of a mean over clips, and the new norms.
     """
+    # Each loss's gradient, scaled by its average norm.
     averages, parts = {}, []
     for name, gradient in gradients.items():
         norm = jnp.mean(jnp.linalg.norm(gradient, axis=-1))
@@ -153,5 +156,6 @@ def balanced(
         averages[name] = jnp.where(norm > 0.0, average, norms[name])
         scale = weights[name] / gradient.shape[0] / jnp.maximum(averages[name], 1e-20)
         parts.append(gradient * scale)
+    # Losses without a gradient yet do not count.
     total = sum(jnp.where(norm > 0.0, weights[name], 0.0) for name, norm in averages.items())
     return sum(parts) / jnp.maximum(total, 1e-20), averages

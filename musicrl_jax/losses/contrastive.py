@@ -36,6 +36,7 @@ def contrastive(
       temperature; recall_1 and recall_10, the share of clips with their own caption among the 1 or
       10 nearest (ties count half); median_rank of a clip's own caption, where 1 is best.
     """
+    # Pairs of clips and captions, without the copies of a clip's own caption.
     size = audio.shape[0]
     cosines = jnp.matmul(audio, text.T, precision=jax.lax.Precision.HIGHEST)  # [clips, captions]
     logits = jnp.where(identical & ~jnp.eye(size, dtype=bool), NEVER, cosines / temperature)

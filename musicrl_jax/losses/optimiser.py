@@ -47,7 +47,8 @@ def apply_gradients(
     optimiser: optax.GradientTransformation, gradients: Any, opt_state: Any, params: Any
 ) -> tuple[Any, Any]:
     """Takes one step of the optimiser; returns params and opt_state."""
-    with jax.numpy_dtype_promotion("standard"):  # optax raises Python floats to integer powers
+    # optax raises Python floats to integer powers, which strict promotion forbids.
+    with jax.numpy_dtype_promotion("standard"):
         updates, opt_state = optimiser.update(gradients, opt_state, params)
     return optax.apply_updates(params, updates), opt_state
 

@@ -91,11 +91,11 @@ class PolicyGradient:
 class Scores(NamedTuple):
     """The scores of a rollout's tokens by policy and anchor, f32 [B, S] each."""
 
-    # log-probability under the policy.
+    # Log-probability under the policy.
     log_probs: jax.Array
-    # log-probability under the anchor.
+    # Log-probability under the anchor.
     anchor: jax.Array
-    # KL_t.
+    # KL_t, over the full vocabulary.
     kl: jax.Array
 
 
@@ -105,6 +105,7 @@ def full_kl(log_policy: jax.Array, log_anchor: jax.Array) -> jax.Array:
     It is exactly 0 where policy and anchor are equal. A code of probability 0 under the policy adds
     nothing to the value or the gradient, whatever its probability under the anchor.
     """
+    # The anchor's -inf would give NaN gradients even where it is multiplied by 0.
     possible = log_policy > -jnp.inf
     ratio = jnp.where(possible, log_policy, 0.0) - jnp.where(possible, log_anchor, 0.0)
     return jnp.sum(jnp.exp(log_policy) * ratio, axis=-1)
@@ -148,9 +149,9 @@ def other_clips_mean(x: jax.Array) -> jax.Array:
 class Advantage(NamedTuple):
     """The advantages of a rollout's tokens before any update; no gradient flows through them."""
 
-    # f32 [B, S], factor of each token's surrogate.
+    # f32 [B, S], the factor of each token's surrogate.
     weight: jax.Array
-    # f32 [B, S], under the policy that sampled the tokens.
+    # f32 [B, S], log-probability under the policy that sampled the tokens.
     log_probs: jax.Array
 
 
@@ -170,12 +171,15 @@ def reward_advantage(
     Raises:
       ValueError: if B is not a multiple of the group.
     """
+    # One clip per prompt.
     if choice.baseline == "value":
         return rewards[:, None] - values
     if len(rewards) % choice.group:
         raise ValueError(
             f"a batch of {len(rewards)} clips is not a whole number of groups of {choice.group}"
         )
+
+    # Groups of G clips.
     groups = rewards.reshape(-1, choice.group)
     if choice.baseline == "leave_one_out":
         advantage = groups - jax.vmap(other_clips_mean)(groups)
@@ -208,8 +212,11 @@ def advantage(
     Returns:
       The advantages, and metrics: kl, in nats per clip; advantage_std, of the rewards alone.
     """
+    # The reward.
     reward = reward_advantage(choice, rewards, values)
     weight = jnp.broadcast_to((1 - kl_strength) * reward, sampled.log_probs.shape)
+
+    # The KL that this token's choice causes.
     if choice.kl != "local":
         if choice.kl == "sampled":
             cost = sum_from_here(sampled.log_probs - sampled.anchor)
@@ -243,13 +250,15 @@ def policy_loss(
       The loss f32 [], and metrics: log_prob, the tokens' mean; clipped, the share of tokens whose
       ratio is outside 1 -+ clip.
     """
+    # The surrogate.
     ratio = jnp.exp(current.log_probs - advantage.log_probs)
     near = jnp.clip(ratio, 1 - choice.clip, 1 + choice.clip)
     if choice.surrogate == "reinforce":
         surrogate = current.log_probs * advantage.weight
     else:
         surrogate = jnp.minimum(ratio * advantage.weight, near * advantage.weight)
-    # The sampled KL is in the advantage already.
+
+    # The KL; 'sampled' has it in the advantage.
     if choice.kl != "sampled":
         surrogate -= kl_strength * current.kl
     clipped = jnp.mean(ratio != near, dtype=jnp.float32)

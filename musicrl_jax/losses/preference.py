@@ -23,6 +23,7 @@ def bradley_terry(margin: jax.Array, vote: jax.Array) -> tuple[jax.Array, Metric
       counts half); margin, the mean absolute margin.
     """
     loss = -(vote * jax.nn.log_sigmoid(margin) + (1 - vote) * jax.nn.log_sigmoid(-margin)).mean()
+    # Ties do not count.
     decided = (vote != 0.5).astype(margin.dtype)
     right = 0.5 * (1 + jnp.sign(margin) * jnp.sign(vote - 0.5))
     accuracy = (decided * right).sum() / jnp.maximum(decided.sum(), 1.0)

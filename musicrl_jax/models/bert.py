@@ -175,6 +175,7 @@ def sizes(tensors: Mapping[str, np.ndarray], settings: Mapping[str, Any], where:
             raise ValueError(
                 f"{where}: config.json says {name} = {settings[name]!r}, but BERT needs {value!r}"
             )
+    # Sizes are the shapes of a few tensors, which every BERT has.
     tensors = _unprefixed(tensors)
     if missing := sorted({*TABLES.values(), UP} - set(tensors)):
         raise ValueError(f"{where} has no tensor {missing[0]}, which a BERT needs")
@@ -211,6 +212,7 @@ def params(config: BertConfig, tensors: Mapping[str, np.ndarray], where: str) ->
     tree = {name: read(TABLES[name], rows[name], c.embed) for name in rows}
     tree["norm"] = norm("embeddings.LayerNorm")
     widths = {"up": (c.embed, c.mlp), "down": (c.mlp, c.embed)}
+    # PyTorch's kernels are [outputs, inputs].
     for layer in range(c.layers):
         block = tree[f"{BLOCK}{layer}"] = {}
         for name, path in DENSE.items():

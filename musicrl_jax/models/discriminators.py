@@ -19,14 +19,14 @@ import numpy as np
 
 from musicrl_jax.core import spectral
 
-# MelGAN's.
+# MelGAN's strides.
 WAVE_STRIDES = (4, 4, 4, 4)
 WAVE_KERNEL = 41
 # Stride in time, stride in frequency and factor of the width, of each residual unit.
 STFT_BLOCKS = ((1, 2, 2), (2, 2, 2), (1, 2, 1), (2, 2, 2), (1, 2, 1), (2, 2, 2))
-# Shares of the bins.
+# Ends of DAC's bands, as shares of the bins.
 BANDS = ((0.0, 0.1), (0.1, 0.25), (0.25, 0.5), (0.5, 0.75), (0.75, 1.0))
-# Of leaky rectifiers below 0.
+# Slope of leaky rectifiers below 0.
 SLOPE = 0.1
 
 Layers = list[jax.Array]
@@ -175,9 +175,11 @@ class Discriminators(nn.Module):
     def __call__(self, wav: jax.Array) -> list[Layers]:
         """Returns the layers of each discriminator for wav [B, N]."""
         c, outputs, slower = self.config, [], wav[:, :, None]
+        # MelGAN's, each at half the sample rate of the one before.
         for scale in range(c.wave_scales):
             outputs.append(Wave(c.channels // 2, name=f"wave_{scale}")(slower[:, :, 0]))
             slower = nn.avg_pool(slower, (4,), (2,), "SAME", count_include_pad=False)
+        # The other kinds, all at the full sample rate.
         kinds = (
             (STFT, "stft", c.stft_windows),
             (Period, "period", c.periods),

@@ -114,6 +114,7 @@ def plus_plus(key: jax.Array, x: jax.Array, codes: int) -> jax.Array:
     from the centroids so far: the one with the lowest inertia, as in scikit-learn. Uses a random
     sample of 16 points per code.
     """
+    # The sample, and its first point.
     sample_key, first_key, key = jax.random.split(key, 3)
     points, trials = x.shape[0], 2 + int(math.log(codes))
     sample = x[jax.random.permutation(sample_key, points)[: SAMPLE_PER_CODE * codes]]  # [S, D]
@@ -201,12 +202,14 @@ def lloyd(start: jax.Array, x: jax.Array, iterations: int) -> Fit:
     Stops after `iterations`, or when one gains less than TOLERANCE of the inertia. Centroids
     without points move to the points farthest from their centroids, each to a different one.
     """
+    # Blocks of points, [blocks, block, D]; the last one is padded.
     points, codes = x.shape[0], start.shape[0]
     block = min(points, BLOCK)
     padding = -points % block
     blocks = jnp.pad(x, ((0, padding), (0, 0))).reshape(-1, block, x.shape[1])
     real = jnp.pad(jnp.ones(points, bool), (0, padding)).reshape(-1, block)
 
+    # The parts of an iteration.
     def measure(centroids: jax.Array) -> tuple[_Totals, jax.Array]:
         def add(totals: _Totals, part: tuple[jax.Array, jax.Array]):
             return _add_block(totals, centroids, *part)
@@ -229,6 +232,7 @@ def lloyd(start: jax.Array, x: jax.Array, iterations: int) -> Fit:
         centroids = _update(totals, seeds(totals, distance))
         return centroids, *measure(centroids), totals.inertia, iteration + 1
 
+    # The loop: centroids, their totals and distances, the inertia before, the iteration.
     state = (start, *measure(start), jnp.array(jnp.inf), jnp.array(0, jnp.int32))
     centroids, totals, _, before, iteration = jax.lax.while_loop(continues, iterate, state)
     return _result(centroids, totals, before, iteration)
@@ -244,6 +248,7 @@ def fit(key: jax.Array, points: np.ndarray, codes: int, iterations: int) -> Fit:
         raise ValueError(
             f"codes = {codes}, but only {len(points)} points: use more audio or fewer codes"
         )
+    # A random order makes every block a sample.
     order_key, start_key = jax.random.split(key)
     points = points[np.asarray(jax.random.permutation(order_key, len(points)))]
     sample = jnp.asarray(points[: SAMPLE_PER_CODE * codes], jnp.float32)
@@ -286,6 +291,7 @@ def streamed_lloyd(start: jax.Array, points: np.ndarray, iterations: int) -> Fit
     centroids, before, iteration = start, jnp.inf, 0
     totals, distance = measure(centroids)
     while iteration < iterations and _improves(before, totals):
+        # Centroids without points move to the farthest points.
         seeds = np.zeros(start.shape, np.float32)
         if empty := int(jnp.sum(totals.counts == 0.0)):
             seeds[:empty] = points[np.argsort(-distance, kind="stable")[:empty]]

@@ -20,6 +20,7 @@ from flax import linen as nn
 
 from musicrl_jax.models import bert, musicnn, resnet, rvq
 
+# The temperature before training, and its lower bound.
 FIRST_TEMPERATURE = 0.1
 LEAST_TEMPERATURE = 0.01
 

@@ -26,13 +26,13 @@ SAMPLE_RATE_HZ = 16_000
 MELS = 96
 HOP = 256
 WINDOW = 2 * HOP
-# 0.4 and 0.7 of all bands.
+# Heights of the timbral filters: 0.4 and 0.7 of all bands.
 TIMBRAL_BANDS = (38, 67)
 TIMBRAL_FRAMES = 7
 TEMPORAL_FRAMES = (128, 64, 32)
 MIDDLE_FRAMES = 7
 MIDDLE_LAYERS = 3
-# Of TensorFlow's batch normalisation.
+# Epsilon of TensorFlow's batch normalisation.
 TF_EPSILON = 1e-3
 # Zero crossings of the resampling filter's sinc on each side.
 CROSSINGS = 10
@@ -70,10 +70,13 @@ def resample_to_16_khz(wav: jax.Array, sample_rate_hz: int) -> jax.Array:
         return wav
     import scipy.signal  # imports as slowly as JAX, and few systems need it
 
+    # The filter, at `up` times the input's rate.
     divisor = math.gcd(sample_rate_hz, SAMPLE_RATE_HZ)
     up, down = SAMPLE_RATE_HZ // divisor, sample_rate_hz // divisor
     half = CROSSINGS * max(up, down)
     kernel = up * scipy.signal.firwin(2 * half + 1, 1 / max(up, down), window=("kaiser", 5.0))
+
+    # Insert up - 1 zeros between samples, filter, keep every down-th.
     resampled = jax.lax.conv_general_dilated(
         wav.astype(jnp.float32)[:, None, :],
         jnp.asarray(kernel, jnp.float32)[None, None, :],
@@ -97,10 +100,13 @@ def log_mels(wav: jax.Array) -> jax.Array:
         raise ValueError(
             f"a clip of {samples} samples is too short for musicnn: use at least {HOP + 1}"
         )
+    # Windows of two hops.
     count = samples // HOP + 1
     padded = jnp.pad(wav.astype(jnp.float32), ((0, 0), (HOP, HOP)), mode="reflect")
     hops = padded[:, : (count + 1) * HOP].reshape(wav.shape[0], count + 1, HOP)
     framed = jnp.concatenate([hops[:, :-1], hops[:, 1:]], axis=-1)  # [B, S, 512]
+
+    # Powers of mel bands.
     hann = jnp.asarray(0.5 - 0.5 * np.cos(2 * np.pi * np.arange(WINDOW) / WINDOW), jnp.float32)
     spectrum = jnp.fft.rfft(framed * hann[None, None, :], axis=-1)
     power = jnp.square(spectrum.real) + jnp.square(spectrum.imag)
@@ -149,12 +155,16 @@ class Musicnn(nn.Module):
         """
         c = self.config
         x = Affine(name="input_norm")(mels[..., None])  # [B, S, M, 1]
+
+        # Timbral and temporal filters, with the maximum over bands.
         front = []
         for bands in TIMBRAL_BANDS:
             front.append(Filter(c.timbral, (TIMBRAL_FRAMES, bands), name=f"timbral_{bands}")(x))
         for frames in TEMPORAL_FRAMES:
             front.append(Filter(c.temporal, (frames, 1), name=f"temporal_{frames}")(x))
         layers = [jnp.concatenate([part.max(axis=2) for part in front], axis=-1)]
+
+        # Residual layers; all of them are features.
         for layer in range(MIDDLE_LAYERS):
             x = Filter(c.middle, (MIDDLE_FRAMES,), name=f"middle_{layer}")(layers[-1])
             layers.append(x if layer == 0 else layers[-1] + x)

@@ -17,6 +17,7 @@ from musicrl_jax.models import resnet
 from musicrl_jax.models.musiclm import MusicLMConfig, Trunk
 from musicrl_jax.models.tokens import FRAMES_PER_SECOND
 
+# Mean opinion scores are between 1 and 5.
 LOWEST_MOS = 1.0
 MOS_RANGE = 4.0
 

@@ -21,14 +21,15 @@ State = dict[str, jax.Array]
 # in [Q, D, W], in_bias [Q, W], codebooks [Q, C, W], out [Q, W, D], out_bias [Q, D].
 Factors = dict[str, jax.Array]
 
+# Decay of the moving averages; update n has at most n / (n + DECAY_RAMP).
 DECAY = 0.99
 DECAY_RAMP = 9.0
-# Of an even share of the vectors; a code with less is replaced.
+# A code with less than this part of an even share of the vectors is replaced.
 DEAD_SHARE = 0.3
-# Of `fit`.
+# Rounds of `fit`, and iterations in each round and after the last.
 ROUNDS, ROUND_ITERATIONS, LAST_ITERATIONS = 6, 3, 5
 START_VECTORS_PER_CODE = 4
-# Standard deviations.
+# Noise on the first batch's copies, in standard deviations.
 START_JITTER = 0.3
 
 
@@ -109,6 +110,7 @@ def fit(
         if first is None:
             first = residual[jax.random.permutation(start_key, residual.shape[0])[:codes]]
 
+        # Rounds of k-means, with dead codes replaced after each.
         def round_(codebook: jax.Array, key: jax.Array) -> tuple[jax.Array, None]:
             fitted = kmeans.lloyd(codebook, residual, ROUND_ITERATIONS)
             dead = fitted.share < DEAD_SHARE / codes
@@ -117,6 +119,7 @@ def fit(
 
         codebook, _ = jax.lax.scan(round_, first, jax.random.split(key, ROUNDS))
         codebook = kmeans.lloyd(codebook, residual, LAST_ITERATIONS).centroids
+        # The residual for the next level, in blocks.
         search = functools.partial(kmeans.nearest, codebook)
         nearest = jax.lax.map(search, residual, batch_size=kmeans.BLOCK)
         return residual - codebook[nearest], codebook

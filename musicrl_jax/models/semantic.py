@@ -29,11 +29,11 @@ WINDOW_MS = 64
 # Spectral frames in a policy frame.
 STACK = 4
 PROJECTION = 16
-# 400 ms.
+# Length of a masked block: 400 ms.
 MASK_FRAMES = 10
 MASK_PROBABILITY = 0.6
 MASK_NOISE = 0.1
-# Of a log-mel band, so that silent bands are not amplified.
+# Least standard deviation of a log-mel band, so that silent bands are not amplified.
 LEAST_STD = 0.1
 
 

@@ -112,9 +112,12 @@ def training_mask(key: jax.Array, shape: tuple[int, int, int], coarse_levels: in
     hidden, rounded up.
     """
     batch, frames, levels = shape
+    # The level, and the share of its frames.
     level_key, share_key, frame_key = jax.random.split(key, 3)
     level = jax.random.randint(level_key, (batch, 1, 1), coarse_levels, levels)
     share = jnp.cos(jax.random.uniform(share_key, (batch, 1)) * (jnp.pi / 2))
+
+    # As many random frames, at least one.
     rank = _ranks(jax.random.uniform(frame_key, (batch, frames)))
     hidden = rank < jnp.maximum(jnp.ceil(share * frames), 1.0).astype(rank.dtype)  # [B, T]
     return TrainingMask(_masked(levels, level, hidden), level[:, 0, 0], hidden)

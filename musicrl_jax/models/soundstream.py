@@ -23,13 +23,13 @@ DILATIONS = (1, 3, 9)
 KERNEL = 7
 LAST_KERNEL = 3
 ACTIVATIONS = ("elu", "snake")
-# Of the noise that `linear_start` is fitted to.
+# Size of the noise that `linear_start` is fitted to.
 START_CLIPS, START_FRAMES = 64, 50
 # Root mean square of music (about -26 dB), scaled to 1 inside the codec.
 START_LEVEL = 0.05
-# Of vectors whose lengths are compressed.
+# Limits of companding: added to lengths, and the largest log that `expand` inverts.
 LEAST_LENGTH, GREATEST_LOG_LENGTH = 1e-4, 10.0
-# Of a principal direction, as a share of the strongest one's.
+# Least energy of a principal direction, as a share of the strongest one's.
 LEAST_ENERGY = 1e-6
 
 Params = dict[str, Any]

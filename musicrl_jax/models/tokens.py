@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+# Rates of MusicLM's tokens: 50 Hz codec frames, 25 Hz policy frames.
 CODEC_FRAMES_PER_FRAME = 2
 FRAMES_PER_SECOND = 25
 
