@@ -161,7 +161,7 @@ def test_every_clip_is_heard_once_and_found_as_the_towers_find_it(task, weights)
     module = mulan.Towers(MODEL)
     use = jax.jit(module.apply, static_argnames="method")
     heard = np.asarray(use(variables, whole["audio"], method=mulan.Towers.audio_features))
-    read = np.asarray(use(variables, whole["text"], method=mulan.Towers.read))
+    read = np.asarray(use(variables, whole["text"], method=mulan.Towers.text_features))
     for clip, text, ids in zip(heard, read, whole["text"], strict=True):
         at = np.abs(found["audio"] - clip).max(axis=(1, 2)).argmin()
         np.testing.assert_allclose(found["audio"][at], clip, rtol=1e-4, atol=1e-4)
