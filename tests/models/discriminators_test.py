@@ -26,16 +26,18 @@ def params():
     shapes = jax.eval_shape(Discriminators(ALL).init, jax.random.key(0), noise(2))["params"]
     rng = np.random.default_rng(1)
 
-    def draw(leaf):
-        draw = rng.normal if leaf.ndim > 1 else rng.uniform  # kernels; scales and biases
-        return jnp.asarray(draw(size=leaf.shape), jnp.float32)
+    def draw(path, leaf):
+        if leaf.ndim > 1:  # a kernel, which weight normalisation scales
+            return jnp.asarray(rng.normal(size=leaf.shape), jnp.float32)
+        return (jnp.ones if "scale" in jax.tree_util.keystr(path) else jnp.zeros)(leaf.shape)
 
-    return jax.tree.map(draw, shapes)
+    return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
 @pytest.fixture(scope="module")
 def judge(params):
-    return jax.jit(lambda wav: Discriminators(ALL).apply({"params": params}, wav))
+    apply = jax.jit(lambda wav: Discriminators(ALL).apply({"params": params}, wav))
+    return lambda wav: jax.device_get(apply(wav))
 
 
 def test_a_config_gives_one_discriminator_for_each_setting(params, judge):
