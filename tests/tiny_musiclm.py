@@ -1,4 +1,4 @@
-"""A MusicLM of a few thousand random weights, for the tests that need its own models."""
+"""A MusicLM of a few thousand random weights, for tests that need its own models."""
 
 import functools
 import json
@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tokenizers
 from flax.core import meta
@@ -17,13 +16,13 @@ from tokenizers import pre_tokenizers, processors
 from musicrl_jax.core import checkpoint
 from musicrl_jax.models.bert import BertConfig
 from musicrl_jax.models.conformer import ConformerConfig
-from musicrl_jax.models.mulan import MuLan, MuLanConfig
-from musicrl_jax.models.musiclm import MusicLM, MusicLMConfig
+from musicrl_jax.models.mulan import MuLanConfig
+from musicrl_jax.models.musiclm import MusicLMConfig
 from musicrl_jax.models.resnet import ResNetConfig
-from musicrl_jax.models.rewards import Quality, QualityConfig
-from musicrl_jax.models.semantic import SemanticConfig, SemanticEncoder
-from musicrl_jax.models.soundstorm import SoundStorm, SoundStormConfig
-from musicrl_jax.models.soundstream import SoundStream, SoundStreamConfig
+from musicrl_jax.models.rewards import QualityConfig
+from musicrl_jax.models.semantic import SemanticConfig
+from musicrl_jax.models.soundstorm import SoundStormConfig
+from musicrl_jax.models.soundstream import SoundStreamConfig
 from musicrl_jax.models.tokens import TokenLayout
 from musicrl_jax.models.transformer import TransformerConfig
 
@@ -56,23 +55,6 @@ CONFIGS = {
 PARTS = ("policy", "soundstorm", "soundstream", "mulan", "semantic")
 
 
-def _shapes(name: str) -> Any:
-    """Returns the shapes of a model's variables."""
-    config, key = CONFIGS[name], jax.random.key(0)
-    wav, frame = jnp.zeros((1, 4_800)), jnp.zeros((1, 1, 5), jnp.int32)
-    mulan, codes = jnp.zeros((1, 3), jnp.int32), jnp.zeros((1, 2, 4), jnp.int32)
-    pieces, mask = jnp.zeros((1, 6), jnp.int32), jnp.zeros((1, 5), bool)
-    init = {
-        "policy": lambda: MusicLM(config).init(key, frame, mulan),
-        "soundstorm": lambda: SoundStorm(config).init(key, codes, codes > 0, 2),
-        "soundstream": lambda: SoundStream(config).init(key, wav, key),
-        "mulan": lambda: MuLan(config).init(key, wav, pieces),
-        "semantic": lambda: SemanticEncoder(config).init(key, wav, mask, jnp.zeros((1, 5, 32))),
-        "quality": lambda: Quality(config).init(key, wav),
-    }[name]
-    return meta.unbox(jax.eval_shape(init))
-
-
 @functools.cache
 def model(name: str) -> checkpoint.Model:
     """Returns a model of random weights, the same on every machine."""
@@ -83,7 +65,8 @@ def model(name: str) -> checkpoint.Model:
         array = rng.standard_normal(shape.shape, np.float32)
         return (np.float32(scale) * array).astype(shape.dtype)
 
-    variables = jax.tree.map(draw, _shapes(name))
+    shapes = meta.unbox(jax.eval_shape(CONFIGS[name].init, jax.random.key(0)))
+    variables = jax.tree.map(draw, shapes)
     assets = {}
     if name == "mulan":
         assets["vocabulary"] = vocabulary()
@@ -94,12 +77,12 @@ def model(name: str) -> checkpoint.Model:
 
 
 def models(names: Sequence[str] = PARTS) -> dict[str, checkpoint.Model]:
-    """Returns models that belong together, by name."""
+    """Returns models of one system by name."""
     return {name: model(name) for name in names}
 
 
 def save(directory: Path, name: str, **changes: Any) -> str:
-    """Writes a model, some of whose fields are others, to `directory`/name and returns that folder."""
+    """Writes a model, with changed fields, to `directory`/name and returns that folder."""
     fields = {**vars(model(name)), **changes}
     del fields["hash"]
     checkpoint.save_model(directory / name, **fields)
@@ -107,7 +90,7 @@ def save(directory: Path, name: str, **changes: Any) -> str:
 
 
 def vocabulary() -> bytes:
-    """Returns a BERT's tokenizer.json that knows WORDS."""
+    """Returns a BERT's tokenizer.json for WORDS."""
     ids = {word: number for number, word in enumerate(WORDS)}
     tokenizer = tokenizers.Tokenizer(tokenizer_models.WordPiece(ids, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()

@@ -1,6 +1,6 @@
-"""What a codec's reconstruction is judged by, and how several such judgements are weighed against each other.
+"""Losses and distances of a codec's reconstruction, and the balance between several losses.
 
-Letters: B clips, N samples, S spectral frames, M mel bands.
+Legend: B clips, N samples, S spectral frames, M mel bands.
 """
 
 import math
@@ -11,46 +11,71 @@ import jax.numpy as jnp
 from musicrl_jax.core import spectral
 
 MELS = 64
-FLOOR = 1e-8  # of mel magnitudes, times the window: 1e-5 at 1024 samples, as in DAC
+# Least mel magnitude per sample of the window: 1e-5 at 1024 samples, as in DAC.
+FLOOR = 1e-8
+# Added under a root, which has no gradient at 0.
 EPSILON = 1e-6
 STFT_WINDOWS = (2048, 512)
+BALANCE_DECAY = 0.99
+
+# The outputs of each discriminator's layers. The last ones are its scores, high for real clips.
+Features = list[list[jax.Array]]
+
+
+# --- distances ---
 
 
 def reconstruction(
     wav: jax.Array, decoded: jax.Array, sample_rate_hz: int, windows: tuple[int, ...]
 ) -> jax.Array:
-    """Multi-scale spectral distance of decoded [B, N] to wav [B, N], [] (SoundStream, 2107.03312, equations 4 and 5).
+    """Computes SoundStream's multi-scale spectral loss (2107.03312, equations 4 and 5).
 
-    For each window s, with hop s / 4 and 64 mel bands: the L1 norm of the difference of mel magnitudes plus
-    sqrt(s / 2) times the L2 norm of the difference of their logs. Norms run over the bands of a frame; frames, clips
-    and windows are averaged (the paper sums), so the size does not grow with clip or list.
+    For each window s, with hop s / 4 and 64 mel bands: the L1 norm of the difference of mel
+    magnitudes, plus sqrt(s / 2) times the L2 norm of the difference of their logs. Norms are over
+    the bands of a frame. Frames, clips and windows are averaged; the paper sums them.
+
+    Args:
+      wav: [B, N], the original.
+      decoded: [B, N], the reconstruction.
+      sample_rate_hz: of both.
+      windows: in samples.
+
+    Returns:
+      float32 [].
     """
     terms = []
     for window in windows:
-        floor = FLOOR * window
-        target = spectral.mel_magnitude(wav, sample_rate_hz, MELS, window, window // 4)  # [B, S, M]
-        output = spectral.mel_magnitude(decoded, sample_rate_hz, MELS, window, window // 4)
+        # The distance of magnitudes.
+        target, output = (
+            spectral.mel_magnitude(x, sample_rate_hz, MELS, window, window // 4)  # [B, S, M]
+            for x in (wav, decoded)
+        )
         l1 = jnp.mean(jnp.sum(jnp.abs(target - output), -1))
+        # The distance of logs.
+        floor = FLOOR * window
         difference = jnp.log(jnp.maximum(target, floor)) - jnp.log(jnp.maximum(output, floor))
-        log_l2 = jnp.mean(
-            jnp.sqrt(jnp.sum(jnp.square(difference), -1) + EPSILON)
-        )  # the root of 0 has no gradient
+        log_l2 = jnp.mean(jnp.sqrt(jnp.sum(jnp.square(difference), -1) + EPSILON))
         terms.append(l1 + math.sqrt(window / 2) * log_l2)
     return sum(terms) / len(terms)
 
 
 def mel_distance(wav: jax.Array, decoded: jax.Array, sample_rate_hz: int) -> jax.Array:
-    """Mean absolute difference of natural log-mels (80 bands, window 1024, hop 256), float32 []; x 8.686 is dB."""
+    """Averages absolute differences of natural log-mels (80 bands, window 1024, hop 256).
+
+    Takes wav and decoded [B, N]; returns float32 []. Multiplied by 8.686 it is in dB.
+    """
     target, output = (spectral.log_mel(x, sample_rate_hz, 80, 1024, 256) for x in (wav, decoded))
     return jnp.mean(jnp.abs(target - output))
 
 
 def stft_distance(wav: jax.Array, decoded: jax.Array) -> jax.Array:
-    """Multi-scale STFT distance, float32 []: the mean over windows of 2048 and 512 samples, hop a quarter, of the mean
-    absolute difference of magnitudes plus that of the base-10 logs of powers, floored at 1e-5 (magnitude).
+    """Computes the multi-scale STFT distance of wav and decoded [B, N]: float32 [].
 
-    DAC's validation metric (2306.06546, section 4) is the sum over the windows, twice this, of frames with reflected
-    ends where ours have zeros.
+    Averages over windows of 2048 and 512 samples, with a hop of a quarter. Each term is the mean
+    absolute difference of magnitudes, plus that of base-10 logs of powers (magnitudes >= 1e-5).
+
+    DAC's validation metric (2306.06546, section 4) sums the windows, so it is twice as large, and
+    reflects a clip's ends where this pads with zeros.
     """
     total = jnp.zeros(())
     for window in STFT_WINDOWS:
@@ -61,72 +86,76 @@ def stft_distance(wav: jax.Array, decoded: jax.Array) -> jax.Array:
 
 
 def si_sdr(wav: jax.Array, decoded: jax.Array) -> jax.Array:
-    """Scale-invariant signal-to-distortion ratio of each clip in dB, [B]; higher is better (1811.02508). No mean is
-    subtracted.
+    """Computes the scale-invariant signal-to-distortion ratio (1811.02508), without mean removal.
+
+    Takes wav and decoded [B, N]; returns dB [B], higher is better.
     """
     scale = jnp.sum(wav * decoded, -1) / (jnp.sum(jnp.square(wav), -1) + 1e-8)
     target = scale[:, None] * wav
-    noise = decoded - target
-    return 10.0 * jnp.log10(
-        (jnp.sum(jnp.square(target), -1) + 1e-8) / (jnp.sum(jnp.square(noise), -1) + 1e-8)
-    )
+    signal = jnp.sum(jnp.square(target), -1) + 1e-8
+    distortion = jnp.sum(jnp.square(decoded - target), -1) + 1e-8
+    return 10.0 * jnp.log10(signal / distortion)
 
 
-Features = list[
-    list[jax.Array]
-]  # of each discriminator, what its layers give; the last are its scores, high for real
+# --- adversarial losses (2107.03312) ---
 
 
 def discriminator_hinge(real: Features, decoded: Features) -> jax.Array:
-    """What discriminators minimise (2107.03312, equation 1), []: the mean over them of how far their scores are from
-    1 or more for real and -1 or less for decoded clips.
+    """Computes the discriminators' loss (equation 1), []: real scores below 1, decoded above -1.
+
+    Averages the excess over each discriminator's scores, then over discriminators.
     """
-    terms = [
-        jnp.mean(jax.nn.relu(1.0 - ours[-1])) + jnp.mean(jax.nn.relu(1.0 + theirs[-1]))
-        for ours, theirs in zip(real, decoded, strict=True)
-    ]
+    terms = []
+    for real_layers, decoded_layers in zip(real, decoded, strict=True):
+        on_real = jnp.mean(jax.nn.relu(1.0 - real_layers[-1]))
+        terms.append(on_real + jnp.mean(jax.nn.relu(1.0 + decoded_layers[-1])))
     return sum(terms) / len(terms)
 
 
 def generator_hinge(decoded: Features) -> jax.Array:
-    """What the codec minimises against them (equation 2), []: the mean of how far scores are from 1 or more."""
+    """Computes the codec's adversarial loss (equation 2), []: scores of decoded clips below 1."""
     return sum(jnp.mean(jax.nn.relu(1.0 - layers[-1])) for layers in decoded) / len(decoded)
 
 
 def feature_distance(real: Features, decoded: Features) -> jax.Array:
-    """Mean absolute difference of the discriminators' inner layers, averaged over layers and discriminators
-    (equation 3), [].
-    """
-    terms = [
-        jnp.mean(jnp.abs(ours - theirs))
-        for real_layers, decoded_layers in zip(real, decoded, strict=True)
-        for ours, theirs in zip(real_layers[:-1], decoded_layers[:-1], strict=True)
-    ]
+    """Averages absolute differences of the discriminators' inner layers (equation 3), []."""
+    terms = []
+    for real_layers, decoded_layers in zip(real, decoded, strict=True):
+        for ours, theirs in zip(real_layers[:-1], decoded_layers[:-1], strict=True):
+            terms.append(jnp.mean(jnp.abs(ours - theirs)))
     return sum(terms) / len(terms)
 
 
-BALANCE_DECAY = 0.99
+# --- balance ---
 
 
 def balanced(
     gradients: dict[str, jax.Array], weights: dict[str, float], norms: dict[str, jax.Array]
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """One gradient by the decoded wav [B, N] from those of several losses, and the moved norms: EnCodec's balancer
-    (2210.13438, equation 4), whose averages are ten times as long.
+    """Combines the gradients of several losses by EnCodec's balancer (2210.13438, equation 4).
 
-    Each loss's gradient [B, N] is divided by the moving average of its norm (the mean over clips of a clip's
-    Euclidean norm) and multiplied by the loss's share of the weights: a weight says how much of the pull a loss has,
-    whatever its units. The result is that of a mean over clips: divided by B. `norms` are float32 [], 0 before a
-    loss's first gradient that is not zero, which is taken whole; gradients of zero move no average, and losses that
-    have had no other have no share yet.
+    Each gradient is divided by a moving average of its norm, so a weight is a loss's share of the
+    total, whatever its units. The averages are ten times as long as EnCodec's. A first gradient
+    that is not zero sets its average. Zero gradients change no average; a loss that has had no
+    other gradient yet has no share.
+
+    Args:
+      gradients: of each loss by the decoded wav, [B, N].
+      weights: of each loss.
+      norms: moving averages of the mean norm of a clip's gradient, float32 []; 0 at first.
+
+    Returns:
+      The combined gradient [B, N] of a mean over clips, and the new norms.
     """
-    moved, parts = {}, []
+    # Each loss's gradient, scaled by its average norm.
+    averages, parts = {}, []
     for name, gradient in gradients.items():
-        fresh = jnp.mean(jnp.linalg.norm(gradient, axis=-1))
-        keep = jnp.where(norms[name] > 0.0, BALANCE_DECAY, 0.0)
-        moved[name] = jnp.where(fresh > 0.0, keep * norms[name] + (1.0 - keep) * fresh, norms[name])
-        parts.append(
-            gradient * (weights[name] / gradient.shape[0] / jnp.maximum(moved[name], 1e-20))
-        )
-    total = sum(jnp.where(norm > 0.0, weights[name], 0.0) for name, norm in moved.items())
-    return sum(parts) / jnp.maximum(total, 1e-20), moved
+        norm = jnp.mean(jnp.linalg.norm(gradient, axis=-1))
+        decay = jnp.where(norms[name] > 0.0, BALANCE_DECAY, 0.0)
+        average = decay * norms[name] + (1.0 - decay) * norm
+        averages[name] = jnp.where(norm > 0.0, average, norms[name])
+        scale = weights[name] / gradient.shape[0] / jnp.maximum(averages[name], 1e-20)
+        parts.append(gradient * scale)
+    # Losses without a gradient yet do not count.
+    total = sum(jnp.where(norm > 0.0, weights[name], 0.0) for name, norm in averages.items())
+    return sum(parts) / jnp.maximum(total, 1e-20), averages

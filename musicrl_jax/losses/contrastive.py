@@ -1,6 +1,6 @@
-"""The symmetric contrastive loss (InfoNCE) that brings two towers together; MuLan (2208.12415), equation 1.
+"""The symmetric contrastive loss (InfoNCE) of two towers, as in MuLan (2208.12415), equation 1.
 
-Legend: B clips and their captions, E width of the shared sphere.
+Legend: B clips and their captions, E width of the shared embedding.
 """
 
 import math
@@ -8,44 +8,49 @@ import math
 import jax
 import jax.numpy as jnp
 
-NEVER = -1e9  # a logit that softmax turns into exactly 0 in float32
+# A logit that softmax turns into exactly 0 in float32.
+NEVER = -1e9
 
 
 def identical_rows(text: jax.Array) -> jax.Array:
-    """[B, B] bool: which of the texts [B, L] are the same, piece for piece. The diagonal is True."""
+    """Compares all pairs of texts [B, L] piece by piece: bool [B, B], with a True diagonal."""
     return jnp.all(text[:, None, :] == text[None, :, :], axis=-1)
 
 
 def contrastive(
     audio: jax.Array, text: jax.Array, temperature: jax.Array, identical: jax.Array
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Mean over both directions of -log of the own partner's share among the whole batch's partners.
+    """Computes the cross-entropy of each clip's own caption and of each caption's own clip.
 
-    A caption may stand for several clips of a batch. Each is then right for each, so none is held against the others:
-    pairs that `identical` marks, off the diagonal, are left out of the denominators and of the ranks.
+    A batch may hold a caption several times. Each copy is right for each of its clips, so pairs of
+    identical captions (off the diagonal) are left out of the denominators and of the ranks.
 
     Args:
-        audio: [B, E], of length 1.
-        text: [B, E], of length 1; row i belongs to row i of `audio`.
-        temperature: [], divides the cosines.
-        identical: [B, B] bool, symmetric, True where captions are the same.
+      audio: [B, E], of length 1.
+      text: [B, E], of length 1; row i belongs to row i of `audio`.
+      temperature: [], divides the cosines.
+      identical: [B, B] bool, symmetric, True where captions are the same.
 
     Returns:
-        The loss, float32 []: ln(B) (`chance`) is what it costs to know nothing. Metrics: loss, chance, temperature,
-        recall_1 and recall_10 (share of clips whose own caption is among the 1 or 10 nearest; ties count half), and
-        median_rank, where that caption stands for half of the clips, 1 being best.
+      The loss, float32 [], and metrics: loss; chance, the loss ln(B) of a uniform guess;
+      temperature; recall_1 and recall_10, the share of clips with their own caption among the 1 or
+      10 nearest (ties count half); median_rank of a clip's own caption, where 1 is best.
     """
+    # Pairs of clips and captions, without the copies of a clip's own caption.
     size = audio.shape[0]
-    own = jnp.eye(size, dtype=bool)
-    cosines = jnp.matmul(
-        audio, text.T, precision=jax.lax.Precision.HIGHEST
-    )  # [B, B], clips down, captions across
-    logits = jnp.where(identical & ~own, NEVER, cosines / temperature)
-    diagonal = jnp.diagonal(logits)
-    to_text = jax.nn.logsumexp(logits, axis=1) - diagonal
-    to_audio = jax.nn.logsumexp(logits, axis=0) - diagonal
+    cosines = jnp.matmul(audio, text.T, precision=jax.lax.Precision.HIGHEST)  # [clips, captions]
+    logits = jnp.where(identical & ~jnp.eye(size, dtype=bool), NEVER, cosines / temperature)
+    own = jnp.diagonal(logits)
+
+    # The loss, both ways.
+    to_text = jax.nn.logsumexp(logits, axis=1) - own
+    to_audio = jax.nn.logsumexp(logits, axis=0) - own
     loss = jnp.mean(to_text + to_audio) / 2
-    rank = _rank(logits, diagonal)
+
+    # Captions that are nearer to a clip than its own.
+    nearer = jnp.sum(logits > own[:, None], axis=1).astype(jnp.float32)
+    tied = jnp.sum(logits == own[:, None], axis=1).astype(jnp.float32) - 1
+    rank = nearer + tied / 2
     return loss, {
         "loss": loss,
         "chance": jnp.asarray(math.log(size), jnp.float32),
@@ -54,10 +59,3 @@ def contrastive(
         "recall_10": jnp.mean((rank < 10).astype(jnp.float32)),
         "median_rank": jnp.median(rank) + 1,
     }
-
-
-def _rank(logits: jax.Array, diagonal: jax.Array) -> jax.Array:
-    """[B] float32: how many captions are nearer to each clip than its own; each other one as near counts half."""
-    nearer = jnp.sum(logits > diagonal[:, None], axis=1).astype(jnp.float32)
-    tied = jnp.sum(logits == diagonal[:, None], axis=1).astype(jnp.float32) - 1
-    return nearer + tied / 2

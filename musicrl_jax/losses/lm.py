@@ -7,16 +7,16 @@ import optax
 
 def cross_entropy(
     logits: jax.Array, tokens: jax.Array, weights: jax.Array | None = None
-) -> tuple[jax.Array, dict]:
-    """Mean nats per token, over the tokens whose weight is 1.
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Averages nats per token over the tokens of weight 1.
 
     Args:
       logits: f32 [..., V].
       tokens: int32 [...].
-      weights: f32 [...], 0 or 1; all ones where None.
+      weights: f32 [...], 0 or 1; None for all ones.
 
     Returns:
-      (loss f32 [], metrics: accuracy of the most likely code).
+      The loss f32 [], and metrics: accuracy of the most likely code.
     """
     weights = jnp.ones(tokens.shape, jnp.float32) if weights is None else weights
     total = jnp.maximum(weights.sum(), 1.0)

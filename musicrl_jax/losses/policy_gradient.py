@@ -1,19 +1,23 @@
-"""KL-anchored policy gradients: MusicRL's (3.3), RLOO, GRPO, PPO and expert iteration, from three choices.
+"""KL-regularised policy gradients: MusicRL, RLOO, GRPO, PPO and expert iteration.
 
-The objective, for clips of S tokens and a KL strength a:
+They differ in three choices, which `PolicyGradient` names.
+
+The objective, for clips of S tokens and a KL strength a (MusicRL, section 3.3):
 
     J = (1 - a) E[R] - a KL(pi || anchor),    KL = E[sum_t KL_t],
     KL_t = sum_v pi(v | s_t) log(pi(v | s_t) / anchor(v | s_t))
 
-Its gradient is an expectation over clips that the policy draws:
+Its gradient is an expectation over clips that the policy samples:
 
-    E[sum_t ((1 - a) (R - b_t) - a C_t) grad log pi(a_t | s_t)  -  a grad KL_t],    C_t = sum_{t' > t} KL_t'
+    E[sum_t ((1 - a) (R - b_t) - a C_t) grad log pi(a_t | s_t)  -  a grad KL_t],
+    C_t = sum_{t' > t} KL_t'
 
-for any baseline b_t that has not seen the token a_t. C_t, the KL still to come, is what differentiating KL_t
-along sampled paths leaves out: earlier tokens choose the states in which later KL is paid. It is large early in a clip
-and much the same in all clips, so it has a baseline of its own: the other clips' mean.
+It holds for any baseline b_t that does not depend on the token a_t. C_t is the future KL: earlier
+tokens decide in which states later KL is paid. Differentiating KL_t along sampled paths leaves C_t
+out. C_t is large early in a clip and similar in all clips, so it has a baseline of its own: the
+mean of the other clips.
 
-Legend: B clips, S tokens of a clip in the order in which they are drawn, V codes, G clips of a group: of one prompt.
+Legend: B clips, S tokens of a clip in sampling order, V codes, G clips of one prompt (a group).
 """
 
 import dataclasses
@@ -25,33 +29,37 @@ import jax.numpy as jnp
 BASELINES = ("value", "leave_one_out", "group", "group_std", "best")
 SURROGATES = ("reinforce", "clipped")
 KLS = ("exact", "local", "sampled")
-LEAST_STD = 1e-4  # of a group's rewards, where they are divided by it
+# Added to the standard deviation of a group's rewards before dividing by it.
+LEAST_STD = 1e-4
+
+Metrics = dict[str, jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
 class PolicyGradient:
-    """Which policy gradient. The defaults are MusicRL's algorithm, with the exact gradient of its KL.
+    """The choice of a policy gradient; by default MusicRL's, with the exact gradient of its KL.
 
     Attributes:
-      baseline: what is taken off the reward.
+      baseline: subtracted from the reward.
         'value': a learned value of the prefix before each token (MusicRL).
-        'leave_one_out': the mean of the other clips of the prompt (RLOO, 2402.14740).
-        'group': the mean of all clips of the prompt; their own reward in it shrinks the reward's gradient by
-          (G - 1) / G (GRPO without the std, 2503.20783).
-        'group_std': the same, divided by their standard deviation: prompts count alike, whatever is at stake in them.
-          Not the gradient of J (GRPO, 2402.03300).
-        'best': none; the best clip of each prompt counts 1, the others nothing. Not the gradient of J, but the
-          likelihood of what best-of-G would choose (expert iteration; RAFT, 2304.06767).
-      surrogate: what the advantage weighs.
-        'reinforce': log pi(a_t | s_t); one update a rollout.
-        'clipped': the ratio to the probability at sampling, clipped (PPO, 1707.06347); several updates a rollout. The
-          first is REINFORCE's; in later ones, states and the KL still to come are those of the policy that drew.
-      kl: how its gradient is taken.
-        'exact': over the full vocabulary, and the KL still to come. Unbiased.
-        'local': over the full vocabulary in the states that were drawn. Biased: leaves out the KL still to come.
-        'sampled': the sampled log ratio of this token and those still to come, in the reward. Unbiased, noisier.
-      clip: of the ratio, as a distance from 1.
-      group: G, clips of each prompt in a batch, next to each other; one clip where the baseline is 'value'.
+        'leave_one_out': the mean of the prompt's other clips (RLOO, 2402.14740).
+        'group': the mean of all the prompt's clips. It includes the clip's own reward, which
+          shrinks the reward's gradient by (G - 1) / G (GRPO without the std, 2503.20783).
+        'group_std': as 'group', then divided by the group's standard deviation, so that all prompts
+          count alike. Not the gradient of J (GRPO, 2402.03300).
+        'best': none; each prompt's best clip has advantage 1, the others 0. Not the gradient of J,
+          but of the likelihood of the best of G (expert iteration; RAFT, 2304.06767).
+      surrogate: multiplied by the advantage.
+        'reinforce': log pi(a_t | s_t), for one update per rollout.
+        'clipped': the clipped ratio to the probability at sampling (PPO, 1707.06347), for several
+          updates per rollout. The first equals REINFORCE's. Later ones keep the states and the
+          future KL of the policy that sampled.
+      kl: estimate of the KL's gradient.
+        'exact': over the full vocabulary, with the future KL. Unbiased.
+        'local': over the full vocabulary in the sampled states, without the future KL. Biased.
+        'sampled': the log ratio of this and all later tokens, in the reward. Unbiased, noisier.
+      clip: largest distance of a ratio from 1.
+      group: G, the clips of a prompt in a batch, next to each other. Unused with baseline 'value'.
     """
 
     baseline: str = "value"
@@ -61,76 +69,123 @@ class PolicyGradient:
     group: int = 4
 
     def __post_init__(self) -> None:
-        for name, known in (("baseline", BASELINES), ("surrogate", SURROGATES), ("kl", KLS)):
-            if getattr(self, name) not in known:
-                raise ValueError(
-                    f"PolicyGradient.{name} = {getattr(self, name)!r} is none of {known}"
-                )
+        for name, options in (("baseline", BASELINES), ("surrogate", SURROGATES), ("kl", KLS)):
+            if (value := getattr(self, name)) not in options:
+                raise ValueError(f"PolicyGradient.{name} = {value!r} must be one of {options}")
         if not 0 < self.clip < 1:
-            raise ValueError(f"PolicyGradient.clip = {self.clip} must lie between 0 and 1")
+            raise ValueError(f"PolicyGradient.clip = {self.clip} must be between 0 and 1")
         if self.group < 2:
             raise ValueError(
-                f"PolicyGradient.group = {self.group}: a clip is compared with others: 2 or more"
+                f"PolicyGradient.group = {self.group} must be 2 or more: clips are compared"
             )
 
     @property
     def clips_per_prompt(self) -> int:
-        """G, or 1 where the baseline is a value."""
+        """The clips of a prompt: 1 with a learned value, else G."""
         return 1 if self.baseline == "value" else self.group
 
 
-def full_kl(log_policy: jax.Array, log_anchor: jax.Array) -> jax.Array:
-    """KL_t over the full vocabulary: log-distributions f32 [B, S, V] -> f32 [B, S], at least 0, exactly 0 where equal.
+# --- tokens ---
 
-    A code that the policy never draws (log-probability -inf, whatever the anchor's) adds nothing, to the gradient too.
+
+class Scores(NamedTuple):
+    """The scores of a rollout's tokens by policy and anchor, f32 [B, S] each."""
+
+    # Log-probability under the policy.
+    log_probs: jax.Array
+    # Log-probability under the anchor.
+    anchor: jax.Array
+    # KL_t, over the full vocabulary.
+    kl: jax.Array
+
+
+def full_kl(log_policy: jax.Array, log_anchor: jax.Array) -> jax.Array:
+    """Computes KL_t over the full vocabulary: f32 [B, S, V] twice -> f32 [B, S].
+
+    It is exactly 0 where policy and anchor are equal. A code of probability 0 under the policy adds
+    nothing to the value or the gradient, whatever its probability under the anchor.
     """
-    drawn = log_policy > -jnp.inf
-    ratio = jnp.where(drawn, log_policy, 0.0) - jnp.where(drawn, log_anchor, 0.0)
+    # The anchor's -inf would give NaN gradients even where it is multiplied by 0.
+    possible = log_policy > -jnp.inf
+    ratio = jnp.where(possible, log_policy, 0.0) - jnp.where(possible, log_anchor, 0.0)
     return jnp.sum(jnp.exp(log_policy) * ratio, axis=-1)
 
 
-def from_here_on(per_token: jax.Array) -> jax.Array:
-    """Sum over each token and those after it: f32 [B, S] -> f32 [B, S]."""
+def token_log_probs(log_distribution: jax.Array, tokens: jax.Array) -> jax.Array:
+    """Returns each token's log-probability: f32 [..., V], int32 [...] -> f32 [...]."""
+    return jnp.take_along_axis(log_distribution, tokens[..., None], axis=-1)[..., 0]
+
+
+def scores(log_policy: jax.Array, log_anchor: jax.Array, tokens: jax.Array) -> Scores:
+    """Evaluates tokens int32 [B, S] under two log-distributions f32 [B, S, V].
+
+    Both must be at the sampling temperature.
+    """
+    policy, anchor = (token_log_probs(x, tokens) for x in (log_policy, log_anchor))
+    return Scores(policy, anchor, full_kl(log_policy, log_anchor))
+
+
+def sum_from_here(per_token: jax.Array) -> jax.Array:
+    """Sums each token and all later ones: f32 [B, S] -> f32 [B, S]."""
     return jnp.flip(jnp.cumsum(jnp.flip(per_token, axis=1), axis=1), axis=1)
 
 
-def still_to_come(per_token: jax.Array) -> jax.Array:
-    """Sum over the tokens after each token, the token itself left out: f32 [B, S] -> f32 [B, S]."""
-    return from_here_on(per_token) - per_token
+def future_sum(per_token: jax.Array) -> jax.Array:
+    """Sums all later tokens, without the token itself: f32 [B, S] -> f32 [B, S]."""
+    return sum_from_here(per_token) - per_token
 
 
 def other_clips_mean(x: jax.Array) -> jax.Array:
-    """For each clip the mean over the other clips, position by position: f32 [B, ...] -> the same, 0 where B is 1.
+    """Averages the other clips at each position: f32 [B, ...] -> f32 [B, ...]; 0 if B is 1.
 
-    The other clips are independent of this one, so as a baseline it leaves the expected gradient as it is.
+    As a baseline it leaves the expected gradient unchanged: other clips are independent.
     """
     return (x.sum(axis=0, keepdims=True) - x) / max(len(x) - 1, 1)
 
 
-def token_log_probs(log_distribution: jax.Array, tokens: jax.Array) -> jax.Array:
-    """The log-probability of each token: f32 [..., V], int32 [...] -> f32 [...]."""
-    return jnp.take_along_axis(log_distribution, tokens[..., None], axis=-1)[..., 0]
+# --- advantages ---
+
+
+class Advantage(NamedTuple):
+    """The advantages of a rollout's tokens before any update; no gradient flows through them."""
+
+    # f32 [B, S], the factor of each token's surrogate.
+    weight: jax.Array
+    # f32 [B, S], log-probability under the policy that sampled the tokens.
+    log_probs: jax.Array
 
 
 def reward_advantage(
     choice: PolicyGradient, rewards: jax.Array, values: jax.Array | None
 ) -> jax.Array:
-    """The rewards less their baseline: f32 [B], and f32 [B, S] where the baseline is 'value' -> f32 [B, S] or [B, 1].
+    """Subtracts the baseline from the rewards.
 
-    ValueError where B is no multiple of the group.
+    Args:
+      choice: the policy gradient.
+      rewards: f32 [B].
+      values: f32 [B, S] with baseline 'value', else None.
+
+    Returns:
+      f32 [B, S] with baseline 'value', else [B, 1].
+
+    Raises:
+      ValueError: if B is not a multiple of the group.
     """
+    # One clip per prompt.
     if choice.baseline == "value":
         return rewards[:, None] - values
     if len(rewards) % choice.group:
         raise ValueError(
-            f"a batch of {len(rewards)} clips is no whole number of groups of {choice.group}"
+            f"a batch of {len(rewards)} clips is not a whole number of groups of {choice.group}"
         )
+
+    # Groups of G clips.
     groups = rewards.reshape(-1, choice.group)
     if choice.baseline == "leave_one_out":
         advantage = groups - jax.vmap(other_clips_mean)(groups)
     elif choice.baseline == "best":
         best = (groups == groups.max(axis=1, keepdims=True)).astype(groups.dtype)
-        advantage = best / best.sum(axis=1, keepdims=True)  # equals share
+        advantage = best / best.sum(axis=1, keepdims=True)  # equal clips share the 1
     else:
         advantage = groups - groups.mean(axis=1, keepdims=True)
     if choice.baseline == "group_std":
@@ -138,54 +193,41 @@ def reward_advantage(
     return advantage.reshape(-1, 1)
 
 
-class Scores(NamedTuple):
-    """What policy and anchor say about each token of a rollout, f32 [B, S] all."""
-
-    log_probs: jax.Array  # of the tokens, under the policy that drew them
-    anchor: jax.Array  # of the tokens, under the anchor
-    kl: jax.Array  # KL_t
-
-
-def scores(log_policy: jax.Array, log_anchor: jax.Array, tokens: jax.Array) -> Scores:
-    """Log-distributions f32 [B, S, V] of both at the temperature of sampling, and tokens int32 [B, S]."""
-    of_tokens = token_log_probs(log_policy, tokens), token_log_probs(log_anchor, tokens)
-    return Scores(*of_tokens, full_kl(log_policy, log_anchor))
-
-
-class Advantage(NamedTuple):
-    """What a rollout is worth, token by token, before anything has moved; no gradient flows through it."""
-
-    weight: jax.Array  # f32 [B, S], of each token's surrogate
-    log_probs: jax.Array  # f32 [B, S], of the tokens under the policy that drew them
-
-
 def advantage(
     choice: PolicyGradient,
-    drawn: Scores,
+    sampled: Scores,
     rewards: jax.Array,
     values: jax.Array | None,
     kl_strength: jax.Array | float,
-) -> tuple[Advantage, dict[str, jax.Array]]:
-    """The weights of a rollout's tokens.
+) -> tuple[Advantage, Metrics]:
+    """Computes the advantages of a rollout.
 
     Args:
-      choice: which policy gradient.
-      drawn: of all clips of the rollout: baselines may look at other clips.
-      rewards: f32 [B], one a clip; no discount.
-      values: f32 [B, S], which must not have seen the token that they judge; None where the baseline is no value.
+      choice: the policy gradient.
+      sampled: scores of all clips of the rollout by the policy that sampled them.
+      rewards: f32 [B], one per clip, not discounted.
+      values: f32 [B, S]; each must not depend on its own token. None unless baseline is 'value'.
       kl_strength: a in [0, 1), f32 [].
 
     Returns:
-      (the advantages, metrics: kl, in nats a clip; advantage_std, of rewards alone).
+      The advantages, and metrics: kl, in nats per clip; advantage_std, of the rewards alone.
     """
+    # The reward.
     reward = reward_advantage(choice, rewards, values)
-    weight = jnp.broadcast_to((1 - kl_strength) * reward, drawn.log_probs.shape)
+    weight = jnp.broadcast_to((1 - kl_strength) * reward, sampled.log_probs.shape)
+
+    # The KL that this token's choice causes.
     if choice.kl != "local":
-        sampled = choice.kl == "sampled"
-        cost = from_here_on(drawn.log_probs - drawn.anchor) if sampled else still_to_come(drawn.kl)
+        if choice.kl == "sampled":
+            cost = sum_from_here(sampled.log_probs - sampled.anchor)
+        else:
+            cost = future_sum(sampled.kl)
         weight = weight - kl_strength * (cost - other_clips_mean(cost))
-    found = jax.lax.stop_gradient(Advantage(weight, drawn.log_probs))
-    return found, {"kl": drawn.kl.sum(axis=1).mean(), "advantage_std": reward.std()}
+    metrics = {"kl": sampled.kl.sum(axis=1).mean(), "advantage_std": reward.std()}
+    return jax.lax.stop_gradient(Advantage(weight, sampled.log_probs)), metrics
+
+
+# --- losses ---
 
 
 def policy_loss(
@@ -193,27 +235,30 @@ def policy_loss(
     current: Scores,
     advantage: Advantage,
     kl_strength: jax.Array | float,
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Returns a scalar whose gradient is minus an estimate of grad J; its value means nothing.
+) -> tuple[jax.Array, Metrics]:
+    """Returns a scalar whose gradient estimates -grad J. Its value has no meaning.
 
-    The estimate is unbiased in the first update after a rollout where `choice` says so.
+    The estimate of the first update after a rollout is unbiased where `choice` says so.
 
     Args:
-      choice: which policy gradient.
-      current: scores by the policy that is updated. Gradients flow through its log_probs and kl.
+      choice: the policy gradient.
+      current: scores by the policy being updated. Gradients flow through log_probs and kl.
       advantage: of the rollout.
       kl_strength: a in [0, 1), f32 [].
 
     Returns:
-      (loss f32 [], metrics: log_prob of the tokens; clipped, the share of tokens whose ratio left
-      1 -+ clip).
+      The loss f32 [], and metrics: log_prob, the tokens' mean; clipped, the share of tokens whose
+      ratio is outside 1 -+ clip.
     """
+    # The surrogate.
     ratio = jnp.exp(current.log_probs - advantage.log_probs)
     near = jnp.clip(ratio, 1 - choice.clip, 1 + choice.clip)
     if choice.surrogate == "reinforce":
         surrogate = current.log_probs * advantage.weight
     else:
         surrogate = jnp.minimum(ratio * advantage.weight, near * advantage.weight)
+
+    # The KL; 'sampled' has it in the advantage.
     if choice.kl != "sampled":
         surrogate -= kl_strength * current.kl
     clipped = jnp.mean(ratio != near, dtype=jnp.float32)
@@ -221,10 +266,16 @@ def policy_loss(
     return -surrogate.sum(axis=1).mean(), metrics
 
 
-def value_loss(values: jax.Array, rewards: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Least squares of every prefix's value on the clip's reward: f32 [B, S], f32 [B] -> (f32 [], metrics).
+def value_loss(values: jax.Array, rewards: jax.Array) -> tuple[jax.Array, Metrics]:
+    """Fits the value of each prefix to the clip's reward by least squares.
 
-    The metric `explained_variance` is 1 - Var(R - V) / Var(R) over all tokens of the batch.
+    Args:
+      values: f32 [B, S].
+      rewards: f32 [B].
+
+    Returns:
+      The loss f32 [], and metrics: explained_variance, 1 - Var(R - V) / Var(R) over all tokens;
+      value, the mean.
     """
     errors = rewards[:, None] - values
     explained = 1 - errors.var() / jnp.maximum(rewards.var(), 1e-12)
@@ -234,10 +285,16 @@ def value_loss(values: jax.Array, rewards: jax.Array) -> tuple[jax.Array, dict[s
 def adapted_strength(
     strength: jax.Array, kl: jax.Array, target: float, rate: float = 0.1
 ) -> jax.Array:
-    """The KL strength after an update whose KL was `kl`: raised where that is above `target`, in the same unit, lowered
-    where it is below (the controller of 1909.08593): f32 [] -> f32 [], in (0, 0.5].
+    """Adapts the KL strength to a KL target (the controller of 1909.08593).
 
-    A step moves it by at most a fifth of `rate`.
+    Args:
+      strength: f32 [].
+      kl: of the last update, f32 [].
+      target: in the unit of `kl`.
+      rate: speed; one step changes the strength by at most a fifth of it.
+
+    Returns:
+      f32 [] in (0, 0.5]: larger than `strength` if the KL is above the target, else smaller.
     """
     error = jnp.clip(kl / target - 1.0, -0.2, 0.2)
     return jnp.clip(strength * (1.0 + rate * error), 1e-8, 0.5)

@@ -1,12 +1,11 @@
-"""The bidirectional conformer (Gulati et al., 2020) that the semantic encoder and SoundStorm share.
+"""The bidirectional conformer (Gulati et al., 2020) of the semantic encoder and SoundStorm.
 
-A block is: half a feed-forward, self-attention with rotary positions, a convolution module, half a feed-forward,
-LayerNorm. Two departures from the paper. The convolution module normalises with LayerNorm where the paper has
-BatchNorm, so that a clip's output never depends on the rest of its batch and there are no statistics to carry.
-There is no dropout: the same input gives the same output in training and in use. All is computed in the input's dtype,
-norms and the attention's softmax in float32.
+A block is: half a feed-forward, self-attention with rotary positions, a convolution module, half a
+feed-forward, LayerNorm. Two departures from the paper: the convolution module has LayerNorm in
+place of BatchNorm, so a clip's output does not depend on its batch; and there is no dropout.
+Everything is computed in the input's dtype, norms and softmax in float32.
 
-Legend: B clips, S positions, D width, H heads, A width of a head, W taps of the depthwise convolution.
+Legend: B clips, S positions, D width, H heads, A width of a head, W taps of the convolution.
 """
 
 import dataclasses
@@ -17,7 +16,7 @@ from flax import linen as nn
 
 from musicrl_jax.core import sharding
 from musicrl_jax.core.precision import LAYERS, at_least_float32
-from musicrl_jax.models.layers import BLOCK, in_a_loop
+from musicrl_jax.models.layers import BLOCK, kernel_init, scan_layers
 
 ROTARY_BASE = 10_000.0
 
@@ -27,11 +26,11 @@ class ConformerConfig:
     """Size of a conformer.
 
     Attributes:
-        layers: number of blocks.
-        heads: attention heads; `embed` is a multiple of twice this (rotary turns pairs of dimensions).
-        embed: width D of the stream between the blocks.
-        mlp: hidden width of each of a block's two feed-forwards; 4 * embed in the papers.
-        kernel: taps of the depthwise convolution, odd: 5 in SoundStorm, 31 in the conformer paper.
+      layers: number of blocks.
+      heads: attention heads. `embed` is a multiple of twice this: rotary turns pairs of dimensions.
+      embed: width D of the residual stream.
+      mlp: hidden width of each of a block's two feed-forwards; 4 * embed in the papers.
+      kernel: taps of the depthwise convolution, odd: 5 in SoundStorm, 31 in the conformer paper.
     """
 
     layers: int = 12
@@ -46,14 +45,20 @@ class ConformerConfig:
                 f"embed = {self.embed} must be a multiple of 2 * heads = {2 * self.heads}"
             )
         if self.kernel % 2 == 0:
-            raise ValueError(f"kernel = {self.kernel} must be odd, so that it has a middle")
+            raise ValueError(f"kernel = {self.kernel} must be odd")
 
 
 def rotary(x: jax.Array, positions: jax.Array) -> jax.Array:
-    """X [B, S, H, A] with each pair of dimensions (a, a + A/2) turned by position * 10000^(-2a/A).
+    """Rotates each pair of dimensions (a, a + A/2) of x by position * 10000^(-2a/A).
 
-    The product of a turned query and a turned key depends on their positions [S] only through the difference.
-    The angles are computed in float32; the result has x's dtype.
+    The product of a rotated query and a rotated key depends only on the difference of positions.
+
+    Args:
+      x: [B, S, H, A].
+      positions: [S].
+
+    Returns:
+      [B, S, H, A] in x's dtype; angles are computed in float32.
     """
     half = x.shape[-1] // 2
     frequency = ROTARY_BASE ** (-jnp.arange(half, dtype=jnp.float32) / half)  # [A/2]
@@ -61,30 +66,28 @@ def rotary(x: jax.Array, positions: jax.Array) -> jax.Array:
     cosine = jnp.cos(angle).astype(x.dtype)[None, :, None, :]  # [1, S, 1, A/2]
     sine = jnp.sin(angle).astype(x.dtype)[None, :, None, :]
     first, second = x[..., :half], x[..., half:]
-    return jnp.concatenate(
-        [first * cosine - second * sine, second * cosine + first * sine], axis=-1
-    )
+    turned = [first * cosine - second * sine, second * cosine + first * sine]
+    return jnp.concatenate(turned, axis=-1)
 
 
 def depthwise(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Each dimension of x [B, S, D] correlated with its own taps, kernel [W, D], zeros beyond both ends.
+    """Correlates each dimension of x [B, S, D] with its own taps, kernel [W, D]; pads with zeros.
 
-    Written as W shifted products: XLA fuses them, while its grouped convolution takes twice as long on a CPU.
+    It sums W shifted products, which XLA fuses. XLA's grouped convolution takes twice as long on a
+    CPU.
     """
-    taps = kernel.shape[0]
-    reach = taps // 2
-    padded = jnp.pad(x, ((0, 0), (reach, reach), (0, 0)))  # [B, S + W - 1, D]
-    length = x.shape[1]
+    taps, length = kernel.shape[0], x.shape[1]
+    padded = jnp.pad(x, ((0, 0), (taps // 2, taps // 2), (0, 0)))  # [B, S + W - 1, D]
     return sum(padded[:, tap : tap + length] * kernel[None, None, tap] for tap in range(taps))
 
 
-def _kernel(*names: str | None):
-    return nn.with_logical_partitioning(nn.initializers.lecun_normal(), names)
-
-
 def _norm(name: str, x: jax.Array) -> jax.Array:
-    """LayerNorm, computed in float32 at least."""
+    """Applies LayerNorm, computed in float32."""
     return nn.LayerNorm(name=name)(at_least_float32(x)).astype(x.dtype)
+
+
+def _dense(name: str, features: int, x: jax.Array, *axes: str) -> jax.Array:
+    return nn.Dense(features, dtype=x.dtype, kernel_init=kernel_init(*axes), name=name)(x)
 
 
 class FeedForward(nn.Module):
@@ -94,41 +97,31 @@ class FeedForward(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = _norm("norm", x)
-        x = nn.Dense(
-            self.config.mlp, dtype=x.dtype, kernel_init=_kernel("embed", "mlp"), name="up"
-        )(x)  # [B, S, mlp]
-        x = jax.lax.optimization_barrier(
-            nn.swish(x)
-        )  # XLA would join both products in a loop: longer on a TPU
-        return nn.Dense(
-            self.config.embed, dtype=x.dtype, kernel_init=_kernel("mlp", "embed"), name="down"
-        )(x)
+        """Transforms x [B, S, D]."""
+        x = nn.swish(_dense("up", self.config.mlp, _norm("norm", x), "embed", "mlp"))
+        # Without the barrier XLA fuses both products into one loop, which is slower on a TPU.
+        x = jax.lax.optimization_barrier(x)
+        return _dense("down", self.config.embed, x, "mlp", "embed")
 
 
 class SelfAttention(nn.Module):
-    """LayerNorm, then every position attends to every position, with rotary queries and keys."""
+    """LayerNorm, then attention between all positions, with rotary queries and keys."""
 
     config: ConformerConfig
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        width, heads = self.config.embed, self.config.heads
+        """Transforms x [B, S, D]."""
+        width, heads, positions = self.config.embed, self.config.heads, jnp.arange(x.shape[1])
         x = _norm("norm", x)
         query, key, value = (
-            nn.Dense(width, dtype=x.dtype, kernel_init=_kernel("embed", "heads"), name=name)(
-                x
-            ).reshape(*x.shape[:2], heads, -1)
+            _dense(name, width, x, "embed", "heads").reshape(*x.shape[:2], heads, -1)
             for name in ("query", "key", "value")
-        )  # [B, S, H, A] each
-        positions = jnp.arange(x.shape[1])
-        with jax.numpy_dtype_promotion("standard"):  # inside: its softmax is in float32
-            mixed = jax.nn.dot_product_attention(
-                rotary(query, positions), rotary(key, positions), value
-            )
-        return nn.Dense(width, dtype=x.dtype, kernel_init=_kernel("heads", "embed"), name="out")(
-            mixed.reshape(x.shape)
         )
+        query, key = rotary(query, positions), rotary(key, positions)
+        with jax.numpy_dtype_promotion("standard"):  # its softmax mixes in float32
+            mixed = jax.nn.dot_product_attention(query, key, value)
+        return _dense("out", width, mixed.reshape(x.shape), "heads", "embed")
 
 
 class Convolution(nn.Module):
@@ -138,23 +131,22 @@ class Convolution(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        """Transforms x [B, S, D]."""
         width = self.config.embed
-        x = _norm("norm", x)
-        x = nn.glu(
-            nn.Dense(2 * width, dtype=x.dtype, kernel_init=_kernel("embed", "mlp"), name="up")(x)
-        )  # [B, S, D]
-        taps = self.param("depthwise", _kernel(None, "mlp"), (self.config.kernel, width))
+        x = nn.glu(_dense("up", 2 * width, _norm("norm", x), "embed", "mlp"))  # [B, S, D]
+        taps = self.param("depthwise", kernel_init(None, "mlp"), (self.config.kernel, width))
         x = nn.swish(_norm("middle_norm", depthwise(x, taps)))
-        return nn.Dense(width, dtype=x.dtype, kernel_init=_kernel("mlp", "embed"), name="down")(x)
+        return _dense("down", width, x, "mlp", "embed")
 
 
 class Block(nn.Module):
-    """One conformer block, [B, S, D] -> [B, S, D]."""
+    """One conformer block."""
 
     config: ConformerConfig
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        """Transforms x [B, S, D]."""
         x = x + 0.5 * FeedForward(self.config, name="first")(x)
         x = x + SelfAttention(self.config, name="attention")(x)
         x = x + Convolution(self.config, name="convolution")(x)
@@ -163,27 +155,26 @@ class Block(nn.Module):
 
 
 class Conformer(nn.Module):
-    """A stack of blocks; every position sees the whole clip. Its weights may be `layers.stacked`."""
+    """A stack of blocks. Each position sees the whole clip. Weights may be `layers.stacked`."""
 
     config: ConformerConfig
 
     @nn.compact
     def __call__(self, x: jax.Array, layers: int | None = None) -> jax.Array:
-        """[B, S, D] -> [B, S, D], the output of block number `layers` (1 is the first; None is the last)."""
+        """Applies the first `layers` blocks, by default all: [B, S, D] -> [B, S, D]."""
+        depth = self.config.layers if layers is None else layers
         if layers is not None and not 1 <= layers <= self.config.layers:
             raise ValueError(
                 f"layers = {layers} is not between 1 and the conformer's {self.config.layers}"
             )
-        depth = self.config.layers if layers is None else layers
         if self.has_variable("params", LAYERS):
             weights = jax.tree.map(lambda w: w[:layers], self.get_variable("params", LAYERS))
             block = Block(self.config, parent=None)
-            return in_a_loop(
-                lambda x, layer: block.apply({"params": layer}, sharding.by_row(x)),
-                x,
-                weights,
-                depth,
-            )
+
+            def apply(x: jax.Array, layer: dict) -> jax.Array:
+                return block.apply({"params": layer}, sharding.by_row(x))
+
+            return scan_layers(apply, x, weights, depth)
         for index in range(depth):
             x = Block(self.config, name=f"{BLOCK}{index}")(sharding.by_row(x))
         return x

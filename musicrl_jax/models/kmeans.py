@@ -1,12 +1,13 @@
-"""k-means on the device: what makes semantic tokens, and the iterations that residual quantizers are fitted by.
+"""k-means on the device, for semantic tokens and for residual quantizers.
 
-Two sizes of it. `lloyd` clusters points that are on the device, inside a compiled function if need be. `fit` clusters
-points that stay with the host: blocks of them stream through the device or, where a mesh is set (`jax.set_mesh`), are
-split over its devices, and only sums come together; it starts by greedy k-means++. Both iterate as Lloyd did, move a
-centroid that has lost its points to the point farthest from its own centroid, and stop when an iteration gains too
-little.
+`lloyd` clusters points that are on the device, inside a compiled function if need be. `fit`
+clusters points in host memory: blocks of them stream through the device or, under `jax.set_mesh`,
+are sharded over its devices, and only sums are reduced. It starts with greedy k-means++. Both run
+Lloyd's iterations, move a centroid without points to a point far from its own centroid, and stop
+when an iteration gains too little.
 
-Letters: P points, D width, C codes, S points of the k-means++ sample, L candidates of a k-means++ draw.
+Legend: P points, D width, C codes, S points of the k-means++ sample, L candidates per k-means++
+step.
 """
 
 import math
@@ -19,30 +20,37 @@ import numpy as np
 
 from musicrl_jax.core import hosts, sharding
 
-BLOCK = 4096  # Points whose distances to all centroids are held at once, and of a mini-batch: 16 MiB at 1024 codes.
-SAMPLE_PER_CODE = (
-    16  # k-means++ looks at this many points a code; its cost grows with the square of the codes.
-)
-TOLERANCE = 1e-4  # An iteration that lowers the inertia by a smaller share than this is the last.
+# Points of a block or mini-batch; their distances to 1024 codes take 16 MiB.
+BLOCK = 4096
+# Points per code that k-means++ samples; its cost is quadratic in the codes.
+SAMPLE_PER_CODE = 16
+# Iterations stop when one lowers the inertia by a smaller share than this.
+TOLERANCE = 1e-4
 
 
 class Fit(NamedTuple):
-    """Centroids and how well they are used; all figures are those of these centroids, over all points."""
+    """Centroids, and statistics of these centroids over all points."""
 
-    centroids: jax.Array  # [C, D] float32
-    share: jax.Array  # [C] float32, the share of points nearest to each; sums to 1
-    inertia: (
-        jax.Array
-    )  # [] float32, mean squared error of a coordinate: scikit-learn's inertia_ / (P D)
-    iterations: jax.Array  # [] int32, moves of the centroids
-    converged: jax.Array  # [] bool; False where the iterations ran out first
+    # [C, D] float32.
+    centroids: jax.Array
+    # [C] float32, share of points nearest to each centroid; sums to 1.
+    share: jax.Array
+    # [] float32, mean squared error per coordinate (sklearn's inertia_ / P D).
+    inertia: jax.Array
+    # [] int32, updates of the centroids.
+    iterations: jax.Array
+    # [] bool; False if the iterations ran out.
+    converged: jax.Array
 
     def usage(self) -> dict[str, jax.Array]:
-        """The report: inertia, iterations, converged (0 or 1), used (codes that have points), perplexity (exp of the
-        entropy of the shares, 1 to C) and largest_share; float32 [] each.
+        """Summarises the fit; float32 [] each.
+
+        Returns:
+          inertia, iterations, converged (0 or 1), used (codes with points), perplexity (exp of the
+          shares' entropy, 1 to C) and largest_share.
         """
         entropy = -jnp.sum(jax.scipy.special.xlogy(self.share, self.share))
-        figures = {
+        statistics = {
             "inertia": self.inertia,
             "iterations": self.iterations,
             "converged": self.converged,
@@ -50,28 +58,34 @@ class Fit(NamedTuple):
             "perplexity": jnp.exp(entropy),
             "largest_share": jnp.max(self.share),
         }
-        return {name: figure.astype(jnp.float32) for name, figure in figures.items()}
+        return {name: value.astype(jnp.float32) for name, value in statistics.items()}
 
 
 class _Totals(NamedTuple):
-    """What an iteration needs to know of the points: for each centroid the sum of its points and their number."""
+    """Sums over points that an update of the centroids needs."""
 
-    sums: jax.Array  # [C, D]
-    counts: jax.Array  # [C]
-    inertia: jax.Array  # [] sum of squared distances
+    # [C, D], of each centroid's points.
+    sums: jax.Array
+    # [C], of each centroid's points.
+    counts: jax.Array
+    # [], sum of squared distances.
+    inertia: jax.Array
+
+
+# --- distances ---
 
 
 def squared_distances(centroids: jax.Array, x: jax.Array) -> jax.Array:
-    """Squared Euclidean distances of x [P, D] to centroids [C, D]: [P, C] float32, clipped at 0."""
+    """Computes squared Euclidean distances: [C, D], [P, D] -> [P, C] float32, at least 0."""
     product = jnp.matmul(x, centroids.T, precision=jax.lax.Precision.HIGHEST)
     norms = jnp.sum(jnp.square(x), -1)[:, None] + jnp.sum(jnp.square(centroids), -1)[None, :]
     return jnp.maximum(norms - 2.0 * product, 0.0)
 
 
 def nearest(centroids: jax.Array, x: jax.Array) -> jax.Array:
-    """The code of the nearest centroid [C, D] for each of x [..., D]: [...] int32; the lowest code wins a tie.
+    """Returns the code of the nearest centroid: [C, D], [..., D] -> [...] int32.
 
-    -1, which is no code, where x is not finite.
+    The lowest code wins a tie. The code is -1 where x is not finite.
     """
     flat = x.reshape(-1, x.shape[-1])
     code, distance = _lowest(squared_distances(centroids, flat))
@@ -79,9 +93,9 @@ def nearest(centroids: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def _lowest(distance: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(index [P] int32, value [P]) of the first lowest entry in each row of distance [P, C].
+    """Returns the index int32 [P] and value [P] of each row's first minimum in distance [P, C].
 
-    Two plain minima: XLA makes vector code of them on a CPU, and none of its argmin. A float32 holds any index < 2^24.
+    XLA vectorises two plain minima on a CPU, but not argmin. float32 holds any index < 2^24.
     """
     lowest = distance.min(-1)
     codes = distance.shape[1]
@@ -90,37 +104,46 @@ def _lowest(distance: jax.Array) -> tuple[jax.Array, jax.Array]:
     return first.astype(jnp.int32), lowest
 
 
-def plus_plus(key: jax.Array, x: jax.Array, codes: int) -> jax.Array:
-    """k-means++ start: `codes` points of x [P, D], drawn one after the other (Arthur and Vassilvitskii 2007).
+# --- k-means++ ---
 
-    Each is the best of 2 + log(codes) candidates, drawn in proportion to their squared distance from the points
-    chosen before: the one that leaves the lowest inertia, as in scikit-learn. Looks at a random sample of 16 points a
-    code.
+
+def plus_plus(key: jax.Array, x: jax.Array, codes: int) -> jax.Array:
+    """Chooses `codes` starting centroids among x [P, D] by k-means++ (2007), one after the other.
+
+    Each is the best of 2 + log(codes) candidates, sampled in proportion to their squared distance
+    from the centroids so far: the one with the lowest inertia, as in scikit-learn. Uses a random
+    sample of 16 points per code.
     """
+    # The sample, and its first point.
     sample_key, first_key, key = jax.random.split(key, 3)
     points, trials = x.shape[0], 2 + int(math.log(codes))
     sample = x[jax.random.permutation(sample_key, points)[: SAMPLE_PER_CODE * codes]]  # [S, D]
     first = sample[jax.random.randint(first_key, (), 0, sample.shape[0])]
 
-    def draw(distance: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        candidates = sample[
-            jax.random.categorical(key, jnp.log(distance), shape=(trials,))
-        ]  # [L, D]
-        left = jnp.minimum(distance[None, :], squared_distances(sample, candidates))  # [L, S]
-        best = jnp.argmin(left.sum(-1))
-        return left[best], candidates[best]
+    def choose(distance: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        index = jax.random.categorical(key, jnp.log(distance), shape=(trials,))
+        candidates = sample[index]  # [L, D]
+        distances = jnp.minimum(distance[None, :], squared_distances(sample, candidates))  # [L, S]
+        best = jnp.argmin(distances.sum(-1))
+        return distances[best], candidates[best]
 
     distance = squared_distances(sample, first[None, :])[0]  # [S]
-    _, rest = jax.lax.scan(draw, distance, jax.random.split(key, codes - 1))
+    _, rest = jax.lax.scan(choose, distance, jax.random.split(key, codes - 1))
     return jnp.concatenate([first[None, :], rest])
 
 
-def _nothing(centroids: jax.Array) -> _Totals:
+# --- one iteration ---
+
+
+def _zero_totals(centroids: jax.Array) -> _Totals:
     return _Totals(jnp.zeros(centroids.shape), jnp.zeros(centroids.shape[0]), jnp.zeros(()))
 
 
 def _totals(centroids: jax.Array, x: jax.Array, real: jax.Array) -> tuple[_Totals, jax.Array]:
-    """The totals of points x [P, D] and each one's squared distance to its centroid [P]; -1 where real [P] is False."""
+    """Returns the totals of x [P, D], and each point's squared distance to its centroid [P].
+
+    Points with real [P] False are padding; their distance is -1.
+    """
     code, distance = _lowest(squared_distances(centroids, x))
     weight = real.astype(jnp.float32)
 
@@ -130,9 +153,8 @@ def _totals(centroids: jax.Array, x: jax.Array, real: jax.Array) -> tuple[_Total
 
         return add(x * weight[:, None]), add(weight)
 
-    def by_product() -> tuple[
-        jax.Array, jax.Array
-    ]:  # on an accelerator: faster, and the same in every run
+    # On an accelerator a product is faster than a scatter, and deterministic.
+    def by_product() -> tuple[jax.Array, jax.Array]:
         member = jax.nn.one_hot(code, centroids.shape[0]) * weight[:, None]
         return jnp.matmul(member.T, x, precision=jax.lax.Precision.HIGHEST), member.sum(0)
 
@@ -141,54 +163,58 @@ def _totals(centroids: jax.Array, x: jax.Array, real: jax.Array) -> tuple[_Total
 
 
 @jax.jit
-def _measured(
+def _add_block(
     totals: _Totals, centroids: jax.Array, x: jax.Array, real: jax.Array
 ) -> tuple[_Totals, jax.Array]:
-    found, distance = _totals(centroids, x, real)
-    return jax.tree.map(jnp.add, totals, found), distance
+    """Adds the totals of a block; returns them, and the block's distances as in `_totals`."""
+    block, distance = _totals(centroids, x, real)
+    return jax.tree.map(jnp.add, totals, block), distance
 
 
 @jax.jit
-def _moved(totals: _Totals, seeds: jax.Array) -> jax.Array:
-    """Centroids [C, D]: each the mean of its points; those without points take seeds [C, D], the first one first."""
+def _update(totals: _Totals, seeds: jax.Array) -> jax.Array:
+    """Returns centroids [C, D]: the mean of each one's points, or the next of seeds [C, D]."""
     empty = totals.counts == 0.0
     seeds = seeds[jnp.maximum(jnp.cumsum(empty) - 1, 0)]
     return jnp.where(empty[:, None], seeds, totals.sums / jnp.maximum(totals.counts, 1.0)[:, None])
 
 
 @jax.jit
-def _goes_on(before: jax.Array, totals: _Totals) -> jax.Array:
-    """Whether another move is due, bool []: the last one gained enough, or left a centroid without points."""
+def _improves(before: jax.Array, totals: _Totals) -> jax.Array:
+    """Returns whether the last update gained enough or left a centroid without points, bool []."""
     return (totals.inertia < (1.0 - TOLERANCE) * before) | jnp.any(totals.counts == 0.0)
 
 
 @jax.jit
-def _fit(centroids: jax.Array, totals: _Totals, before: jax.Array, iterations: jax.Array) -> Fit:
+def _result(centroids: jax.Array, totals: _Totals, before: jax.Array, iterations: jax.Array) -> Fit:
     points, width = totals.counts.sum(), centroids.shape[1]
-    converged = ~_goes_on(before, totals)
-    return Fit(
-        centroids, totals.counts / points, totals.inertia / (points * width), iterations, converged
-    )
+    share, inertia = totals.counts / points, totals.inertia / (points * width)
+    return Fit(centroids, share, inertia, iterations, ~_improves(before, totals))
+
+
+# --- all iterations ---
 
 
 @jax.jit
 def lloyd(start: jax.Array, x: jax.Array, iterations: int) -> Fit:
-    """Exact Lloyd iterations over x [P, D] on the device from centroids [C, D], until one gains less than TOLERANCE of
-    the inertia or there were `iterations`.
+    """Runs Lloyd's iterations over x [P, D] on the device, from centroids `start` [C, D].
 
-    A centroid without points moves to one of the points farthest from their centroids, a different one each.
+    Stops after `iterations`, or when one gains less than TOLERANCE of the inertia. Centroids
+    without points move to the points farthest from their centroids, each to a different one.
     """
+    # Blocks of points, [blocks, block, D]; the last one is padded.
     points, codes = x.shape[0], start.shape[0]
     block = min(points, BLOCK)
     padding = -points % block
     blocks = jnp.pad(x, ((0, padding), (0, 0))).reshape(-1, block, x.shape[1])
     real = jnp.pad(jnp.ones(points, bool), (0, padding)).reshape(-1, block)
 
+    # The parts of an iteration.
     def measure(centroids: jax.Array) -> tuple[_Totals, jax.Array]:
         def add(totals: _Totals, part: tuple[jax.Array, jax.Array]):
-            return _measured(totals, centroids, *part)
+            return _add_block(totals, centroids, *part)
 
-        totals, distance = jax.lax.scan(add, _nothing(centroids), (blocks, real))
+        totals, distance = jax.lax.scan(add, _zero_totals(centroids), (blocks, real))
         return totals, distance.reshape(-1)
 
     def seeds(totals: _Totals, distance: jax.Array) -> jax.Array:
@@ -197,30 +223,32 @@ def lloyd(start: jax.Array, x: jax.Array, iterations: int) -> Fit:
 
         return jax.lax.cond(jnp.any(totals.counts == 0.0), farthest, lambda: jnp.zeros_like(start))
 
-    def goes_on(state):
+    def continues(state):
         _, totals, _, before, iteration = state
-        return (iteration < iterations) & _goes_on(before, totals)
+        return (iteration < iterations) & _improves(before, totals)
 
-    def move(state):
+    def iterate(state):
         _, totals, distance, _, iteration = state
-        centroids = _moved(totals, seeds(totals, distance))
+        centroids = _update(totals, seeds(totals, distance))
         return centroids, *measure(centroids), totals.inertia, iteration + 1
 
+    # The loop: centroids, their totals and distances, the inertia before, the iteration.
     state = (start, *measure(start), jnp.array(jnp.inf), jnp.array(0, jnp.int32))
-    centroids, totals, _, before, iteration = jax.lax.while_loop(goes_on, move, state)
-    return _fit(centroids, totals, before, iteration)
+    centroids, totals, _, before, iteration = jax.lax.while_loop(continues, iterate, state)
+    return _result(centroids, totals, before, iteration)
 
 
 def fit(key: jax.Array, points: np.ndarray, codes: int, iterations: int) -> Fit:
-    """k-means of points [P, D] that stay with the host, as many as there may be.
+    """Clusters points [P, D] in host memory, of any number.
 
-    A k-means++ start, one pass of mini-batches in a random order, then exact iterations: at most `iterations` passes
-    over all points. Raises ValueError when there are fewer points than codes.
+    Starts with k-means++ and one pass of mini-batches in random order, then runs at most
+    `iterations` exact passes. Raises ValueError if there are fewer points than codes.
     """
     if len(points) < codes:
         raise ValueError(
-            f"codes = {codes}, but only {len(points)} points to cluster: give more audio or fewer codes"
+            f"codes = {codes}, but only {len(points)} points: use more audio or fewer codes"
         )
+    # A random order makes every block a sample.
     order_key, start_key = jax.random.split(key)
     points = points[np.asarray(jax.random.permutation(order_key, len(points)))]
     sample = jnp.asarray(points[: SAMPLE_PER_CODE * codes], jnp.float32)
@@ -229,9 +257,10 @@ def fit(key: jax.Array, points: np.ndarray, codes: int, iterations: int) -> Fit:
 
 
 def mini_batches(start: jax.Array, points: np.ndarray) -> jax.Array:
-    """Centroids [C, D] after one pass of mini-batch k-means (Sculley 2010) over points [P, D] of the host.
+    """Runs one pass of mini-batch k-means (Sculley 2010) over points [P, D] in host memory.
 
-    Each centroid has its own learning rate, one over the points it has had so far: it stands at their mean.
+    Each centroid's learning rate is one over the number of its points so far, so it is their mean.
+    Returns centroids [C, D].
     """
     centroids, counts = start, jnp.zeros(start.shape[0])
     for x, real in _blocks(points):
@@ -243,48 +272,47 @@ def mini_batches(start: jax.Array, points: np.ndarray) -> jax.Array:
 def _mini_batch(
     centroids: jax.Array, counts: jax.Array, x: jax.Array, real: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    found, _ = _totals(centroids, x, real)
-    counts += found.counts
-    step = found.sums - found.counts[:, None] * centroids
+    batch, _ = _totals(centroids, x, real)
+    counts += batch.counts
+    step = batch.sums - batch.counts[:, None] * centroids
     return centroids + step / jnp.maximum(counts, 1.0)[:, None], counts
 
 
 def streamed_lloyd(start: jax.Array, points: np.ndarray, iterations: int) -> Fit:
-    """`lloyd` over points [P, D] that stay with the host."""
+    """Runs `lloyd` over points [P, D] in host memory."""
 
     def measure(centroids: jax.Array) -> tuple[_Totals, np.ndarray]:
-        totals, distances = _nothing(centroids), []
+        totals, distances = _zero_totals(centroids), []
         for block in _blocks(points):
-            totals, distance = _measured(totals, centroids, *block)
+            totals, distance = _add_block(totals, centroids, *block)
             distances.append(distance)
         return totals, np.concatenate(sharding.fetch(distances))
 
     centroids, before, iteration = start, jnp.inf, 0
     totals, distance = measure(centroids)
-    while iteration < iterations and _goes_on(before, totals):
+    while iteration < iterations and _improves(before, totals):
+        # Centroids without points move to the farthest points.
         seeds = np.zeros(start.shape, np.float32)
         if empty := int(jnp.sum(totals.counts == 0.0)):
             seeds[:empty] = points[np.argsort(-distance, kind="stable")[:empty]]
-        centroids, before, iteration = (
-            _moved(totals, jnp.asarray(seeds)),
-            totals.inertia,
-            iteration + 1,
-        )
+        centroids, before = _update(totals, jnp.asarray(seeds)), totals.inertia
         totals, distance = measure(centroids)
-    return _fit(centroids, totals, before, jnp.int32(iteration))
+        iteration += 1
+    return _result(centroids, totals, before, jnp.int32(iteration))
 
 
 def _blocks(points: np.ndarray) -> Iterator[tuple[jax.Array, jax.Array]]:
-    """(points [BLOCK, D] float32, which of them are real [BLOCK] bool) on the device or split over the mesh that is
-    set; the last block is filled up with zeros.
+    """Yields blocks [BLOCK, D] float32 on the device or sharded over the mesh, and a mask [BLOCK].
+
+    The last block is padded with zeros, where the mask is False.
     """
     mesh = jax.sharding.get_mesh()
     shards = 1 if mesh.empty else mesh.shape["data"] * mesh.shape["fsdp"]
-    block = -(-BLOCK // shards) * shards
-    for begin in range(0, len(points), block):
+    size = -(-BLOCK // shards) * shards
+    for begin in range(0, len(points), size):
         hosts.stop_point()
-        part = np.asarray(points[begin : begin + block], np.float32)
-        real = np.arange(block) < len(part)
-        filled = {"x": np.pad(part, ((0, block - len(part)), (0, 0))), "real": real}
-        placed = jax.device_put(filled) if mesh.empty else sharding.put_batch(mesh, filled)
-        yield placed["x"], placed["real"]
+        part = np.asarray(points[begin : begin + size], np.float32)
+        padded = np.pad(part, ((0, size - len(part)), (0, 0)))
+        block = {"x": padded, "real": np.arange(size) < len(part)}
+        block = jax.device_put(block) if mesh.empty else sharding.put_batch(mesh, block)
+        yield block["x"], block["real"]

@@ -1,13 +1,13 @@
-"""MuLan (2208.12415): music and text on one unit sphere, and the quantizer that makes tokens of an embedding.
+"""MuLan (2208.12415): music and text on one unit sphere, and a quantizer of its embeddings.
 
-The audio tower is a residual network over log-mels or the packaged musicnn, the text tower is BERT. A clip and its
-caption end up close; the cosine is both MusicRL's text-adherence reward and, through the quantizer, MusicLM's
-conditioning.
+The audio tower is a residual network over log-mels or the packaged musicnn; the text tower is BERT.
+A clip and its caption get similar embeddings. Their cosine is MusicRL's text-adherence reward, and
+the quantizer's tokens condition MusicLM.
 
-Collections: 'params' is trained; 'rvq' (codebooks [M, C, E]) is fitted to audio embeddings afterwards.
+Collections: 'params' is trained; 'rvq' (codebooks [M, C, E]) is fitted to audio embeddings later.
 
-Legend: B clips or texts, N samples, V windows of a clip, L text pieces (0 fills up), W and D what audio and text tower
-give, E width of the shared sphere, M MuLan levels, C codes in a level.
+Legend: B clips or texts, N samples, V windows of a clip, L text pieces (0 is padding), W and D
+widths of audio and text tower, E width of the embedding, M MuLan levels, C codes in a level.
 """
 
 import dataclasses
@@ -20,24 +20,25 @@ from flax import linen as nn
 
 from musicrl_jax.models import bert, musicnn, resnet, rvq
 
+# The temperature before training, and its lower bound.
 FIRST_TEMPERATURE = 0.1
 LEAST_TEMPERATURE = 0.01
 
 
 @dataclasses.dataclass(frozen=True)
 class MuLanConfig:
-    """Size of both towers and of the quantizer.
+    """Sizes of both towers and of the quantizer.
 
     Attributes:
-        sample_rate_hz: of the audio it is given; musicnn resamples that to 16 kHz.
-        window_seconds: what the audio tower hears at once; longer clips are heard in windows and averaged.
-        audio: the audio tower.
-        text: the text tower.
-        text_length: L, the most pieces of a text.
-        embed: E.
-        hidden: width of the hidden layer between a tower and the sphere; 0 projects straight.
-        levels: M; 12 in MusicLM.
-        codes: C; 1024 in MusicLM.
+      sample_rate_hz: of the input audio; musicnn resamples it to 16 kHz.
+      window_seconds: length of a window. Longer clips are averaged over several windows.
+      audio: the audio tower.
+      text: the text tower.
+      text_length: most pieces of a text, L.
+      embed: width E.
+      hidden: width of the hidden layer between a tower and the sphere; 0 for none.
+      levels: M; 12 in MusicLM.
+      codes: C; 1024 in MusicLM.
     """
 
     sample_rate_hz: int = 24_000
@@ -57,7 +58,8 @@ class MuLanConfig:
             raise ValueError(f"window_seconds = {self.window_seconds} must be more than 0")
         if self.text_length > self.text.positions:
             raise ValueError(
-                f"text_length = {self.text_length} is more than BertConfig.positions = {self.text.positions}"
+                f"text_length = {self.text_length} must not exceed "
+                f"BertConfig.positions = {self.text.positions}"
             )
 
     def init(self, key: jax.Array) -> dict[str, Any]:
@@ -67,9 +69,10 @@ class MuLanConfig:
 
 
 def windows(wav: jax.Array, samples: int) -> jax.Array:
-    """[B, N] -> [B, V, min(N, samples)]: as few windows as cover the clip, evenly spread from its start to its end.
+    """Cuts the fewest windows that cover a clip, evenly spaced: [B, N] -> [B, V, min(N, samples)].
 
-    30 s in windows of 10 s are three that touch; 25 s are three that overlap; up to 10 s are one, the clip itself.
+    With windows of 10 s: three adjacent ones for 30 s, three that overlap for 25 s, and the clip
+    itself up to 10 s.
     """
     length = wav.shape[-1]
     if length <= samples:
@@ -80,97 +83,101 @@ def windows(wav: jax.Array, samples: int) -> jax.Array:
 
 
 def on_sphere(x: jax.Array) -> jax.Array:
-    """X [..., E] scaled to length 1; the zero vector stays zero and passes no NaN to gradients."""
+    """Scales x [..., E] to length 1. The zero vector stays zero and has a finite gradient."""
     return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(jnp.square(x), axis=-1, keepdims=True), 1e-12))
 
 
 class Towers(nn.Module):
-    """What hears clips and what reads texts, each in its own terms."""
+    """The audio tower and the text tower, before any projection."""
 
     config: MuLanConfig
 
     def setup(self):
-        audio, text = self.config.audio, self.config.text
+        """Creates both towers."""
+        audio = self.config.audio
         is_musicnn = isinstance(audio, musicnn.MusicnnConfig)
         self.audio = musicnn.Musicnn(audio) if is_musicnn else resnet.ResNet(audio)
-        self.text = bert.Bert(text)
+        self.text = bert.Bert(self.config.text)
 
-    def hear(self, wav: jax.Array) -> jax.Array:
-        """[B, N] in [-1, 1] -> [B, V, W] float32: what the audio tower finds in each of `windows`."""
+    def audio_features(self, wav: jax.Array) -> jax.Array:
+        """Computes features of each window: [B, N] in [-1, 1] -> [B, V, W] float32."""
         c = self.config
         parts = windows(wav, round(c.window_seconds * c.sample_rate_hz))  # [B, V, samples]
         flat = parts.reshape(-1, parts.shape[-1])
         if isinstance(c.audio, musicnn.MusicnnConfig):
-            mels = musicnn.log_mels(musicnn.at_16_khz(flat, c.sample_rate_hz))
+            mels = musicnn.log_mels(musicnn.resample_to_16_khz(flat, c.sample_rate_hz))
         else:
             mels = resnet.log_mels(flat, c.sample_rate_hz, c.audio.mels)
         return self.audio(mels).reshape(*parts.shape[:2], -1)
 
-    def read(self, text: jax.Array) -> jax.Array:
-        """Pieces [B, L] int32, filled up with 0 -> [B, D] float32: what the text tower finds."""
+    def text_features(self, text: jax.Array) -> jax.Array:
+        """Computes features of texts: pieces int32 [B, L] -> [B, D] float32."""
         if text.shape[1] > self.config.text_length:
             raise ValueError(
-                f"texts of {text.shape[1]} pieces are longer than text_length = {self.config.text_length}: cut them"
+                f"texts of {text.shape[1]} pieces are longer than "
+                f"text_length = {self.config.text_length}: cut the texts"
             )
         return self.text(text)
 
 
 class Projection(nn.Module):
-    """What a tower found [..., W] -> [..., E] float32 of length 1."""
+    """Projects a tower's features to the unit sphere."""
 
     hidden: int
     embed: int
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        """Projects x: [..., W] -> [..., E] float32 of length 1."""
         if self.hidden:
             x = nn.gelu(nn.Dense(self.hidden, name="hidden")(nn.LayerNorm(name="norm")(x)))
         return on_sphere(nn.Dense(self.embed, name="out")(x))
 
 
 class MuLan(nn.Module):
-    """Both towers, the learned temperature and the quantizer."""
+    """Both towers and projections, the learned temperature and the quantizer."""
 
     config: MuLanConfig
 
     def setup(self):
+        """Creates parameters and submodules."""
         c = self.config
         self.towers = Towers(c)
         self.audio_projection = Projection(c.hidden, c.embed)
         self.text_projection = Projection(c.hidden, c.embed)
-        self.log_temperature = self.param(
-            "log_temperature", nn.initializers.constant(math.log(FIRST_TEMPERATURE)), ()
-        )
+        first = nn.initializers.constant(math.log(FIRST_TEMPERATURE))
+        self.log_temperature = self.param("log_temperature", first, ())
         self.codebooks = self.variable("rvq", "codebooks", jnp.zeros, (c.levels, c.codes, c.embed))
 
-    def place_audio(self, heard: jax.Array) -> jax.Array:
-        """What `Towers.hear` gave [B, V, W] -> [B, E] of length 1: the mean over the windows, back on the sphere."""
-        return on_sphere(jnp.mean(self.audio_projection(heard), axis=1))
+    def project_audio(self, features: jax.Array) -> jax.Array:
+        """Averages the windows on the sphere: [B, V, W] -> [B, E] of length 1."""
+        return on_sphere(jnp.mean(self.audio_projection(features), axis=1))
 
-    def place(self, heard: jax.Array, read: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """As `__call__`, from what the towers gave, `hear` [B, V, W] and `read` [B, D]."""
-        return self.place_audio(heard), self.text_projection(read), self.temperature()
+    def project(self, audio: jax.Array, text: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Computes `__call__` from the towers' features, [B, V, W] and [B, D]."""
+        return self.project_audio(audio), self.text_projection(text), self.temperature()
 
     def embed_windows(self, wav: jax.Array) -> jax.Array:
-        """[B, N] in [-1, 1] -> [B, V, E] float32 of length 1: one embedding for each of `windows`."""
-        return self.audio_projection(self.towers.hear(wav))
+        """Embeds each window: [B, N] in [-1, 1] -> [B, V, E] float32 of length 1."""
+        return self.audio_projection(self.towers.audio_features(wav))
 
     def embed_audio(self, wav: jax.Array) -> jax.Array:
-        """[B, N] in [-1, 1] -> [B, E] float32 of length 1: the mean over the clip's windows, back on the sphere."""
-        return self.place_audio(self.towers.hear(wav))
+        """Embeds clips: [B, N] in [-1, 1] -> [B, E] float32 of length 1."""
+        return self.project_audio(self.towers.audio_features(wav))
 
     def embed_text(self, text: jax.Array) -> jax.Array:
-        """Pieces [B, L] int32, filled up with 0 -> [B, E] float32 of length 1; the filling changes nothing."""
-        return self.text_projection(self.towers.read(text))
+        """Embeds texts: pieces int32 [B, L] -> [B, E] float32 of length 1; ignores padding."""
+        return self.text_projection(self.towers.text_features(text))
 
     def quantize(self, embedding: jax.Array) -> jax.Array:
-        """Embeddings of audio or text [B, E] -> MuLan tokens [B, M] int32; all 0 before the quantizer is fitted."""
+        """Quantizes embeddings [B, E] to MuLan tokens int32 [B, M]; all 0 before the fit."""
         return rvq.quantize(self.codebooks.value, embedding)
 
     def temperature(self) -> jax.Array:
-        """What the training divides cosines by: float32 [], learned, at least 0.01."""
+        """Returns the learned divisor of cosines in training: float32 [], at least 0.01."""
         return jnp.exp(jnp.maximum(self.log_temperature, math.log(LEAST_TEMPERATURE)))
 
     def __call__(self, wav: jax.Array, text: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """(audio embeddings [B, E], text embeddings [B, E], temperature [])."""
-        return self.place(self.towers.hear(wav), self.towers.read(text))
+        """Returns audio embeddings [B, E], text embeddings [B, E] and the temperature []."""
+        features = self.towers.audio_features(wav), self.towers.text_features(text)
+        return self.project(*features)

@@ -1,8 +1,8 @@
-"""The residual network over log-mel spectrograms that MuLan's audio tower and the quality regressor share.
+"""A residual network over log-mel spectrograms, for MuLan's audio tower and the quality regressor.
 
-ResNet's (He et al., 2015) basic pre-activation block, with LayerNorm over the channels of each point where the paper
-has BatchNorm, so that a clip's output never depends on the rest of its batch. The picture shrinks by 4 x 4 at
-once (a convolution over patches) and by 2 x 2 between stages, which keeps most of the work in small pictures.
+Its block is ResNet's basic pre-activation block (He et al., 2015), with LayerNorm over the channels
+of each point in place of BatchNorm: a clip's output does not depend on its batch. A convolution
+over patches shrinks the input by 4 x 4; each later stage shrinks it by 2 x 2.
 
 Legend: B clips, N samples, S spectral frames (100 Hz), M mel bands, W channels.
 """
@@ -17,7 +17,8 @@ from musicrl_jax.core import spectral
 FRAME_RATE_HZ = 100
 WINDOW_MS = 64
 PATCH = 4
-# Natural logs of mel magnitudes run from -11.5 (the floor) to about 5: these bring them to about [-2, 2].
+# Natural logs of mel magnitudes are between -11.5 (the floor) and about 5; this scales them to
+# about [-2, 2].
 LOG_MEL_CENTRE = -3.5
 LOG_MEL_SCALE = 4.0
 
@@ -27,9 +28,9 @@ class ResNetConfig:
     """Size of the network.
 
     Attributes:
-        mels: mel bands M of its input; a multiple of 4.
-        widths: channels of the stages; each stage after the first halves time and frequency.
-        blocks: residual blocks of two convolutions in each stage.
+      mels: mel bands M of the input; a multiple of 4.
+      widths: channels of each stage; each stage after the first halves time and frequency.
+      blocks: residual blocks of two convolutions in each stage.
     """
 
     mels: int = 128
@@ -39,27 +40,27 @@ class ResNetConfig:
     def __post_init__(self):
         if self.mels % PATCH or not self.widths or self.blocks < 1:
             raise ValueError(
-                f"mels = {self.mels} must be a multiple of {PATCH}, widths = {self.widths} not empty "
-                f"and blocks = {self.blocks} at least 1"
+                f"mels = {self.mels} must be a multiple of {PATCH}, widths = {self.widths} must "
+                f"not be empty and blocks = {self.blocks} must be at least 1"
             )
 
 
 def log_mels(wav: jax.Array, sample_rate_hz: int, mels: int) -> jax.Array:
-    """[B, N] -> [B, S, M] log-mels at 100 Hz from 64 ms windows, shifted and scaled to about [-2, 2]."""
+    """Computes log-mels of 64 ms windows, scaled to about [-2, 2]: [B, N] -> [B, S, M]."""
     window, hop = sample_rate_hz * WINDOW_MS // 1000, sample_rate_hz // FRAME_RATE_HZ
-    return (
-        spectral.log_mel(wav, sample_rate_hz, mels, window, hop) - LOG_MEL_CENTRE
-    ) / LOG_MEL_SCALE
+    log_mel = spectral.log_mel(wav, sample_rate_hz, mels, window, hop)
+    return (log_mel - LOG_MEL_CENTRE) / LOG_MEL_SCALE
 
 
 class ResidualBlock(nn.Module):
-    """x + conv(conv(x)), halving time and frequency first where `stride` is 2."""
+    """x + conv(conv(x)); a stride of 2 halves time and frequency."""
 
     width: int
     stride: int
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        """Transforms x [B, S, M, W]."""
         y = nn.relu(nn.LayerNorm(name="first_norm")(x))
         if self.stride > 1 or x.shape[-1] != self.width:
             x = nn.Conv(self.width, (1, 1), strides=self.stride, name="shortcut")(y)
@@ -69,12 +70,13 @@ class ResidualBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """Scaled log-mels [B, S, M] -> [B, widths[-1]], the mean over time and frequency of the last stage."""
+    """The network."""
 
     config: ResNetConfig
 
     @nn.compact
     def __call__(self, mels: jax.Array) -> jax.Array:
+        """Averages the last stage over time and frequency: [B, S, M] -> [B, widths[-1]]."""
         stem = nn.Conv(self.config.widths[0], (PATCH, PATCH), strides=PATCH, name="patches")
         x = stem(mels[..., None])  # [B, S/4, M/4, W]
         for stage, width in enumerate(self.config.widths):

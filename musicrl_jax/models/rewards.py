@@ -1,7 +1,7 @@
-"""Reward models: networks that give a clip a number.
+"""Reward models: networks that score a clip.
 
-The quality regressor hears a waveform and guesses a mean opinion score; the preference model reads caption and tokens
-and guesses how well a listener likes the clip.
+The quality regressor predicts a mean opinion score from a waveform. The preference model predicts
+how well a listener likes a clip, from its caption and tokens.
 
 Legend: B clips, N samples, F frames, K codes in a frame, M MuLan levels.
 """
@@ -17,14 +17,15 @@ from musicrl_jax.models import resnet
 from musicrl_jax.models.musiclm import MusicLMConfig, Trunk
 from musicrl_jax.models.tokens import FRAMES_PER_SECOND
 
+# Mean opinion scores are between 1 and 5.
 LOWEST_MOS = 1.0
 MOS_RANGE = 4.0
 
 
-def ends(x: jax.Array, length: int) -> jax.Array:
-    """The first and the last `length` of every row, one after the other: [B, N, ...] -> [2 B, length, ...].
+def first_and_last(x: jax.Array, length: int) -> jax.Array:
+    """Returns each row's first and last `length` items: [B, N, ...] -> [2 B, length, ...].
 
-    Heard side by side they are compiled once, not twice.
+    As rows of one batch they are compiled once.
     """
     return jnp.stack([x[:, :length], x[:, -length:]], axis=1).reshape(-1, length, *x.shape[2:])
 
@@ -34,9 +35,10 @@ class QualityConfig:
     """Size of the quality regressor.
 
     Attributes:
-        sample_rate_hz: of the audio it hears.
-        window_seconds: what it hears at once, 20 s in MusicRL; of longer clips it hears the first and the last so many.
-        network: the residual network.
+      sample_rate_hz: of the input audio.
+      window_seconds: length of a window, 20 s in MusicRL. Of a longer clip, the first and the last
+        window count.
+      network: the residual network.
     """
 
     sample_rate_hz: int = 24_000
@@ -55,31 +57,32 @@ class QualityConfig:
 class Quality(nn.Module):
     """Acoustic quality of music as a mean opinion score (MusicRL, section 3.2).
 
-    What the score means is up to the labels it was trained on: people's ratings, or the pseudo-MOS of
+    The meaning of the score depends on its training labels: ratings by people, or the pseudo-MOS of
     `objectives.degradations`.
     """
 
     config: QualityConfig
 
     def setup(self):
+        """Creates submodules."""
         self.network = resnet.ResNet(self.config.network)
         self.score = nn.Dense(1, kernel_init=nn.initializers.normal(0.01))
 
     def window(self, wav: jax.Array) -> jax.Array:
-        """[B, N] in [-1, 1] -> MOS [B] of the whole clip, heard at once."""
+        """Predicts the score of whole clips as one window: [B, N] in [-1, 1] -> MOS [B]."""
         mels = resnet.log_mels(wav, self.config.sample_rate_hz, self.config.network.mels)
         return LOWEST_MOS + MOS_RANGE * nn.sigmoid(self.score(self.network(mels))[:, 0])
 
     def __call__(self, wav: jax.Array) -> jax.Array:
-        """[B, N] in [-1, 1] -> MOS [B] float32 in [1, 5].
+        """Predicts scores: [B, N] in [-1, 1] -> MOS [B] float32 in [1, 5].
 
-        Of a clip longer than window_seconds, the mean of its first and of its last window; they overlap when the
-        clip is shorter than two. A clip up to window_seconds is heard whole.
+        The score of a clip longer than window_seconds is the mean of its first and last window,
+        which may overlap.
         """
         samples = round(self.config.window_seconds * self.config.sample_rate_hz)
         if wav.shape[-1] <= samples:
             return self.window(wav)
-        return self.window(ends(wav, samples)).reshape(-1, 2).mean(axis=1)
+        return self.window(first_and_last(wav, samples)).reshape(-1, 2).mean(axis=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,9 +90,11 @@ class PreferenceConfig:
     """Size of the preference model.
 
     Attributes:
-        policy: the policy's config: the same trunk reads the clip.
-        window_seconds: what it hears at once, 20 s in MusicRL; of longer clips it hears the first and the last so many.
-        captioned: whether it sees the caption; without, it judges the music alone (an ablation of the paper's).
+      policy: the policy's config; the model has the same trunk.
+      window_seconds: length of a window, 20 s in MusicRL. Of a longer clip, the first and the last
+        window count.
+      captioned: whether the model sees the caption; without it, it scores the music alone (an
+        ablation in the paper).
     """
 
     policy: MusicLMConfig = dataclasses.field(default_factory=MusicLMConfig)
@@ -108,34 +113,33 @@ class PreferenceConfig:
 
 
 class Preference(nn.Module):
-    """How well listeners like a clip, up to a constant: Bradley-Terry's score (MusicRL, section 3.2).
+    """A listener's preference up to a constant: Bradley-Terry's score (MusicRL, section 3.2).
 
-    A policy's trunk, from whose weights it starts, and a linear score of its mean output that starts at 0. The paper
-    says no more of the head than that it gives a scalar.
+    It is a policy's trunk, whose weights it starts from, and a linear score of the mean output,
+    which starts at 0. The paper only says that the head gives a scalar.
     """
 
     config: PreferenceConfig
 
     def setup(self):
+        """Creates submodules."""
         self.trunk = Trunk(self.config.policy)
-        self.score = nn.Dense(
-            1, use_bias=False, kernel_init=nn.initializers.zeros
-        )  # a constant would cancel
+        # No bias: a constant cancels in a pair.
+        self.score = nn.Dense(1, use_bias=False, kernel_init=nn.initializers.zeros)
 
     def window(self, tokens: jax.Array, mulan: jax.Array) -> jax.Array:
-        """int32 [B, F, K], int32 [B, M] -> f32 [B], of the whole clip, read at once."""
+        """Predicts the score of whole clips as one window: int32 [B, F, K], [B, M] -> f32 [B]."""
         mulan = mulan if self.config.captioned else jnp.zeros_like(mulan)
         hidden = self.trunk.hidden(tokens, mulan)
         return self.score(hidden.mean(axis=(1, 2)))[:, 0].astype(jnp.float32)
 
     def __call__(self, tokens: jax.Array, mulan: jax.Array) -> jax.Array:
-        """A clip's interleaved tokens int32 [B, F, K] and its caption's MuLan tokens int32 [B, M] -> f32 [B].
+        """Predicts scores from clips' tokens and their captions' MuLan tokens, as `window`.
 
-        Of a clip longer than window_seconds, the mean of its first and of its last window.
+        The score of a clip longer than window_seconds is the mean of its first and last window.
         """
         frames = round(self.config.window_seconds * FRAMES_PER_SECOND)
         if tokens.shape[1] <= frames:
             return self.window(tokens, mulan)
-        return (
-            self.window(ends(tokens, frames), mulan.repeat(2, axis=0)).reshape(-1, 2).mean(axis=1)
-        )
+        scores = self.window(first_and_last(tokens, frames), mulan.repeat(2, axis=0))
+        return scores.reshape(-1, 2).mean(axis=1)

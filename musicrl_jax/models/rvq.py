@@ -1,9 +1,11 @@
-"""Residual vector quantization (SoundStream, 2107.03312, section III-C) as pure functions over codebooks.
+"""Residual vector quantization (SoundStream, 2107.03312, section III-C) by pure functions.
 
-Level q quantizes what levels 0..q-1 left of x; the sum of the chosen codewords stands for x. A quantizer at work is
-just `codebooks [Q, C, D]`; while it is trained its `State` also holds the moving averages the codebooks are made of.
+Level q quantizes the residual of levels 0..q-1; the sum of the chosen codewords approximates x. A
+fitted quantizer is its `codebooks [Q, C, D]`. In training its `State` also holds the moving
+averages that the codebooks are computed from.
 
-Letters: B clips, T codec frames, Q levels, C codes in a codebook, D width, P vectors of a batch (B * T).
+Legend: B clips, T codec frames, Q levels, C codes in a codebook, D width, W code width, P vectors
+of a batch (B * T).
 """
 
 import functools
@@ -14,20 +16,39 @@ import jax.numpy as jnp
 
 from musicrl_jax.models import kmeans
 
-State = dict[
-    str, jax.Array
-]  # codebooks [Q, C, D], counts [Q, C], sums [Q, C, D] float32; updates [] int32
+# codebooks [Q, C, D], counts [Q, C], sums [Q, C, D] float32; updates [] int32.
+State = dict[str, jax.Array]
+# in [Q, D, W], in_bias [Q, W], codebooks [Q, C, W], out [Q, W, D], out_bias [Q, D].
+Factors = dict[str, jax.Array]
 
+# Decay of the moving averages; update n has at most n / (n + DECAY_RAMP).
 DECAY = 0.99
 DECAY_RAMP = 9.0
-DEAD_SHARE = 0.3  # of an even share of the vectors: a code that has less is drawn anew
-ROUNDS, ROUND_ITERATIONS, LAST_ITERATIONS = 6, 3, 5  # of `fit`
+# A code with less than this part of an even share of the vectors is replaced.
+DEAD_SHARE = 0.3
+# Rounds of `fit`, and iterations in each round and after the last.
+ROUNDS, ROUND_ITERATIONS, LAST_ITERATIONS = 6, 3, 5
 START_VECTORS_PER_CODE = 4
-START_JITTER = 0.3  # standard deviations
+# Noise on the first batch's copies, in standard deviations.
+START_JITTER = 0.3
+
+
+class Trained(NamedTuple):
+    """The output of a training pass, without the new state."""
+
+    # [B, T, D] quantized; gradients go straight through to the input.
+    x: jax.Array
+    # [B, T, Q] int32, all levels, also those dropped in x.
+    codes: jax.Array
+    # [], mean squared distance of the input to each level's sum.
+    commitment: jax.Array
+
+
+# --- codes and vectors ---
 
 
 def quantize(codebooks: jax.Array, x: jax.Array) -> jax.Array:
-    """Codes [..., Q] int32 of x [..., D], level by level, each the nearest codeword to the residual."""
+    """Quantizes x [..., D], each level to the codeword nearest to the residual: [..., Q] int32."""
 
     def level(residual: jax.Array, codebook: jax.Array) -> tuple[jax.Array, jax.Array]:
         codes = kmeans.nearest(codebook, residual)
@@ -38,23 +59,76 @@ def quantize(codebooks: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def dequantize(codebooks: jax.Array, codes: jax.Array) -> jax.Array:
-    """The vectors [..., D] that codes [..., q] stand for: the sum over the first q <= Q levels' codewords; a code of
-    -1 adds nothing.
+    """Sums the codewords of the first q <= Q levels: codes [..., q] -> [..., D].
+
+    A code of -1 adds nothing.
     """
     levels = codes.shape[-1]
     if levels > codebooks.shape[0]:
         raise ValueError(
-            f"codes have {levels} levels, the quantizer {codebooks.shape[0]}: are they another codec's?"
+            f"codes have {levels} levels, but the quantizer has {codebooks.shape[0]}: "
+            "use codes of this codec"
         )
-    chosen = jax.vmap(lambda codebook, code: codebook[code], in_axes=(0, -1))(
-        codebooks[:levels], codes
-    )
-    heard = jnp.moveaxis(codes, -1, 0)[..., None] >= 0
-    return jnp.where(heard, chosen, 0.0).sum(0)
+    by_level = jnp.moveaxis(codes, -1, 0)
+    chosen = jax.vmap(lambda codebook, code: codebook[code])(codebooks[:levels], by_level)
+    return jnp.where(by_level[..., None] >= 0, chosen, 0.0).sum(0)
+
+
+def perplexity(codes: jax.Array, size: int) -> jax.Array:
+    """Computes the effective number of codes in use, exp of the entropy: [..., Q] -> [Q]."""
+    flat = codes.reshape(-1, codes.shape[-1])
+    counts = jax.vmap(lambda level: jnp.bincount(level, length=size), in_axes=1)(flat)  # [Q, C]
+    share = counts.astype(jnp.float32) / flat.shape[0]
+    return jnp.exp(-jnp.sum(jax.scipy.special.xlogy(share, share), -1))
+
+
+# --- fitting and training ---
+
+
+@functools.partial(jax.jit, static_argnames=("levels", "codes"))
+def fit(
+    key: jax.Array, x: jax.Array, levels: int, codes: int, start: jax.Array | None = None
+) -> jax.Array:
+    """Fits codebooks [levels, codes, D] float32 to x [P, D] by k-means on each level's residuals.
+
+    k-means starts from `start` [levels, codes, D], by default from random vectors. Between rounds
+    of Lloyd's iterations, codes with less than 0.3 of an even share are replaced by random vectors.
+    Vectors of music have long tails, where a k-means++ start puts most codes. Such codebooks had a
+    larger distortion than these and a perplexity of 0.24 to 0.66 of their size; these have 0.66 to
+    0.81. Raises ValueError if there are fewer vectors than codes.
+    """
+    if x.shape[0] < codes:
+        raise ValueError(
+            f"codes = {codes}, but only {x.shape[0]} vectors: use more audio or fewer codes"
+        )
+
+    def level(
+        residual: jax.Array, inputs: tuple[jax.Array, jax.Array | None]
+    ) -> tuple[jax.Array, jax.Array]:
+        key, first = inputs
+        start_key, key = jax.random.split(key)
+        if first is None:
+            first = residual[jax.random.permutation(start_key, residual.shape[0])[:codes]]
+
+        # Rounds of k-means, with dead codes replaced after each.
+        def round_(codebook: jax.Array, key: jax.Array) -> tuple[jax.Array, None]:
+            fitted = kmeans.lloyd(codebook, residual, ROUND_ITERATIONS)
+            dead = fitted.share < DEAD_SHARE / codes
+            random = residual[jax.random.randint(key, (codes,), 0, residual.shape[0])]
+            return jnp.where(dead[:, None], random, fitted.centroids), None
+
+        codebook, _ = jax.lax.scan(round_, first, jax.random.split(key, ROUNDS))
+        codebook = kmeans.lloyd(codebook, residual, LAST_ITERATIONS).centroids
+        # The residual for the next level, in blocks.
+        search = functools.partial(kmeans.nearest, codebook)
+        nearest = jax.lax.map(search, residual, batch_size=kmeans.BLOCK)
+        return residual - codebook[nearest], codebook
+
+    return jax.lax.scan(level, x.astype(jnp.float32), (jax.random.split(key, levels), start))[1]
 
 
 def init(key: jax.Array, levels: int, codes: int, width: int) -> State:
-    """A quantizer that has seen no data: random codewords, to be replaced by k-means on the first batch."""
+    """Draws random codewords, which the first batch replaces."""
     return {
         "codebooks": jax.random.normal(key, (levels, codes, width)),
         "counts": jnp.ones((levels, codes)),
@@ -63,76 +137,20 @@ def init(key: jax.Array, levels: int, codes: int, width: int) -> State:
     }
 
 
-def perplexity(codes: jax.Array, size: int) -> jax.Array:
-    """The effective number of codes in use, exp of the entropy, at each level of codes [..., Q]: [Q] in 1..size."""
-    flat = codes.reshape(-1, codes.shape[-1])
-    counts = jax.vmap(lambda level: jnp.bincount(level, length=size), in_axes=1)(flat)  # [Q, C]
-    share = counts.astype(jnp.float32) / flat.shape[0]
-    return jnp.exp(-jnp.sum(jax.scipy.special.xlogy(share, share), -1))
-
-
-@functools.partial(jax.jit, static_argnames=("levels", "codes"))
-def fit(
-    key: jax.Array, x: jax.Array, levels: int, codes: int, start: jax.Array | None = None
-) -> jax.Array:
-    """Codebooks [levels, codes, D] float32 fitted to vectors x [P, D]: k-means, then k-means on what each level leaves.
-
-    k-means starts from `start` [levels, codes, D], else from random vectors, and between rounds of Lloyd's iterations
-    draws codes with less than 0.3 of an even share anew. Vectors of music have long tails, to which a k-means++ start
-    gives most codes, where few vectors ever are: such codebooks had a perplexity of 0.24 to 0.66 of their size and a
-    larger distortion than these, with 0.66 to 0.81. Raises ValueError when there are fewer vectors than codes.
-    """
-    if x.shape[0] < codes:
-        raise ValueError(
-            f"codes = {codes}, but only {x.shape[0]} vectors: give more audio or fewer codes"
-        )
-
-    def level(
-        residual: jax.Array, part: tuple[jax.Array, jax.Array | None]
-    ) -> tuple[jax.Array, jax.Array]:
-        key, first = part
-        start_key, key = jax.random.split(key)
-        if first is None:
-            first = residual[jax.random.permutation(start_key, residual.shape[0])[:codes]]
-
-        def round_(codebook: jax.Array, key: jax.Array) -> tuple[jax.Array, None]:
-            found = kmeans.lloyd(codebook, residual, ROUND_ITERATIONS)
-            dead = found.share < DEAD_SHARE / codes
-            drawn = residual[jax.random.randint(key, (codes,), 0, residual.shape[0])]
-            return jnp.where(dead[:, None], drawn, found.centroids), None
-
-        codebook, _ = jax.lax.scan(round_, first, jax.random.split(key, ROUNDS))
-        codebook = kmeans.lloyd(codebook, residual, LAST_ITERATIONS).centroids
-        codes_ = jax.lax.map(
-            functools.partial(kmeans.nearest, codebook), residual, batch_size=kmeans.BLOCK
-        )
-        return residual - codebook[codes_], codebook
-
-    return jax.lax.scan(level, x.astype(jnp.float32), (jax.random.split(key, levels), start))[1]
-
-
-class Trained(NamedTuple):
-    """What a training pass gives besides the new state."""
-
-    x: jax.Array  # [B, T, D] quantized; gradients go straight through to the input
-    codes: jax.Array  # [B, T, Q] int32, all levels, also those dropped in x
-    commitment: (
-        jax.Array
-    )  # [] mean over levels of the mean squared distance of the input to each level's sum
-
-
 def train(state: State, x: jax.Array, key: jax.Array) -> tuple[Trained, State]:
-    """One training pass over x [B, T, D]: quantizes with the old codebooks, returns the updated ones.
+    """Runs one training pass over x [B, T, D]: quantizes by the old codebooks, updates them.
 
-    * The first batch starts the codebooks by `fit`; where it has fewer than 4 vectors a code, each is used several
-      times, with noise: codebooks that hold the batch itself would leave the deeper levels nothing to learn from.
-    * Codewords are moving averages of the residuals that chose them; batch sums run over the whole batch on all
-      devices. The decay of update n is n / (n + 9) until that reaches the paper's 0.99: an encoder moves fast at first,
-      and codebooks that average over more of the past than there is of it are left behind, all but one code unused.
-    * A code whose average count falls under 0.3 of an even share (P / C) is drawn anew from the batch's residuals, and
-      starts with an even share. The paper's limit of 2 is tied to its batch size; this one is not.
-    * Quantizer dropout: clip b is decoded from its first n levels, n ~ U{1..Q}. Codebooks learn from all levels.
-    * The commitment term has a part for every level, each with its gradient to x.
+    * The first batch starts the codebooks by `fit`. If it has fewer than 4 vectors per code, each
+      is used several times, with noise: codebooks that hold the batch itself would leave the deeper
+      levels nothing to learn.
+    * Codewords are moving averages of the residuals that chose them, over the whole batch on all
+      devices. The decay of update n is n / (n + 9), at most the paper's 0.99. An encoder moves fast
+      at first; codebooks with a longer average fall behind, and only one code stays in use.
+    * A code with an average count under 0.3 of an even share (P / C) is replaced by one of the
+      batch's residuals and gets an even share. The paper's limit of 2 depends on its batch size.
+    * Quantizer dropout: clip b is decoded from its first n levels, n ~ U{1..Q}. Codebooks learn
+      from all levels.
+    * The commitment loss has a term for each level, with its gradient to x.
     """
     clips, steps, width = x.shape
     levels, codes, _ = state["codebooks"].shape
@@ -140,39 +158,35 @@ def train(state: State, x: jax.Array, key: jax.Array) -> tuple[Trained, State]:
     points = jax.lax.stop_gradient(x).reshape(-1, width)  # [P, D]
     even_share = points.shape[0] / codes
 
+    # Codebooks: those of the state, or fitted to the first batch.
     def start() -> jax.Array:
         copies = -(-START_VECTORS_PER_CODE * codes // points.shape[0])
         spread = START_JITTER * jnp.std(points, axis=0)[None, None, :]
         noise = spread * jax.random.normal(jitter_key, (copies, *points.shape))
-        return fit(
-            start_key,
-            points if copies == 1 else (points[None] + noise).reshape(-1, width),
-            levels,
-            codes,
-        )
+        vectors = points if copies == 1 else (points[None] + noise).reshape(-1, width)
+        return fit(start_key, vectors, levels, codes)
 
     updates = state["updates"].astype(jnp.float32)
     codebooks = jax.lax.cond(updates > 0.0, lambda: state["codebooks"], start)
     decay = jnp.minimum(DECAY, updates / (updates + DECAY_RAMP))
 
-    def level(residual: jax.Array, part: tuple[jax.Array, ...]):
-        codebook, count, total, key = part
-        chosen_code = kmeans.nearest(codebook, residual)  # [P]
-        chosen = codebook[chosen_code]
-        member = jax.nn.one_hot(chosen_code, codes)  # [P, C]
-        used = member.sum(0)
-        count = decay * count + (1.0 - decay) * used
-        total = decay * total + (1.0 - decay) * jnp.matmul(
-            member.T, residual, precision=jax.lax.Precision.HIGHEST
-        )
+    # Quantize, and move the averages.
+    def level(residual: jax.Array, inputs: tuple[jax.Array, ...]):
+        codebook, count, total, key = inputs
+        code = kmeans.nearest(codebook, residual)  # [P]
+        chosen = codebook[code]
+        member = jax.nn.one_hot(code, codes)  # [P, C]
+        sums = jnp.matmul(member.T, residual, precision=jax.lax.Precision.HIGHEST)
+        count = decay * count + (1.0 - decay) * member.sum(0)
+        total = decay * total + (1.0 - decay) * sums
         dead = count < DEAD_SHARE * even_share
-        drawn = residual[jax.random.randint(key, (codes,), 0, residual.shape[0])]  # [C, D]
+        random = residual[jax.random.randint(key, (codes,), 0, residual.shape[0])]  # [C, D]
         count = jnp.where(dead, even_share, count)
-        total = jnp.where(dead[:, None], even_share * drawn, total)
-        return residual - chosen, (chosen_code, chosen, count, total)
+        total = jnp.where(dead[:, None], even_share * random, total)
+        return residual - chosen, (code, chosen, count, total)
 
-    parts = (codebooks, state["counts"], state["sums"], jax.random.split(dead_key, levels))
-    _, (chosen_codes, chosen, counts, sums) = jax.lax.scan(level, points, parts)
+    inputs = (codebooks, state["counts"], state["sums"], jax.random.split(dead_key, levels))
+    _, (chosen_codes, chosen, counts, sums) = jax.lax.scan(level, points, inputs)
     new_state = {
         "codebooks": sums / counts[:, :, None],
         "counts": counts,
@@ -180,30 +194,28 @@ def train(state: State, x: jax.Array, key: jax.Array) -> tuple[Trained, State]:
         "updates": state["updates"] + 1,
     }
 
+    # The output, of a random number of levels.
     chosen = chosen.reshape(levels, clips, steps, width)
     commitment = jnp.mean(jnp.square(x[None] - jnp.cumsum(chosen, 0)))
-    quantized = jnp.einsum("qb,qbtd->btd", _heard(drop_key, levels, clips), chosen)
+    quantized = jnp.einsum("qb,qbtd->btd", _dropout_mask(drop_key, levels, clips), chosen)
     straight = x + jax.lax.stop_gradient(quantized - x)
     codes_out = jnp.moveaxis(chosen_codes, 0, -1).reshape(clips, steps, levels)
     return Trained(straight, codes_out, commitment), new_state
 
 
-def _heard(key: jax.Array, levels: int, clips: int) -> jax.Array:
-    """Quantizer dropout: float32 [Q, B], 1 for the first n ~ U{1..Q} levels of each clip, those that are decoded."""
-    kept = jax.random.randint(key, (clips,), 1, levels + 1)
-    return (jnp.arange(levels)[:, None] < kept[None, :]).astype(jnp.float32)
+def _dropout_mask(key: jax.Array, levels: int, clips: int) -> jax.Array:
+    """Draws quantizer dropout: float32 [Q, B], 1 for the first n ~ U{1..Q} levels of each clip."""
+    used = jax.random.randint(key, (clips,), 1, levels + 1)
+    return (jnp.arange(levels)[:, None] < used[None, :]).astype(jnp.float32)
 
 
-# DAC's quantizer (2306.06546, section 3.2): each level looks at its residual through a projection to a few dimensions
-# and compares angles there; codebooks and projections are trained by gradient.
-
-Factors = dict[
-    str, jax.Array
-]  # in [Q, D, W], in_bias [Q, W], codebooks [Q, C, W], out [Q, W, D], out_bias [Q, D]
+# --- DAC's quantizer (2306.06546, section 3.2) ---
+# Each level projects its residual to a few dimensions and compares angles there. Codebooks and
+# projections are trained by gradient.
 
 
 def init_factored(key: jax.Array, levels: int, codes: int, width: int, code_width: int) -> Factors:
-    """Random projections and codewords."""
+    """Draws random projections and codewords."""
     in_key, code_key, out_key = jax.random.split(key, 3)
     return {
         "in": jax.random.normal(in_key, (levels, width, code_width)) * width**-0.5,
@@ -214,62 +226,59 @@ def init_factored(key: jax.Array, levels: int, codes: int, width: int, code_widt
     }
 
 
-def expanded(factors: Factors) -> jax.Array:
-    """The codebooks [Q, C, D] that these stand for, as `dequantize` takes them."""
-    return (
-        jnp.einsum("qcw,qwd->qcd", factors["codebooks"], factors["out"])
-        + factors["out_bias"][:, None, :]
-    )
+def full_codebooks(factors: Factors) -> jax.Array:
+    """Projects the codewords to full width: [Q, C, D], as `dequantize` needs them."""
+    full = jnp.einsum("qcw,qwd->qcd", factors["codebooks"], factors["out"])
+    return full + factors["out_bias"][:, None, :]
 
 
 def _nearest_angle(codebook: jax.Array, x: jax.Array) -> jax.Array:
-    """The code of the codeword [C, W] with the largest cosine to each of x [..., W]: [...] int32; -1 where x is not
-    finite.
+    """Returns the codeword [C, W] of the largest cosine: [..., W] -> [...] int32.
+
+    The code is -1 where x is not finite.
     """
-    directions = codebook * jax.lax.rsqrt(
-        jnp.maximum(jnp.sum(jnp.square(codebook), -1, keepdims=True), 1e-12)
-    )
-    codes = jnp.argmax(jnp.matmul(x, directions.T, precision=jax.lax.Precision.HIGHEST), -1).astype(
-        jnp.int32
-    )
+    norm = jnp.maximum(jnp.sum(jnp.square(codebook), -1, keepdims=True), 1e-12)
+    directions = codebook * jax.lax.rsqrt(norm)
+    cosines = jnp.matmul(x, directions.T, precision=jax.lax.Precision.HIGHEST)
+    codes = jnp.argmax(cosines, -1).astype(jnp.int32)
     return jnp.where(jnp.isfinite(x).all(-1), codes, -1)
 
 
 def quantize_factored(factors: Factors, x: jax.Array) -> jax.Array:
-    """Codes [..., Q] int32 of x [..., D], level by level, each of the smallest angle to the projected residual."""
+    """Quantizes x [..., D], each level to the smallest angle: [..., Q] int32."""
 
-    def level(residual: jax.Array, part: tuple[Factors, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        own, codebook = part
+    def level(
+        residual: jax.Array, inputs: tuple[Factors, jax.Array]
+    ) -> tuple[jax.Array, jax.Array]:
+        own, codebook = inputs
         codes = _nearest_angle(own["codebooks"], residual @ own["in"] + own["in_bias"][None, :])
         return residual - codebook[codes], codes
 
     points = x.astype(jnp.float32).reshape(-1, x.shape[-1])  # [P, D]
-    codes = jax.lax.scan(level, points, (factors, expanded(factors)))[1]  # [Q, P]
+    codes = jax.lax.scan(level, points, (factors, full_codebooks(factors)))[1]  # [Q, P]
     return codes.T.reshape(*x.shape[:-1], -1)
 
 
 def train_factored(factors: Factors, x: jax.Array, key: jax.Array) -> Trained:
-    """One training pass over x [B, T, D], with quantizer dropout as in `train`.
+    """Runs one training pass over x [B, T, D], with quantizer dropout as in `train`.
 
-    Gradients go straight through each level's search, to the projections and to x. `commitment` is the mean over
-    levels of the squared distance between projected residual and codeword, seen four times as strong by the codeword
-    (DAC's weights 0.25 and 1).
+    Gradients go straight through each level's search, to the projections and to x. `commitment` is
+    the squared distance between projected residual and codeword, averaged over levels. Its gradient
+    to the codeword is four times as strong (DAC's weights are 0.25 and 1).
     """
     levels = factors["codebooks"].shape[0]
     stop = jax.lax.stop_gradient
 
     def level(residual: jax.Array, own: Factors):
-        seen = residual @ own["in"] + own["in_bias"][None, None, :]  # [B, T, W]
-        codes = _nearest_angle(own["codebooks"], seen)
+        projected = residual @ own["in"] + own["in_bias"][None, None, :]  # [B, T, W]
+        codes = _nearest_angle(own["codebooks"], projected)
         codeword = own["codebooks"][codes]
-        distance = jnp.mean(jnp.square(seen - stop(codeword))) + 4.0 * jnp.mean(
-            jnp.square(stop(seen) - codeword)
-        )
-        chosen = (seen + stop(codeword - seen)) @ own["out"] + own["out_bias"][
-            None, None, :
-        ]  # [B, T, D]
+        to_codeword = jnp.mean(jnp.square(projected - stop(codeword)))
+        distance = to_codeword + 4.0 * jnp.mean(jnp.square(stop(projected) - codeword))
+        straight = projected + stop(codeword - projected)
+        chosen = straight @ own["out"] + own["out_bias"][None, None, :]  # [B, T, D]
         return residual - chosen, (codes, chosen, distance)
 
     _, (codes, chosen, distances) = jax.lax.scan(level, x, factors)
-    quantized = jnp.einsum("qb,qbtd->btd", _heard(key, levels, x.shape[0]), chosen)
+    quantized = jnp.einsum("qb,qbtd->btd", _dropout_mask(key, levels, x.shape[0]), chosen)
     return Trained(quantized, jnp.moveaxis(codes, 0, -1), jnp.mean(distances))

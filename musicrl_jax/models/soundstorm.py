@@ -1,15 +1,18 @@
-"""SoundStorm (2305.09636): the fine codec levels in parallel, given the coarse ones.
+"""SoundStorm (2305.09636): the fine codec levels, decoded in parallel given the coarse ones.
 
-A bidirectional conformer sees each codec frame as the sum of its levels' embeddings; codes not known yet share a mask
-embedding. Level after level, the most confident frames are kept and the rest predicted again.
+A bidirectional conformer sees each codec frame as the sum of its levels' embeddings; hidden codes
+have a mask embedding. Level by level, the most confident frames are kept and the others predicted
+again.
 
-Departures from the paper. There the network fills all levels from semantic tokens, which are summed into the frames
-too; here, as in MusicLM's fine stage, the coarse levels are given and say more than the semantic tokens would. There is
-no prompt delimiter (3.2: nothing before a random time t is masked): it serves voice prompts, and no one here gives fine
-levels to start from. The hidden frames of the drawn level are an exact number, as in MaskGIT (2202.04200) and in
-decoding, where the paper draws each frame for itself with that probability.
+Departures from the paper:
 
-Legend: B clips, T codec frames, Q codec levels (the first `coarse_levels` are given), C codes in a codebook, D width.
+* The coarse levels are given, as in MusicLM's fine stage, not the semantic tokens.
+* There is no prompt delimiter (section 3.2), which serves voice prompts.
+* The number of frames hidden in training is exact, as in MaskGIT (2202.04200) and in decoding. The
+  paper hides each frame independently.
+
+Legend: B clips, T codec frames, Q codec levels (the first `coarse_levels` are given), C codes in a
+codebook, D width, P passes.
 """
 
 import dataclasses
@@ -21,18 +24,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from musicrl_jax.models.conformer import Conformer, ConformerConfig
+from musicrl_jax.models.layers import named_init
 
 
 @dataclasses.dataclass(frozen=True)
 class SoundStormConfig:
-    """Sizes, and how decoding spends its passes.
+    """Sizes, and the passes of decoding.
 
     Attributes:
       conformer: the network.
-      levels: Q, all codec levels.
-      coarse_levels: those that are given.
+      levels: all codec levels, Q.
+      coarse_levels: given levels.
       codes: C.
-      first_passes: passes over the first fine level; each later level gets one (the paper's 16, 1, ..., 1).
+      first_passes: passes over the first fine level; later levels have one (the paper's 16, 1, 1).
     """
 
     conformer: ConformerConfig = dataclasses.field(default_factory=ConformerConfig)
@@ -44,7 +48,8 @@ class SoundStormConfig:
     def __post_init__(self) -> None:
         if not 0 < self.coarse_levels < self.levels:
             raise ValueError(
-                f"SoundStormConfig.coarse_levels={self.coarse_levels} must lie between 1 and levels={self.levels} - 1"
+                f"SoundStormConfig.coarse_levels={self.coarse_levels} must be between 1 and "
+                f"levels={self.levels} - 1"
             )
         if self.first_passes < 1:
             raise ValueError(
@@ -58,144 +63,149 @@ class SoundStormConfig:
 
 
 class SoundStorm(nn.Module):
-    """Logits of one fine level from partly masked codes."""
+    """The network: logits of one fine level from partly hidden codes."""
 
     config: SoundStormConfig
 
     @nn.compact
     def __call__(self, codes: jax.Array, masked: jax.Array, level: jax.Array | int) -> jax.Array:
-        """Logits f32 [B, T, C] of codec level `level`, coarse_levels <= level < Q; what is before them in the dtype
-        of the matrices.
+        """Computes a fine level's logits; each level has its own head.
 
-        Every level has a head of its own; only the one that is asked for is computed.
+        Layers below the head are computed in the dtype of their weights.
 
         Args:
           codes: int32 [B, T, Q].
-          masked: bool [B, T, Q], the codes that are not seen.
-          level: int32, [] for all clips or [B], one for each.
+          masked: bool [B, T, Q], True for hidden codes.
+          level: int32, [] for all clips or [B] for each; coarse_levels <= level < Q.
+
+        Returns:
+          f32 [B, T, C].
         """
-        c = self.config
-        width = c.conformer.embed
-        table = self.param(
-            "table",
-            nn.with_logical_partitioning(
-                nn.initializers.normal(width**-0.5), (None, None, "embed")
-            ),
-            (
-                c.levels,
-                c.codes + 1,
-                width,
-            ),  # the last is the mask; a mesh's axis would not divide that many rows
-        )
+        c, width = self.config, self.config.conformer.embed
+        normal = nn.initializers.normal(width**-0.5)
+        # The last row of each table is the mask's. No mesh axis divides C + 1 rows.
+        embed = named_init(normal, None, None, "embed")
+        table = self.param("table", embed, (c.levels, c.codes + 1, width))
+        heads = named_init(normal, None, "embed", "vocab")
+        head = self.param("head", heads, (c.levels - c.coarse_levels, width, c.codes))
         ids = jnp.where(masked, c.codes, codes)
-        head = self.param(
-            "head",
-            nn.with_logical_partitioning(
-                nn.initializers.normal(width**-0.5), (None, "embed", "vocab")
-            ),
-            (c.levels - c.coarse_levels, width, c.codes),
-        )
         x = sum(table[q][ids[:, :, q]] for q in range(c.levels))  # [B, T, D]
         x = Conformer(c.conformer)(x.astype(head.dtype))
         return jnp.matmul(x.astype(jnp.float32), head[level - c.coarse_levels].astype(jnp.float32))
 
 
-class Hidden(NamedTuple):
-    """What a training example hides, and where its loss is taken."""
+class TrainingMask(NamedTuple):
+    """The hidden codes of a training example, and the frames of its loss."""
 
-    masked: (
-        jax.Array
-    )  # [B, T, Q] bool, not seen: part of `level`, all of the levels above, nothing below
-    level: jax.Array  # [B] int32, the fine level that the loss is about
-    target: jax.Array  # [B, T] bool, the hidden frames of that level: the loss is on these alone
+    # [B, T, Q] bool, hidden: part of `level` and all levels above.
+    masked: jax.Array
+    # [B] int32, the fine level of the loss.
+    level: jax.Array
+    # [B, T] bool, the hidden frames of `level`: those of the loss.
+    target: jax.Array
 
 
-def training_mask(key: jax.Array, shape: tuple[int, int, int], coarse_levels: int) -> Hidden:
-    """Draws what each clip of codes [B, T, Q] hides (SoundStorm 3.2).
+def training_mask(key: jax.Array, shape: tuple[int, int, int], coarse_levels: int) -> TrainingMask:
+    """Draws the hidden codes for codes of `shape` [B, T, Q] (SoundStorm, section 3.2).
 
-    The level is uniform over the fine ones; of its frames the share cos(u), u ~ U[0, pi / 2), rounded up, is hidden.
+    The level is uniform over the fine ones. Of its frames, a share cos(u), u ~ U[0, pi / 2), is
+    hidden, rounded up.
     """
     batch, frames, levels = shape
+    # The level, and the share of its frames.
     level_key, share_key, frame_key = jax.random.split(key, 3)
     level = jax.random.randint(level_key, (batch, 1, 1), coarse_levels, levels)
     share = jnp.cos(jax.random.uniform(share_key, (batch, 1)) * (jnp.pi / 2))
-    rank = jax.random.uniform(frame_key, (batch, frames)).argsort(axis=1).argsort(axis=1)
+
+    # As many random frames, at least one.
+    rank = _ranks(jax.random.uniform(frame_key, (batch, frames)))
     hidden = rank < jnp.maximum(jnp.ceil(share * frames), 1.0).astype(rank.dtype)  # [B, T]
+    return TrainingMask(_masked(levels, level, hidden), level[:, 0, 0], hidden)
+
+
+def _ranks(x: jax.Array) -> jax.Array:
+    """Returns each value's rank in its row, [B, T] int32."""
+    return x.argsort(axis=1).argsort(axis=1)
+
+
+def _masked(levels: int, level: jax.Array, hidden: jax.Array) -> jax.Array:
+    """Hides frames [B, T] of one level and all levels above it: bool [B, T, Q]."""
     index = jnp.arange(levels)[None, None, :]
-    masked = jnp.where(index == level, hidden[:, :, None], index > level)
-    return Hidden(masked, level[:, 0, 0], hidden)
+    return jnp.where(index == level, hidden[:, :, None], index > level)
+
+
+# --- decoding ---
 
 
 class Passes(NamedTuple):
-    """The forward passes of decoding in their order, [P] each; P = first_passes + fine levels - 1."""
+    """The passes of decoding in order, [P] each; P = first_passes + fine levels - 1."""
 
-    level: np.ndarray  # int32, the codec level that a pass decides
-    number: np.ndarray  # int32, from 1 in each level
-    last: np.ndarray  # bool, whether it is its level's last, which takes the most likely codes
-    hidden: np.ndarray  # int32, the frames of the level that are still hidden after it
+    # int32, the codec level of a pass.
+    level: np.ndarray
+    # int32, from 1 in each level.
+    number: np.ndarray
+    # bool, whether it is the level's last, which takes the most likely codes.
+    last: np.ndarray
+    # int32, frames of the level that stay hidden after the pass.
+    hidden: np.ndarray
 
 
 def schedule(config: SoundStormConfig, frames: int) -> Passes:
-    """After pass i of n over a level, floor(T cos(i / n pi / 2)) of its T frames are still hidden."""
-    each = [config.first_passes] + [1] * (config.levels - config.coarse_levels - 1)
-    level = np.repeat(np.arange(config.coarse_levels, config.levels), each)
-    number = np.concatenate([np.arange(1, n + 1) for n in each])
-    of = np.repeat(each, each)
-    hidden = np.floor(frames * np.cos(np.pi / 2 * number / of))
-    return Passes(
-        level.astype(np.int32), number.astype(np.int32), number == of, hidden.astype(np.int32)
-    )
+    """Returns the passes; after pass i of n over a level, floor(T cos(i / n pi / 2)) are hidden."""
+    counts = [config.first_passes] + [1] * (config.levels - config.coarse_levels - 1)
+    level = np.repeat(np.arange(config.coarse_levels, config.levels), counts)
+    number = np.concatenate([np.arange(1, count + 1) for count in counts])
+    count = np.repeat(counts, counts)
+    hidden = np.floor(frames * np.cos(np.pi / 2 * number / count))
+    last = number == count
+    return Passes(level.astype(np.int32), number.astype(np.int32), last, hidden.astype(np.int32))
 
 
 def fill_fine(model: SoundStorm, variables: Any, coarse: jax.Array, keys: jax.Array) -> jax.Array:
-    """All codec levels from the coarse ones, by confidence-ranked parallel decoding (SoundStorm 3.3).
+    """Decodes all levels from the coarse ones by confidence (SoundStorm, section 3.3).
 
-    In each pass, codes are drawn for the frames of a level that are still hidden, and the most confident ones are kept,
-    as many as `schedule` says; once kept, a code stays. A level's last pass takes the most likely codes. Confidence is
-    the log-probability of what was drawn, without MaskGIT's noise. The passes are one loop around one copy of the
-    network, so that their number costs no compilation.
+    Each pass samples codes for the hidden frames of a level and keeps the most confident, as many
+    as `schedule` says. Kept codes do not change. A level's last pass takes the most likely codes.
+    Confidence is the log-probability of the sampled code, without MaskGIT's noise.
+
+    All passes are one `scan`, so more of them do not compile longer.
 
     Args:
       model: the module.
       variables: its variables.
       coarse: int32 [B, T, coarse_levels].
-      keys: [B], a key for each clip.
+      keys: [B], one per clip.
 
     Returns:
       int32 [B, T, Q].
     """
     c = model.config
     batch, frames, _ = coarse.shape
-    index = jnp.arange(c.levels)[None, None, :]
 
-    def draw(scores: jax.Array, step: Passes) -> jax.Array:
-        # Codes in proportion to their probability, [B, T].
-        step_keys = jax.vmap(
-            lambda key: jax.random.fold_in(key, step.level * c.first_passes + step.number)
-        )(keys)
+    def sample(scores: jax.Array, step: Passes) -> jax.Array:
+        number = step.level * c.first_passes + step.number
+        step_keys = jax.vmap(lambda key: jax.random.fold_in(key, number))(keys)
         noise = jax.vmap(lambda key: jax.random.gumbel(key, (frames, c.codes)))(step_keys)
         return (scores + noise).argmax(axis=-1)
 
-    def decide(
+    def decode(
         state: tuple[jax.Array, jax.Array], step: Passes
     ) -> tuple[tuple[jax.Array, jax.Array], None]:
         codes, hidden = state  # [B, T, Q], [B, T]
-        masked = jnp.where(index == step.level, hidden[:, :, None], index > step.level)
-        scores = jax.nn.log_softmax(
-            model.apply(variables, codes, masked, step.level), axis=-1
-        )  # [B, T, C]
-        drawn = jax.lax.cond(step.last, lambda: scores.argmax(axis=-1), lambda: draw(scores, step))
-        confidence = jnp.take_along_axis(scores, drawn[:, :, None], axis=-1)[:, :, 0]
-        codes = jnp.where(
-            (index == step.level) & hidden[:, :, None], drawn[:, :, None].astype(codes.dtype), codes
-        )
-        rank = jnp.where(hidden, confidence, jnp.inf).argsort(axis=1).argsort(axis=1)
-        return (
-            codes,
-            (rank < step.hidden) | step.last,
-        ), None  # the next level starts with all frames hidden
+
+        # New codes for the hidden frames, [B, T].
+        logits = model.apply(variables, codes, _masked(c.levels, step.level, hidden), step.level)
+        scores = jax.nn.log_softmax(logits, axis=-1)  # [B, T, C]
+        new = jax.lax.cond(step.last, lambda: scores.argmax(axis=-1), lambda: sample(scores, step))
+        replaced = (jnp.arange(c.levels)[None, None, :] == step.level) & hidden[:, :, None]
+        codes = jnp.where(replaced, new[:, :, None].astype(codes.dtype), codes)
+
+        # The least confident stay hidden; the next level starts with all frames hidden.
+        confidence = jnp.take_along_axis(scores, new[:, :, None], axis=-1)[:, :, 0]
+        rank = _ranks(jnp.where(hidden, confidence, jnp.inf))
+        return (codes, (rank < step.hidden) | step.last), None
 
     codes = jnp.pad(coarse, ((0, 0), (0, 0), (0, c.levels - c.coarse_levels)))
     start = (codes, jnp.ones((batch, frames), bool))
     passes = jax.tree.map(jnp.asarray, schedule(c, frames))
-    return jax.lax.scan(decide, start, passes)[0][0]
+    return jax.lax.scan(decode, start, passes)[0][0]

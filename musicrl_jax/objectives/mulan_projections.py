@@ -113,7 +113,10 @@ def _apply_towers(
 ) -> dict[str, jax.Array]:
     """Returns the towers' outputs, {'audio': f32 [B, V, W], 'text': f32 [B, D]}."""
     apply = partial(Towers(model).apply, variables)
-    return {"audio": apply(wav, method=Towers.hear), "text": apply(text, method=Towers.read)}
+    return {
+        "audio": apply(wav, method=Towers.audio_features),
+        "text": apply(text, method=Towers.text_features),
+    }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,10 +182,10 @@ class TowerOutputs:
         module, key = Towers(self.towers.model), jax.random.key(0)
 
         def outputs(wav: jax.Array, text: jax.Array) -> dict[str, jax.Array]:
-            audio, _ = module.init_with_output(key, wav, method=Towers.hear)
+            audio, _ = module.init_with_output(key, wav, method=Towers.audio_features)
             return {
                 "audio": audio,
-                "text": module.init_with_output(key, text, method=Towers.read)[0],
+                "text": module.init_with_output(key, text, method=Towers.text_features)[0],
             }
 
         return jax.eval_shape(outputs, clips["audio"], clips["text"]) | {"pieces": clips["text"]}
@@ -255,7 +258,7 @@ class MuLanProjectionsObjective(MuLanObjective):
         """Returns random variables, without those of the towers."""
         # Batches are outputs of the towers, so no weights of theirs are created.
         outputs = batch["audio"][:1], batch["text"][:1]
-        return dict(MuLan(self.model).init(key, *outputs, method=MuLan.place))
+        return dict(MuLan(self.model).init(key, *outputs, method=MuLan.project))
 
     def frozen(self, read: checkpoint.Reader = checkpoint.load_model) -> Any:
         """Returns {}, and prints which weights the towers have."""
@@ -279,7 +282,7 @@ class MuLanProjectionsObjective(MuLanObjective):
     def _loss(self, params: Any, state: Any, batch: Batch) -> Loss:
         """Returns the contrastive loss of a batch of tower outputs."""
         outputs = MuLan(self.model).apply(
-            {"params": params, **state}, batch["audio"], batch["text"], method=MuLan.place
+            {"params": params, **state}, batch["audio"], batch["text"], method=MuLan.project
         )
         loss, metrics = contrastive(*outputs, identical_rows(batch["pieces"]))
         return loss, (state, metrics)
@@ -288,7 +291,7 @@ class MuLanProjectionsObjective(MuLanObjective):
         """Adds the towers' weights, and fills 'rvq' as `MuLanObjective.finish` does."""
         apply = jax.jit(MuLan(self.model).apply, static_argnames="method")
         fitted = self.quantizer(
-            apply(variables, batch["audio"], method=MuLan.place_audio) for batch in batches()
+            apply(variables, batch["audio"], method=MuLan.project_audio) for batch in batches()
         )
         params = {**variables["params"], "towers": self.data.towers.params()}
         return variables | fitted | {"params": params}

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from musicrl_jax.core import sharding
 from musicrl_jax.core.keys import Stream, step_key
-from musicrl_jax.losses.optimiser import TrainState, create_state, moved
+from musicrl_jax.losses.optimiser import TrainState, apply_gradients, create_state
 from musicrl_jax.objectives.objective import Batch, Metrics, Objective
 
 
@@ -40,7 +40,7 @@ def training_step(
         (loss, (collections, metrics)), gradients = gradient(
             state.params, state.state, frozen, batch, key
         )
-        params, opt_state = moved(transform, gradients, state.opt_state, state.params)
+        params, opt_state = apply_gradients(transform, gradients, state.opt_state, state.params)
         norm = optax.tree.norm(gradients)
         updated = state.replace(
             params=params,

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from musicrl_jax.core.precision import at_least_float32, in_dtype
-from musicrl_jax.losses.optimiser import moved
+from musicrl_jax.losses.optimiser import apply_gradients
 from musicrl_jax.losses.policy_gradient import (
     Advantage,
     Scores,
@@ -241,7 +241,9 @@ class Learner:
             actor_loss, weights.policy, batch, shardings and shardings.policy
         )
         metrics["policy_norm"] = norm = optax.tree.norm(gradients)
-        policy, policy_opt = moved(self.policy_transform, gradients, state.policy_opt, state.policy)
+        policy, policy_opt = apply_gradients(
+            self.policy_transform, gradients, state.policy_opt, state.policy
+        )
         after = state.replace(policy=policy, policy_opt=policy_opt)
 
         # The value function.
@@ -249,7 +251,9 @@ class Learner:
             gradients, value_metrics = self._gradients(
                 critic_loss, weights.value, batch, shardings and shardings.value
             )
-            value, value_opt = moved(self.value_transform, gradients, state.value_opt, state.value)
+            value, value_opt = apply_gradients(
+                self.value_transform, gradients, state.value_opt, state.value
+            )
             after = after.replace(value=value, value_opt=value_opt)
             metrics |= value_metrics
             metrics["value_norm"] = optax.tree.norm(gradients)

@@ -37,9 +37,10 @@ from musicrl_jax.core.statistics import mean_interval, printed
 from musicrl_jax.inputs.clips import Clips
 from musicrl_jax.inputs.tokens import read
 from musicrl_jax.losses.codec import mel_distance, stft_distance
+from musicrl_jax.models.layers import kernel_init
 from musicrl_jax.models.soundstorm import SoundStorm, SoundStormConfig, fill_fine
 from musicrl_jax.models.soundstream import SoundStream, SoundStreamConfig
-from musicrl_jax.models.transformer import Transformer, TransformerConfig, partitioned
+from musicrl_jax.models.transformer import Transformer, TransformerConfig
 
 MARGINAL_CLIPS = 2000
 
@@ -251,10 +252,12 @@ class Autoregressive(nn.Module):
         c, width = self.config, self.transformer.embed
         self.body = Transformer(self.transformer)
         self.table = self.param(
-            "table", partitioned((None, None, None), 2), (c.levels, c.codes, width)
+            "table", kernel_init(None, None, None, fan_in_axes=2), (c.levels, c.codes, width)
         )
         self.head = self.param(
-            "head", partitioned((None, None, None), 2), (c.levels - c.coarse_levels, width, c.codes)
+            "head",
+            kernel_init(None, None, None, fan_in_axes=2),
+            (c.levels - c.coarse_levels, width, c.codes),
         )
 
     def __call__(self, coarse: jax.Array, key: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""InfoNCE against NumPy, its value at chance, and captions that stand twice in a batch."""
+"""InfoNCE against NumPy, its value at chance, and captions that occur twice in a batch."""
 
 import functools
 
@@ -34,22 +34,20 @@ def test_equals_numpy():
     np.testing.assert_allclose(metrics["median_rank"], np.median(rank) + 1, atol=1e-6)
 
 
-def test_a_model_that_gives_all_clips_one_embedding_is_at_chance():
+def test_equal_embeddings_are_at_chance():
     same = np.tile(_unit(np.random.default_rng(1), 1, 4), (16, 1))
     loss, metrics = _loss(same, same, 0.1, np.eye(16, dtype=bool))
     np.testing.assert_allclose(loss, np.log(16), rtol=1e-6)
     np.testing.assert_allclose(metrics["chance"], np.log(16), rtol=1e-6)
-    assert metrics["recall_1"] == 0  # ties are no hits
-    assert metrics["recall_10"] == 1  # the expected place among 16 that tie is 7.5
+    assert metrics["recall_1"] == 0  # ties are not hits
+    assert metrics["recall_10"] == 1  # the expected rank among 16 ties is 7.5
 
 
-def test_identical_captions_are_not_held_against_each_other():
+def test_identical_captions_are_not_negatives():
     rng = np.random.default_rng(2)
     audio, text = _unit(rng, 3, 6), _unit(rng, 3, 6)
-    audio, text = (
-        np.concatenate([audio, audio[:1]]),
-        np.concatenate([text, text[:1]]),
-    )  # rows 0 and 3 are equal
+    # Rows 0 and 3 are equal.
+    audio, text = (np.concatenate([x, x[:1]]) for x in (audio, text))
     identical = np.eye(4, dtype=bool)
     identical[0, 3] = identical[3, 0] = True
     loss, metrics = _loss(audio, text, 0.1, identical)

@@ -16,7 +16,7 @@ NATS = -np.take_along_axis(
 HITS = LOGITS.argmax(axis=-1) == TOKENS
 
 
-def test_it_is_the_mean_over_all_tokens():
+def test_the_loss_is_the_mean_over_all_tokens():
     loss, metrics = cross_entropy(LOGITS, TOKENS)
     np.testing.assert_allclose(loss, NATS.mean(), rtol=1e-5)
     assert 0 < HITS.mean() < 1
@@ -24,7 +24,7 @@ def test_it_is_the_mean_over_all_tokens():
 
 
 @pytest.mark.parametrize("rows", [[0], [1, 2]])
-def test_tokens_of_weight_zero_count_neither_above_nor_below(rows):
+def test_tokens_of_weight_zero_do_not_count(rows):
     weights = np.zeros((3, 4), np.float32)
     weights[rows, 1:] = 1
     loss, metrics = cross_entropy(LOGITS, TOKENS, weights)
@@ -32,10 +32,10 @@ def test_tokens_of_weight_zero_count_neither_above_nor_below(rows):
     np.testing.assert_allclose(metrics["accuracy"], HITS[rows, 1:].mean(), rtol=1e-6)
 
 
-def test_nothing_to_score_costs_nothing():
+def test_the_loss_of_no_tokens_is_zero():
     loss, metrics = cross_entropy(LOGITS, TOKENS, jnp.zeros((3, 4)))
     assert (float(loss), float(metrics["accuracy"])) == (0.0, 0.0)
 
 
-def test_equal_logits_cost_the_log_of_their_number():
+def test_equal_logits_have_the_loss_of_a_uniform_guess():
     np.testing.assert_allclose(cross_entropy(jnp.zeros((3, 4, 5)), TOKENS)[0], np.log(5), rtol=1e-6)

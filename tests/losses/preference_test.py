@@ -1,4 +1,4 @@
-"""Bradley-Terry and DPO against closed forms: planted utilities come back, and so does the optimal policy."""
+"""Bradley-Terry and DPO against closed forms: planted utilities and the optimal policy."""
 
 import itertools
 
@@ -17,9 +17,9 @@ CONTRAST = np.eye(CLIPS)[PAIRS[:, 0]] - np.eye(CLIPS)[PAIRS[:, 1]]  # [15, 6]
 
 @pytest.fixture(scope="module")
 def utilities():
-    """Their mean is 0: a constant cannot be known."""
-    found = np.random.default_rng(0).normal(size=CLIPS)
-    return found - found.mean()
+    """Returns utilities of mean 0; pairs do not determine a constant."""
+    random = np.random.default_rng(0).normal(size=CLIPS)
+    return random - random.mean()
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def double():
 
 
 def fitted(pairs, votes):
-    """Utilities of least loss, by Newton's steps; their mean is 0."""
+    """Minimises the loss by Newton's steps; the utilities have mean 0."""
     x, votes = jnp.asarray(CONTRAST[pairs]), jnp.asarray(votes)
     loss = jax.jit(lambda u: bradley_terry(x @ u, votes)[0] + jnp.mean(u) ** 2)
     slope, curve = jax.jit(jax.grad(loss)), jax.jit(jax.hessian(loss))
@@ -39,13 +39,13 @@ def fitted(pairs, votes):
     return np.asarray(u)
 
 
-def drawn(utilities, count=50_000):
-    """(pairs, votes, standard errors of the utilities by Fisher's information)."""
+def draw(utilities, count=50_000):
+    """Returns pairs, votes, and standard errors of the utilities by Fisher's information."""
     rng = np.random.default_rng(1)
     pairs = rng.integers(len(PAIRS), size=count)
     chance = expit(CONTRAST[pairs] @ utilities)
     information = (CONTRAST[pairs] * (chance * (1 - chance))[:, None]).T @ CONTRAST[pairs]
-    errors = np.sqrt(np.diag(np.linalg.pinv(information)))  # the constant is out of its reach
+    errors = np.sqrt(np.diag(np.linalg.pinv(information)))  # without the constant
     return pairs, (rng.uniform(size=count) < chance).astype(float), errors
 
 
@@ -56,20 +56,20 @@ def test_planted_utilities_come_back_exactly_from_expected_votes(double, utiliti
 
 
 @pytest.mark.exactness(20)
-def test_and_within_their_standard_errors_from_drawn_ones(double, utilities):
-    pairs, votes, errors = drawn(utilities)
+def test_planted_utilities_come_back_within_their_errors_from_random_votes(double, utilities):
+    pairs, votes, errors = draw(utilities)
     gaps = np.abs(fitted(pairs, votes) - utilities)
     assert (gaps < 4 * errors).all() and gaps.max() > 0.1 * errors.min()
 
 
 @pytest.mark.exactness(20)
 def test_shuffled_votes_teach_nothing(double, utilities):
-    """Each pair's clips are shuffled: what is fitted is 0 within its errors, and no better than chance."""
-    pairs, votes, errors = drawn(utilities)
+    """With shuffled clips in each pair, the fit is 0 within its errors and at chance."""
+    pairs, votes, errors = draw(utilities)
     shuffled = np.random.default_rng(3).permuted(np.stack([votes, 1 - votes]), axis=0)[0]
-    found = fitted(pairs, shuffled)
-    assert (np.abs(found) < 4 * errors).all()
-    nats, metrics = bradley_terry(jnp.asarray(CONTRAST[pairs] @ found), jnp.asarray(shuffled))
+    random = fitted(pairs, shuffled)
+    assert (np.abs(random) < 4 * errors).all()
+    nats, metrics = bradley_terry(jnp.asarray(CONTRAST[pairs] @ random), jnp.asarray(shuffled))
     assert 0.69 < nats < np.log(2) and abs(metrics["accuracy"] - 0.5) < 0.02
     truth, metrics = bradley_terry(jnp.asarray(CONTRAST[pairs] @ utilities), jnp.asarray(votes))
     assert truth < 0.67 and metrics["accuracy"] > 0.6
@@ -92,8 +92,8 @@ def test_accuracy_leaves_ties_out_and_halves_margins_of_zero():
     np.testing.assert_allclose(metrics["accuracy"], (1 + 0 + 0.5) / 3, rtol=1e-6)
 
 
-def test_dpo_comes_to_the_regularised_optimum(double, utilities):
-    """With Bradley-Terry's own votes the best policy is anchor exp(utility / beta) / Z, that of the RL objective."""
+def test_dpo_reaches_the_regularised_optimum(double, utilities):
+    """With Bradley-Terry's votes it is anchor exp(utility / beta) / Z, as for the RL objective."""
     anchor, beta = np.random.default_rng(4).dirichlet(np.ones(CLIPS)), 0.7
     votes = jnp.asarray(expit(CONTRAST @ utilities))
 

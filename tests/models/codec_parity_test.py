@@ -1,4 +1,4 @@
-"""SoundStream's parts against those of EnCodec and DAC in `transformers`, under the same random weights."""
+"""SoundStream's parts against EnCodec's and DAC's in `transformers`, with the same weights."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ import pytest
 from musicrl_jax.models import rvq, soundstream
 
 torch = pytest.importorskip(
-    "torch", reason="parity needs PyTorch, whose small CPU wheel is for Python 3.11 alone"
+    "torch", reason="parity needs PyTorch, whose small CPU wheel is for Python 3.11 only"
 )
 pytest.importorskip("transformers", reason="parity needs transformers: pip install .[parity]")
 
@@ -16,7 +16,7 @@ RNG = np.random.default_rng(0)
 
 
 def their_conv(theirs, kernel, bias):
-    """Sets a weight-normalised convolution: kernel [taps, in, out] here is [out, in, taps] there."""
+    """Sets a weight-normalised convolution from a kernel [taps, in, out]."""
     with torch.no_grad():
         if hasattr(theirs, "parametrizations"):
             torch.nn.utils.parametrize.remove_parametrizations(theirs, "weight")
@@ -25,7 +25,7 @@ def their_conv(theirs, kernel, bias):
 
 
 def run(theirs, x):
-    """X [B, N, D] through a PyTorch module that takes [B, D, N]."""
+    """Applies a PyTorch module, which takes [B, D, N], to x [B, N, D]."""
     with torch.no_grad():
         return theirs(torch.tensor(np.transpose(x, (0, 2, 1)).copy())).numpy().transpose(0, 2, 1)
 
@@ -68,9 +68,8 @@ def test_causal_upsampling_is_encodecs(encodec, stride):
     module, config = encodec
     weight, bias, x = draw(3, 2 * stride, 4), draw(4), draw(2, 11, 3)
     theirs = module.EncodecConvTranspose1d(config, 3, 4, 2 * stride, stride)
-    their_conv(
-        theirs.conv, weight.transpose(1, 2, 0), bias
-    )  # transposed ones are [in, out, taps] there
+    # PyTorch's transposed kernels are [in, out, taps].
+    their_conv(theirs.conv, weight.transpose(1, 2, 0), bias)
     ours = soundstream.CausalUpsample(4, stride)
     got = ours.apply({"params": {"kernel": weight, "bias": bias}}, jnp.asarray(x))
     np.testing.assert_allclose(got, run(theirs, x), atol=1e-5)
@@ -103,7 +102,7 @@ def dac():
 
 @pytest.mark.parametrize("dilation", [1, 9])
 def test_snake_residual_unit_is_dacs(dac, dilation):
-    """DAC's sees as far ahead as back: the branch beside the skip is ours, 3 * dilation samples earlier."""
+    """DAC's is centred: its branch is ours, 3 * dilation samples earlier."""
     theirs = dac[0].DacResidualUnit(5, dilation).eval()
     wide, wide_bias, narrow, narrow_bias = draw(7, 5, 5), draw(5), draw(1, 5, 5), draw(5)
     alphas = 0.5 + np.abs(draw(2, 5))
@@ -119,12 +118,8 @@ def test_snake_residual_unit_is_dacs(dac, dilation):
         "between": {"alpha": alphas[1]},
         "narrow": {"kernel": narrow[0], "bias": narrow_bias},
     }
-    branch = (
-        np.asarray(
-            soundstream.ResidualUnit(dilation, "snake").apply({"params": params}, jnp.asarray(x))
-        )
-        - x
-    )
+    unit = soundstream.ResidualUnit(dilation, "snake")
+    branch = np.asarray(unit.apply({"params": params}, jnp.asarray(x))) - x
     expected = run(theirs, x) - x
     np.testing.assert_allclose(branch[:, 2 * shift :], expected[:, shift:-shift], atol=1e-4)
 
@@ -157,12 +152,12 @@ def test_factored_quantizer_is_dacs(factored):
         expected, codes, *_ = theirs.eval()(torch.tensor(x.transpose(0, 2, 1).copy()))
     got = rvq.quantize_factored(factors, jnp.asarray(x))
     np.testing.assert_array_equal(got, codes.numpy().transpose(0, 2, 1))
-    decoded = rvq.dequantize(rvq.expanded(factors), got)
+    decoded = rvq.dequantize(rvq.full_codebooks(factors), got)
     np.testing.assert_allclose(decoded, expected.numpy().transpose(0, 2, 1), atol=1e-4)
 
 
 def test_factored_training_has_dacs_losses_and_gradients(factored):
-    """Without dropout: 0.25 times our commitment is DAC's 0.25 commitment + codebook loss, a mean over levels."""
+    """Without dropout, 0.25 * commitment is DAC's 0.25 * commitment + codebook loss per level."""
     theirs, factors = factored
     levels, weights = len(theirs.quantizers), draw(2, 30, 6)
     x = draw(2, 30, 6)
@@ -176,7 +171,7 @@ def test_factored_training_has_dacs_losses_and_gradients(factored):
         return 0.25 * trained.commitment + jnp.sum(trained.x * weights), trained.commitment
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rvq, "_heard", lambda key, levels, clips: jnp.ones((levels, clips)))
+        patch.setattr(rvq, "_dropout_mask", lambda key, levels, clips: jnp.ones((levels, clips)))
         (_, got), (of_factors, of_x) = jax.value_and_grad(ours, argnums=(0, 1), has_aux=True)(
             factors, jnp.asarray(x)
         )

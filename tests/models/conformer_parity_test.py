@@ -1,11 +1,14 @@
 """The conformer against transformers' with the same random weights, to 1e-5.
 
-Ours departs from Wav2Vec2-BERT's block (a conformer with LayerNorm in its convolution module, like ours) in two places,
-and the weights are drawn so that both compute the same: its convolution is causal, so our taps on the future are zero;
-it turns the input of the query and key projections where RoFormer and we turn their output, so those projections are
-drawn to commute with the turning and have no bias. What that leaves open is compared piece by piece: rotary attention
-with any weights against Llama's, whose rotary is RoFormer's, and the symmetric convolution against Wav2Vec2-Conformer's
-with its BatchNorm replaced. Its pointwise convolutions have no bias; ours is zero here.
+Wav2Vec2-BERT's block is ours but for two differences, and the weights make both compute the same:
+
+* Its convolution is causal. Our taps on the future are zero.
+* It rotates the input of the query and key projections, where RoFormer and we rotate their output.
+  The projections commute with the rotation and have no bias.
+
+Two tests compare the rest. Rotary attention with any weights is compared with Llama's. The
+symmetric convolution is compared with Wav2Vec2-Conformer's, with its BatchNorm replaced; its
+pointwise convolutions have no bias, so ours is zero.
 """
 
 import jax
@@ -40,15 +43,15 @@ def x():
     return np.random.default_rng(0).normal(size=(3, 19, 16)).astype(np.float32)
 
 
-def drawn(module: nn.Module, x: np.ndarray, seed: int = 1) -> dict:
-    """Random params of a module, with no zeros or ones left in them, as NumPy arrays."""
+def random_params(module: nn.Module, x: np.ndarray, seed: int = 1) -> dict:
+    """Draws params of a module as NumPy arrays, without zeros or ones."""
     params = nn.unbox(jax.eval_shape(module.init, jax.random.key(0), x))["params"]
     rng = np.random.default_rng(seed)
     return jax.tree.map(lambda a: (0.3 * rng.normal(size=a.shape)).astype(np.float32), params)
 
 
 def put(target: torch.nn.Module, params: dict) -> None:
-    """Copies a Dense's or a LayerNorm's params into a Linear, a pointwise convolution or a LayerNorm."""
+    """Copies params of a Dense or a LayerNorm into a PyTorch module."""
     weight = params["kernel"].T if "kernel" in params else params["scale"]
     with torch.no_grad():
         target.weight.copy_(torch.tensor(weight).reshape(target.weight.shape))
@@ -70,7 +73,7 @@ def put_convolution(
 
 
 def commuting(rng: np.random.Generator) -> np.ndarray:
-    """A random [16, 16] kernel that commutes with rotary: in each head and pair (a, a + 4) it is a complex number."""
+    """Draws a [16, 16] kernel that commutes with rotary: a complex number per pair (a, a + 4)."""
     kernel = np.zeros((16, 16), np.float32)
     for head in (0, 8):
         for a in range(head, head + 4):
@@ -89,8 +92,9 @@ def test_blocks_equal_wav2vec2_berts(x):
         layer_norm_eps=EPSILON,
         attn_implementation="eager",
     )
+    # The same weights in both.
     ours = conformer.Conformer(CONFIG)
-    params = drawn(ours, x)
+    params = random_params(ours, x)
     theirs = torch.nn.ModuleList(
         modeling_wav2vec2_bert.Wav2Vec2BertEncoderLayer(config) for _ in range(2)
     ).eval()
@@ -121,6 +125,8 @@ def test_blocks_equal_wav2vec2_berts(x):
             layer.conv_module.depthwise_layer_norm,
         )
         put(layer.final_layer_norm, block["norm"])
+
+    # The output of every block.
     turns = modeling_wav2vec2_bert.Wav2Vec2BertRotaryPositionalEmbedding(config)
     expected = torch.tensor(x)
     for index, layer in enumerate(theirs):
@@ -133,7 +139,7 @@ def test_blocks_equal_wav2vec2_berts(x):
 
 def test_rotary_attention_equals_llamas(x):
     ours = conformer.SelfAttention(CONFIG)
-    params = drawn(ours, x)
+    params = random_params(ours, x)
     config = LlamaConfig(
         hidden_size=16,
         num_attention_heads=2,
@@ -159,7 +165,7 @@ def test_rotary_attention_equals_llamas(x):
 
 
 class LayerNormOverChannels(torch.nn.LayerNorm):
-    """A LayerNorm for [B, D, S], in the place of a BatchNorm1d."""
+    """A LayerNorm for [B, D, S], in place of a BatchNorm1d."""
 
     def forward(self, x):
         return super().forward(x.transpose(1, 2)).transpose(1, 2)
@@ -167,7 +173,7 @@ class LayerNormOverChannels(torch.nn.LayerNorm):
 
 def test_symmetric_convolution_equals_wav2vec2_conformers(x):
     ours = conformer.Convolution(CONFIG)
-    params = drawn(ours, x)
+    params = random_params(ours, x)
     config = Wav2Vec2ConformerConfig(**SIZES, conv_depthwise_kernel_size=9)
     theirs = modeling_wav2vec2_conformer.Wav2Vec2ConformerConvolutionModule(config).eval()
     theirs.layer_norm.eps = EPSILON

@@ -1,4 +1,4 @@
-"""The conformer against a NumPy implementation of it, written from the paper, with the same weights."""
+"""The conformer against NumPy code written from the paper, with the same weights."""
 
 import dataclasses
 
@@ -34,7 +34,7 @@ def _feed_forward(p, x):
 
 
 def _turn(x):
-    """[S, A]: pairs (a, a + A/2) as complex numbers, turned by their position."""
+    """Rotates x [S, A]: pairs (a, a + A/2) are complex numbers."""
     half = x.shape[1] // 2
     angle = np.arange(len(x))[:, None] / 10_000.0 ** (np.arange(half) / half)
     turned = (x[:, :half] + 1j * x[:, half:]) * np.exp(1j * angle)
@@ -72,7 +72,7 @@ def _block(p, x):
 
 @pytest.fixture(scope="module")
 def model():
-    """The module, weights with no zeros or ones left in them, and an input [3, 11, 8]."""
+    """Returns the module, weights without zeros or ones, and an input [3, 11, 8]."""
     module = conformer.Conformer(CONFIG)
     x = jax.random.normal(jax.random.key(1), (3, 11, 8))
     params = nn.unbox(jax.jit(module.init)(jax.random.key(0), x))["params"]
@@ -83,7 +83,7 @@ def model():
     return jax.jit(module.apply, static_argnames="layers"), params, x
 
 
-def test_equals_numpy(model):
+def test_the_conformer_equals_numpys(model):
     apply, params, x = model
     got = apply({"params": params}, x)
     one = apply({"params": params}, x, layers=1)
@@ -94,23 +94,20 @@ def test_equals_numpy(model):
         np.testing.assert_allclose(got[row], _block(wide["block_1"], first), atol=5e-5)
 
 
-def test_stacked_layers_are_one_loop_with_the_same_result_and_gradient(model):
-    """As TPUs go through them: a block stands once in the program."""
+def test_stacked_layers_are_one_scan_with_the_same_result_and_gradient(model):
+    """A block is in the program once."""
     apply, params, x = model
     together = stacked(params)
-    assert list(together) == ["layers"] and together["layers"]["first"]["up"]["kernel"].shape == (
-        2,
-        8,
-        24,
-    )
+    assert list(together) == ["layers"]
+    assert together["layers"]["first"]["up"]["kernel"].shape == (2, 8, 24)
     for layers in (None, 1):
 
         def mean_square(params, layers=layers):
             return jnp.square(apply({"params": params}, x, layers=layers)).mean()
 
         value, slope = jax.value_and_grad(mean_square)(params)
-        found, slopes = jax.value_and_grad(mean_square)(together)
-        np.testing.assert_allclose(found, value, rtol=1e-6)
+        stacked_value, slopes = jax.value_and_grad(mean_square)(together)
+        np.testing.assert_allclose(stacked_value, value, rtol=1e-6)
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), unstacked(slopes), slope
         )
@@ -121,17 +118,16 @@ def test_stacked_layers_are_one_loop_with_the_same_result_and_gradient(model):
     ]
     with pytest.raises(ValueError, match="length"):
         conformer.Conformer(dataclasses.replace(CONFIG, layers=1)).apply({"params": together}, x)
-    # Between the two products of each of a block's two feed-forwards stands one.
+    # There is one in each of a block's two feed-forwards.
     assert [program.count("optimization_barrier") for program in programs] == [4, 2]
 
 
-def test_a_clip_does_not_see_the_batch(model):
+def test_a_clip_does_not_depend_on_its_batch(model):
     apply, params, x = model
     together = apply({"params": params}, x)
     alone = apply({"params": params}, x[1:2])
-    np.testing.assert_allclose(
-        together[1], alone[0], atol=1e-5
-    )  # sums of another batch have another order
+    # Another batch size may sum in another order.
+    np.testing.assert_allclose(together[1], alone[0], atol=1e-5)
 
 
 def test_every_position_sees_both_directions(model):

@@ -17,27 +17,30 @@ from musicrl_jax.models import kmeans
 def blobs(points, codes, width, seed=0):
     rng = np.random.default_rng(seed)
     centres = rng.normal(size=(codes, width)) * 10
-    return (centres[rng.integers(0, codes, points)] + rng.normal(size=(points, width))).astype(
-        np.float32
-    )
+    x = centres[rng.integers(0, codes, points)] + rng.normal(size=(points, width))
+    return x.astype(np.float32)
 
 
 def inertia(x, centroids):
-    return (
-        np.square(x[:, None].astype(np.float64) - np.asarray(centroids, np.float64)[None])
-        .sum(-1)
-        .min(1)
-        .sum()
-    )
+    difference = x[:, None].astype(np.float64) - np.asarray(centroids, np.float64)[None]
+    return np.square(difference).sum(-1).min(1).sum()
 
 
 def cloud(points, width, seed=0):
-    """Points without clear clusters, like features: the harder case."""
+    """Draws points without clear clusters, like features: the harder case."""
     rng = np.random.default_rng(seed)
     return np.tanh(rng.normal(size=(points, 3)) @ rng.normal(size=(3, width)), dtype=np.float32)
 
 
-def test_as_good_as_sklearn_on_blobs():
+start_of = jax.jit(kmeans.plus_plus, static_argnames="codes")
+
+
+def lloyd(streamed, start, x, iterations):
+    run = kmeans.streamed_lloyd if streamed else kmeans.lloyd
+    return run(jnp.asarray(start), x if streamed else jnp.asarray(x), iterations)
+
+
+def test_fit_is_as_good_as_sklearns_on_blobs():
     x = blobs(2000, 16, 8)
     ours = min(inertia(x, kmeans.fit(jax.random.key(s), x, 16, 20).centroids) for s in range(3))
     assert ours <= 1.02 * KMeans(16, n_init=3, random_state=0).fit(x).inertia_
@@ -53,10 +56,7 @@ def test_lloyd_equals_sklearn_from_the_same_start(monkeypatch, iterations, strea
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         theirs.fit(x)
-    if streamed:
-        ours = kmeans.streamed_lloyd(jnp.asarray(x[:12]), x, iterations)
-    else:
-        ours = kmeans.lloyd(jnp.asarray(x[:12]), jnp.asarray(x), iterations)
+    ours = lloyd(streamed, x[:12], x, iterations)
     np.testing.assert_allclose(ours.centroids, theirs.cluster_centers_, atol=1e-5)
     np.testing.assert_allclose(ours.inertia, theirs.inertia_ / x.size, rtol=1e-5)
     np.testing.assert_allclose(
@@ -67,31 +67,25 @@ def test_lloyd_equals_sklearn_from_the_same_start(monkeypatch, iterations, strea
 
 
 @pytest.mark.parametrize("streamed", [False, True])
-def test_stops_when_an_iteration_gains_too_little(streamed):
+def test_lloyd_stops_when_an_iteration_gains_too_little(streamed):
     x = cloud(3000, 5, seed=1)
-    run = kmeans.streamed_lloyd if streamed else kmeans.lloyd
-    start = jnp.asarray(x[:20])
-    found = run(start, x if streamed else jnp.asarray(x), 300)
-    assert found.converged
-    last = int(found.iterations)
+    fit = lloyd(streamed, x[:20], x, 300)
+    assert fit.converged
+    last = int(fit.iterations)
     assert 5 < last < 100
-    inertias = np.asarray(
-        [
-            run(start, x if streamed else jnp.asarray(x), n).inertia
-            for n in (last - 2, last - 1, last)
-        ]
-    )
+    inertias = [lloyd(streamed, x[:20], x, n).inertia for n in range(last - 2, last + 1)]
+    inertias = np.asarray(inertias)
     gains = 1 - inertias[1:] / inertias[:-1]
     assert gains[0] > kmeans.TOLERANCE > gains[1] >= 0
 
 
 def test_usage_is_that_of_the_returned_centroids():
     x = blobs(600, 5, 3)
-    found = kmeans.lloyd(jnp.asarray(x[:8]), jnp.asarray(x), 2)
-    distance = np.square(x[:, None] - np.asarray(found.centroids)[None]).sum(-1)
+    fit = lloyd(False, x[:8], x, 2)
+    distance = np.square(x[:, None] - np.asarray(fit.centroids)[None]).sum(-1)
     share = np.bincount(distance.argmin(1), minlength=8) / 600
-    usage = found.usage()
-    np.testing.assert_allclose(found.share, share, rtol=1e-6)
+    usage = fit.usage()
+    np.testing.assert_allclose(fit.share, share, rtol=1e-6)
     np.testing.assert_allclose(usage["inertia"], distance.min(1).mean() / 3, rtol=1e-4)
     np.testing.assert_allclose(usage["perplexity"], np.exp(scipy.stats.entropy(share)), rtol=1e-5)
     np.testing.assert_allclose(usage["largest_share"], share.max(), rtol=1e-6)
@@ -102,27 +96,24 @@ def test_usage_is_that_of_the_returned_centroids():
 @pytest.mark.parametrize("streamed", [False, True])
 def test_empty_centroids_move_to_the_farthest_points(streamed):
     x = np.asarray([[0.0], [1.0], [2.0], [100.0], [200.0]], np.float32)
-    start = jnp.asarray([[1.0], [-1e4], [-2e4]])
-    moved = (
-        kmeans.streamed_lloyd(start, x, 1) if streamed else kmeans.lloyd(start, jnp.asarray(x), 1)
-    )
-    np.testing.assert_allclose(moved.centroids, [[60.6], [200.0], [100.0]], rtol=1e-6)
+    fit = lloyd(streamed, [[1.0], [-1e4], [-2e4]], x, 1)
+    np.testing.assert_allclose(fit.centroids, [[60.6], [200.0], [100.0]], rtol=1e-6)
 
 
-def test_start_is_no_worse_than_sklearns():
+def test_the_start_is_no_worse_than_sklearns():
+    """By a one-sided Welch test of 40 seeds, which plain k-means++ fails by far."""
     x = cloud(640, 8, seed=2)
-    start = jax.jit(kmeans.plus_plus, static_argnames="codes")
-    ours = [inertia(x, start(jax.random.key(seed), jnp.asarray(x), 40)) for seed in range(40)]
-    theirs = [inertia(x, kmeans_plusplus(x, 40, random_state=seed)[0]) for seed in range(40)]
-    # One-sided Welch test: "ours is greater" is refuted or at least not shown. Plain k-means++ fails it by far.
-    assert scipy.stats.ttest_ind(ours, theirs, equal_var=False, alternative="greater").pvalue > 0.01
-    plain = [
-        inertia(x, kmeans_plusplus(x, 40, random_state=seed, n_local_trials=1)[0])
-        for seed in range(40)
-    ]
-    assert (
-        scipy.stats.ttest_ind(plain, theirs, equal_var=False, alternative="greater").pvalue < 1e-6
-    )
+    ours, theirs, plain = [], [], []
+    for seed in range(40):
+        ours.append(inertia(x, start_of(jax.random.key(seed), jnp.asarray(x), 40)))
+        theirs.append(inertia(x, kmeans_plusplus(x, 40, random_state=seed)[0]))
+        plain.append(inertia(x, kmeans_plusplus(x, 40, random_state=seed, n_local_trials=1)[0]))
+
+    def worse(inertias):
+        options = {"equal_var": False, "alternative": "greater"}
+        return scipy.stats.ttest_ind(inertias, theirs, **options).pvalue
+
+    assert worse(ours) > 0.01 and worse(plain) < 1e-6
 
 
 def test_mini_batches_keep_each_centroid_at_the_mean_of_its_points(monkeypatch):
@@ -142,12 +133,10 @@ def test_mini_batches_and_then_a_few_passes_are_as_good_as_sklearns_full_batch(m
     monkeypatch.setattr(kmeans, "BLOCK", 512)
     x = cloud(6000, 8, seed=3)
     theirs = KMeans(64, n_init=1, random_state=0).fit(x).inertia_ / x.size
-    found = kmeans.fit(jax.random.key(0), x, 64, 300)
-    assert found.converged
-    assert found.inertia < 1.02 * theirs
-    start = jax.jit(kmeans.plus_plus, static_argnames="codes")(
-        jax.random.key(1), jnp.asarray(x), 64
-    )
+    fit = kmeans.fit(jax.random.key(0), x, 64, 300)
+    assert fit.converged
+    assert fit.inertia < 1.02 * theirs
+    start = start_of(jax.random.key(1), jnp.asarray(x), 64)
     once = inertia(x, kmeans.mini_batches(start, x)) / x.size
     assert once < 1.1 * theirs < 0.9 * inertia(x, start) / x.size
 
@@ -167,9 +156,8 @@ def test_a_mesh_gives_the_same_result_as_one_device(monkeypatch):
 
 def test_nearest_takes_the_first_of_equals():
     centroids = jnp.asarray([[5.0, 5.0], [1.0, 0.0], [1.0, 0.0], [-1.0, 0.0]])
-    np.testing.assert_array_equal(
-        kmeans.nearest(centroids, jnp.asarray([[0.9, 0.1], [0.0, 0.0], [-2.0, 0.0]])), [1, 1, 3]
-    )
+    codes = kmeans.nearest(centroids, jnp.asarray([[0.9, 0.1], [0.0, 0.0], [-2.0, 0.0]]))
+    np.testing.assert_array_equal(codes, [1, 1, 3])
     x, many = cloud(500, 7), cloud(90, 7, seed=9)
     expected = np.square(x[:, None] - many[None]).sum(-1).argmin(1)
     np.testing.assert_array_equal(kmeans.nearest(jnp.asarray(many), jnp.asarray(x)), expected)
@@ -177,16 +165,14 @@ def test_nearest_takes_the_first_of_equals():
 
 def test_plus_plus_reaches_every_far_blob():
     x = np.repeat(np.asarray([[0, 0], [1e3, 0], [0, 1e3], [1e3, 1e3]], np.float32), 50, 0)
-    start_of = jax.jit(kmeans.plus_plus, static_argnames="codes")
     for seed in range(5):
         start = start_of(jax.random.key(seed), jnp.asarray(x), 4)
         assert len(np.unique(np.asarray(start), axis=0)) == 4
 
 
-def test_finite_on_identical_points():
-    assert np.isfinite(
-        kmeans.fit(jax.random.key(0), np.ones((40, 3), np.float32), 8, 3).centroids
-    ).all()
+def test_identical_points_give_finite_centroids():
+    fit = kmeans.fit(jax.random.key(0), np.ones((40, 3), np.float32), 8, 3)
+    assert np.isfinite(fit.centroids).all()
 
 
 def test_too_few_points_are_refused():

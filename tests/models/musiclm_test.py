@@ -1,216 +1,181 @@
-"""The policy's network: layers apart, stacked, in blocks and side by side compute the same."""
+"""The policy's network: separate, stacked and packed layers compute the same."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_musiclm
 from flax.linen import meta
 
 from musicrl_jax.core.precision import in_dtype
-from musicrl_jax.losses.optimiser import Optimiser, moved
+from musicrl_jax.losses.optimiser import Optimiser, apply_gradients
 from musicrl_jax.models import layers, transformer
-from musicrl_jax.models.musiclm import MusicLM, MusicLMConfig
-from musicrl_jax.models.tokens import TokenLayout
-from musicrl_jax.models.transformer import TransformerConfig, relative_bucket
+from musicrl_jax.models.musiclm import MusicLM
+from musicrl_jax.models.transformer import relative_bucket
 
-CONFIG = MusicLMConfig(
-    TransformerConfig(2, 24, 2, 32, dropout=0.1, relative_buckets=8, relative_distance=16),
-    TransformerConfig(2, 16, 2, 24, dropout=0.1),
-    TokenLayout(semantic_codes=5, acoustic_codes=7, coarse_levels=2),
-    mulan_levels=3,
-    mulan_codes=4,
-)
+CONFIG = tiny_musiclm.CONFIGS["policy"]
+MODULE = MusicLM(CONFIG)
 BATCH, FRAMES, DEPTH = 3, 20, 5
 
 
 @pytest.fixture(scope="module")
-def model():
-    module = MusicLM(CONFIG)
-    tokens = jnp.zeros((1, FRAMES, DEPTH), jnp.int32)
-    return module, meta.unbox(module.init(jax.random.key(0), tokens, jnp.zeros((1, 3), jnp.int32)))[
-        "params"
-    ]
+def params():
+    return jax.tree.map(jnp.asarray, tiny_musiclm.model("policy").variables["params"])
 
 
 @pytest.fixture(scope="module")
 def clips():
-    """MuLan tokens and tokens of clips."""
+    """Returns tokens and MuLan tokens."""
     rng = np.random.default_rng(1)
     mulan = jnp.asarray(rng.integers(0, 4, (BATCH, 3)), jnp.int32)
-    return mulan, jnp.asarray(rng.integers(0, [5, 7, 7, 7, 7], (BATCH, FRAMES, DEPTH)), jnp.int32)
+    return jnp.asarray(rng.integers(0, [5, 7, 7, 7, 7], (BATCH, FRAMES, DEPTH)), jnp.int32), mulan
 
 
-def test_remat_changes_neither_the_weights_nor_the_gradient(model, clips):
-    module, params = model
-    mulan, tokens = clips
-    again = MusicLM(CONFIG, remat=True)
-    born = meta.unbox(again.init(jax.random.key(0), tokens, mulan))["params"]
-    jax.tree.map(np.testing.assert_array_equal, born, params)
-
-    def slope(module):
-        loss = lambda p: jnp.square(module.apply({"params": p}, tokens, mulan)[..., :5]).mean()  # noqa: E731
-        return jax.jit(jax.value_and_grad(loss))(params)
+def value_and_gradient(module, params, clips):
+    def loss(params):
+        return jnp.square(module.apply({"params": params}, *clips)[..., :5]).mean()
 
     with jax.default_matmul_precision("highest"):
-        jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), slope(module), slope(again)
-        )
+        return jax.jit(jax.value_and_grad(loss))(params)
+
+
+@pytest.fixture(scope="module")
+def expected(params, clips):
+    """Returns the loss and gradient of separate layers."""
+    return value_and_gradient(MODULE, params, clips)
+
+
+def assert_close(*trees):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), *trees)
+
+
+def test_remat_changes_neither_initial_weights_nor_the_gradient(params, clips, expected):
+    remat = MusicLM(CONFIG, remat=True)
+    first, second = (jax.jit(module.init)(jax.random.key(0), *clips) for module in (MODULE, remat))
+    jax.tree.map(np.testing.assert_array_equal, second, first)
+    assert_close(value_and_gradient(remat, params, clips), expected)
+
+
+def test_remat_recomputes_the_same_dropout(params, clips):
+    apply = jax.jit(MusicLM(CONFIG, remat=True).apply, static_argnames="deterministic")
     rngs = {"dropout": jax.random.key(5)}
-    one, other, plain = (
-        again.apply({"params": params}, tokens, mulan, deterministic=still, rngs=rngs)
-        for still in (False, False, True)
+    first, second, plain = (
+        apply({"params": params}, *clips, deterministic=deterministic, rngs=rngs)
+        for deterministic in (False, False, True)
     )
-    np.testing.assert_array_equal(one, other)
-    assert np.abs(np.asarray(one - plain)[..., :5]).max() > 0.01  # dropout drops
+    np.testing.assert_array_equal(first, second)
+    assert np.abs(np.asarray(first - plain)[..., :5]).max() > 0.01
 
 
 @pytest.mark.parametrize("remat", [False, True])
-def test_stacked_layers_are_the_same_weights_with_the_same_gradient(model, clips, remat):
-    """They are one loop: a block stands once in the program."""
-    plain, params = model
-    mulan, tokens = clips
-    together = layers.stacked(params)
-    jax.tree.map(np.testing.assert_array_equal, layers.unstacked(together), params)
-    assert {leaf.shape[0] for leaf in jax.tree.leaves(together["trunk"]["temporal"]["layers"])} == {
-        2
-    }
-    assert len(jax.tree.leaves(together)) < len(jax.tree.leaves(params))
+def test_stacked_layers_have_the_same_gradient(params, clips, expected, remat):
+    """They are one scan: a block is in the program once."""
+    stacked = layers.stacked(params)
+    jax.tree.map(np.testing.assert_array_equal, layers.unstacked(stacked), params)
+    blocks = jax.tree.leaves(stacked["trunk"]["temporal"]["layers"])
+    assert {leaf.shape[0] for leaf in blocks} == {2}
+    assert len(jax.tree.leaves(stacked)) < len(jax.tree.leaves(params))
 
-    def slope(module, params):
-        loss = lambda p: jnp.square(module.apply({"params": p}, tokens, mulan)[..., :5]).mean()  # noqa: E731
-        return jax.jit(jax.value_and_grad(loss))(params)
+    module = MusicLM(CONFIG, remat)
+    loss, gradient = value_and_gradient(module, stacked, clips)
+    assert_close((loss, layers.unstacked(gradient)), expected)
+    program = str(jax.make_jaxpr(lambda p: module.apply({"params": p}, *clips))(stacked))
+    assert program.count("tanh") == 2  # of gelu: one temporal, one depth block
 
-    with jax.default_matmul_precision("highest"):
-        loss, gradient = slope(plain, params)
-        found_loss, found = slope(MusicLM(CONFIG, remat), together)
-    np.testing.assert_allclose(found_loss, loss, atol=1e-6)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), layers.unstacked(found), gradient
-    )
-    program = str(
-        jax.make_jaxpr(lambda p: MusicLM(CONFIG, remat).apply({"params": p}, tokens, mulan))(
-            together
+
+def test_stacked_layers_keep_the_names_of_their_axes(clips):
+    """No rule shards the new axis."""
+
+    def names(boxed):
+        return jax.tree.map(
+            lambda box: box.names, boxed, is_leaf=lambda x: isinstance(x, meta.AxisMetadata)
         )
-    )
-    assert program.count("tanh") == 2  # of gelu; temporal and depth have two layers each
+
+    boxed = jax.eval_shape(MODULE.init, jax.random.key(0), *clips)["params"]
+    depth, stacked = names(boxed)["trunk"]["depth"], jax.eval_shape(layers.stacked, boxed)
+    stacked_depth = stacked["trunk"]["depth"]
+    assert stacked_depth["layers"]["gate"].names == (None, *depth["block_1"]["gate"])
+    assert stacked_depth["relative"].names == depth["relative"]
+    assert names(jax.eval_shape(layers.unstacked, stacked)) == names(boxed)
 
 
-def test_stacked_layers_lie_on_a_mesh_as_each_of_them_does(model, clips):
-    """No rule splits the new axis, and names come back as they were."""
-    mulan, tokens = clips
-    boxed = jax.eval_shape(MusicLM(CONFIG).init, jax.random.key(0), tokens, mulan)["params"]
-    names = jax.tree.map(
-        lambda box: box.names, boxed, is_leaf=lambda x: isinstance(x, meta.AxisMetadata)
-    )
-    together = jax.eval_shape(layers.stacked, boxed)
-    assert together["trunk"]["depth"]["layers"]["gate"].names == (
-        None,
-        *names["trunk"]["depth"]["block_1"]["gate"],
-    )
-    assert together["trunk"]["depth"]["relative"].names == names["trunk"]["depth"]["relative"]
-    back = jax.eval_shape(layers.unstacked, together)
-    assert (
-        jax.tree.map(
-            lambda box: box.names, back, is_leaf=lambda x: isinstance(x, meta.AxisMetadata)
-        )
-        == names
-    )
+def test_stacked_layers_are_cast_and_decayed_as_separate_ones(params):
+    """The axes of one layer decide whether a weight is a scale or a matrix."""
+    params = params["trunk"]["depth"]
+    stacked = layers.stacked(params)
+    cast = [layers.unstacked(in_dtype(stacked, "bfloat16")), in_dtype(params, "bfloat16")]
+    first, second = (jax.tree.map(lambda x: x.dtype, tree) for tree in cast)
+    assert first == second and len(set(jax.tree.leaves(first))) == 2
 
-
-def test_stacked_layers_are_cast_and_decayed_as_each_of_them_is(model):
-    """What tells a scale from a matrix is the axes of one layer."""
-    params = model[1]
-    together = layers.stacked(params)
-    dtypes = jax.tree.map(lambda x: x.dtype, layers.unstacked(in_dtype(together, "bfloat16")))
-    assert dtypes == jax.tree.map(lambda x: x.dtype, in_dtype(params, "bfloat16"))
-    assert len(set(jax.tree.leaves(dtypes))) == 2
     transform = Optimiser(0.1, warmup_steps=0, weight_decay=0.5).build(2)
-    nothing = jax.tree.map(jnp.zeros_like, params)
-    apart = moved(transform, nothing, transform.init(params), params)[0]
-    found = moved(transform, layers.stacked(nothing), transform.init(together), together)[0]
-    jax.tree.map(np.testing.assert_array_equal, layers.unstacked(found), apart)
-    still = jax.tree.map(lambda a, b: bool((a == b).all()), apart, params)["trunk"]["depth"][
-        "block_0"
-    ]
-    assert still["mlp_norm"] and not still["gate"]
+
+    @jax.jit
+    def decay(params):
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        return apply_gradients(transform, zeros, transform.init(params), params)[0]
+
+    separate = decay(params)
+    jax.tree.map(np.testing.assert_array_equal, layers.unstacked(decay(stacked)), separate)
+    before, after = params["block_0"], separate["block_0"]
+    np.testing.assert_array_equal(before["mlp_norm"], after["mlp_norm"])
+    assert (before["gate"] != after["gate"]).any()
 
 
 @pytest.mark.parametrize("remat", [False, True])
-def test_frames_side_by_side_and_blocks_of_queries_change_neither_logits_nor_gradients(
-    model, clips, remat, monkeypatch
+def test_joined_frames_and_blocks_of_queries_change_nothing(
+    params, clips, expected, remat, monkeypatch
 ):
-    """As TPUs do it: four frames of five codes together in 24 lanes, 23 positions of a clip in blocks of 21 and 2."""
-    plain, params = model
-    mulan, tokens = clips
-    blocks = MusicLM(CONFIG, remat, lanes=24)
-    monkeypatch.setattr(transformer, "QUERIES", 21)
-
-    def logits(module, params, tokens):
-        return module.apply({"params": params}, tokens, mulan)
-
-    def slope(module):
-        loss = lambda p: jnp.square(logits(module, p, tokens)[..., :5]).mean()  # noqa: E731
-        return jax.jit(jax.value_and_grad(loss))(params)
-
-    products = str(jax.make_jaxpr(lambda: logits(blocks, params, tokens))())
+    """As on TPUs: four frames of five codes in 24 lanes, 23 positions in blocks of 21 and 2."""
+    module = MusicLM(CONFIG, remat, lanes=24)
+    monkeypatch.setattr(transformer, "QUERY_BLOCK", 21)
+    logits = jax.jit(lambda tokens: module.apply({"params": params}, tokens, clips[1]))
+    products = str(jax.make_jaxpr(logits)(clips[0]))
     assert f"{BATCH * FRAMES // 4},2,20,20" in products and f"{BATCH},2,2,23" in products
-    with jax.default_matmul_precision("highest"):
-        found = slope(blocks)
-        monkeypatch.setattr(transformer, "QUERIES", 256)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), found, slope(plain))
-        # What stands beside a frame is not seen at all: a code that changes in one leaves the others as they are.
-        changed = tokens.at[:, -1, 0].set((tokens[:, -1, 0] + 1) % 5)
-        np.testing.assert_array_equal(
-            *(logits(blocks, params, t)[:, : FRAMES - 1] for t in (tokens, changed))
-        )
+    assert_close(value_and_gradient(module, params, clips), expected)
+
+    # Joined frames do not see each other: a code changed in the last leaves the others' logits.
+    tokens = clips[0]
+    changed = tokens.at[:, -1, 0].set((tokens[:, -1, 0] + 1) % 5)
+    before, after = (logits(x)[:, : FRAMES - 1] for x in (tokens, changed))
+    np.testing.assert_array_equal(before, after)
 
 
 @pytest.mark.exactness(10)
-def test_scoring_has_no_dropout(model, clips):
-    module, params = model
-    mulan, tokens = clips
-    quiet = [
-        module.apply({"params": params}, tokens, mulan, rngs={"dropout": jax.random.key(i)})
-        for i in (0, 1)
-    ]
-    np.testing.assert_array_equal(*quiet)
-    loud = [
-        module.apply({"params": params}, tokens, mulan, False, rngs={"dropout": jax.random.key(i)})
-        for i in (0, 1)
-    ]
-    assert np.abs(np.asarray(loud[0] - loud[1])).max() > 1e-3
+def test_scoring_has_no_dropout(params, clips):
+    @jax.jit
+    def logits(key):
+        apply = lambda *args: MODULE.apply({"params": params}, *clips, *args, rngs={"dropout": key})  # noqa: E731
+        return apply(), apply(False)
+
+    (scored, trained), (scored_again, trained_again) = (logits(jax.random.key(i)) for i in (0, 1))
+    np.testing.assert_array_equal(scored, scored_again)
+    assert np.abs(np.asarray(trained - trained_again)).max() > 1e-3
 
 
 def test_relative_buckets_are_t5s():
-    """Exact below 16, logarithmic to 128, the last from there on: points computed by hand from arXiv 1910.10683."""
+    """Points computed by hand from arXiv 1910.10683: exact below 16, then logarithmic to 128."""
     distance = np.array([-3, 0, 1, 15, 16, 31, 32, 64, 127, 128, 10_000])
-    np.testing.assert_array_equal(
-        relative_bucket(distance, 32, 128), [0, 0, 1, 15, 16, 21, 21, 26, 31, 31, 31]
-    )
+    expected = [0, 0, 1, 15, 16, 21, 21, 26, 31, 31, 31]
+    np.testing.assert_array_equal(relative_bucket(distance, 32, 128), expected)
 
 
-def test_the_bias_is_what_a_lookup_finds_to_the_bit(model):
-    """And its gradient is the sum over the places that looked an entry up."""
-    module, params = model
-    relative, length, heads = params["trunk"]["temporal"]["relative"], 21, CONFIG.temporal.heads
+def test_the_bias_equals_a_lookup_to_the_bit(params):
+    """Its gradient is the sum over all uses of an entry."""
+    trunk = params["trunk"]
+    relative, length, heads = trunk["temporal"]["relative"], 21, CONFIG.temporal.heads
 
     def bias(relative):
-        trunk = {
-            **params["trunk"],
-            "temporal": {**params["trunk"]["temporal"], "relative": relative},
-        }
-        return module.apply(
-            {"params": {**params, "trunk": trunk}}, length - 3, method="temporal_bias"
-        )
+        tree = params | {"trunk": trunk | {"temporal": trunk["temporal"] | {"relative": relative}}}
+        return MODULE.apply({"params": tree}, length - 3, method="temporal_bias")
 
     distance = np.arange(length)[:, None] - np.arange(length)[None]
     bucket, past = relative_bucket(distance, 8, 16), distance >= 0
     expected = np.where(past[None], np.asarray(relative)[:, bucket], np.float32(transformer.NEVER))
     np.testing.assert_array_equal(bias(relative), expected)
+
     weight = np.random.default_rng(0).normal(size=(heads, length, length)).astype(np.float32)
-    gradient = jax.grad(lambda relative: jnp.sum(bias(relative) * weight))(relative)
-    summed = np.stack(
-        [(weight * (past & (bucket == b))).sum(axis=(1, 2), dtype=np.float64) for b in range(8)],
-        axis=1,
-    )
-    np.testing.assert_allclose(gradient, summed, rtol=1e-5, atol=1e-5)
+    gradient = jax.jit(jax.grad(lambda relative: jnp.sum(bias(relative) * weight)))(relative)
+    sums = []
+    for number in range(8):
+        sums.append((weight * (past & (bucket == number))).sum(axis=(1, 2), dtype=np.float64))
+    np.testing.assert_allclose(gradient, np.stack(sums, axis=1), rtol=1e-5, atol=1e-5)

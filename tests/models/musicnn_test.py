@@ -1,4 +1,4 @@
-"""musicnn against the TensorFlow operations that the original is made of, mels against librosa, rates against SciPy."""
+"""musicnn against the original's TensorFlow operations, librosa's mels and SciPy's resampling."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ CONFIG = musicnn.MusicnnConfig(timbral=5, temporal=3, middle=4)
 
 
 def checkpoint(seed=0):
-    """Random variables under the names of the original's, for `CONFIG`."""
+    """Draws variables of `CONFIG` with the original's names."""
     rng = np.random.default_rng(seed)
     kernels = [
         (7, 38, 5),
@@ -43,7 +43,7 @@ def checkpoint(seed=0):
 
 
 def original(tensors, mels):
-    """The package's define_model, from its operations: the flat pooled features after their batch normalisation."""
+    """Computes the output of the original's define_model by its operations."""
 
     def norm(number, x):
         name = f"batch_normalization_{number}" if number else "batch_normalization"
@@ -76,7 +76,7 @@ def original(tensors, mels):
     return norm(9, flat).numpy()
 
 
-def test_equals_the_originals_operations():
+def test_the_network_equals_the_originals():
     tensors = checkpoint()
     mels = np.random.default_rng(1).uniform(0, 4, size=(2, 150, 96)).astype(np.float32)
     params = musicnn.params(CONFIG, tensors, "here")
@@ -84,7 +84,7 @@ def test_equals_the_originals_operations():
     np.testing.assert_allclose(got, original(tensors, mels), rtol=1e-4, atol=1e-4)
 
 
-def test_loaded_weights_are_all_that_a_fresh_network_has():
+def test_loaded_weights_have_the_shapes_of_a_new_network():
     fresh = jax.eval_shape(musicnn.Musicnn(CONFIG).init, jax.random.key(0), jnp.zeros((1, 20, 96)))[
         "params"
     ]
@@ -93,7 +93,7 @@ def test_loaded_weights_are_all_that_a_fresh_network_has():
 
 
 @pytest.mark.parametrize("samples", [513, 16_000, 16_127])
-def test_mels_are_librosas(samples):
+def test_mels_equal_librosas(samples):
     wav = np.random.default_rng(2).normal(size=samples).astype(np.float32) * np.linspace(
         0, 1, samples, dtype=np.float32
     )
@@ -106,28 +106,27 @@ def test_mels_are_librosas(samples):
 
 def test_silence_is_zero_and_full_scale_is_finite():
     assert not np.asarray(musicnn.log_mels(jnp.zeros((1, 4000)))).any()
-    assert np.isfinite(
-        np.asarray(
-            musicnn.log_mels(jnp.ones((1, 4000)) * jnp.tile(jnp.array([1.0, -1]), 2000)[None])
-        )
-    ).all()
+    full_scale = jnp.tile(jnp.array([1.0, -1]), 2000)[None]
+    assert np.isfinite(np.asarray(musicnn.log_mels(full_scale))).all()
 
 
 @pytest.mark.parametrize(
     ("rate", "up", "down"), [(24_000, 2, 3), (8000, 2, 1), (44_100, 160, 441), (48_000, 1, 3)]
 )
-def test_other_rates_are_resampled_as_scipy_does(rate, up, down):
+def test_other_rates_are_resampled_as_by_scipy(rate, up, down):
     wav = np.random.default_rng(3).normal(size=(2, 1001)).astype(np.float32)
     expected = scipy.signal.resample_poly(wav, up, down, axis=1)
-    np.testing.assert_allclose(musicnn.at_16_khz(jnp.asarray(wav), rate), expected, atol=1e-5)
+    np.testing.assert_allclose(
+        musicnn.resample_to_16_khz(jnp.asarray(wav), rate), expected, atol=1e-5
+    )
 
 
-def test_16_khz_is_left_alone():
+def test_16_khz_is_not_resampled():
     wav = jnp.ones((1, 5))
-    assert musicnn.at_16_khz(wav, 16_000) is wav
+    assert musicnn.resample_to_16_khz(wav, 16_000) is wav
 
 
-def test_what_does_not_fit_is_named():
+def test_bad_weights_clips_and_sizes_are_named():
     tensors = checkpoint()
     with pytest.raises(
         ValueError,
@@ -135,11 +134,9 @@ def test_what_does_not_fit_is_named():
     ):
         musicnn.params(musicnn.MusicnnConfig(6, 3, 4), tensors, "here")
     del tensors["batch_normalization_9/beta"]
-    with pytest.raises(
-        ValueError, match="here is no musicnn: it has no tensor batch_normalization_9/beta"
-    ):
+    with pytest.raises(ValueError, match="here has no tensor batch_normalization_9/beta"):
         musicnn.params(CONFIG, tensors, "here")
-    with pytest.raises(ValueError, match="256 samples is too short for musicnn: give at least 257"):
+    with pytest.raises(ValueError, match="256 samples is too short for musicnn: use at least 257"):
         musicnn.log_mels(jnp.zeros((1, 256)))
     with pytest.raises(ValueError, match="temporal = 0"):
         musicnn.MusicnnConfig(temporal=0)

@@ -1,4 +1,4 @@
-"""The residual network: one block against SciPy's correlation, pooling, scaling of its input."""
+"""The residual network: one block against SciPy, the stages' shapes, its log-mels."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ def _norm(p, x):
 
 
 def _conv(p, x):
-    """X [S, M, W] with a 3 x 3 kernel, zeros around."""
+    """Convolves x [S, M, W] with a 3 x 3 kernel, padded with zeros."""
     padded = np.pad(x, ((1, 1), (1, 1), (0, 0)))
     out = [
         correlate(padded, p["kernel"][..., w], mode="valid")[:, :, 0] + p["bias"][w]
@@ -25,7 +25,7 @@ def _conv(p, x):
     return np.stack(out, axis=-1)
 
 
-def test_equals_scipy():
+def test_one_block_equals_scipys():
     net = resnet.ResNet(resnet.ResNetConfig(mels=8, widths=(3,), blocks=1))
     mels = jax.random.normal(jax.random.key(0), (2, 20, 8))
     params = jax.jit(net.init)(jax.random.key(1), mels)["params"]
@@ -49,16 +49,17 @@ def test_equals_scipy():
 def test_stages_halve_time_and_frequency():
     net = resnet.ResNet(resnet.ResNetConfig(mels=32, widths=(2, 4, 8), blocks=2))
     mels = jnp.zeros((1, 400, 32))
-    _, seen = jax.eval_shape(
+    _, variables = jax.eval_shape(
         lambda: net.init_with_output(jax.random.key(0), mels, capture_intermediates=True)
     )
     shapes = [
-        seen["intermediates"][f"stage_{stage}_block_1"]["__call__"][0].shape for stage in range(3)
+        variables["intermediates"][f"stage_{stage}_block_1"]["__call__"][0].shape
+        for stage in range(3)
     ]
     assert shapes == [(1, 100, 8, 2), (1, 50, 4, 4), (1, 25, 2, 8)]
 
 
-def test_input_is_a_shifted_log_mel():
+def test_the_input_is_a_scaled_log_mel():
     wav = 0.1 * np.random.default_rng(3).normal(size=16_000).astype(np.float32)
     got = np.asarray(resnet.log_mels(jnp.asarray(wav)[None, :], 16_000, 32))[0]
     assert got.shape == (100, 32)

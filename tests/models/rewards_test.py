@@ -1,4 +1,4 @@
-"""The quality regressor: its range, and the windows that it hears of long clips (first and last, mean)."""
+"""The quality regressor: its range, and the mean of a long clip's first and last window."""
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ MODULE = rewards.Quality(CONFIG)
 
 @pytest.fixture(scope="module")
 def score():
-    """A function wav -> MOS with weights that make it depend strongly on its input."""
+    """Returns a function wav -> MOS whose weights make it depend strongly on its input."""
     variables = jax.jit(MODULE.init)(jax.random.key(0), jnp.zeros((1, 8000)))
     rng = np.random.default_rng(0)
     variables = jax.tree.map(
@@ -28,27 +28,27 @@ def wav():
     return ramp * jax.random.normal(jax.random.key(1), (3, 20_000))
 
 
-def test_first_and_last_window_of_a_long_clip(score, wav):
+def test_a_long_clip_has_the_mean_of_its_first_and_last_window(score, wav):
     first, last, middle = score(wav[:, :8000]), score(wav[:, 12_000:]), score(wav[:, 6000:14_000])
     assert np.abs(first - last).min() > 1e-3
     np.testing.assert_allclose(score(wav), (first + last) / 2, atol=1e-5)
     assert np.abs(score(wav) - middle).max() > 1e-3
 
 
-def test_windows_overlap_where_the_clip_is_shorter_than_two(score, wav):
+def test_windows_of_a_clip_shorter_than_two_overlap(score, wav):
     clip = wav[:, :10_000]
     expected = (np.asarray(score(clip[:, :8000])) + np.asarray(score(clip[:, -8000:]))) / 2
     np.testing.assert_allclose(score(clip), expected, atol=1e-5)
 
 
-def test_a_short_clip_is_heard_whole(score, wav):
+def test_a_short_clip_is_one_window(score, wav):
     clip = wav[:, :4000]
     padded = jnp.pad(clip, ((0, 0), (0, 4000)))
     assert score(clip).shape == (3,)
     assert np.abs(score(clip) - score(padded)).max() > 1e-3
 
 
-def test_range_is_one_to_five(score):
+def test_scores_are_between_1_and_5(score):
     loud = 1e3 * jax.random.normal(jax.random.key(2), (3, 8000))
     for clip in (loud, jnp.zeros((3, 8000)), jnp.ones((3, 8000))):
         value = np.asarray(score(clip))
@@ -56,12 +56,12 @@ def test_range_is_one_to_five(score):
         assert value.dtype == np.float32
 
 
-def test_starts_in_the_middle():
+def test_initial_scores_are_about_3():
     variables = jax.jit(MODULE.init)(jax.random.key(0), jnp.zeros((1, 8000)))
     got = jax.jit(MODULE.apply)(variables, 0.1 * jax.random.normal(jax.random.key(3), (2, 8000)))
     np.testing.assert_allclose(got, 3, atol=0.5)
 
 
-def test_window_must_be_positive():
+def test_a_negative_window_is_refused():
     with pytest.raises(ValueError, match="window_seconds = -1"):
         rewards.QualityConfig(window_seconds=-1.0)

@@ -1,3 +1,5 @@
+"""Residual quantization against NumPy: codes, moving averages, dropout and gradients."""
+
 import functools
 
 import jax
@@ -22,7 +24,7 @@ def numpy_quantize(codebooks, x):
     return np.stack(codes, -1), np.stack(sums)
 
 
-def a_state(seed=0, count=5.0):
+def make_state(seed=0, count=5.0):
     codebooks = jax.random.normal(jax.random.key(seed), (LEVELS, CODES, WIDTH))
     counts = jnp.full((LEVELS, CODES), count)
     return {
@@ -33,31 +35,31 @@ def a_state(seed=0, count=5.0):
     }
 
 
-def an_input(clips=4, steps=6, seed=1):
+def make_input(clips=4, steps=6, seed=1):
     return jax.random.normal(jax.random.key(seed), (clips, steps, WIDTH))
 
 
 def test_quantize_and_dequantize_equal_numpy():
-    codebooks, x = a_state()["codebooks"], an_input()
+    codebooks, x = make_state()["codebooks"], make_input()
     codes, sums = numpy_quantize(codebooks, np.asarray(x))
     np.testing.assert_array_equal(rvq.quantize(codebooks, x), codes)
     assert rvq.quantize(codebooks, x).dtype == jnp.int32
     for q in range(1, LEVELS + 1):
-        np.testing.assert_allclose(
-            rvq.dequantize(codebooks, jnp.asarray(codes[..., :q])), sums[q - 1], atol=1e-6
-        )
+        vectors = rvq.dequantize(codebooks, jnp.asarray(codes[..., :q]))
+        np.testing.assert_allclose(vectors, sums[q - 1], atol=1e-6)
 
 
-def test_a_level_of_minus_one_is_not_heard():
-    codebooks, codes = a_state()["codebooks"], rvq.quantize(a_state()["codebooks"], an_input())
+def test_a_code_of_minus_one_adds_nothing():
+    codebooks = make_state()["codebooks"]
+    codes = rvq.quantize(codebooks, make_input())
     silenced = codes.at[..., 1].set(-1)
     expected = rvq.dequantize(codebooks, codes) - codebooks[1][codes[..., 1]]
     np.testing.assert_allclose(rvq.dequantize(codebooks, silenced), expected, atol=1e-6)
 
 
-def test_what_is_not_finite_has_no_code_in_dacs_quantizer_either():
+def test_dacs_quantizer_gives_no_code_to_values_that_are_not_finite():
     factors = rvq.init_factored(jax.random.key(0), LEVELS, CODES, WIDTH, 2)
-    x = an_input()
+    x = make_input()
     codes = np.asarray(rvq.quantize_factored(factors, x))
     broken = np.array(rvq.quantize_factored(factors, x.at[1, 2].set(jnp.nan)))
     assert (codes >= 0).all() and (broken[1, 2] == -1).all()
@@ -67,12 +69,12 @@ def test_what_is_not_finite_has_no_code_in_dacs_quantizer_either():
 
 def test_codes_of_more_levels_are_refused():
     with pytest.raises(ValueError, match="5 levels"):
-        rvq.dequantize(a_state()["codebooks"], jnp.zeros((1, 5), jnp.int32))
+        rvq.dequantize(make_state()["codebooks"], jnp.zeros((1, 5), jnp.int32))
 
 
 def test_moving_averages_equal_a_hand_calculation():
-    state = a_state()
-    x = np.asarray(an_input())
+    state = make_state()
+    x = np.asarray(make_input())
     _, new = train(state, jnp.asarray(x), jax.random.key(0))
     residual = x.reshape(-1, WIDTH).astype(np.float64)
     for q in range(LEVELS):
@@ -87,16 +89,15 @@ def test_moving_averages_equal_a_hand_calculation():
 
 
 def test_dead_codes_come_back_as_residuals_of_their_level():
-    state = a_state()
+    state = make_state()
     even_share = 24 / CODES
     counts = state["counts"].at[1, 2].set(0.05 * even_share)
-    far = state["codebooks"].at[1, 2].set(1e3)  # nothing chooses it
+    far = state["codebooks"].at[1, 2].set(1e3)  # no vector chooses it
     state = state | {"counts": counts, "codebooks": far, "sums": far * counts[..., None]}
-    x = an_input()
+    x = make_input()
     _, new = train(state, x, jax.random.key(0))
-    first = np.asarray(state["codebooks"][0])[
-        numpy_quantize(state["codebooks"], np.asarray(x))[0][..., 0]
-    ]
+    codes, _ = numpy_quantize(state["codebooks"], np.asarray(x))
+    first = np.asarray(state["codebooks"][0])[codes[..., 0]]
     residual = (np.asarray(x) - first).reshape(-1, WIDTH)
     revived = np.asarray(new["codebooks"][1, 2])
     assert np.abs(residual - revived).max(-1).min() < 1e-6
@@ -109,17 +110,17 @@ def test_dead_codes_come_back_as_residuals_of_their_level():
 def test_first_batch_starts_the_codebooks():
     state = rvq.init(jax.random.key(0), LEVELS, CODES, WIDTH)
     centres = np.asarray([[30.0, 0.0], [0.0, 30.0], [-30.0, 0.0], [0.0, -30.0]], np.float32)
-    x = jnp.asarray(np.tile(centres, (2, 3, 1))) + 0.1 * an_input(2, 12)
+    x = jnp.asarray(np.tile(centres, (2, 3, 1))) + 0.1 * make_input(2, 12)
     trained, new = train(state, x, jax.random.key(0))
     assert new["updates"] == 1
-    found = np.asarray(new["codebooks"][0])
-    assert np.abs(found[:, None] - centres[None]).max(-1).min(0).max() < 0.2
+    codebook = np.asarray(new["codebooks"][0])
+    assert np.abs(codebook[:, None] - centres[None]).max(-1).min(0).max() < 0.2
     assert trained.commitment < 0.02
     np.testing.assert_allclose(new["counts"].sum(-1), 24.0, rtol=1e-5)
 
 
 def test_codebooks_fitted_to_vectors_with_long_tails_are_used_evenly():
-    """Where k-means++ spends most codes on the tail; the distortion is no larger than scikit-learn's on each level."""
+    """k-means++ spends most codes on the tail; scikit-learn's distortion is hardly smaller."""
     rng = np.random.default_rng(0)
     x = rng.normal(size=(4000, 8)) * rng.lognormal(0, 1, size=(4000, 1))
     codebooks = rvq.fit(jax.random.key(0), jnp.asarray(x, jnp.float32), 2, 64)
@@ -129,27 +130,26 @@ def test_codebooks_fitted_to_vectors_with_long_tails_are_used_evenly():
     theirs = sklearn.cluster.KMeans(64, init="k-means++", n_init=1, random_state=0).fit(x)
     share = np.bincount(theirs.labels_, minlength=64) / len(x)
     assert used[0] > 1.2 * np.exp(-np.sum(share * np.log(np.maximum(share, 1e-12))))
-    left = x - np.asarray(codebooks)[0][np.asarray(codes[:, 0])]
-    assert np.square(left).sum() < 1.5 * theirs.inertia_
+    residual = x - np.asarray(codebooks)[0][np.asarray(codes[:, 0])]
+    assert np.square(residual).sum() < 1.5 * theirs.inertia_
 
 
-def test_fitted_levels_quantize_what_the_levels_before_leave():
+def test_fitted_levels_quantize_the_residuals_of_earlier_levels():
     rng = np.random.default_rng(3)
     centres = 10.0 * rng.normal(size=(6, 4))
     x = (centres[rng.integers(0, 6, 600)] + rng.normal(size=(600, 4))).astype(np.float32)
     codebooks = np.asarray(rvq.fit(jax.random.key(0), jnp.asarray(x), 3, 8))
     residual, errors = x, [np.square(x).mean()]
     for codebook in codebooks:
-        residual = (
-            residual - codebook[np.square(residual[:, None] - codebook[None]).sum(-1).argmin(1)]
-        )
+        code = np.square(residual[:, None] - codebook[None]).sum(-1).argmin(1)
+        residual = residual - codebook[code]
         errors.append(np.square(residual).mean())
     assert errors[1] < 0.1 * errors[0]
     assert errors[3] < 0.8 * errors[2] < 0.64 * errors[1]
 
 
-def test_a_first_batch_smaller_than_a_codebook_leaves_every_level_something_to_learn():
-    x = an_input(clips=2, steps=5)
+def test_a_first_batch_smaller_than_a_codebook_uses_every_level():
+    x = make_input(clips=2, steps=5)
     state = rvq.init(jax.random.key(0), LEVELS, 16, WIDTH)
     trained, _ = train(state, x, jax.random.key(0))
     assert (np.asarray(rvq.perplexity(trained.codes, 16)) > 3).all()
@@ -162,27 +162,27 @@ def test_fewer_vectors_than_codes_are_refused():
 
 
 def test_dropout_keeps_a_uniform_number_of_first_levels():
-    state = a_state()
-    x = an_input(clips=300, steps=2)
+    state = make_state()
+    x = make_input(clips=300, steps=2)
     sums = numpy_quantize(state["codebooks"], np.asarray(x))[1]  # [Q, B, T, D]
-    heard = np.asarray(train(state, x, jax.random.key(3))[0].x)
-    matches = np.abs(sums - heard[None]).max((-1, -2)) < 1e-5  # [Q, B]
+    quantized = np.asarray(train(state, x, jax.random.key(3))[0].x)
+    matches = np.abs(sums - quantized[None]).max((-1, -2)) < 1e-5  # [Q, B]
     assert matches.any(0).all()
     assert (np.abs(matches.sum(1) - 100) < 4 * np.sqrt(300 * 2 / 9)).all()
 
 
 def test_gradient_goes_straight_through():
-    weights = an_input(seed=9)
-    state = a_state()
+    weights = make_input(seed=9)
+    state = make_state()
 
     def total(x):
         return jnp.sum(weights * rvq.train(state, x, jax.random.key(0))[0].x)
 
-    np.testing.assert_allclose(jax.grad(total)(an_input()), weights, rtol=1e-6)
+    np.testing.assert_allclose(jax.jit(jax.grad(total))(make_input()), weights, rtol=1e-6)
 
 
 def test_every_level_commits():
-    state, x = a_state(), an_input()
+    state, x = make_state(), make_input()
     gradient = jax.jit(jax.grad(lambda x: rvq.train(state, x, jax.random.key(0))[0].commitment))(x)
     sums = numpy_quantize(state["codebooks"], np.asarray(x))[1]
     per_level = [2 * (np.asarray(x) - level) / (LEVELS * x.size) for level in sums]
@@ -196,7 +196,7 @@ def test_perplexity_of_even_and_single_use():
 
 
 def test_statistics_are_those_of_the_global_batch():
-    state, x = a_state(), an_input(clips=8)
+    state, x = make_state(), make_input(clips=8)
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     spread = jax.device_put(x, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data")))
     one, many = train(state, x, jax.random.key(0)), train(state, spread, jax.random.key(0))

@@ -1,4 +1,4 @@
-"""The semantic encoder: rates, masks, random targets and k-means tokens, against NumPy."""
+"""The semantic encoder against NumPy: rates, masks, random targets and k-means tokens."""
 
 import functools
 
@@ -50,7 +50,7 @@ def variables(wav):
         (24_000, 720_000, 750),
     ],
 )
-def test_rate_is_25_hz_exactly(rate, samples, frames):
+def test_there_are_25_frames_a_second_exactly(rate, samples, frames):
     config = semantic.SemanticConfig(rate, 16, CONFIG.encoder, 1, 24, 8)
     module = semantic.SemanticEncoder(config)
     mask, noise = jnp.zeros((1, frames), bool), jnp.zeros((1, frames, 64))
@@ -72,17 +72,13 @@ def test_stacked_frames_are_standardised_in_time_order(variables, wav):
     assert mels.shape == (3, 100, 16)
     for f in (0, 7, 24):
         for step in range(4):
-            np.testing.assert_allclose(
-                stacked[1, f, 16 * step : 16 * (step + 1)],
-                (mels[1, 4 * f + step] - mean) / std,
-                atol=1e-5,
-            )
+            part = stacked[1, f, 16 * step : 16 * (step + 1)]
+            np.testing.assert_allclose(part, (mels[1, 4 * f + step] - mean) / std, atol=1e-5)
 
 
 def test_front_end_equals_librosa(variables, wav):
-    padded = np.pad(
-        np.asarray(wav), ((0, 0), ((1024 - 160) // 2, 1024))
-    )  # frame s is centred on the middle of hop s
+    # Frame s is centred on the middle of hop s.
+    padded = np.pad(np.asarray(wav), ((0, 0), ((1024 - 160) // 2, 1024)))
     mel = librosa.feature.melspectrogram(
         y=padded, sr=16_000, n_fft=1024, hop_length=160, n_mels=16, power=1.0, center=False
     )
@@ -103,32 +99,31 @@ def test_targets_are_the_nearest_random_codeword(variables):
     assert len(np.unique(got)) > 5
 
 
-def test_masked_frames_are_hidden_and_targets_are_not(variables, wav):
+def test_masked_frames_change_targets_but_not_logits(variables, wav):
     mask = jnp.zeros((3, 25), bool).at[:, 10:20].set(True)
     noise = jax.random.normal(jax.random.key(2), (3, 25, 64))
     logits, targets = apply(variables, None, wav, mask, noise)
-    # Another sound in the middle of the masked stretch: the guesses stay, the truth changes. (A mel window is 64 ms.)
+    # Other sound amid the masked frames leaves the logits and changes the targets.
     other = wav.at[:, 12 * 640 : 18 * 640].set(jnp.sin(jnp.arange(6.0 * 640) / 5.0)[None, :])
     logits_other, targets_other = apply(variables, None, other, mask, noise)
     np.testing.assert_array_equal(logits, logits_other)
     assert np.mean(targets[:, 12:18] != targets_other[:, 12:18]) > 0.5
-    np.testing.assert_array_equal(
-        targets, apply(variables, "targets", apply(variables, "stacked", wav))
-    )
-    # What is seen there instead is a tenth of the noise.
-    seen = jnp.where(mask[:, :, None], 0.1 * noise, apply(variables, "stacked", wav))
-    by_hand = MODULE.apply(variables, seen, method=lambda m, x: m.head(m.encoder(m.entry(x))))
+    stacked = apply(variables, "stacked", wav)
+    np.testing.assert_array_equal(targets, apply(variables, "targets", stacked))
+    # A tenth of the noise replaces masked frames.
+    masked = jnp.where(mask[:, :, None], 0.1 * noise, stacked)
+    by_hand = MODULE.apply(variables, masked, method=lambda m, x: m.head(m.encoder(m.entry(x))))
     np.testing.assert_allclose(logits, by_hand, atol=1e-5)
 
 
-def test_mask_statistics():
+def test_blocks_of_400_ms_are_masked_independently():
     mask = np.asarray(semantic.draw_mask(jax.random.key(3), 2000, 47))
     assert mask.shape == (2000, 47)
     np.testing.assert_allclose(mask.mean(), 0.6, atol=0.02)
     blocks = np.pad(mask, ((0, 0), (0, 3)), mode="edge").reshape(2000, 5, 10)
-    assert np.all(blocks == blocks[:, :, :1])  # 400 ms, all or nothing; the last one is cut
+    assert np.all(blocks == blocks[:, :, :1])  # the last block is cut
     shares = blocks[:, :, 0].astype(float)
-    np.testing.assert_allclose(np.corrcoef(shares.T), np.eye(5), atol=0.1)  # blocks are independent
+    np.testing.assert_allclose(np.corrcoef(shares.T), np.eye(5), atol=0.1)
     assert not np.array_equal(mask, semantic.draw_mask(jax.random.key(4), 2000, 47))
 
 
@@ -157,9 +152,8 @@ def test_features_come_from_the_named_layer(variables, wav):
     second = jax.jit(functools.partial(last.apply, method="features"))(variables, wav)
     assert np.abs(first - second).max() > 0.1
     changed = jax.tree.map(lambda a: a, variables)
-    changed["params"]["encoder"]["block_1"] = jax.tree.map(
-        jnp.zeros_like, changed["params"]["encoder"]["block_1"]
-    )
+    encoder = changed["params"]["encoder"]
+    encoder["block_1"] = jax.tree.map(jnp.zeros_like, encoder["block_1"])
     np.testing.assert_array_equal(apply(changed, "features", wav), first)
 
 

@@ -1,4 +1,4 @@
-"""The layout is a bijection."""
+"""The layout of tokens is a bijection."""
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ def test_interleaving_is_a_bijection(batch, frames, levels, seed):
     back = deinterleave(tokens)
     np.testing.assert_array_equal(back[0], semantic)
     np.testing.assert_array_equal(back[1], coarse)
-    # The paper's order, frame-major and level-minor: codec frame 2f's levels, then those of frame 2f + 1.
+    # The paper's order: all levels of codec frame 2f, then those of frame 2f + 1.
     for f in range(frames):
         expected = np.concatenate(
             [semantic[:, f, None], coarse[:, 2 * f], coarse[:, 2 * f + 1]], axis=1
@@ -44,6 +44,6 @@ def test_every_code_at_every_place_has_an_id_of_its_own(semantic_codes, acoustic
     )
 
 
-def test_codes_of_unequal_length_are_refused():
+def test_codes_of_unequal_lengths_are_refused():
     with pytest.raises(ValueError, match="two codec frames"):
         interleave(np.zeros((1, 3), np.int32), np.zeros((1, 5, 4), np.int32))

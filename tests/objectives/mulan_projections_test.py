@@ -162,8 +162,8 @@ def test_outputs_are_computed_once_and_are_the_towers(task, weights):
     rows, counts = np.unique(outputs["audio"].reshape(34, -1), axis=0, return_counts=True)
     assert len(rows) == 17 and (counts == 2).all()
     variables, whole = {"params": weights[2]}, data.clips.whole("two", "train")
-    audio = np.asarray(apply_towers(variables, whole["audio"], method=Towers.hear))
-    texts = np.asarray(apply_towers(variables, whole["text"], method=Towers.read))
+    audio = np.asarray(apply_towers(variables, whole["audio"], method=Towers.audio_features))
+    texts = np.asarray(apply_towers(variables, whole["text"], method=Towers.text_features))
     for clip, text, ids in zip(audio, texts, whole["text"], strict=True):
         at = np.abs(outputs["audio"] - clip).max(axis=(1, 2)).argmin()
         np.testing.assert_allclose(outputs["audio"][at], clip, rtol=1e-4, atol=1e-4)
@@ -246,8 +246,14 @@ def test_weights_that_do_not_fit_are_named(task, weights):
         ({"model": MuLanConfig()}, "set MuLanConfig.audio to a MusicnnConfig"),
         ({"model": other_text}, r"holds a BertConfig\(layers=2, .*: set MuLanCo"),
         ({"text_weights": "/no/file"}, "weights '/no/file' are no file"),
-        ({"text_weights": weights[0]}, r"audio.safetensors is no BERT: it has no tensor embedd"),
-        ({"audio_weights": weights[1]}, r"text.safetensors is no musicnn: it has no tensor batch_"),
+        (
+            {"text_weights": weights[0]},
+            r"audio.safetensors has no tensor embeddings",
+        ),
+        (
+            {"audio_weights": weights[1]},
+            r"text.safetensors has no tensor batch_norm",
+        ),
     ):
         with pytest.raises((ValueError, FileNotFoundError), match=complaint):
             dataclasses.replace(task.data.towers, **changes).params()
