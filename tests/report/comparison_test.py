@@ -145,8 +145,8 @@ def test_figures_are_on_the_page(folders):
     text = words(write(folders))
     for part in (
         "quickstart By the votes of simulated listeners, the win rate against MusicLM is 71.4 % "
-        "for R (95 % interval 60.0 % to 80.0 %, which excludes one half), so these listeners prefer R to "
-        "MusicLM; this does not show what people would prefer.",
+        "for R (95 % interval 60.0 % to 80.0 %, which excludes one half), so these listeners "
+        "prefer R to MusicLM; this does not show what people would prefer.",
         "R against MusicLM 62.5 % 12.5 % 25.0 % 71.4 % 60.0 % to 80.0 % 0.012",
         "best of 8 4.500 4.375 to 4.750 real clips 4.250 4.125 to 4.500",  # MOS
         # The total first, though the summary has it last.
