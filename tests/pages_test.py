@@ -133,7 +133,7 @@ def test_a_command_of_a_page_is_valid(page, program, words, yours):
 
 @pytest.mark.parametrize(("page", "words"), FLAGS, ids=label)
 def test_flags_of_a_page_are_valid_for_a_verb(page, words):
-    """Checks name and type of --gin.NAME=VALUE, and other flags against a verb that has them all."""
+    """Checks --gin.NAME=VALUE by name and type, other flags by a verb that has all of them."""
     errors = []
     for verb in cli.VERBS:
         gin.clear_config()

@@ -38,7 +38,8 @@ def prepare(builder: str, config: str | Mapping[str, Any], data_dir: str) -> str
       ValueError: if there is no such config or field.
       OSError: if the disk is full. An unfinished set never counts as a finished one.
     """
-    from musicrl_jax.inputs import tasks  # before the builder, which imports TensorFlow too
+    # Before the builder, which imports TensorFlow too.
+    from musicrl_jax.inputs import tasks
 
     module = _module(builder)
     try:
@@ -54,7 +55,8 @@ def prepare(builder: str, config: str | Mapping[str, Any], data_dir: str) -> str
             if is_new and not content.read(folder):
                 content.write(folder, content.of_splits(tfds_builder))
     except Exception as error:
-        hosts.stop_point()  # a signal to the whole process group ends the workers too
+        # A signal to the whole process group ends the workers too.
+        hosts.stop_point()
         if tasks.disk_is_full(error):
             message = f"data_dir: no space left for {builder}: free some, or choose another disk"
             raise OSError(errno.ENOSPC, message, str(data_dir)) from error
@@ -116,7 +118,7 @@ def _new_config(module: ModuleType, config: Mapping[str, Any]) -> "tfds.core.Bui
         )
     (config_class,) = classes
 
-    # Names and types of its fields.
+    # Its fields: names, then types.
     types = {field.name: field.type for field in dataclasses.fields(config_class)}
     try:
         inspect.signature(config_class).bind(**config)
@@ -126,6 +128,7 @@ def _new_config(module: ModuleType, config: Mapping[str, Any]) -> "tfds.core.Bui
         ) from error
     for name, value in config.items():
         kind = types[name]
+        # bool is a subclass of int.
         is_bool_for_number = isinstance(value, bool) and kind is not bool
         if kind in TYPES and (is_bool_for_number or not isinstance(value, TYPES[kind])):
             raise ValueError(f"config: {name} = {value!r} must be of type {kind.__name__}")

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
 RATING_COLUMNS = ("clip", "rater", "score")
 LOWEST_SCORE, HIGHEST_SCORE = 1.0, 5.0
-_NUMBER = re.compile(r"[0-9]+(\.[0-9]*)?")  # float() accepts 1_0, nan and other digits too
+# float() accepts 1_0, nan and other digits too.
+_NUMBER = re.compile(r"[0-9]+(\.[0-9]*)?")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,6 +146,7 @@ class Clips:
                     f"crop_seconds: clips have different lengths, {lengths} samples: set one"
                 )
             return next(iter(lengths.values()))
+        # A crop must fit into the clips of every set.
         crop = round(self.crop_seconds * self.sample_rate_hz)
         for name, samples in lengths.items():
             if not 0 < crop <= samples:
@@ -165,6 +167,8 @@ class Clips:
         from musicrl_jax.inputs import tasks
 
         return tasks.texts(name, self.data_dir, split)
+
+    # --- The sets ---
 
     def _prepared(self, name: str) -> "tfds.core.DatasetBuilder":
         from musicrl_jax.inputs import tasks
@@ -187,6 +191,7 @@ class Clips:
         """Returns the length of a set's clips, and checks its features and sample rate."""
         info = self._prepared(name).info
         spec = info.features.get_tensor_spec()
+        # Its features.
         audio = spec.get("audio")
         is_clip = audio is not None and audio.dtype == np.int16 and audio.shape.rank == 1
         if not is_clip or audio.shape[0] is None:
@@ -198,6 +203,7 @@ class Clips:
             raise ValueError(
                 f"datasets: {name!r} is no clip set; it lacks the text features {sorted(missing)}"
             )
+        # Its sample rate.
         rate = (info.metadata or {}).get("sample_rate_hz")
         if rate is None:
             raise ValueError(
@@ -223,6 +229,9 @@ class Clips:
             steps.append(functools.partial(tasks.tokenize, vocabulary=self.vocabulary))
         source = tasks.RecordSource(self.records(name), fields)
         return tasks.register(name, source, steps, features)
+
+
+# --- Ratings ---
 
 
 @dataclasses.dataclass(frozen=True)
@@ -253,12 +262,14 @@ class Ratings:
         from musicrl_jax.inputs import tasks
 
         batch_order = BatchOrder(batch_size, seed, start_step, epochs, rows)
+        # No ratings are an error in a single pass too.
         rated = self._rated(split)
         examples = f"ratings of split {split!r} in {self.ratings_csv}"
         if not rated:
             raise ValueError(f"batch_size {batch_size} is more than the 0 {examples}: add some")
         batch_order.check_count(len(rated), examples, "lower it, or add ratings")
         spec = {"audio": tasks.spec([None], np.int16), "score": tasks.spec([], np.float32)}
+        # The features after cropping, which converts audio to float32.
         features = {
             "audio": tasks.number_feature(np.float32),
             "score": tasks.number_feature(np.float32, rank=0),

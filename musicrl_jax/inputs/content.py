@@ -18,8 +18,10 @@ if TYPE_CHECKING:
     import tensorflow as tf
     import tensorflow_datasets as tfds
 
-CONTENT = "content.json"  # in the folder of a set's version: {split: hash}
-NUMBERS = {"float_list": "<f4", "int64_list": "<i8"}  # kind of a feature -> dtype of its values
+# In the folder of a set's version: {split: hash}.
+CONTENT = "content.json"
+# Kind of a feature -> dtype of its values.
+NUMBERS = {"float_list": "<f4", "int64_list": "<i8"}
 
 
 class ContentHash:
@@ -33,7 +35,8 @@ class ContentHash:
         self._digest.update(_length(features))
         for name in sorted(features):
             for part in (name.encode(), features[name]):
-                self._digest.update(_length(part))  # marks where a part ends
+                # Marks where a part ends.
+                self._digest.update(_length(part))
                 self._digest.update(part)
 
     def add_example(self, example: "tf.train.Example") -> None:
@@ -52,12 +55,16 @@ def _length(part: bytes | Mapping) -> bytes:
 def _values(feature: "tf.train.Feature") -> bytes:
     """Returns the kind of a feature and its values."""
     kind = feature.WhichOneof("kind") or "none"
+    # bytes have lengths of their own; numbers all have 4 or 8 bytes.
     content = b""
     if kind == "bytes_list":
         content = b"".join(_length(value) + value for value in feature.bytes_list.value)
     elif kind in NUMBERS:
         content = np.asarray(getattr(feature, kind).value, NUMBERS[kind]).tobytes()
     return kind.encode() + b" " + content
+
+
+# --- Hashes of data sets ---
 
 
 def of_arrays(example: Mapping[str, np.ndarray | str]) -> dict[str, bytes]:

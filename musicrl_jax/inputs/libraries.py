@@ -20,7 +20,8 @@ START_UP_LINE = re.compile(
 @contextmanager
 def _without_start_up_lines() -> Iterator[None]:
     """Drops TensorFlow's start-up lines from the stderr of this process inside the block."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # read once, at the import
+    # Read once, at the import.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     sys.stderr.flush()
     stderr = os.dup(2)
     with tempfile.TemporaryFile() as written:
@@ -41,6 +42,7 @@ with _without_start_up_lines():
     import tensorflow
     import tensorflow_datasets
 
-    tensorflow.config.set_visible_devices([], "GPU")  # leaves the accelerators to JAX
+    # Leaves the accelerators to JAX.
+    tensorflow.config.set_visible_devices([], "GPU")
 
 __all__ = ["seqio", "tensorflow", "tensorflow_datasets"]

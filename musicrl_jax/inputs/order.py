@@ -74,11 +74,15 @@ class BatchOrder:
             )
 
 
+# --- Orders ---
+
+
 def _words(stream: Stream, component: int, seed: int, first: int, count: int) -> np.ndarray:
     """Returns words first, first + 1, ... of an endless random stream: uint64 [count]."""
     # Only the last entry, the seed, may be wider than 32 bits, so no two triples collide.
     bits = np.random.Philox(np.random.SeedSequence([stream, component, seed]))
-    bits.advance(first // 4)  # a Philox step makes four words
+    # A Philox step makes four words.
+    bits.advance(first // 4)
     return bits.random_raw(first % 4 + count)[first % 4 :]
 
 
@@ -105,6 +109,7 @@ def shuffled(seed: int, component: int, ordinal: np.ndarray, size: int) -> np.nd
     """
     epoch, offset = np.divmod(np.asarray(ordinal, np.int64), size)
     index = np.empty_like(offset)
+    # A batch may span epochs, each with its own permutation.
     for e in np.unique(epoch):
         here = epoch == e
         index[here] = permutation(seed, component, int(e), size)[offset[here]]
@@ -121,6 +126,7 @@ def block_counts(rates: Sequence[float]) -> tuple[int, ...]:
         raise ValueError(
             f"rates {list(rates)} must all be positive: remove the data sets that you do not use"
         )
+    # Exact fractions: 0.1 + 0.2 is not 0.3 in floats.
     exact = [Fraction(str(rate)) for rate in rates]
     denominator = math.lcm(*(rate.denominator for rate in exact))
     whole = [int(rate * denominator) for rate in exact]
@@ -136,12 +142,16 @@ def block_counts(rates: Sequence[float]) -> tuple[int, ...]:
 def _block(seed: int, block: int, counts: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
     """Returns (component, its examples earlier in the block), int64 [sum(counts)] each."""
     length = sum(counts)
+    # A random permutation of the block's slots.
     slots = np.argsort(_words(Stream.SCHEDULE, 0, seed, block * length, length), kind="stable")
     component = np.repeat(np.arange(len(counts)), counts)[slots]
     ordinal = np.empty(length, np.int64)
     for c, count in enumerate(counts):
         ordinal[component == c] = np.arange(count)
     return component, ordinal
+
+
+# --- Mixtures ---
 
 
 def schedule(

@@ -17,8 +17,10 @@ import sentencepiece
 import tokenizers
 
 PADDING = 0
-WORDLESS = ("[PAD]", "[CLS]", "[SEP]")  # pieces of a BERT that stand for no text
-LONGEST_SHOWN = 80  # characters of a prompt in a message
+# Pieces of a BERT's vocabulary that stand for no text.
+WORDLESS = ("[PAD]", "[CLS]", "[SEP]")
+# Characters of a prompt that a message shows.
+LONGEST_SHOWN = 80
 Reader = Callable[[str], list[int]]
 
 
@@ -92,6 +94,9 @@ def _prepared(model: bytes, length: int) -> tuple[Reader, set[int], set[int]]:
     return reader(model, length), set(map(number, WORDLESS)), {number("[UNK]")}
 
 
+# --- Vocabularies ---
+
+
 def _is_bert(model: bytes) -> bool:
     return model.startswith(b"{")
 
@@ -116,6 +121,7 @@ def _tokenizer(model: bytes) -> tokenizers.Tokenizer:
         tokenizer = tokenizers.Tokenizer.from_str(model.decode())
     except Exception as error:  # the library raises no narrower type
         raise ValueError(f"the vocabulary is no tokenizer.json: {error}") from error
+    # Settings of the file for padding do not count: padding is done here.
     tokenizer.no_padding()
     padding, cls, sep = map(tokenizer.token_to_id, WORDLESS)
     ids = tokenizer.encode("a").ids

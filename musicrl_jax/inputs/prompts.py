@@ -17,7 +17,8 @@ from musicrl_jax.inputs import order
 from musicrl_jax.inputs.order import BatchOrder
 from musicrl_jax.inputs.records import SPLITS
 
-TRAIN_PERCENT, VALIDATION_PERCENT = 90, 5  # of the lines of text files; the rest is test
+# Shares of the lines of text files; the rest is test.
+TRAIN_PERCENT, VALIDATION_PERCENT = 90, 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,10 +80,12 @@ class Prompts:
             raise ValueError(
                 "datasets and files are both empty: name a clip set or a file of prompts"
             )
+        # Words of the prompts of earlier splits.
         earlier = set()
         for each in SPLITS[: SPLITS.index(split)]:
             earlier.update(map(_words, self._all(each)))
-        prompts = {}  # words -> the first prompt with them
+        # Words -> the first prompt with them.
+        prompts = {}
         for prompt in self._all(split):
             if (words := _words(prompt)) not in earlier:
                 prompts.setdefault(words, prompt)

@@ -24,7 +24,8 @@ from musicrl_jax.inputs.libraries import tensorflow_datasets as tfds
 from musicrl_jax.inputs.order import BatchOrder
 from musicrl_jax.inputs.records import Records
 
-READ_AHEAD = 16  # records that one call of the reader fetches
+# Records that one call of the reader fetches.
+READ_AHEAD = 16
 TEXT_FIELDS = ("id", "caption", "attributes")
 
 Preprocessor = Callable[..., tf.data.Dataset]
@@ -234,7 +235,8 @@ def batches(
     sizes = [task.num_input_examples(split) for task, _ in chosen]
     seed, epochs, row_count = batch_order.seed, batch_order.epochs, batch_order.row_count
     rates = [rate for _, rate in chosen] if epochs is None else sizes
-    order.block_counts(rates)  # raises for wrong rates before the first batch
+    # Raises for wrong rates before the first batch.
+    order.block_counts(rates)
 
     # The order: each component's source computes the schedule and keeps its own part.
     end = None if epochs is None else epochs * sum(sizes)
@@ -338,7 +340,8 @@ def content_hashes(names: Iterable[str], data_dir: str) -> dict[str, Any]:
     return hashes
 
 
-@functools.lru_cache(maxsize=32)  # a data set does not change under its version
+# A data set does not change under its version.
+@functools.lru_cache(maxsize=32)
 def _open(directory: str) -> tfds.core.DatasetBuilder:
     return open_builder(directory, "remove that folder and build it again with `musicrl build`")
 

@@ -34,9 +34,12 @@ from musicrl_jax.inputs.records import Records
 if TYPE_CHECKING:
     import tensorflow as tf
 
-SCHEMA = "1.1.0"  # of the examples and the manifest; a change of either needs a new one
+# Version of examples and manifest; a change of either needs a new one.
+SCHEMA = "1.1.0"
 MANIFEST = "manifest.json"
-VOTES = "votes.jsonl"  # beside the manifest, if the clips were voted on
+# A file beside the manifest, if the clips were voted on.
+VOTES = "votes.jsonl"
+# Types of the manifest's fields; "?" marks one that may be missing.
 MANIFEST_KIND = {
     "schema": str,
     "models": {str: str},
@@ -45,8 +48,11 @@ MANIFEST_KIND = {
     "counts": {str: int},
     "content?": {str: str},
 }
-TEXTS = ("id", "caption")  # of an example, beside its tokens
+# Fields of an example beside its tokens.
+TEXTS = ("id", "caption")
+# Name of an array -> its shape and dtype.
 Shapes = dict[str, jax.ShapeDtypeStruct]
+# Token folder -> name of an array -> its shape in one clip.
 ClipShapes = Callable[[str], Mapping[str, tuple[int, ...]]]
 
 # --- Reading ---
@@ -66,7 +72,8 @@ class Tokens:
     models: Mapping[str, str] | None = None
     verb: ClassVar[str] = "encode"  # writes such a folder
     examples: ClassVar[str] = "examples"  # what a split holds
-    remedy: ClassVar[str] = "lower it, or encode more clips"  # for a batch_size above the count
+    # For an error: what to do about a batch_size above the count.
+    remedy: ClassVar[str] = "lower it, or encode more clips"
 
     def batches(
         self,
@@ -162,6 +169,7 @@ def read_manifest(directory: str, verb: str = "encode") -> dict[str, Any]:
                 "folder whose clips they heard"
             )
         raise FileNotFoundError(message)
+    # The schema first: other versions have other fields.
     remedy = f"restore a copy, or run `musicrl {verb}` again"
     if (schema := read_json(path, {"schema": str}, remedy)["schema"]) != SCHEMA:
         raise ValueError(
@@ -277,6 +285,7 @@ def write_tokens(
             message = "directory: no space left: free some, or choose another disk"
             raise OSError(errno.ENOSPC, message, directory) from error
         raise
+    # The split is complete.
     os.replace(partial, folder)
     manifest["counts"][split] = count
     manifest.setdefault("content", {})[split] = content_hash

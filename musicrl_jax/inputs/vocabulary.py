@@ -51,7 +51,8 @@ def build(data: Clips, path: str, size: int) -> None:
 
     # A new model.
     model = io.BytesIO()
-    hosts.stop_point()  # the trainer takes little time and no signal
+    # The trainer takes little time and no signal.
+    hosts.stop_point()
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(captions),
@@ -65,7 +66,8 @@ def build(data: Clips, path: str, size: int) -> None:
             eos_id=1,
             unk_id=2,
             bos_id=-1,
-            num_threads=1,  # the sums of several threads differ in their last digits
+            # The sums of several threads differ in their last digits.
+            num_threads=1,
             minloglevel=2,
         )
     except RuntimeError as error:
@@ -73,7 +75,8 @@ def build(data: Clips, path: str, size: int) -> None:
             f"size {size} is too small: {BYTE_PIECES} pieces are bytes, and letters need more "
             f"({error})"
         ) from None
-    write_json(record, source)  # first: a model without it counts as one from elsewhere
+    # First: a model without it counts as one from elsewhere.
+    write_json(record, source)
     partial = Path(f"{path}.partial")
     partial.write_bytes(model.getvalue())
     os.replace(partial, path)

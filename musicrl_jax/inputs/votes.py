@@ -30,13 +30,17 @@ from musicrl_jax.inputs.tokens import VOTES, ClipShapes, Shapes, Tokens, read, t
 if TYPE_CHECKING:
     import tensorflow as tf
 
-FIGURES = "agreement.json"  # how far the simulated listeners who voted agree
-SIMULATED = "simulated listener"  # the start of each one's name
-CHOICES = {"a": 1.0, "b": 0.0, "tie": 0.5}  # share of the vote that clip a gets
+# File with the agreement of the simulated listeners who voted.
+FIGURES = "agreement.json"
+# Start of the name of every simulated listener.
+SIMULATED = "simulated listener"
+# Share of the vote that clip a gets.
+CHOICES = {"a": 1.0, "b": 0.0, "tie": 0.5}
 ABSTAINED = "abstain"
 # Columns of `votes.jsonl`, in the order of the fields of `Vote` after `line`.
 FIELDS = {"prompt": str, "a": str, "b": str, "vote": str, "listener": str, "heard": list}
-OF_THE_PROMPT = ("mulan",)  # token arrays that both clips share; all others are stacked
+# Token arrays that both clips share; all others are stacked.
+OF_THE_PROMPT = ("mulan",)
 
 
 class Vote(NamedTuple):
@@ -94,6 +98,7 @@ class Votes(Tokens):
         places = {each: self._places(each) for each in super().splits()}
         votes = read_votes(self.directory)
         set_figures_aside(self.directory, {vote.listener for vote in votes})
+        # A vote on a clip of no split would be dropped silently.
         for vote in votes:
             if not any(vote.a in clips for clips in places.values()):
                 raise self._error(vote, "a", "in any split")
@@ -125,6 +130,9 @@ class Votes(Tokens):
         return pairs, {**spec, "vote": tasks.spec([], np.float32)}
 
 
+# --- Records ---
+
+
 class _Pairs(list):
     """(number of clip a, number of clip b, share of a) as records."""
 
@@ -135,6 +143,7 @@ class _Pairs(list):
 
     def __getitems__(self, indices: list[int]) -> list[Mapping[str, Any]]:
         pairs = [self[i] for i in indices]
+        # One call of the reader for all clips: a, b, a, b, ...
         clips = self._clips.__getitems__([number for a, b, _ in pairs for number in (a, b)])
         records = []
         for a, b, (_, _, share) in zip(clips[::2], clips[1::2], pairs, strict=True):
@@ -144,6 +153,9 @@ class _Pairs(list):
                 record[name] = a[name] if is_shared else np.stack([a[name], b[name]])
             records.append(record)
         return records
+
+
+# --- The file ---
 
 
 def read_votes(directory: str) -> list[Vote]:
@@ -187,6 +199,7 @@ def set_figures_aside(directory: str, listeners: Iterable[str]) -> None:
     except (ValueError, OSError) as error:
         set_aside(path, str(error).removeprefix(f"{path} "))
         return
+    # Listeners who are not of the panel.
     others = sorted(listener for listener in listeners if not is_of(listener, panel))
     if not others:
         return

@@ -19,7 +19,9 @@ from musicrl_jax.report.curves import Curve, read_metrics
 from musicrl_jax.report.page import Figure, write_page
 
 TOTAL = "reward"
+# Terms that are shown under other names.
 NAMES = {"opinion": "opinion, simulated listeners"}
+# Explanations of terms, beside their names.
 LABELS = {
     TOTAL: "the weighted sum of the terms below",
     "text_adherence": "cosine of MuLan's embeddings of text and clip",
@@ -28,7 +30,8 @@ LABELS = {
 }
 
 Clips = Sequence[tuple[int, Mapping[str, np.ndarray]]]
-Series = Mapping[str, tuple[np.ndarray, np.ndarray]]  # name -> (x [P], y [P])
+# Name -> (x [P], y [P]).
+Series = Mapping[str, tuple[np.ndarray, np.ndarray]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,6 +198,7 @@ def _kl_curves(summary: Mapping[str, Any], policies: Sequence[str]) -> list[Curv
     curves = []
     for key, first, title, x_label, ticks in charts:
         if figures := summary[f"kl_{key}"]:
+            # An empty series keeps the colours of those after it.
             series = {}
             for policy in policies:
                 values = np.array(figures.get(policy, ()), np.float64)
@@ -219,6 +223,7 @@ def _run(summary: Mapping[str, Any], policy: str, folder: str, terms: Sequence[s
             ],
         ),
     ]
+    # The alarm, if a held-out judge watched the run.
     if not alarm:
         return page.Run(policy, curves)
     outcome = "silent in {looks} looks."
@@ -251,7 +256,8 @@ def _kl_against(policy: str, log: Series, alarm_kl: float | None) -> list[Curve]
         kl, gain = _over("kl", "judge_gain", log)
         distance, error = np.sqrt(np.maximum(kl, 0.0)), _over("kl", "judge_error", log)[1]
         series = {"gain": (distance, gain)}
-        if alarm_kl is not None:  # a vertical line
+        # A vertical line at the step that the alarm chose.
+        if alarm_kl is not None:
             ends = np.array([np.min(gain - error), np.max(gain + error)])
             series["chosen step"] = np.full(2, np.sqrt(alarm_kl)), ends
         title = f"{policy}: a held-out judge's gain"

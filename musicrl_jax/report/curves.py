@@ -60,10 +60,12 @@ def read_metrics(path: str | pathlib.Path) -> dict[str, tuple[np.ndarray, np.nda
     records, fault = read_records(path)
     if fault:
         print(f"{path} is damaged: {fault}; the {len(records)} good lines are read", flush=True)
+    # metric -> step -> value; a later line replaces an earlier one.
     points: dict[str, dict[int, float]] = {}
     for record in records:
         for name in record.keys() - {"step"}:
             points.setdefault(name, {})[int(record["step"])] = float(record[name])
+    # As arrays, by step.
     metrics = {}
     for name in sorted(points):
         steps = sorted(points[name])

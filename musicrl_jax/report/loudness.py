@@ -15,10 +15,14 @@ from scipy import signal
 from musicrl_jax.core.audio import encoded
 
 TARGET_LUFS = -20.0
-PEAK = 10.0 ** (-1.0 / 20.0)  # sample peak of -1 dB full scale
-BLOCK_SECONDS = 0.4  # gating block of BS.1770; a shorter clip has no LUFS
-MOST_GAIN_DB = 30.0  # anything that needs more gain is the noise of a codec
-OVERSAMPLED = 4  # true peaks are those at four times the sample rate (BS.1770-4, annex 2)
+# Sample peak of -1 dB full scale.
+PEAK = 10.0 ** (-1.0 / 20.0)
+# Gating block of BS.1770; a shorter clip has no LUFS.
+BLOCK_SECONDS = 0.4
+# Anything that needs more gain is the noise of a codec.
+MOST_GAIN_DB = 30.0
+# True peaks are those at four times the sample rate (BS.1770-4, annex 2).
+OVERSAMPLED = 4
 # The absolute gate of BS.1770 in LUFS. For clips shorter than a block: in dB full scale.
 SILENCE = -70.0
 
@@ -45,6 +49,9 @@ class Levelled:
         return not np.isfinite(self.loudness)
 
 
+# --- Gain ---
+
+
 def level_match(clips: Sequence[np.ndarray], sample_rate_hz: int) -> list[Levelled]:
     """Brings clips, each f32 [N], to -20 LUFS, integrated and gated (ITU-R BS.1770-4).
 
@@ -53,9 +60,11 @@ def level_match(clips: Sequence[np.ndarray], sample_rate_hz: int) -> list[Levell
     by RMS instead, to -20 dBFS. A silent clip (-70 at most) stays unchanged and is not counted.
     """
     unit, measured = _measure(clips, sample_rate_hz)
+    # The loudest level at which no peak exceeds the ceiling.
     target = TARGET_LUFS
     for clip, loudness in zip(clips, measured, strict=True):
-        if np.isfinite(loudness):  # the loudness at which the peak reaches the ceiling
+        # The loudness at which the peak reaches the ceiling.
+        if np.isfinite(loudness):
             target = min(target, loudness + 20.0 * np.log10(PEAK / np.max(np.abs(clip))))
     return [
         _amplified(clip, loudness, unit, target - loudness)
@@ -80,6 +89,7 @@ def levelled(wav: np.ndarray, sample_rate_hz: int, target_lufs: float) -> Levell
       the gain.
     """
     unit, (loudness,) = _measure([wav], sample_rate_hz)
+    # A silent clip has no gain.
     gain_db = 0.0
     if np.isfinite(loudness):
         headroom = 20.0 * np.log10(PEAK / true_peak(wav))
@@ -89,8 +99,10 @@ def levelled(wav: np.ndarray, sample_rate_hz: int, target_lufs: float) -> Levell
 
 def true_peak(wav: np.ndarray) -> float:
     """Returns the largest magnitude of wav, f32 [N], also between its samples."""
-    block, margin = 1 << 18, 64  # samples at a time; those around them that the filter reads
+    # Samples at a time; those around them that the filter reads.
+    block, margin = 1 << 18, 64
     peak = float(np.max(np.abs(wav), initial=0.0))
+    # In blocks, so that a long clip does not need four times its memory in float64.
     for start in range(0, len(wav), block):
         first = max(start - margin, 0)
         part = np.asarray(wav[first : start + block + margin], np.float64)
@@ -106,6 +118,9 @@ def flac(wav: np.ndarray, sample_rate_hz: int) -> bytes:
     Chromium, Firefox and Safari (11 and newer) play it. 4 s at 16 kHz are about 90 kB.
     """
     return encoded(wav, sample_rate_hz, "flac")
+
+
+# --- Measurement ---
 
 
 def _measure(clips: Sequence[np.ndarray], sample_rate_hz: int) -> tuple[str, list[float]]:

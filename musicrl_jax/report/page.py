@@ -41,7 +41,8 @@ class Interval:
     high: float
 
     def __post_init__(self) -> None:
-        if not self.low <= self.high:  # also for NaN
+        # Written so that NaN is refused too.
+        if not self.low <= self.high:
             raise ValueError(
                 f"interval low = {self.low} must not be above high = {self.high}, nor NaN"
             )
@@ -277,7 +278,7 @@ def write_page(path: str | pathlib.Path, report: Report) -> pathlib.Path:
     (`loudness.level_match`) and are embedded as 16-bit FLAC: 24 clips of 4 s at 16 kHz make a page
     of about 4 MB. All text is escaped, since a prompt may hold anything.
     """
-    # The template and its functions.
+    # The template and its functions. StrictUndefined makes a misspelt name an error.
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent),
         autoescape=True,
@@ -316,6 +317,7 @@ def write_page(path: str | pathlib.Path, report: Report) -> pathlib.Path:
         script=Markup(SCRIPT),
         script_hash=script_hash,
     )
+    # The file.
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(html, encoding="utf-8")
@@ -330,11 +332,13 @@ def _playable(trial: Trial) -> dict[str, object]:
     """Returns a trial for the template: its clips levelled, encoded and drawn, with scores."""
     clips = list(trial.clips.values())
     rate, first = clips[0].sample_rate_hz, clips[0]
+    # Sound and drawing are of the levelled clips.
     levels = loudness.level_match([clip.wav for clip in clips], rate)
     labels = [f"Mel spectrogram, {name}: {trial.prompt}" for name in trial.clips]
     drawings = plots.spectrogram_svgs([level.wav for level in levels], rate, labels)
     sides = []
     for (name, clip), level, drawing in zip(trial.clips.items(), levels, drawings, strict=True):
+        # Changes need scores of the first clip and do not apply to it.
         has_changes = clip is not first and first.scores
         changes = {term: clip.scores[term] - first.scores[term] for term in clip.scores}
         side = {
@@ -359,6 +363,7 @@ def number(value: float | None) -> str:
         return "–"
     if not math.isfinite(value):
         return str(value).replace("-", "−")
+    # The limits are those at which rounding would add a digit.
     decimals = 3 if abs(value) < 9.9995 else 2 if abs(value) < 99.995 else 1
     text = f"{value:,.{decimals}f}"
     return text.replace("-", "−") if float(text.replace(",", "")) else text.lstrip("-")
@@ -412,6 +417,7 @@ def edges_over_base(report: Report) -> dict[str, Figure]:
         if match.second == base:
             edges[match.first] = rate
         elif match.first == base:
+            # The pair is the other way round: so is the rate.
             if isinstance(rate, Interval):
                 rate = Interval(1.0 - rate.mean, 1.0 - rate.high, 1.0 - rate.low)
             edges[match.second] = rate
@@ -473,6 +479,7 @@ def gain_marks(gains: Mapping[str, Figure]) -> dict[str, dict[str, float]]:
     for policy, gain in gains.items():
         if isinstance(gain, Interval):
             ends[policy] = np.array([gain.low, gain.mean, gain.high])
+    # All strips have one scale, with a margin of 8 %.
     reach = 1.08 * max((np.max(np.abs(each)) for each in ends.values()), default=0.0) or 1.0
     marks = {}
     for policy, each in ends.items():

@@ -28,26 +28,33 @@ from musicrl_jax.report.curves import Curve
 # Okabe and Ito's colours, which colour-blind readers can distinguish. Each is replaced by a CSS
 # variable of the page.
 SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-DASHES = ("-", "--", ":", "-.")  # one for each round through the colours
+# One dash for each round through the colours.
+DASHES = ("-", "--", ":", "-.")
 INK, RULE = "#5c6069", "#dddad3"
 VARIABLES = {INK: "--ink-soft", RULE: "--rule"} | {
     colour: f"--series-{i}" for i, colour in enumerate(SERIES)
 }
 
-SMOOTHED_FROM = 40  # points; a shorter series is drawn without a mean
-SMOOTHED_PART = 20  # the mean is over 1 / 20 of the series
-BAR_WIDTH = 0.8  # of all bars at one tick
+# Points; a shorter series is drawn without a mean.
+SMOOTHED_FROM = 40
+# The mean is over 1 / 20 of the series.
+SMOOTHED_PART = 20
+# Width of all bars at one tick, in ticks.
+BAR_WIDTH = 0.8
 
 MELS = 80
 RANGE_DB = 80.0
 FLOOR = 1e-5  # mel magnitude
-LEVELS = 64  # colour steps of 1.25 dB; the images are half as large as with 256
+# Colour steps of 1.25 dB; the images are half as large as with 256.
+LEVELS = 64
 COLOURS = matplotlib.colormaps["magma"].resampled(LEVELS)
 TICKS_HZ = (500, 1000, 2000, 4000, 8000)
 
+# Settings of Matplotlib; all colours are replaced by CSS variables later.
 STYLE = {
     "svg.fonttype": "none",
-    "svg.hashsalt": "musicrl",  # equal pages are equal bytes
+    # Equal pages are equal bytes.
+    "svg.hashsalt": "musicrl",
     "font.size": 8.5,
     "figure.facecolor": "none",
     "axes.facecolor": "none",
@@ -75,6 +82,7 @@ def curve_svg(curve: Curve) -> str:
     With ticks, the series are bars side by side. A curve without a finite point has the text
     "nothing was logged". A series without one still takes its colour.
     """
+    # Figure, and not pyplot, keeps no global state.
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(5.2, 2.7), layout="constrained")
         axes = figure.add_subplot()
@@ -140,6 +148,7 @@ def _draw_series(
     if not x.size:
         return None
     colour, dash = SERIES[index % len(SERIES)], DASHES[index // len(SERIES) % len(DASHES)]
+    # The band, the points, then the line.
     if error is not None:
         half = np.asarray(error, np.float64)[mask]
         axes.fill_between(x, y - half, y + half, color=colour, linewidth=0, alpha=0.2)
@@ -201,7 +210,8 @@ def mel_decibels(wav: np.ndarray, sample_rate_hz: int) -> np.ndarray:
     """
     window = 1024 if sample_rate_hz < 24000 else 2048
     hop = min(window, max(sample_rate_hz // 100, len(wav) // 480))
-    wav = np.pad(np.asarray(wav, np.float32), (0, max(0, hop - len(wav))))  # one frame at least
+    # At least one frame.
+    wav = np.pad(np.asarray(wav, np.float32), (0, max(0, hop - len(wav))))
     log_mel = _log_mel(wav, sample_rate_hz, window, hop)  # [S, M]
     return np.asarray(log_mel) * np.float32(20.0 / np.log(10.0))
 
@@ -245,6 +255,7 @@ def _spectrogram_svg(
             vmin=scale[0],
             vmax=scale[1],
         )
+        # The image is even in mel, so the ticks in Hz are not.
         heights = spectral.hz_to_mel(np.array(ticks)) / spectral.hz_to_mel(sample_rate_hz / 2)
         axes.set_yticks(heights, [f"{hz / 1000:g}" for hz in ticks])
         axes.set_ylabel("kHz")
@@ -285,6 +296,7 @@ def _inline_svg(figure: Figure, label: str) -> str:
     )
     body = re.sub(r'(url\(#|href="#)', rf"\g<1>{prefix}-", body)
 
+    # The colours of the page.
     for colour, variable in VARIABLES.items():
         body = body.replace(colour, f"var({variable})")
     return f'<svg viewBox="{view_box}" role="img" aria-label="{html.escape(label)}">{body.strip()}'

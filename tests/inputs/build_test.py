@@ -21,7 +21,8 @@ def test_fields_make_a_config_and_a_finished_set_is_not_built_again(ramp_builder
     folder = tmp_path / "ramp" / "mine" / "1.0.0"
     times = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
     assert any(".array_record-" in name for name in times)
-    killed = folder.with_name("incomplete.ABCDEF_1.0.0")  # TFDS's name of an unfinished set
+    # TFDS's name of an unfinished set.
+    killed = folder.with_name("incomplete.ABCDEF_1.0.0")
     killed.mkdir()
     os.utime(killed, (0, 0))
     build.prepare(ramp_builder, fields, str(tmp_path))

@@ -193,7 +193,8 @@ def test_ratings_have_the_audio_and_the_score_of_their_row(data_dir, table):
     ratings = Ratings(clips, table(text))
     assert [ratings.count(split) for split in ("train", "validation", "test")] == [4, 0, 1]
     (batch,) = ratings.batches("train", 8, seed=0, epochs=1)
-    assert set(batch) == {"audio", "score"}  # no objective reads the rater
+    # No objective reads the rater.
+    assert set(batch) == {"audio", "score"}
     assert sorted(batch["score"].tolist()) == [1, 2.5, 4, 5] and batch["score"].dtype == np.float32
     np.testing.assert_array_equal(batch["audio"], np.tile(RAMP, (4, 1)))
     batches = list(itertools.islice(ratings.batches("train", 3, seed=1), 6))

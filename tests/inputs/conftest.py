@@ -67,7 +67,7 @@ class Builder(tfds.core.GeneratorBasedBuilder):
 
 @pytest.fixture(scope="session")
 def ramp_builder(tmp_path_factory):
-    """Writes a builder of clips [400] at 100 Hz whose sample n is n - 200, and returns its folder."""
+    """Writes a builder of clips [400] at 100 Hz with sample n = n - 200; returns its folder."""
     folder = tmp_path_factory.mktemp("sources") / "music" / "ramp"
     folder.mkdir(parents=True)
     (folder / "ramp_dataset_builder.py").write_text(BUILDER)
@@ -76,7 +76,7 @@ def ramp_builder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def data_dir(ramp_builder, tmp_path_factory):
-    """Builds 'ramp/ten' (10, 3, 6 clips) and 'ramp/five' (5, 0, 6 clips), and returns their folder."""
+    """Builds 'ramp/ten' (10, 3, 6 clips) and 'ramp/five' (5, 0, 6 clips); returns their folder."""
     folder = str(tmp_path_factory.mktemp("prepared"))
     names = [build.prepare(ramp_builder, name, folder) for name in ("ten", "five")]
     assert names == ["ramp/ten", "ramp/five"]

@@ -113,7 +113,8 @@ def test_far_positions_cost_no_more_than_near_ones(monkeypatch):
         sizes.clear()
         component, index = order.example_at(0, np.array([position]), [8, 8], [3.0, 1.0])
         assert component[0] in (0, 1) and 0 <= index[0] < 8
-        assert sizes == [4, 8]  # one block, one permutation
+        # One block, one permutation.
+        assert sizes == [4, 8]
 
 
 @pytest.mark.parametrize(

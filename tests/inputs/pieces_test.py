@@ -96,7 +96,8 @@ def test_long_prompts_are_cut(model):
     [
         ("A slow JIG", "[CLS] a slow jig [SEP]"),
         ("fast jigs, größer", "[CLS] fast jig ##s , gro ##ßer [SEP]"),
-        ("音音 a", "[CLS] 音 音 a [SEP]"),  # each Chinese character is a word
+        # Each Chinese character is a word.
+        ("音音 a", "[CLS] 音 音 a [SEP]"),
         ("a 🎵 jig", "[CLS] a [UNK] jig [SEP]"),
         ("ا", "[CLS] ا [SEP]"),
     ],

@@ -23,7 +23,8 @@ def test_captions_keep_their_split_and_held_out_ones_are_not_in_training(data_di
     prompts = Prompts(datasets=("ramp/ten", "ramp/five"), data_dir=data_dir)
     expected = {
         "train": ("all", "train"),
-        "validation": (),  # its three captions are also in train
+        # Its three captions are also in train.
+        "validation": (),
         "test": ("test",),
     }
     for split, places in expected.items():

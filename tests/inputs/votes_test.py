@@ -173,7 +173,8 @@ def test_figures_of_simulated_listeners_are_not_mistaken_for_those_of_people(fol
 
 
 def test_a_missing_clip_is_named(folder):
-    write_votes(folder, [vote(0), vote(1)._replace(b="clip-9")])  # which is in another split
+    # The clip is in another split.
+    write_votes(folder, [vote(0), vote(1)._replace(b="clip-9")])
     with pytest.raises(ValueError, match="line 2, column 'b': no clip 'clip-9' in split 'train'"):
         Votes(folder).batches("train", 1, seed=0)
     write_votes(folder, [vote(0), vote(1)._replace(a="clip-99")])

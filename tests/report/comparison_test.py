@@ -173,7 +173,8 @@ def test_figures_of_simulated_listeners_are_labelled(folders):
         assert "simulated listeners" in caption
     assert '<th scope="row">opinion</th>' not in text
     row = '<th scope="row">opinion, simulated listeners</th>'
-    assert text.count(row) == 6  # 3 prompts, 2 sides with scores
+    # 3 prompts, 2 sides with scores.
+    assert text.count(row) == 6
     alone = write(folders, panel=False)
     assert "simulated" not in alone and "opinion" not in words(alone)
     assert (
@@ -236,7 +237,8 @@ def test_the_kl_is_drawn_over_codes_and_seconds(folders, reports):
     np.testing.assert_array_equal(codes.series["R"], [range(5), [1, 2, 3, 4, 5]])
     assert list(codes.series) == list(seconds.series) == ["R", "best of 8"]
     np.testing.assert_array_equal(seconds.series["R"], [[1, 2], [7, 8]])
-    assert seconds.series["best of 8"][0].size == 0  # it keeps its place, so that colours hold
+    # It keeps its place, so that colours hold.
+    assert seconds.series["best of 8"][0].size == 0
 
 
 def test_listeners_without_a_common_pair_have_no_agreement(folders):

@@ -36,7 +36,8 @@ def test_an_incomplete_last_line_is_ignored(tmp_path):
         path = tmp_path / "metrics.jsonl"
         path.write_bytes(first.encode() + last.encode()[:cut])
         np.testing.assert_array_equal(curves.read_metrics(path)["é"], [[1], [0.5]])
-    whole = write(tmp_path / "metrics.jsonl", first + last)  # complete but for its newline
+    # Complete but for its newline.
+    whole = write(tmp_path / "metrics.jsonl", first + last)
     np.testing.assert_array_equal(curves.read_metrics(whole)["é"], [[1, 2], [0.5, 0.75]])
 
 

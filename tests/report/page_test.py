@@ -323,7 +323,8 @@ def test_hostile_words_are_escaped(tmp_path, written):
     reader = read(page.write_page(tmp_path / "page.html", hostile))
     assert len(reader.all("script")) == len(written.all("script")) == 1
     assert not reader.all("img") and not any("onerror" in attrs for _, attrs in reader.elements)
-    assert reader.words().count(HOSTILE) >= 40  # shown as it is, braces too
+    # Shown as it is, braces too.
+    assert reader.words().count(HOSTILE) >= 40
     assert "<b>&$_x$" in reader.words()
     assert f"{HOSTILE}, 1.0 seconds: {HOSTILE}" in [
         audio["aria-label"] for audio in reader.all("audio")
@@ -342,7 +343,8 @@ def test_audio_is_the_level_matched_clip(written):
         matched = loudness.level_match([clip.wav for clip in trial.clips.values()], RATE)
         for clip in matched:
             wav, rate = played.pop(0)
-            assert rate == RATE and len(wav) == RATE  # 1.0 seconds, as the label promises
+            # 1.0 seconds, as the label promises.
+            assert rate == RATE and len(wav) == RATE
             np.testing.assert_allclose(wav, clip.wav, atol=1.0 / 32768)
 
 
@@ -354,7 +356,8 @@ def test_drawings_are_of_the_level_matched_clips(tmp_path, drawings):
     ).read_text()
     pictures = re.findall(r'png;base64,([^"]*)"', text)[:2]
     first, second = (image.imread(io.BytesIO(base64.b64decode(each))) for each in pictures)
-    assert (first == second).mean() > 0.99  # rounding changes a few colours
+    # Rounding changes a few colours.
+    assert (first == second).mean() > 0.99
 
 
 def test_silent_and_very_short_clips_are_shown(tmp_path, drawings):

@@ -135,7 +135,8 @@ def test_a_band_spans_twice_the_error():
         band = re.findall(r'<path id="[^"]*" d="([^"]*)"', svg)[-1]
         band = np.array(re.findall(r"[ML] (\S+) (-?[\d.]+)", band), float)
         line = line_points(svg, 0)
-        unit = (line[0, 1] - line[-1, 1]) / 2.0  # drawing units a unit of y
+        # Drawing units a unit of y.
+        unit = (line[0, 1] - line[-1, 1]) / 2.0
         for place, error in zip(line[:, 0], errors, strict=True):
             edges = band[np.abs(band[:, 0] - place) < 0.02, 1]
             assert np.ptp(edges) == pytest.approx(2.0 * error * unit, abs=0.05)
@@ -185,7 +186,8 @@ def test_drawings_are_escaped_and_use_the_colours_of_the_page():
     )
     assert dict(matplotlib.rcParams) == before
     for svg in (curve, *pair):
-        root = xml.etree.ElementTree.fromstring(svg)  # well-formed, and so is the escaped label
+        # Well-formed, and so is the escaped label.
+        root = xml.etree.ElementTree.fromstring(svg)
         assert re.match('a "quoted" <title>|b$', root.attrib["aria-label"])
         assert "<style" not in svg and "http" not in svg and "var(--ink-soft)" in svg
         assert not any(colour in svg for colour in plots.VARIABLES)
