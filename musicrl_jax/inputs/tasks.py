@@ -240,27 +240,21 @@ def batches(
 
     # The order: each component's source computes the schedule and keeps its own part.
     end = None if epochs is None else epochs * sum(sizes)
-    positions = functools.partial(
-        order.positions,
-        batch_order.batch_size,
-        batch_order.start_step,
-        end,
-        batch_order.rows,
-        steps=max(1, READ_AHEAD // row_count),
-    )
+    steps = max(1, READ_AHEAD // row_count)
+    places = (batch_order.batch_size, batch_order.start_step, end, batch_order.rows, steps)
 
     def turns() -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        for position in positions():
+        for position in order.positions(*places):
             yield order.schedule(seed, position, rates)
 
-    def own(component: int) -> Iterator[np.ndarray]:
+    def ordinals(component: int) -> Iterator[np.ndarray]:
         for turn, ordinal in turns():
             yield ordinal[turn == component]
 
     # The mixture.
     streams = []
     for component, ((task, _), rate) in enumerate(zip(chosen, rates, strict=True)):
-        source = task.source.stream(component, functools.partial(own, component))
+        source = task.source.stream(component, functools.partial(ordinals, component))
         streams.append((task.replace(source=source), float(rate)))
     mixture = seqio.Mixture("stream", streams, sample_fn=functools.partial(scheduled, turns=turns))
     dataset = mixture.get_dataset(

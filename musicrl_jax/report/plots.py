@@ -118,7 +118,7 @@ def curve_svg(curve: Curve) -> str:
             centre = {"ha": "center", "va": "center", "transform": axes.transAxes}
             axes.text(0.5, 0.5, "nothing was logged", **centre)
         elif len(curve.series) > 1:
-            shown = figure.legend(
+            legend_box = figure.legend(
                 list(legend.values()),
                 list(legend),
                 loc="outside upper left",
@@ -128,7 +128,7 @@ def curve_svg(curve: Curve) -> str:
                 columnspacing=1.4,
                 borderpad=0.1,
             )
-            for text in shown.get_texts():
+            for text in legend_box.get_texts():
                 text.set_parse_math(False)
         return _inline_svg(figure, f"{curve.title}: {', '.join(curve.series)} over {curve.x_label}")
 
