@@ -363,7 +363,10 @@ def _texts(directory: str, split: str) -> tuple[dict[str, str], ...]:
     builder = _open(directory)
     records = filled_splits(builder).get(split, ())
     fields = [field for field in TEXT_FIELDS if field in builder.info.features]
-    return tuple({field: record[field].decode() for field in fields} for record in records)
+    texts = []
+    for record in records:
+        texts.append({field: record[field].decode() for field in fields})
+    return tuple(texts)
 
 
 def texts(name: str, data_dir: str, split: str) -> tuple[dict[str, str], ...]:
