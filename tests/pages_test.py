@@ -1,4 +1,4 @@
-"""Every command that a page prints is one: its files are there, its flags are known and of the right type."""
+"""Every command in a page is valid: its files exist, its flags are known and of the right type."""
 
 import contextlib
 import io
@@ -12,22 +12,18 @@ import gin
 from musicrl_jax import cli
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted(
-    path
-    for pattern in (
-        "*.md",
-        "data/**/*.md",
-        "gin/**/*.gin",
-        "launch/*.sh",
-        "launch/*.yaml",
-        "tests/**/*.md",
-    )
-    for path in ROOT.glob(pattern)
-) + sorted(
-    path
-    for folder in ("musicrl_jax", "tests/benchmarks", "data")
-    for path in (ROOT / folder).rglob("*.py")
+PATTERNS = (
+    "*.md",
+    "data/**/*.md",
+    "gin/**/*.gin",
+    "launch/*.sh",
+    "launch/*.yaml",
+    "tests/**/*.md",
+    "musicrl_jax/**/*.py",
+    "tests/benchmarks/**/*.py",
+    "data/**/*.py",
 )
+PAGES = sorted(path for pattern in PATTERNS for path in ROOT.glob(pattern))
 FENCE = re.compile(r"^```sh\n(.*?)^```", re.MULTILINE | re.DOTALL)
 SPAN = re.compile(r"`([^`\n]+)`")
 INDENTED = re.compile(
@@ -51,37 +47,35 @@ train.batch_size = 16
 
 
 def text_of(path):
-    """A page, its lines that go on joined."""
+    """Returns the text of a page with continued lines joined."""
     return re.sub(r" *\\\\?\n(?:# )? *(?=--)", " ", path.read_text(encoding="utf-8"))
 
 
 def printed(path):
-    """The commands and the flags that a page prints: in fences, between backticks, in lines of their own."""
+    """Returns the commands and flags of a page: in fences, in backticks, in lines of their own."""
     text = text_of(path)
-    found = [line for block in FENCE.findall(text) for line in block.splitlines()]
-    found += SPAN.findall(FENCE.sub("", text)) + INDENTED.findall(text)
-    lines = [OPTIONAL.sub("", line).strip() for line in found]
+    lines = "".join(FENCE.findall(text)).splitlines()
+    lines += SPAN.findall(FENCE.sub("", text)) + INDENTED.findall(text)
+    lines = [OPTIONAL.sub("", line).strip() for line in lines]
     return [line for line in lines if not PLACEHOLDER.search(line.split("#")[0])]
 
 
 def commands():
-    """(page, program, its arguments) of every command that has arguments."""
+    """Yields (page, program, arguments) of every command with arguments."""
     for page in PAGES:
         for line in printed(page):
-            called = PROGRAM.fullmatch(line)
-            if called:
-                with contextlib.suppress(
-                    ValueError
-                ):  # a quote that the page closes elsewhere: no command
-                    words = shlex.split(
-                        re.split("   +", called[2])[0], comments=True
-                    )  # beside it words for people
-                    if any(word.startswith("--") for word in words) or called[1] != "musicrl":
-                        yield page, called[1], words
+            command = PROGRAM.fullmatch(line)
+            if not command:
+                continue
+            # A quote that the page closes elsewhere is no command. Text for people may follow it.
+            with contextlib.suppress(ValueError):
+                words = shlex.split(re.split("   +", command[2])[0], comments=True)
+                if any(word.startswith("--") for word in words) or command[1] != "musicrl":
+                    yield page, command[1], words
 
 
 def flags():
-    """(page, flags) of every span of a page that is nothing but flags of `musicrl`."""
+    """Yields (page, flags) of every span of a page that has only flags of `musicrl`."""
     for page in PAGES:
         for line in printed(page):
             if re.match(r"--[a-z_]\w*[.=]|--gin\.", line) and "=" in line:
@@ -99,12 +93,10 @@ def yours(tmp_path):
 
 
 def configured(words):
-    """Whether the command takes these words, and why not."""
+    """Returns the exit status of the command with these words, and its errors."""
     gin.clear_config()
-    with (
-        contextlib.redirect_stdout(io.StringIO()),
-        contextlib.redirect_stderr(io.StringIO()) as errors,
-    ):
+    errors = io.StringIO()
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(errors):
         status = cli.main([*words, "--dry_run"])
     return status, errors.getvalue()
 
@@ -114,7 +106,7 @@ def label(value):
 
 
 @pytest.mark.parametrize(("page", "program", "words"), COMMANDS, ids=label)
-def test_a_command_of_a_page_is_taken(page, program, words, yours):
+def test_a_command_of_a_page_is_valid(page, program, words, yours):
     words = [re.sub(r"YOUR_RUN(\.gin)?", yours, word) for word in words]
     if program == "python":
         script, *rest = words
@@ -140,8 +132,8 @@ def test_a_command_of_a_page_is_taken(page, program, words, yours):
 
 
 @pytest.mark.parametrize(("page", "words"), FLAGS, ids=label)
-def test_flags_of_a_page_are_taken_by_some_verb(page, words):
-    """Of --gin.NAME=VALUE the name and the type of the value; a parameter by any verb that has all of them."""
+def test_flags_of_a_page_are_valid_for_a_verb(page, words):
+    """Checks --gin.NAME=VALUE by name and type, other flags by a verb that has all of them."""
     errors = []
     for verb in cli.VERBS:
         gin.clear_config()
@@ -159,13 +151,12 @@ def test_flags_of_a_page_are_taken_by_some_verb(page, words):
     raise AssertionError(f"{page}: no verb takes {' '.join(words)}\n" + "\n".join(errors))
 
 
-def test_commands_are_found():
-    """The pages that have some: what is found nowhere is tested nowhere."""
+def test_the_patterns_find_the_commands():
     pages = {page.relative_to(ROOT).as_posix() for page, *_ in COMMANDS}
-    wanted = {
+    some = {
         "README.md",
         "data/pretrained/demo/README.md",
         "gin/runs/demo.gin",
         "gin/ablations/no_text.gin",
     }
-    assert wanted <= pages and len(COMMANDS) > 30 and len(FLAGS) > 15
+    assert some <= pages and len(COMMANDS) > 30 and len(FLAGS) > 15

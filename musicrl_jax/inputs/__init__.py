@@ -1,4 +1,4 @@
-"""SeqIO tasks over TFDS records: the only TensorFlow in the package, in `libraries` and `tasks`.
+"""Data: SeqIO tasks over TFDS records. `libraries` and `tasks` alone import TensorFlow.
 
-Configs of data (Clips, Prompts, Tokens, Votes) are imported without it; their methods import it when they read.
+The configs of data (Clips, Prompts, Tokens, Votes) import it when they read, not before.
 """

@@ -1,8 +1,9 @@
-"""Building data sets: runs a TFDS builder that lies in a folder, and leaves ArrayRecords for random access."""
+"""Builds data sets: runs a TFDS builder from a folder and writes ArrayRecords."""
 
 import dataclasses
 import errno
 import importlib
+import inspect
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,61 +17,64 @@ from musicrl_jax.inputs import content
 if TYPE_CHECKING:
     import tensorflow_datasets as tfds
 
-TYPES = {
-    str: str,
-    bool: bool,
-    int: int,
-    float: (int, float),
-}  # of a builder's fields: what may be given for each
+# Type of a builder's field -> accepted types of its value.
+TYPES = {str: str, bool: bool, int: int, float: (int, float)}
 NEEDED_BY_BUILDERS = "joblib", "midirenderer", "music21", "pretty_midi", "soxr"  # of data/
 
 
 def prepare(builder: str, config: str | Mapping[str, Any], data_dir: str) -> str:
-    """Builds a data set under `data_dir`, unless it is there; its name, as `Clips.datasets` takes it.
+    """Builds a data set, unless it exists, and returns its name for `Clips.datasets`.
 
-    `builder` is a folder such as 'data/score_clips', with `score_clips_dataset_builder.py` in it. `config`
-    names one of the configs that the builder comes with, or gives the fields of a new one: {'name': 'mine',
-    'folder': '~/music', ...}.
+    A new set has a content.json with the hash of each split (`content.py`).
 
-    Raises FileNotFoundError where there is no builder, ValueError where there is no such config or field,
-    and OSError where the disk is full; an unfinished data set is never taken for a finished one.
+    Args:
+      builder: a folder such as 'data/score_clips', with `score_clips_dataset_builder.py` in it.
+      config: the name of one of the builder's own configs, or the fields of a new one:
+        {'name': 'mine', 'folder': '~/music', ...}.
+      data_dir: the folder of prepared sets.
 
-    A set that is built here has a content.json with the hash of each split (`content.py`).
+    Raises:
+      FileNotFoundError: if there is no such builder.
+      ValueError: if there is no such config or field.
+      OSError: if the disk is full. An unfinished set never counts as a finished one.
     """
-    from musicrl_jax.inputs import tasks  # before the builder, which imports TensorFlow too
+    # Before the builder, which imports TensorFlow too.
+    from musicrl_jax.inputs import tasks
 
     module = _module(builder)
     try:
-        made = module.Builder(config=_config(module, config), data_dir=Path(data_dir).expanduser())
-        with lock.locked(made.data_path.parent):
-            remove_abandoned(Path(made.data_dir).parent, "incomplete.*")
-            there = made.data_path.exists()
-            made.download_and_prepare(file_format="array_record")
-            if not there and not content.read(
-                made.data_path
-            ):  # the builders in data/ hash while they write
-                content.write(made.data_path, content.of_splits(made))
+        tfds_builder = module.Builder(
+            config=_config(module, config), data_dir=Path(data_dir).expanduser()
+        )
+        folder = tfds_builder.data_path
+        with lock.locked(folder.parent):
+            remove_abandoned(folder.parent, "incomplete.*")
+            is_new = not folder.exists()
+            tfds_builder.download_and_prepare(file_format="array_record")
+            # The builders in data/ hash while they write.
+            if is_new and not content.read(folder):
+                content.write(folder, content.of_splits(tfds_builder))
     except Exception as error:
-        hosts.stop_point()  # a signal to the whole process group ends the workers too
+        # A signal to the whole process group ends the workers too.
+        hosts.stop_point()
         if tasks.disk_is_full(error):
-            raise OSError(
-                errno.ENOSPC,
-                f"data_dir: no space left for {builder}: free some, or choose another disk",
-                str(data_dir),
-            ) from error
+            message = f"data_dir: no space left for {builder}: free some, or choose another disk"
+            raise OSError(errno.ENOSPC, message, str(data_dir)) from error
         raise
-    return f"{made.name}/{made.builder_config.name}" if made.builder_config else made.name
+    name, builder_config = tfds_builder.name, tfds_builder.builder_config
+    return f"{name}/{builder_config.name}" if builder_config else name
 
 
 def _module(builder: str) -> ModuleType:
+    """Imports the builder of a folder."""
     folder = shipped.located(builder).resolve()
     name = f"{folder.name}_dataset_builder"
     if not (folder / f"{name}.py").is_file():
         raise FileNotFoundError(
-            f"builder: {builder!r} is no TFDS builder; {folder / name}.py is not there"
+            f"builder: {builder!r} is no TFDS builder: {folder / name}.py does not exist"
         )
-    # Imported with the folder above it, for relative imports: as data.score_clips from a checkout,
-    # and from a wheel as a part of this package, whose root is on the path already.
+    # The folder above is the package, so that relative imports work. In a checkout this gives
+    # data.score_clips; in a wheel the builders are part of this package, whose root is on the path.
     root = shipped.PACKAGE.parent if folder.is_relative_to(shipped.PACKAGE) else folder.parents[1]
     if str(root) not in sys.path:
         sys.path.insert(0, str(root))
@@ -83,51 +87,50 @@ def _module(builder: str) -> ModuleType:
 
 
 def _config(module: ModuleType, config: str | Mapping[str, Any]) -> "tfds.core.BuilderConfig":
+    """Returns a builder's own config by its name, or a new one from its fields."""
+    own = module.Builder.builder_configs
+    if not isinstance(config, str):
+        return _new_config(module, config)
+    if config not in own:
+        remedy = (
+            f"choose one of {sorted(own)}"
+            if own
+            else "it has none of its own; give the fields of one, as {'name': 'mine', ...}"
+        )
+        raise ValueError(f"config {config!r} of {module.__name__} does not exist: {remedy}")
+    return own[config]
+
+
+def _new_config(module: ModuleType, config: Mapping[str, Any]) -> "tfds.core.BuilderConfig":
+    """Returns a config of the builder's own class with the fields of `config`."""
     from musicrl_jax.inputs.libraries import tensorflow_datasets as tfds
 
-    known = module.Builder.builder_configs
-    if isinstance(config, str):
-        if not known:
-            raise ValueError(
-                f"config {config!r}: {module.__name__} has no configs of its own; give the fields of one, as "
-                "{'name': 'mine', ...}"
-            )
-        if config not in known:
-            raise ValueError(
-                f"config {config!r} of {module.__name__} does not exist; there are {sorted(known)}"
-            )
-        return known[config]
-    classes = [
-        value
-        for value in vars(module).values()
-        if isinstance(value, type)
-        and issubclass(value, tfds.core.BuilderConfig)
-        and value.__module__ == module.__name__
-    ]
+    # The config class is the one that the builder's module defines.
+    classes = []
+    for value in vars(module).values():
+        is_config = isinstance(value, type) and issubclass(value, tfds.core.BuilderConfig)
+        if is_config and value.__module__ == module.__name__:
+            classes.append(value)
     if len(classes) != 1:
+        names = sorted(module.Builder.builder_configs)
         raise ValueError(
-            f"config {dict(config)}: {module.__name__} takes no fields; name one of {sorted(known)}"
+            f"config {dict(config)}: {module.__name__} takes no fields: name one of {names}"
         )
     (config_class,) = classes
-    fields = {field.name: field for field in dataclasses.fields(config_class)}
-    if unknown := sorted(set(config) - set(fields)):
+
+    # Its fields: names, then types.
+    types = {field.name: field.type for field in dataclasses.fields(config_class)}
+    try:
+        inspect.signature(config_class).bind(**config)
+    except TypeError as error:
         raise ValueError(
-            f"config has no field {', '.join(unknown)}; {config_class.__name__} has {sorted(fields)}"
-        )
-    needed = [
-        name
-        for name, field in fields.items()
-        if field.init
-        and field.default is dataclasses.MISSING
-        and field.default_factory is dataclasses.MISSING
-    ]
-    if missing := sorted(set(needed) - set(config)):
-        raise ValueError(f"config lacks {', '.join(missing)}, which {config_class.__name__} needs")
+            f"config: {error}; the fields of {config_class.__name__} are {sorted(types)}"
+        ) from error
     for name, value in config.items():
-        kind = fields[name].type
-        if kind in TYPES and (
-            not isinstance(value, TYPES[kind]) or (isinstance(value, bool) and kind is not bool)
-        ):
+        kind = types[name]
+        # bool is a subclass of int.
+        is_bool_for_number = isinstance(value, bool) and kind is not bool
+        if kind in TYPES and (is_bool_for_number or not isinstance(value, TYPES[kind])):
             raise ValueError(f"config: {name} = {value!r} must be of type {kind.__name__}")
     if not config["name"] or "/" in config["name"]:
         raise ValueError(

@@ -1,8 +1,8 @@
-"""What a data set holds, as a hash for each split, made while it is built and kept beside it.
+"""Content hashes of data sets: one for each split, made while a set is built and stored beside it.
 
-Equal examples in the same order have equal hashes on any machine and in any process. Files of equal sets may differ:
-protobuf writes the features of an example in another order in each process. So decoded features are hashed, in the
-order of their names.
+Equal examples in the same order have equal hashes on any machine and in any process. The files of
+equal sets may differ, since protobuf writes the features of an example in an order that changes
+with the process. So the hash covers decoded features, in the order of their names.
 """
 
 import hashlib
@@ -18,7 +18,10 @@ if TYPE_CHECKING:
     import tensorflow as tf
     import tensorflow_datasets as tfds
 
-CONTENT = "content.json"  # in the folder of a set's version: {split: hash}
+# In the folder of a set's version: {split: hash}.
+CONTENT = "content.json"
+# Kind of a feature -> dtype of its values.
+NUMBERS = {"float_list": "<f4", "int64_list": "<i8"}
 
 
 class ContentHash:
@@ -29,16 +32,15 @@ class ContentHash:
 
     def add(self, features: Mapping[str, bytes]) -> None:
         """Adds an example: the bytes of each feature, by name."""
-        self._digest.update(len(features).to_bytes(8, "little"))
+        self._digest.update(_length(features))
         for name in sorted(features):
             for part in (name.encode(), features[name]):
-                self._digest.update(
-                    len(part).to_bytes(8, "little")
-                )  # where one part ends and the next one starts
+                # Marks where a part ends.
+                self._digest.update(_length(part))
                 self._digest.update(part)
 
     def add_example(self, example: "tf.train.Example") -> None:
-        """Adds an example as TFDS keeps it in a record."""
+        """Adds an example as TFDS stores it in a record."""
         self.add({name: _values(feature) for name, feature in example.features.feature.items()})
 
     def hexdigest(self) -> str:
@@ -46,49 +48,48 @@ class ContentHash:
         return self._digest.hexdigest()
 
 
+def _length(part: bytes | Mapping) -> bytes:
+    return len(part).to_bytes(8, "little")
+
+
 def _values(feature: "tf.train.Feature") -> bytes:
-    """The values of a feature, with their kind and their number."""
+    """Returns the kind of a feature and its values."""
     kind = feature.WhichOneof("kind") or "none"
+    # bytes have lengths of their own; numbers all have 4 or 8 bytes.
+    content = b""
     if kind == "bytes_list":
-        parts = [
-            part
-            for value in feature.bytes_list.value
-            for part in (len(value).to_bytes(8, "little"), value)
-        ]
-    elif kind == "none":
-        parts = []
-    else:
-        numbers, dtype = (
-            (feature.float_list, "<f4") if kind == "float_list" else (feature.int64_list, "<i8")
-        )
-        parts = [np.asarray(numbers.value, dtype).tobytes()]
-    return b"".join([kind.encode(), b" ", *parts])
+        content = b"".join(_length(value) + value for value in feature.bytes_list.value)
+    elif kind in NUMBERS:
+        content = np.asarray(getattr(feature, kind).value, NUMBERS[kind]).tobytes()
+    return kind.encode() + b" " + content
+
+
+# --- Hashes of data sets ---
 
 
 def of_arrays(example: Mapping[str, np.ndarray | str]) -> dict[str, bytes]:
-    """Returns the bytes of each feature of an example of integer arrays and texts, as `ContentHash.add` takes them."""
+    """Returns the bytes of each feature of an example of integer arrays and texts."""
     features = {}
     for name, value in example.items():
         if isinstance(value, str):
             features[name] = value.encode()
         else:
             array = np.asarray(value)
-            features[name] = (
-                f"{array.dtype.name} {array.shape} ".encode() + array.astype("<i8").tobytes()
-            )
+            header = f"{array.dtype.name} {array.shape} ".encode()
+            features[name] = header + array.astype("<i8").tobytes()
     return features
 
 
 def of_splits(builder: "tfds.core.DatasetBuilder") -> dict[str, str]:
-    """Reads a whole data set that was built just now, and returns the hash of each split."""
+    """Reads a whole data set and returns the hash of each split."""
     from musicrl_jax.inputs.libraries import tensorflow as tf
     from musicrl_jax.inputs.libraries import tensorflow_datasets as tfds
 
+    raw = tfds.decode.DeserializeMethod.RAW_BYTES
     hashes = {}
     for split, info in builder.info.splits.items():
         digest = ContentHash()
         if info.num_examples:
-            raw = tfds.decode.DeserializeMethod.RAW_BYTES
             for record in builder.as_data_source(split, deserialize_method=raw):
                 digest.add_example(tf.train.Example.FromString(record))
         hashes[split] = digest.hexdigest()
@@ -96,16 +97,14 @@ def of_splits(builder: "tfds.core.DatasetBuilder") -> dict[str, str]:
 
 
 def write(folder: str | Path, hashes: Mapping[str, str]) -> None:
-    """Keeps the hash of each split in the folder of a set's version."""
-    write_json(Path(folder) / CONTENT, {split: hashes[split] for split in sorted(hashes)})
+    """Writes the hash of each split into the folder of a set's version."""
+    write_json(Path(folder) / CONTENT, dict(sorted(hashes.items())))
 
 
 def read(folder: str | Path) -> dict[str, str]:
-    """Returns the hash of each split; {} for a set that was built before there were hashes.
+    """Returns the hash of each split; {} for a set from a version without hashes.
 
-    Raises ValueError where the file is damaged.
+    Raises ValueError if the file is damaged.
     """
     path = Path(folder) / CONTENT
-    if not path.exists():
-        return {}
-    return read_json(path, {str: str}, "build the data set anew")
+    return read_json(path, {str: str}, "build the data set anew") if path.exists() else {}

@@ -1,9 +1,7 @@
-"""TensorFlow, SeqIO and TFDS: imported through here, so that nothing is heard of them before there
-is data to read.
+"""TensorFlow, SeqIO and TFDS. Import them from here, and only where data is read.
 
-They take seconds to import and write to the process's stderr while they start, from C++ and before
-any setting of theirs is read. Those lines are left out; whatever else stands there meanwhile is
-passed on.
+They take seconds to import. While they start, their C++ code writes to stderr before any of their
+settings applies. Those lines are dropped; everything else that arrives meanwhile is passed on.
 """
 
 import os
@@ -13,7 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# "I0000 00:00:1796022448.10 6258 port.cc:153] ..." and what absl says before the first of them.
+# Lines such as "I0000 00:00:1796022448.10 6258 port.cc:153] ...", and absl's line before the first.
 START_UP_LINE = re.compile(
     rb"[IW]\d{4} [\d:. ]+\w+\.cc:\d+\] |\d{4}-\d\d-\d\d .*\.cc:\d+\] |WARNING: All log messages"
 )
@@ -21,8 +19,9 @@ START_UP_LINE = re.compile(
 
 @contextmanager
 def _without_start_up_lines() -> Iterator[None]:
-    """Drops from the process's stderr, in the block, the lines that TensorFlow writes as it starts."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # read once, at the import
+    """Drops TensorFlow's start-up lines from the stderr of this process inside the block."""
+    # Read once, at the import.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     sys.stderr.flush()
     stderr = os.dup(2)
     with tempfile.TemporaryFile() as written:
@@ -43,6 +42,7 @@ with _without_start_up_lines():
     import tensorflow
     import tensorflow_datasets
 
-    tensorflow.config.set_visible_devices([], "GPU")  # the accelerators are JAX's
+    # Leaves the accelerators to JAX.
+    tensorflow.config.set_visible_devices([], "GPU")
 
 __all__ = ["seqio", "tensorflow", "tensorflow_datasets"]

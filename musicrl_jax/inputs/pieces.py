@@ -1,8 +1,9 @@
-"""Text as pieces, by a vocabulary's file: a SentencePiece model, or a Hugging Face tokenizer.json of a BERT.
+"""Text as pieces, by a SentencePiece model or a BERT's tokenizer.json of Hugging Face.
 
-A SentencePiece model that `vocabulary.build` made folds case, unifies compatibility forms (NFKC) and spells in bytes
-what no piece covers, so that no text is unknown in any script. A tokenizer.json brings its own rules; what it does not
-cover is [UNK], and a text stands between [CLS] and [SEP], also where it is cut. In both, 0 fills up.
+A SentencePiece model from `vocabulary.build` folds case, unifies compatibility forms (NFKC) and
+spells in bytes what no piece covers, so no text of any script is unknown. A tokenizer.json has
+rules of its own. What it does not cover is [UNK], and a text is put between [CLS] and [SEP], also
+if it is cut. Both kinds pad with 0.
 
 Legend: B texts, L text pieces.
 """
@@ -16,88 +17,88 @@ import sentencepiece
 import tokenizers
 
 PADDING = 0
+# Pieces of a BERT's vocabulary that stand for no text.
+WORDLESS = ("[PAD]", "[CLS]", "[SEP]")
+# Characters of a prompt that a message shows.
+LONGEST_SHOWN = 80
 Reader = Callable[[str], list[int]]
 
 
 def content(vocabulary: str) -> bytes:
-    """A vocabulary's file; FileNotFoundError where there is none."""
+    """Returns the bytes of a vocabulary's file. Raises FileNotFoundError without one."""
     if not Path(vocabulary).is_file():
         raise FileNotFoundError(
-            f"vocabulary: {vocabulary!r} is no file; `musicrl vocabulary` writes one from the captions, "
-            "`musicrl fetch` brings a pretrained model's"
+            f"vocabulary: {vocabulary!r} is no file; `musicrl vocabulary` writes one from the "
+            "captions, `musicrl fetch` brings a pretrained model's"
         )
     return Path(vocabulary).read_bytes()
 
 
 def size(model: bytes) -> int:
-    """The number of pieces that a vocabulary's content has, padding and others that stand for no text included."""
-    if model.startswith(b"{"):
+    """Returns the number of pieces of a vocabulary, including padding and other special pieces."""
+    if _is_bert(model):
         return _tokenizer(model).get_vocab_size()
     return _sentencepiece(model).get_piece_size()
 
 
 def reader(model: bytes, length: int) -> Reader:
-    """A function from a text to its pieces, at most `length`; [CLS] and [SEP] are among them where there are such.
+    """Returns a function from a text to its pieces, at most `length`, including [CLS] and [SEP].
 
-    ValueError where `model` is no vocabulary that this knows.
+    Raises ValueError if `model` is not a supported vocabulary.
     """
-    if not model.startswith(b"{"):
+    if not _is_bert(model):
         processor = _sentencepiece(model)
         return lambda text: processor.encode(text)[:length]
     tokenizer = _tokenizer(model)
-    tokenizer.no_padding()
     tokenizer.enable_truncation(length)
     return lambda text: tokenizer.encode(text).ids
 
 
-def filled(ids: Sequence[int], length: int) -> np.ndarray:
-    """Pieces as int32 [length], filled up with 0."""
+def padded(ids: Sequence[int], length: int) -> np.ndarray:
+    """Returns pieces as int32 [length], padded with 0."""
     return np.pad(np.asarray(ids, np.int32), (0, length - len(ids)))
 
 
 def encode(model: bytes, prompts: Sequence[str], length: int) -> np.ndarray:
-    """Prompts as pieces, i32 [B, L]: filled up with 0, and cut after `length` pieces.
+    """Returns the pieces of prompts, i32 [B, L], cut or padded with 0 to L = `length` pieces.
 
-    ValueError where a prompt is not Unicode, has nothing to say, or has nothing that the vocabulary knows.
+    Raises ValueError if a prompt is not Unicode, is empty, or has only unknown words.
     """
-    read, silent, unknown = _prepared(model, length)
-    rows = []
-    for prompt in prompts:
+    read, wordless, unknown = _prepared(model, length)
+    rows = np.zeros((len(prompts), length), np.int32)  # [B, L]
+    for row, prompt in zip(rows, prompts, strict=True):
         try:
             prompt.encode()
         except UnicodeEncodeError:
             raise ValueError(f"prompt {prompt!r} is not valid Unicode: give it in UTF-8") from None
         ids = read(prompt)
-        said = set(ids) - silent
-        if not prompt.strip() or not said:
+        words = set(ids) - wordless
+        if not prompt.strip() or not words:
             raise ValueError(f"prompt {prompt!r} is empty: say what the music should be like")
-        if said <= unknown:
+        if words <= unknown:
+            shown = prompt if len(prompt) <= LONGEST_SHOWN else f"{prompt[:LONGEST_SHOWN]}..."
             raise ValueError(
-                f"prompt {_short(prompt)} has nothing that the vocabulary knows: say it in other words"
+                f"prompt {shown!r} has nothing that the vocabulary knows: use other words"
             )
-        rows.append(filled(ids, length))
-    return np.stack(rows) if rows else np.zeros((0, length), np.int32)  # [B, L]
+        row[: len(ids)] = ids
+    return rows
 
 
-def _short(prompt: str) -> str:
-    return repr(prompt if len(prompt) <= 80 else prompt[:80] + "...")
-
-
-@functools.lru_cache(
-    maxsize=4
-)  # a service encodes a prompt at a time, and a tokenizer.json takes a tenth of a second
+# A service encodes one prompt at a time, and a tokenizer.json takes 0.1 s to load.
+@functools.lru_cache(maxsize=4)
 def _prepared(model: bytes, length: int) -> tuple[Reader, set[int], set[int]]:
-    return reader(model, length), *_without_words(model)
+    """Returns the reader, the pieces that stand for no text, and those for unknown text."""
+    if not _is_bert(model):
+        return reader(model, length), {PADDING}, {_sentencepiece(model).unk_id()}
+    number = _tokenizer(model).token_to_id
+    return reader(model, length), set(map(number, WORDLESS)), {number("[UNK]")}
 
 
-def _without_words(model: bytes) -> tuple[set[int], set[int]]:
-    """(pieces that stand for no text, pieces that stand for unknown text)."""
-    if not model.startswith(b"{"):
-        return {PADDING}, {_sentencepiece(model).unk_id()}
-    tokenizer = _tokenizer(model)
-    return {tokenizer.token_to_id(token) for token in ("[PAD]", "[CLS]", "[SEP]")}, {
-        tokenizer.token_to_id("[UNK]")
-    }
+# --- Vocabularies ---
+
+
+def _is_bert(model: bytes) -> bool:
+    return model.startswith(b"{")
 
 
 def _sentencepiece(model: bytes) -> sentencepiece.SentencePieceProcessor:
@@ -109,7 +110,8 @@ def _sentencepiece(model: bytes) -> sentencepiece.SentencePieceProcessor:
         ) from None
     if processor.pad_id() != PADDING:
         raise ValueError(
-            f"the SentencePiece model's padding is {processor.pad_id()}, not 0: train it with pad_id=0"
+            f"the SentencePiece model's padding is {processor.pad_id()}, not 0: "
+            "train it with pad_id=0"
         )
     return processor
 
@@ -117,16 +119,15 @@ def _sentencepiece(model: bytes) -> sentencepiece.SentencePieceProcessor:
 def _tokenizer(model: bytes) -> tokenizers.Tokenizer:
     try:
         tokenizer = tokenizers.Tokenizer.from_str(model.decode())
-    except Exception as error:  # the library raises nothing narrower
+    except Exception as error:  # the library raises no narrower type
         raise ValueError(f"the vocabulary is no tokenizer.json: {error}") from error
-    found = [tokenizer.token_to_id(token) for token in ("[PAD]", "[CLS]", "[SEP]")]
+    # Settings of the file for padding do not count: padding is done here.
+    tokenizer.no_padding()
+    padding, cls, sep = map(tokenizer.token_to_id, WORDLESS)
     ids = tokenizer.encode("a").ids
-    if (
-        found[0] != PADDING
-        or None in found
-        or [ids[0], [i for i in ids if i != PADDING][-1]] != found[1:]
-    ):
+    if padding != PADDING or None in (cls, sep) or (ids[0], ids[-1]) != (cls, sep):
         raise ValueError(
-            "the tokenizer.json is no BERT's: it must have [PAD] = 0 and put a text between [CLS] and [SEP]"
+            "the tokenizer.json is no BERT's: it must have [PAD] = 0 and put a text between [CLS] "
+            "and [SEP]"
         )
     return tokenizer

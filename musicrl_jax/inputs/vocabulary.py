@@ -1,8 +1,8 @@
-"""A SentencePiece model, trained on captions, that can spell anything.
+"""Trains a SentencePiece model on captions. It can spell any text.
 
-Case is folded and compatibility forms are unified (NFKC) before a text is cut into pieces; what no piece
-covers is spelt in bytes, so that there is no unknown text in any script. Piece 0 is padding, 1 the end of a
-text (not used), 2 unknown. `pieces.py` reads it.
+Before a text is cut into pieces, case is folded and compatibility forms are unified (NFKC).
+Characters that no piece covers are spelt in bytes, so no text of any script is unknown. Piece 0 is
+padding, 1 the end of a text (not used), 2 unknown. `pieces.py` reads the model.
 """
 
 import hashlib
@@ -22,26 +22,37 @@ BYTE_PIECES = 256
 
 @lock.holds("path", beside=True)
 def build(data: Clips, path: str, size: int) -> None:
-    """Trains a model of at most `size` pieces on the train captions; does nothing where `path` is there.
+    """Trains a model of at most `size` pieces on the train captions, unless `path` exists.
 
-    Few captions give fewer pieces. The same captions give the same bytes. `path`.json says what a model was
-    made from; one without it, brought from elsewhere, is used as it is. ValueError where `path` was made with
-    another size or from other captions, or `size` has no room for bytes and letters.
+    Few captions give fewer pieces. The same captions give the same bytes. `path`.json records size
+    and captions. A model without that file comes from elsewhere and is used as it is.
+
+    Raises ValueError if `path` was made with another size or from other captions, or if `size`
+    leaves no room for bytes and letters.
     """
-    captions, made_from = data.captions("train"), Path(f"{path}.json")
-    wanted = {"size": size, "captions": hashlib.sha256(json.dumps(captions).encode()).hexdigest()}
+    # An existing model: check what it was made from.
+    captions, record = data.captions("train"), Path(f"{path}.json")
+    source = {"size": size, "captions": hashlib.sha256(json.dumps(captions).encode()).hexdigest()}
     if Path(path).exists():
-        kind, remedy = {"size": int, "captions": str}, f"delete it to use {path} as it is"
-        found = read_json(made_from, kind, remedy) if made_from.exists() else wanted
-        told = {"size": f"with size {found['size']}, not {size}", "captions": "from other captions"}
-        if changed := [told[name] for name in wanted if found[name] != wanted[name]]:
+        changes = []
+        if record.exists():
+            kind, remedy = {"size": int, "captions": str}, f"delete it to use {path} as it is"
+            old = read_json(record, kind, remedy)
+            if old["size"] != size:
+                changes.append(f"with size {old['size']}, not {size}")
+            if old["captions"] != source["captions"]:
+                changes.append("from other captions")
+        if changes:
             raise ValueError(
-                f"vocabulary {path} was made {' and '.join(changed)}: give another VOCABULARY, delete it, "
-                f"or delete {made_from} to use it as it is"
+                f"vocabulary {path} was made {' and '.join(changes)}: give another VOCABULARY, "
+                f"delete it, or delete {record} to use it as it is"
             )
         return
+
+    # A new model.
     model = io.BytesIO()
-    hosts.stop_point()  # not again before the end: the trainer takes no signal, and little time
+    # The trainer takes little time and no signal.
+    hosts.stop_point()
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(captions),
@@ -55,14 +66,17 @@ def build(data: Clips, path: str, size: int) -> None:
             eos_id=1,
             unk_id=2,
             bos_id=-1,
-            num_threads=1,  # the sums of several threads differ in their last digits
+            # The sums of several threads differ in their last digits.
+            num_threads=1,
             minloglevel=2,
         )
     except RuntimeError as error:
         raise ValueError(
-            f"size {size} is too small: {BYTE_PIECES} pieces are bytes, besides all letters ({error})"
+            f"size {size} is too small: {BYTE_PIECES} pieces are bytes, and letters need more "
+            f"({error})"
         ) from None
-    write_json(made_from, wanted)  # first: a model without it counts as brought from elsewhere
+    # First: a model without it counts as one from elsewhere.
+    write_json(record, source)
     partial = Path(f"{path}.partial")
     partial.write_bytes(model.getvalue())
     os.replace(partial, path)

@@ -1,11 +1,13 @@
-"""Votes: which of two clips a listener chose. A vote folder holds the clips' tokens, as `inputs.tokens` writes them,
-and `votes.jsonl`, a line a vote:
+"""Votes: which of two clips a listener chose.
 
-    {"prompt": "a slow waltz", "a": "17-0", "b": "17-1", "vote": "a", "listener": "training panel 3",
-     "heard": [true, true]}
+A vote folder is a token folder (`tokens.py`) with `votes.jsonl` in it, one line for each vote:
 
-`a` and `b` are ids of clips in the token folder; `vote` is "a", "b", "tie" or "abstain". As in MusicRL, a vote counts
-only where both clips were heard; abstentions do not count, a tie is half a vote for each.
+    {"prompt": "a slow waltz", "a": "17-0", "b": "17-1", "vote": "a",
+     "listener": "training panel 3", "heard": [true, true]}
+
+`a` and `b` are ids of clips in the token folder; `vote` is "a", "b", "tie" or "abstain". As in
+MusicRL, a vote counts only if the listener heard both clips. Abstentions do not count. A tie is
+half a vote for each clip.
 
 Legend: B votes.
 """
@@ -13,15 +15,14 @@ Legend: B votes.
 import dataclasses
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import jax
 import numpy as np
 
 from musicrl_jax.core import tables
-from musicrl_jax.core.checkpoint import PATH
 from musicrl_jax.core.files import read_json, set_aside, write_text
 from musicrl_jax.inputs.records import Records
 from musicrl_jax.inputs.tokens import VOTES, ClipShapes, Shapes, Tokens, read, token_spec
@@ -29,14 +30,17 @@ from musicrl_jax.inputs.tokens import VOTES, ClipShapes, Shapes, Tokens, read, t
 if TYPE_CHECKING:
     import tensorflow as tf
 
-FIGURES = "agreement.json"  # how far the simulated listeners who voted agree
-SIMULATED = "simulated listener"  # how the name of each begins
-CHOICES = {"a": 1.0, "b": 0.0, "tie": 0.5}  # the share of the vote that clip a gets
+# File with the agreement of the simulated listeners who voted.
+FIGURES = "agreement.json"
+# Start of the name of every simulated listener.
+SIMULATED = "simulated listener"
+# Share of the vote that clip a gets.
+CHOICES = {"a": 1.0, "b": 0.0, "tie": 0.5}
 ABSTAINED = "abstain"
+# Columns of `votes.jsonl`, in the order of the fields of `Vote` after `line`.
 FIELDS = {"prompt": str, "a": str, "b": str, "vote": str, "listener": str, "heard": list}
-OF_THE_PROMPT = (
-    "mulan",
-)  # arrays of tokens that both clips share; those of all others are stacked
+# Token arrays that both clips share; all others are stacked.
+OF_THE_PROMPT = ("mulan",)
 
 
 class Vote(NamedTuple):
@@ -48,110 +52,69 @@ class Vote(NamedTuple):
     b: str
     vote: str
     listener: str
-    heard: list[bool]
+    clips_heard: list[bool]
 
     @property
     def counts(self) -> bool:
-        """Whether it says anything: both clips were heard, and the listener did not abstain."""
-        return all(self.heard) and self.vote != ABSTAINED
+        """Whether both clips were heard and the listener did not abstain."""
+        return all(self.clips_heard) and self.vote != ABSTAINED
 
 
 @dataclasses.dataclass(frozen=True)
-class Votes:
+class Votes(Tokens):
     """The votes that count, with the tokens of both clips.
+
+    A batch holds the token arrays, i32 [B, 2, ...] by name, or [B, ...] if both clips share them,
+    and 'vote', f32 [B], the share of the first clip. `batches` also raises ValueError, with the
+    line, if a vote is damaged or its clips are missing.
 
     Attributes:
       directory: the vote folder.
-      models: as in `Tokens`: the hash of each model that this run uses.
+      models: hash of each model of this run, as in `Tokens`.
     """
 
-    directory: str = dataclasses.field(metadata=PATH)
-    models: Mapping[str, str] | None = None
-
-    def batches(
-        self,
-        split: str,
-        batch_size: int,
-        seed: int,
-        start_step: int = 0,
-        epochs: int | None = None,
-        rows: np.ndarray | None = None,
-    ) -> Iterator[dict[str, np.ndarray]]:
-        """Yields arrays of tokens, i32 [B, 2, ...] by name, or [B, ...] if both clips share them, and 'vote', f32 [B].
-
-        'vote' is the share of the first clip. Otherwise as `Tokens.batches`; ValueError, naming the line, where a vote
-        is damaged or its clips are missing.
-        """
-        from musicrl_jax.inputs import tasks
-
-        pairs, spec = self._pairs(split)
-        if epochs is None and batch_size > len(pairs):
-            raise ValueError(
-                f"batch_size {batch_size} is more than the {len(pairs)} votes of split {split!r} in {self.directory}: "
-                "lower it, or collect more"
-            )
-        source = tasks.RecordSource({split: pairs}, spec)
-        features = {
-            name: tasks.number_feature(each.dtype.as_numpy_dtype, each.shape.rank)
-            for name, each in spec.items()
-        }
-        task = tasks.register("votes", source, [], features)
-        length = {name: each.shape[0] for name, each in spec.items() if each.shape.rank}
-        return tasks.batches(
-            [(task, 1.0)], split, length, batch_size, seed, start_step, epochs, rows
-        )
+    verb: ClassVar[str] = "collect"
+    examples: ClassVar[str] = "votes"
+    remedy: ClassVar[str] = "lower it, or collect more"
 
     def shapes(self, batch_size: int, clip_seconds: float, tokens: ClipShapes) -> Shapes:
         """Returns the shapes of a batch; see `objectives.objective.Data`."""
-        shapes = self._tokens.shapes(batch_size, clip_seconds, tokens)
+        shapes = super().shapes(batch_size, clip_seconds, tokens)
         for name in shapes.keys() - set(OF_THE_PROMPT):
             shape = (batch_size, 2, *shapes[name].shape[1:])
             shapes[name] = jax.ShapeDtypeStruct(shape, np.int32)
         return shapes | {"vote": jax.ShapeDtypeStruct((batch_size,), np.float32)}
 
-    def layout(self) -> dict[str, int]:
-        """As `Tokens.layout`."""
-        return self._tokens.layout()
-
-    def content_hashes(self) -> dict[str, Any]:
-        """As `Tokens.content_hashes`: of the clips' tokens. The votes are known by the content of their file."""
-        return self._tokens.content_hashes()
-
     def splits(self) -> list[str]:
-        """The splits that have votes."""
-        return [split for split in self._tokens.splits() if self.count(split)]
+        """Returns the splits with votes."""
+        return [split for split in super().splits() if self.count(split)]
 
     def count(self, split: str) -> int:
-        """The number of votes in a split that count."""
+        """Returns the number of votes in a split that count."""
         return len(self.votes(split))
 
     def votes(self, split: str) -> list[Vote]:
-        """The votes of a split that count: those of its clips."""
-        places = {each: self._places(each) for each in self._tokens.splits()}
-        cast = read_votes(self.directory)
-        set_figures_aside(self.directory, {vote.listener for vote in cast})
-        for vote in cast:
-            if not any(vote.a in known for known in places.values()):
+        """Returns the votes that count on the clips of a split."""
+        places = {each: self._places(each) for each in super().splits()}
+        votes = read_votes(self.directory)
+        set_figures_aside(self.directory, {vote.listener for vote in votes})
+        # A vote on a clip of no split would be dropped silently.
+        for vote in votes:
+            if not any(vote.a in clips for clips in places.values()):
                 raise self._error(vote, "a", "in any split")
-        return [vote for vote in cast if vote.counts and vote.a in places.get(split, {})]
+        return [vote for vote in votes if vote.counts and vote.a in places.get(split, {})]
 
     def _error(self, vote: Vote, column: str, place: str) -> ValueError:
         row = tables.Row(Path(self.directory) / VOTES, vote.line, {})
         return row.error(column, f"no clip {getattr(vote, column)!r} {place}")
 
-    @property
-    def _tokens(self) -> Tokens:
-        return _VotedTokens(self.directory, self.models)
-
     def _places(self, split: str) -> dict[str, int]:
-        """The number of every clip of a split, by id."""
-        self._tokens.count(split)  # a check of the models
-        return {
-            record["id"].decode(): number
-            for number, record in enumerate(read(self.directory, split)[0])
-        }
+        """Returns the number of every clip of a split, by id."""
+        super().count(split)  # checks the models
+        records = read(self.directory, split)[0]
+        return {record["id"].decode(): number for number, record in enumerate(records)}
 
-    def _pairs(self, split: str) -> tuple["_Pairs", dict[str, "tf.TensorSpec"]]:
+    def _records(self, split: str) -> tuple[Records, dict[str, "tf.TensorSpec"]]:
         from musicrl_jax.inputs import tasks
 
         places = self._places(split)
@@ -162,74 +125,71 @@ class Votes:
             if vote.b not in places:
                 raise self._error(vote, "b", f"in split {split!r}")
             pairs.append((places[vote.a], places[vote.b], CHOICES[vote.vote]))
-        paired = {
-            name: each if name in OF_THE_PROMPT else tasks.spec([2, *each.shape], np.int32)
-            for name, each in spec.items()
-        }
-        return pairs, {**paired, "vote": tasks.spec([], np.float32)}
+        for name in spec.keys() - set(OF_THE_PROMPT):
+            spec[name] = tasks.spec([2, *spec[name].shape], np.int32)
+        return pairs, {**spec, "vote": tasks.spec([], np.float32)}
 
 
-class _VotedTokens(Tokens):
-    """Tokens of clips that were voted on."""
-
-    verb = "collect"
+# --- Records ---
 
 
 class _Pairs(list):
     """(number of clip a, number of clip b, share of a) as records."""
 
     def __init__(self, clips: Records, names: Sequence[str]):
-        """Clips as records, and the names of their arrays of tokens."""
+        """Initialises an empty list of pairs of `clips`, with the token arrays `names`."""
         super().__init__()
         self._clips, self._names = clips, names
 
     def __getitems__(self, indices: list[int]) -> list[Mapping[str, Any]]:
-        chosen = [self[i] for i in indices]
-        clips = self._clips.__getitems__([number for a, b, _ in chosen for number in (a, b)])
+        pairs = [self[i] for i in indices]
+        # One call of the reader for all clips: a, b, a, b, ...
+        clips = self._clips.__getitems__([number for a, b, _ in pairs for number in (a, b)])
         records = []
-        for a, b, (_, _, share) in zip(clips[::2], clips[1::2], chosen, strict=True):
-            record = {
-                name: a[name] if name in OF_THE_PROMPT else np.stack([a[name], b[name]])
-                for name in self._names
-            }
-            records.append({**record, "vote": np.float32(share)})
+        for a, b, (_, _, share) in zip(clips[::2], clips[1::2], pairs, strict=True):
+            record = {"vote": np.float32(share)}
+            for name in self._names:
+                is_shared = name in OF_THE_PROMPT
+                record[name] = a[name] if is_shared else np.stack([a[name], b[name]])
+            records.append(record)
         return records
 
 
-def read_votes(directory: str) -> list[Vote]:
-    """Reads every line of a vote folder's file.
+# --- The file ---
 
-    Raises FileNotFoundError where there is none, and ValueError with line and column where a vote is wrong.
+
+def read_votes(directory: str) -> list[Vote]:
+    """Returns every vote of a folder.
+
+    Raises FileNotFoundError without a file, and ValueError with line and column for a wrong vote.
     """
     path = Path(directory) / VOTES
     if not path.exists():
         raise FileNotFoundError(f"directory: no votes at {path}; write them with `musicrl collect`")
+    choices = (*CHOICES, ABSTAINED)
     votes = []
     for row in tables.read_rows(path, FIELDS, only=True):
-        fields = row.values
-        if fields["vote"] not in (*CHOICES, ABSTAINED):
-            raise row.error("vote", f"{fields['vote']!r} is none of {(*CHOICES, ABSTAINED)}")
-        if len(fields["heard"]) != 2 or not all(
-            isinstance(heard, bool) for heard in fields["heard"]
-        ):
-            raise row.error(
-                "heard", f"{fields['heard']!r} must be two of true and false, for a and for b"
-            )
-        if fields["a"] == fields["b"]:
-            raise row.error("b", f"{fields['a']!r} is clip a too: give two clips")
-        votes.append(Vote(row.line, **fields))
+        vote = Vote(row.line, *(row.values[name] for name in FIELDS))
+        if vote.vote not in choices:
+            raise row.error("vote", f"{vote.vote!r} is none of {choices}")
+        if [type(each) for each in vote.clips_heard] != [bool, bool]:
+            message = f"{vote.clips_heard!r} must be two of true and false, for a and for b"
+            raise row.error("heard", message)
+        if vote.a == vote.b:
+            raise row.error("b", f"{vote.a!r} is clip a too: give two clips")
+        votes.append(vote)
     return votes
 
 
 def is_of(listener: str, panel: str) -> bool:
-    """Tells whether a vote is signed by a simulated listener of that panel."""
+    """Returns whether a name is that of a simulated listener of the panel."""
     return listener.startswith(f"{SIMULATED} ") and listener.endswith(f" of the {panel}")
 
 
 def set_figures_aside(directory: str, listeners: Iterable[str]) -> None:
-    """Renames agreement.json where it is of other listeners than those who voted, so that it is not taken for theirs.
+    """Renames agreement.json if anybody voted who is not of its panel of simulated listeners.
 
-    It is of the panel of simulated listeners that it names.
+    The figures of the panel must not be mistaken for those of others.
     """
     path = Path(directory) / FIGURES
     if not os.path.lexists(path):
@@ -239,27 +199,28 @@ def set_figures_aside(directory: str, listeners: Iterable[str]) -> None:
     except (ValueError, OSError) as error:
         set_aside(path, str(error).removeprefix(f"{path} "))
         return
-    if others := sorted(listener for listener in listeners if not is_of(listener, panel)):
-        aside = path.with_name(
-            f"{path.stem}.{panel.replace(' ', '_').replace('/', '_')}{path.suffix}"
-        )
-        told = f"{path} is of simulated listeners of the {panel}, and {others[0]!r} voted"
-        try:
-            os.replace(path, aside)
-        except OSError as error:  # a folder that is only read; or another process was faster
-            print(f"{told}; do not take it for theirs ({error.strerror})", flush=True)
-        else:
-            print(f"{told}; renamed {aside.name}", flush=True)
+    # Listeners who are not of the panel.
+    others = sorted(listener for listener in listeners if not is_of(listener, panel))
+    if not others:
+        return
+    suffix = panel.replace(" ", "_").replace("/", "_")
+    aside = path.with_name(f"{path.stem}.{suffix}{path.suffix}")
+    message = f"{path} is of simulated listeners of the {panel}, and {others[0]!r} voted"
+    try:
+        os.replace(path, aside)
+    except OSError as error:  # a read-only folder, or another process was faster
+        print(f"{message}; do not take it for theirs ({error.strerror})", flush=True)
+    else:
+        print(f"{message}; renamed {aside.name}", flush=True)
 
 
 def write_votes(directory: str, votes: list[Vote]) -> None:
-    """Writes the file anew, whole or not at all; line numbers are given here.
+    """Writes the file anew, whole or not at all. Line numbers follow from the order.
 
-    Figures about other listeners do not stay beside it; see `set_figures_aside`.
+    Figures of other listeners are set aside; see `set_figures_aside`.
     """
     set_figures_aside(directory, {vote.listener for vote in votes})
-    lines = [
-        json.dumps({name: getattr(vote, name) for name in FIELDS}, ensure_ascii=False)
-        for vote in votes
-    ]
+    lines = []
+    for _, *values in votes:
+        lines.append(json.dumps(dict(zip(FIELDS, values, strict=True)), ensure_ascii=False))
     write_text(Path(directory) / VOTES, "\n".join(lines) + "\n")

@@ -1,4 +1,4 @@
-"""A base policy beside those finetuned from it: the page of what `musicrl evaluate` measured.
+"""Page of a base policy and those finetuned from it, from the results of `musicrl evaluate`.
 
 Legend: n prompts, s seeds, N samples, P points of a series.
 """
@@ -14,24 +14,14 @@ import jax
 import numpy as np
 
 from musicrl_jax.core.metrics import FILE_NAME
+from musicrl_jax.report import page
 from musicrl_jax.report.curves import Curve, read_metrics
-from musicrl_jax.report.page import (
-    Clip,
-    Figure,
-    Interval,
-    Match,
-    Measure,
-    Panel,
-    Report,
-    Reward,
-    Run,
-    Trial,
-    listed,
-    write_page,
-)
+from musicrl_jax.report.page import Figure, write_page
 
 TOTAL = "reward"
+# Terms that are shown under other names.
 NAMES = {"opinion": "opinion, simulated listeners"}
+# Explanations of terms, beside their names.
 LABELS = {
     TOTAL: "the weighted sum of the terms below",
     "text_adherence": "cosine of MuLan's embeddings of text and clip",
@@ -40,7 +30,8 @@ LABELS = {
 }
 
 Clips = Sequence[tuple[int, Mapping[str, np.ndarray]]]
-Log = Mapping[str, tuple[np.ndarray, np.ndarray]]  # metric -> (steps [P], values [P])
+# Name -> (x [P], y [P]).
+Series = Mapping[str, tuple[np.ndarray, np.ndarray]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,11 +40,10 @@ class Sounds:
 
     Attributes:
       prompts: n held-out prompts.
-      first: of the first prompts, (row in `prompts`, side -> wav f32 [N]); a side is a policy or
-        something beside it.
-      worst: the same of those whose reward fell the most, worst first.
-      scores: side -> term -> f32 [n, s], of which [row, 0] is the clip on the page; a side may have
-        none.
+      first: (row in `prompts`, side -> wav f32 [N]) of the first prompts. A side is a policy or
+        another source of clips.
+      worst: the same for the prompts with the largest loss of reward, worst first.
+      scores: side -> term -> f32 [n, s]; [row, 0] is the clip on the page. Sides may have none.
       sample_rate_hz: of the clips.
     """
 
@@ -63,16 +53,16 @@ class Sounds:
     scores: Mapping[str, Mapping[str, np.ndarray]]
     sample_rate_hz: int
 
-    def trials(self, clips: Clips) -> list[Trial]:
-        """Returns clips as they stand on the page, each with its scores."""
+    def trials(self, clips: Clips) -> list[page.Trial]:
+        """Returns clips as the page shows them, each with its scores."""
         trials = []
         for row, sides in clips:
             side_clips = {}
             for side, wav in sides.items():
                 terms = self.scores.get(side, {}).items()
                 scores = {NAMES.get(term, term): float(values[row, 0]) for term, values in terms}
-                side_clips[side] = Clip(wav, self.sample_rate_hz, scores)
-            trials.append(Trial(self.prompts[row], side_clips))
+                side_clips[side] = page.Clip(wav, self.sample_rate_hz, scores)
+            trials.append(page.Trial(self.prompts[row], side_clips))
         return trials
 
 
@@ -90,26 +80,36 @@ def write_comparison(
 
     Args:
       path: of the HTML file.
-      summary: what `musicrl_jax.evaluate` returns.
+      summary: the result of `musicrl_jax.evaluate`.
       sounds: the clips.
       run_dir: the run's folder; its name is the title.
-      finetuned: policy -> folder of its RL run, whose curves are drawn.
+      finetuned: policy -> folder of its RL run, for the curves.
       training: folders of the supervised stages.
-      seconds: spent in each stage.
+      seconds: of each stage.
       notes: paragraphs for the end.
     """
+    # What was compared.
     base, *others = summary["policies"]
     terms = [name for name in summary["rewards"] if name != TOTAL]
     count, device = len(sounds.prompts), jax.devices()[0]
-    report = Report(
+    facts = {
+        "Date": datetime.date.today().isoformat(),
+        "Machine": f"{jax.device_count()} x {device.device_kind}, {platform.machine()}",
+        "Versions": f"Python {platform.python_version()}, jax {jax.__version__}",
+        "Policies": f"{base}, the base; {page.listed(others)}",
+        "Held-out prompts": f"{count}, {summary['seeds']} clip(s) of each policy",
+    }
+
+    # Curves of the supervised stages.
+    losses = []
+    for folder in training:
+        if log := _read_log(folder):
+            losses.append(Curve(Path(folder).name, "step", "loss", {"training": log["loss"]}))
+
+    # The page.
+    report = page.Report(
         title=Path(run_dir).name,
-        facts={
-            "Date": datetime.date.today().isoformat(),
-            "Machine": f"{jax.device_count()} x {device.device_kind}, {platform.machine()}",
-            "Versions": f"Python {platform.python_version()}, jax {jax.__version__}",
-            "Policies": f"{base}, the base; {listed(others)}",
-            "Held-out prompts": f"{count}, {summary['seeds']} clip(s) of each policy",
-        },
+        facts=facts,
         policies=summary["policies"],
         panel=_panel(summary) if "panel" in summary else None,
         rewards=[_reward(summary, term) for term in (TOTAL, *terms)],
@@ -117,16 +117,12 @@ def write_comparison(
         measures=_measures(summary),
         kl=_kl_curves(summary, others),
         trials=sounds.trials(sounds.first),
-        trials_rule="The first held-out prompts, as they come; the first seed of each.",
+        trials_rule="The first held-out prompts, in their order, with the first seed of each.",
         regressions=sounds.trials(sounds.worst),
-        regressions_rule="Of all held-out prompts, those whose reward fell most, worst first.",
+        regressions_rule="The held-out prompts with the largest loss of reward, worst first.",
         runs=[_run(summary, policy, folder, terms) for policy, folder in finetuned.items()],
         runs_rule=summary["rule"],
-        training=[
-            Curve(Path(folder).name, "step", "loss", {"training": history["loss"]})
-            for folder in training
-            if (history := _history(folder))
-        ],
+        training=losses,
         stages=list(seconds.items()),
         identity={**summary["identity"]["hashes"], "seed": str(summary["seed"])},
         notes=notes,
@@ -134,117 +130,124 @@ def write_comparison(
     write_page(path, report)
 
 
-def _reward(summary: Mapping[str, Any], term: str) -> Reward:
-    means, gains = _intervals(summary["rewards"][term]), _intervals(summary["gains"][term])
-    return Reward(NAMES.get(term, term), means, gains, LABELS.get(term, ""))
+# --- Figures ---
 
 
-def _measures(summary: Mapping[str, Any]) -> list[Measure]:
-    """Returns the figures that nothing was trained on."""
-    diversity, frechet = (
-        {policy: _words_or(value) for policy, value in summary[name].items()}
-        for name in ("diversity", "frechet")
-    )
+def _figure(value: float | Mapping[str, Any]) -> Figure | float:
+    """Returns a number as it is, an interval as an Interval, and words for too few prompts."""
+    if not isinstance(value, Mapping):
+        return value
+    return value["too_small"] if "too_small" in value else page.Interval(**value)
+
+
+def _figures(values: Mapping[str, float | Mapping[str, Any]]) -> dict[str, Figure | float]:
+    return {policy: _figure(value) for policy, value in values.items()}
+
+
+def _reward(summary: Mapping[str, Any], term: str) -> page.Reward:
+    means, gains = _figures(summary["rewards"][term]), _figures(summary["gains"][term])
+    return page.Reward(NAMES.get(term, term), means, gains, LABELS.get(term, ""))
+
+
+def _measures(summary: Mapping[str, Any]) -> list[page.Measure]:
+    """Returns the figures that are not trained on."""
+    kl, diversity, frechet = (_figures(summary[name]) for name in ("kl", "diversity", "frechet"))
     real = diversity.pop("real")
-    beside = f"; of real clips it is {real:.2f}" if isinstance(real, float) else ""
+    spread = "mean distance between semantic features of two clips, 0 if all prompts give one clip"
+    if isinstance(real, float):
+        spread += f"; of real clips it is {real:.2f}"
+    distance = (
+        "between semantic features of generated and held-out real frames; not trained on; "
+        "lower is nearer"
+    )
     return [
-        Measure(
-            "KL to the base, nats a clip", _intervals(summary["kl"]), "how far the policy moved"
-        ),
-        Measure(
-            "Diversity",
-            diversity,
-            "mean distance between two clips' semantic features, 0 if all prompts gave one clip"
-            + beside,
-        ),
-        Measure(
-            "Frechet distance to real clips",
-            frechet,
-            "between semantic features of generated and held-out real frames; not trained on; "
-            "lower is nearer",
-        ),
+        page.Measure("KL to the base, nats a clip", kl, "how far the policy moved"),
+        page.Measure("Diversity", diversity, spread),
+        page.Measure("Frechet distance to real clips", frechet, distance),
     ]
 
 
-def _run(summary: Mapping[str, Any], policy: str, folder: str, terms: Sequence[str]) -> Run:
-    """Returns an RL run: its curves, and what its alarm did."""
-    alarm = summary["watched"].get(policy)
-    words = "" if alarm is None else f"silent in {alarm['looks']} looks."
-    if alarm and alarm["kept"] is not None:
-        words = "went off in look {looks}; step {kept} is kept, at {kl:.1f} nats a clip from its anchor."
-        words = words.format(**alarm)
-    curves = _run_curves(policy, _history(folder), terms, alarm.get("kl") if alarm else None)
-    return Run(policy, curves, words and f"Alarm against over-optimisation: {words}")
-
-
-def _interval(figure: Mapping[str, Any]) -> Figure:
-    return figure["too_small"] if "too_small" in figure else Interval(**figure)
-
-
-def _intervals(figures: Mapping[str, Mapping[str, Any]]) -> dict[str, Figure]:
-    return {policy: _interval(figure) for policy, figure in figures.items()}
-
-
-def _words_or(value: float | Mapping[str, str]) -> float | str:
-    """Returns a number as it is, and the words of what is none."""
-    return value["too_small"] if isinstance(value, Mapping) else value
-
-
-def _panel(summary: Mapping[str, Any]) -> Panel:
-    matches = [
-        Match(
-            *(pair.get(name) for name in ("first", "second", "win", "tie", "loss")),
-            _interval(pair["win_rate"]),
-            pair.get("wilcoxon_p"),
-        )
-        for pair in summary["pairs"]
-    ]
+def _panel(summary: Mapping[str, Any]) -> page.Panel:
+    matches = []
+    for pair in summary["pairs"]:
+        shares = (pair.get(name) for name in ("first", "second", "win", "tie", "loss"))
+        matches.append(page.Match(*shares, _figure(pair["win_rate"]), pair.get("wilcoxon_p")))
     opinions = {**summary["mos"], "real clips": summary["real"]["mos"]}
-    return Panel(**summary["panel"], matches=matches, opinions=_intervals(opinions))
+    return page.Panel(**summary["panel"], matches=matches, opinions=_figures(opinions))
 
 
-def _history(folder: str) -> Log:
-    """Returns a run's metrics; {} if the model was brought without them."""
+# --- Curves ---
+
+
+def _read_log(folder: str) -> Series:
+    """Returns metric -> (steps [P], values [P]) of a run; {} for a model without metrics."""
     path = Path(folder) / FILE_NAME
     return read_metrics(path) if path.exists() else {}
 
 
 def _kl_curves(summary: Mapping[str, Any], policies: Sequence[str]) -> list[Curve]:
-    """Returns where in a frame and when in a clip the policies left the base.
+    """Returns the KL to the base over the codes of a frame and over the seconds of a clip.
 
     Policies without figures keep their colours.
     """
-
-    def series(figures: Mapping[str, Sequence[float]], first: int) -> Log:
-        values = {policy: np.array(figures.get(policy, ()), np.float64) for policy in policies}
-        return {policy: (first + np.arange(len(each)), each) for policy, each in values.items()}
-
-    by_level, by_second = summary["kl_by_level"], summary["kl_by_second"]
+    codes = tuple(summary["token_names"])
+    charts = [
+        ("by_level", 0, "KL to the base by code", "code of a frame", codes),
+        ("by_second", 1, "KL to the base by second", "second of the clip", ()),
+    ]
     curves = []
-    if by_level:
-        names = tuple(summary["token_names"])
-        title = "KL to the base by code"
-        curves.append(Curve(title, "code of a frame", "nats", series(by_level, 0), ticks=names))
-    if by_second:
-        title = "KL to the base by second"
-        curves.append(Curve(title, "second of the clip", "nats", series(by_second, 1)))
+    for key, first, title, x_label, ticks in charts:
+        if figures := summary[f"kl_{key}"]:
+            # An empty series keeps the colours of those after it.
+            series = {}
+            for policy in policies:
+                values = np.array(figures.get(policy, ()), np.float64)
+                series[policy] = first + np.arange(len(values)), values
+            curves.append(Curve(title, x_label, "nats", series, ticks=ticks))
     return curves
 
 
-def _run_curves(
-    policy: str,
-    log: Log,
-    terms: Sequence[str],
-    kept_kl: float | None,
-) -> list[Curve]:
-    """Returns the curves for which there are metrics in the log."""
-    curves = []
+def _run(summary: Mapping[str, Any], policy: str, folder: str, terms: Sequence[str]) -> page.Run:
+    """Returns an RL run: its curves, and the outcome of its alarm."""
+    log, alarm = _read_log(folder), summary["watched"].get(policy) or {}
+    curves = [
+        *_step_curves(policy, log, [("reward and its terms", "reward", (TOTAL, *terms))]),
+        *_kl_against(policy, log, alarm.get("kl")),
+        *_step_curves(
+            policy,
+            log,
+            [
+                ("KL to the anchor", "nats a clip", ("kl",)),
+                ("value loss", "squared error", ("value_loss",)),
+                ("explained variance of the value", "share of Var R", ("explained_variance",)),
+            ],
+        ),
+    ]
+    # The alarm, if a held-out judge watched the run.
+    if not alarm:
+        return page.Run(policy, curves)
+    outcome = "silent in {looks} looks."
+    if alarm["kept"] is not None:
+        outcome = (
+            "raised in look {looks}; step {kept} is kept, {kl:.1f} nats a clip from its anchor."
+        )
+    return page.Run(policy, curves, f"Alarm for over-optimisation: {outcome.format(**alarm)}")
 
-    def by_step(title: str, unit: str, names: Sequence[str]) -> None:
+
+def _step_curves(
+    policy: str, log: Series, charts: Sequence[tuple[str, str, Sequence[str]]]
+) -> list[Curve]:
+    """Returns a curve for each (title, unit, metrics) over steps, if the log has any metric."""
+    curves = []
+    for title, unit, names in charts:
         if series := {name: log[name] for name in names if name in log}:
             curves.append(Curve(f"{policy}: {title}", "step", unit, series))
+    return curves
 
-    by_step("reward and its terms", "reward", (TOTAL, *terms))
+
+def _kl_against(policy: str, log: Series, alarm_kl: float | None) -> list[Curve]:
+    """Returns the reward and the held-out judge's gain over the KL to the anchor."""
+    curves = []
     if TOTAL in log and "kl" in log:
         series = {TOTAL: _over("kl", TOTAL, log)}
         title, x_label = f"{policy}: reward against KL", "KL to the anchor, nats a clip"
@@ -253,19 +256,17 @@ def _run_curves(
         kl, gain = _over("kl", "judge_gain", log)
         distance, error = np.sqrt(np.maximum(kl, 0.0)), _over("kl", "judge_error", log)[1]
         series = {"gain": (distance, gain)}
-        if kept_kl is not None:
+        # A vertical line at the step that the alarm chose.
+        if alarm_kl is not None:
             ends = np.array([np.min(gain - error), np.max(gain + error)])
-            series["kept"] = (np.full(2, np.sqrt(kept_kl)), ends)  # an upright line
+            series["chosen step"] = np.full(2, np.sqrt(alarm_kl)), ends
         title = f"{policy}: a held-out judge's gain"
         x_label, y_label = "square root of the KL to the anchor", "gain over the base"
         curves.append(Curve(title, x_label, y_label, series, {"gain": error}))
-    by_step("KL to the anchor", "nats a clip", ("kl",))
-    by_step("value loss", "squared error", ("value_loss",))
-    by_step("explained variance of the value", "share of Var R", ("explained_variance",))
     return curves
 
 
-def _over(x: str, y: str, log: Log) -> tuple[np.ndarray, np.ndarray]:
+def _over(x: str, y: str, log: Series) -> tuple[np.ndarray, np.ndarray]:
     """Returns two metrics at the steps that have both, in the order of x: f64 [P] each."""
     _, at_x, at_y = np.intersect1d(log[x][0], log[y][0], return_indices=True)
     x_values, y_values = log[x][1][at_x], log[y][1][at_y]

@@ -1,6 +1,6 @@
-"""Curves of a run: read back from its metrics file, or made from arrays.
+"""Curves of a run, read from its metrics file or made from arrays.
 
-Letters: P points of a series.
+Legend: P points of a series.
 """
 
 import dataclasses
@@ -17,12 +17,12 @@ class Curve:
     """One small chart: series over a common x axis, usually steps.
 
     Attributes:
-        title: what the chart shows, printed above it.
-        x_label: what x counts, e.g. "step".
-        y_label: what y measures, with its unit, e.g. "nats a clip".
-        series: name -> (x [P], y [P]), drawn in this order. Points that are not finite are left out.
-        errors: of some series, name -> [P]: half the height of a band around it.
-        ticks: names of x = 0, 1 ... where it counts things that have one; the chart is then of bars.
+      title: printed above the chart.
+      x_label: e.g. "step".
+      y_label: with its unit, e.g. "nats a clip".
+      series: name -> (x [P], y [P]), in drawing order. Points that are not finite are left out.
+      errors: name -> [P], half the height of a band around a series.
+      ticks: names of x = 0, 1, ...; with them the chart has bars.
     """
 
     title: str
@@ -34,25 +34,23 @@ class Curve:
 
     def __post_init__(self) -> None:
         for name, (x, y) in self.series.items():
-            if np.ndim(x) != 1 or np.shape(x) != np.shape(y):
-                raise ValueError(
-                    f"curve {self.title!r}, series {name!r}: x has shape {np.shape(x)} and y {np.shape(y)}; "
-                    "give two vectors of one length"
-                )
-            if name in self.errors and np.shape(self.errors[name]) != np.shape(y):
-                raise ValueError(
-                    f"curve {self.title!r}, series {name!r}: errors has shape {np.shape(self.errors[name])} and y "
-                    f"{np.shape(y)}; give one for each point"
-                )
+            shapes = {"x": np.shape(x), "errors": np.shape(self.errors.get(name, y))}
+            for part, shape in shapes.items():
+                if shape != np.shape(y) or len(shape) != 1:
+                    raise ValueError(
+                        f"curve {self.title!r}, series {name!r}: {part} has shape {shape} and y "
+                        f"{np.shape(y)}: give two vectors of one length"
+                    )
 
 
 def read_metrics(path: str | pathlib.Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Reads a JSON-lines metrics file: metric -> (steps i64 [P] ascending, values f64 [P]).
+    """Returns metric -> (steps i64 [P], ascending; values f64 [P]) of a JSON-lines metrics file.
 
-    Each line is an object {"step": 12, "loss": 0.3, ...}; a metric may be missing from lines. Where a resumed
-    run wrote a step again, its later value stands. A last line that was cut off (no newline, as a killed run
-    leaves it) is ignored. Any other line that is not such an object is left out as well, and the first is printed.
-    Raises FileNotFoundError when there is no file, ValueError when it is no regular file; an empty file gives {}.
+    Each line is an object {"step": 12, "loss": 0.3, ...}; lines may lack metrics. If a resumed run
+    wrote a step again, the later value counts. An incomplete last line (a killed run leaves one
+    without newline) is ignored. Other wrong lines are left out, and the first is printed.
+
+    Raises FileNotFoundError without a file, ValueError if it is not a regular file.
     """
     path = pathlib.Path(path)
     if not path.exists():
@@ -62,15 +60,15 @@ def read_metrics(path: str | pathlib.Path) -> dict[str, tuple[np.ndarray, np.nda
     records, fault = read_records(path)
     if fault:
         print(f"{path} is damaged: {fault}; the {len(records)} good lines are read", flush=True)
+    # metric -> step -> value; a later line replaces an earlier one.
     points: dict[str, dict[int, float]] = {}
     for record in records:
-        for name, value in record.items():
-            if name != "step":
-                points.setdefault(name, {})[int(record["step"])] = float(value)
-    return {
-        name: (
-            np.array(sorted(values), np.int64),
-            np.array([values[s] for s in sorted(values)], np.float64),
-        )
-        for name, values in points.items()
-    }
+        for name in record.keys() - {"step"}:
+            points.setdefault(name, {})[int(record["step"])] = float(record[name])
+    # As arrays, by step.
+    metrics = {}
+    for name in sorted(points):
+        steps = sorted(points[name])
+        values = [points[name][step] for step in steps]
+        metrics[name] = np.array(steps, np.int64), np.array(values, np.float64)
+    return metrics

@@ -15,18 +15,19 @@ from musicrl_jax.inputs import build
 from musicrl_jax.inputs.clips import Clips
 
 
-def test_fields_make_a_config_and_a_finished_set_is_kept(ramp_builder, tmp_path):
+def test_fields_make_a_config_and_a_finished_set_is_not_built_again(ramp_builder, tmp_path):
     fields = {"name": "mine", "train": 2, "validation": 1, "test": 1, "samples": 50}
     assert build.prepare(ramp_builder, fields, str(tmp_path)) == "ramp/mine"
     folder = tmp_path / "ramp" / "mine" / "1.0.0"
-    times = {p.name: os.stat(p).st_mtime_ns for p in folder.iterdir()}
+    times = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
     assert any(".array_record-" in name for name in times)
-    killed = folder.with_name("incomplete.ABCDEF_1.0.0")  # as TFDS names what it has not finished
+    # TFDS's name of an unfinished set.
+    killed = folder.with_name("incomplete.ABCDEF_1.0.0")
     killed.mkdir()
     os.utime(killed, (0, 0))
     build.prepare(ramp_builder, fields, str(tmp_path))
     assert not killed.exists()
-    assert {p.name: os.stat(p).st_mtime_ns for p in folder.iterdir()} == times
+    assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == times
     clips = Clips({"ramp/mine": 1.0}, str(tmp_path), 100)
     assert (clips.count("train"), clips.samples()) == (2, 50)
 
@@ -46,23 +47,20 @@ def test_clips_of_several_lengths_need_a_crop(ramp_builder, data_dir, tmp_path):
 def test_the_newest_version_is_read(data_dir, tmp_path):
     sets = tmp_path / "ramp" / "ten"
     sets.mkdir(parents=True)
-    for version, source in {
-        "1.9.0": "five",
-        "1.10.0": "ten",
-        "1.11.0.incompleteAB": "five",
-    }.items():
+    versions = {"1.9.0": "five", "1.10.0": "ten", "1.11.0.incompleteAB": "five"}
+    for version, source in versions.items():
         (sets / version).symlink_to(f"{data_dir}/ramp/{source}/1.0.0")
     assert Clips({"ramp/ten": 1.0}, str(tmp_path), 100).count("train") == 10
 
 
-def test_a_set_that_does_not_say_its_rate_is_refused(data_dir, tmp_path):
+def test_a_set_without_a_sample_rate_is_refused(data_dir, tmp_path):
     shutil.copytree(f"{data_dir}/ramp/ten", tmp_path / "ramp" / "ten")
     (tmp_path / "ramp" / "ten" / "1.0.0" / "metadata.json").unlink()
-    with pytest.raises(ValueError, match="metadata of 'ramp/ten' do not say its sample_rate_hz"):
+    with pytest.raises(ValueError, match="the metadata of 'ramp/ten' lack sample_rate_hz"):
         Clips({"ramp/ten": 1.0}, str(tmp_path), 100).samples()
 
 
-def test_what_is_no_clip_set_is_refused(tmp_path):
+def test_a_set_without_audio_is_refused(tmp_path):
     tfds.dataset_builders.store_as_tfds_dataset(
         name="numbers",
         version="1.0.0",
@@ -78,9 +76,9 @@ def test_what_is_no_clip_set_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ("eleven", r"config 'eleven' of .* does not exist; there are \['five', 'ten'\]"),
-        ({"name": "mine", "train": 1, "trian": 2}, "config has no field trian; RampConfig has"),
-        ({"name": "mine"}, "config lacks train, which RampConfig needs"),
+        ("eleven", r"config 'eleven' of .* does not exist: choose one of \['five', 'ten'\]"),
+        ({"name": "mine", "train": 1, "trian": 2}, r"config: .*'trian'; the fields of RampConfig"),
+        ({"name": "mine"}, "config: missing .*'train'; the fields of RampConfig are"),
         ({"name": "mine", "train": "1"}, "config: train = '1' must be of type int"),
         ({"name": "mine", "train": True}, "config: train = True must be of type int"),
         ({"name": "a/b", "train": 1}, "config: name = 'a/b' must be the name of a folder"),
@@ -92,14 +90,12 @@ def test_unknown_configs_and_fields_are_refused(ramp_builder, tmp_path, config, 
 
 
 def test_a_missing_builder_is_refused(tmp_path):
-    with pytest.raises(
-        FileNotFoundError,
-        match=r"builder: '.*/tunes' is no TFDS builder; .*tunes_dataset_builder.py",
-    ):
+    message = r"builder: '.*/tunes' is no TFDS builder: .*tunes_dataset_builder.py"
+    with pytest.raises(FileNotFoundError, match=message):
         build.prepare(str(tmp_path / "tunes"), "ten", str(tmp_path))
 
 
-def test_a_full_disk_is_named_and_leaves_nothing_prepared(ramp_builder, tmp_path):
+def test_a_full_disk_is_named_and_leaves_no_set(ramp_builder, tmp_path):
     with pytest.raises(OSError, match=r"data_dir: no space left for .*free some"):
         build.prepare(ramp_builder, {"name": "big", "train": 1, "full": True}, str(tmp_path))
     with pytest.raises(FileNotFoundError, match="no prepared data set 'ramp/big'"):
@@ -107,10 +103,10 @@ def test_a_full_disk_is_named_and_leaves_nothing_prepared(ramp_builder, tmp_path
 
 
 def test_a_folder_of_recordings_can_be_built_and_read(tmp_path):
-    """The builder in data/audio_folder and Clips agree on what a clip set is."""
+    """The builder in data/audio_folder writes clip sets that Clips reads."""
     (tmp_path / "music").mkdir()
-    for i in range(6):
-        tone = 0.1 * np.sin(np.arange(8000) * (0.1 + 0.01 * i))
+    tones = [0.1 * np.sin(np.arange(8000) * (0.1 + 0.01 * i)) for i in range(6)]
+    for i, tone in enumerate(tones):
         soundfile.write(tmp_path / "music" / f"{i}.wav", tone, 8000, subtype="PCM_16")
     rows = "".join(f"{i}.wav,tone {i}\n" for i in range(6))
     (tmp_path / "captions.csv").write_text("file,caption\n" + rows)
@@ -121,31 +117,30 @@ def test_a_folder_of_recordings_can_be_built_and_read(tmp_path):
         "clip_seconds": 0.5,
         "sample_rate_hz": 8000,
     }
-    name = build.prepare(
-        str(Path(__file__).parents[2] / "data/audio_folder"), config, str(tmp_path / "data")
-    )
+    builder = str(Path(__file__).parents[2] / "data/audio_folder")
+    name = build.prepare(builder, config, str(tmp_path / "data"))
     clips = Clips({name: 1.0}, str(tmp_path / "data"), 8000, with_captions=True)
     assert sum(clips.count(split) for split in clips.splits()) == 12
     for batch in clips.batches("train", 1, seed=0, epochs=1):
-        i = int(batch["caption"][0].removeprefix("tone "))
-        tone = 0.1 * np.sin(np.arange(8000) * (0.1 + 0.01 * i))
+        tone = tones[int(batch["caption"][0].removeprefix("tone "))]
         start = 4000 * int(np.abs(batch["audio"][0] - tone[:4000]).max() > 1e-3)
         np.testing.assert_allclose(batch["audio"][0], tone[start : start + 4000], atol=1e-4)
 
 
-def test_a_builder_that_ships_is_found_from_any_folder_and_says_what_it_lacks(
-    monkeypatch, tmp_path
-):
+def test_a_shipped_builder_is_found_from_any_folder(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    assert (
-        build._module("data/score_clips").__name__ == "data.score_clips.score_clips_dataset_builder"
-    )
-    (tmp_path / "mine/lacking").mkdir(parents=True)
-    source = tmp_path / "mine/lacking/lacking_dataset_builder.py"
+    name = "data.score_clips.score_clips_dataset_builder"
+    assert build._module("data/score_clips").__name__ == name
+
+
+def test_a_missing_package_of_a_builder_is_named(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "mine" / "lacking"
+    folder.mkdir(parents=True)
     monkeypatch.setattr(extras.importlib.util, "find_spec", lambda name: None)
     lacking = "building data needs music21: pip install"
-    for missing, why in (("music21", lacking), ("mine_too", "mine_too")):
-        source.write_text(f"import {missing}\n")
+    for missing, message in (("music21", lacking), ("mine_too", "mine_too")):
+        (folder / "lacking_dataset_builder.py").write_text(f"import {missing}\n")
         monkeypatch.setitem(sys.modules, missing, None)
-        with pytest.raises(ModuleNotFoundError, match=why):
+        with pytest.raises(ModuleNotFoundError, match=message):
             build._module("mine/lacking")

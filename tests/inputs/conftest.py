@@ -12,6 +12,8 @@ import json
 import numpy as np
 import tensorflow_datasets as tfds
 
+SPLITS = "train", "validation", "test"
+
 
 @dataclasses.dataclass(eq=False, kw_only=True)
 class RampConfig(tfds.core.BuilderConfig):
@@ -26,34 +28,37 @@ class RampConfig(tfds.core.BuilderConfig):
 
 class Builder(tfds.core.GeneratorBasedBuilder):
     VERSION = tfds.core.Version("1.0.0")
-    BUILDER_CONFIGS = [RampConfig(name="ten", train=10), RampConfig(name="five", train=5, validation=0)]
+    BUILDER_CONFIGS = [
+        RampConfig(name="ten", train=10),
+        RampConfig(name="five", train=5, validation=0),
+    ]
 
     def _info(self):
         config = self.builder_config
+        shape = (config.samples,)
+        features = {name: tfds.features.Text() for name in ("caption", "id", "attributes")}
+        features["audio"] = tfds.features.Tensor(shape=shape, dtype=np.int16, encoding="bytes")
         return tfds.core.DatasetInfo(
             builder=self,
-            features=tfds.features.FeaturesDict({
-                "audio": tfds.features.Tensor(shape=(config.samples,), dtype=np.int16, encoding="bytes"),
-                "caption": tfds.features.Text(),
-                "id": tfds.features.Text(),
-                "attributes": tfds.features.Text(),
-            }),
+            features=tfds.features.FeaturesDict(features),
             metadata=tfds.core.MetadataDict(sample_rate_hz=config.sample_rate_hz),
         )
 
     def _split_generators(self, dl_manager):
-        splits = [split for split in ("train", "validation", "test") if getattr(self.builder_config, split)]
-        return {split: self._generate_examples(split) for split in splits}
+        counts = {split: getattr(self.builder_config, split) for split in SPLITS}
+        return {split: self._generate_examples(split, n) for split, n in counts.items() if n}
 
-    def _generate_examples(self, split):
-        if self.builder_config.full:
+    def _generate_examples(self, split, count):
+        config = self.builder_config
+        if config.full:
             raise OSError(28, "No space left on device")
-        for i in range(getattr(self.builder_config, split)):
-            name = f"{self.builder_config.name}-{split}-{i}"
-            # Sample n is n + lowest, so that a crop tells where it starts. Captions repeat: three words in turn.
+        for i in range(count):
+            name = f"{config.name}-{split}-{i}"
+            # Sample n is n + lowest, so a crop shows where it starts. Three captions repeat.
+            kind, whom = ("slow", "fast", "lively")[i % 3], split if i >= 3 else "all"
             yield name, {
-                "audio": np.arange(self.builder_config.samples, dtype=np.int16) + self.builder_config.lowest,
-                "caption": f"A {('slow', 'fast', 'lively')[i % 3]} jig for {split if i >= 3 else 'all'}, größer",
+                "audio": np.arange(config.samples, dtype=np.int16) + config.lowest,
+                "caption": f"A {kind} jig for {whom}, größer",
                 "id": name,
                 "attributes": json.dumps({"number": i}),
             }
@@ -62,7 +67,7 @@ class Builder(tfds.core.GeneratorBasedBuilder):
 
 @pytest.fixture(scope="session")
 def ramp_builder(tmp_path_factory):
-    """The folder of a builder of clips [400] at 100 Hz whose sample n is n - 200."""
+    """Writes a builder of clips [400] at 100 Hz with sample n = n - 200; returns its folder."""
     folder = tmp_path_factory.mktemp("sources") / "music" / "ramp"
     folder.mkdir(parents=True)
     (folder / "ramp_dataset_builder.py").write_text(BUILDER)
@@ -71,18 +76,22 @@ def ramp_builder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def data_dir(ramp_builder, tmp_path_factory):
-    """Where 'ramp/ten' (10, 3, 6 clips) and 'ramp/five' (5, 0, 6 clips) are prepared."""
+    """Builds 'ramp/ten' (10, 3, 6 clips) and 'ramp/five' (5, 0, 6 clips); returns their folder."""
     folder = str(tmp_path_factory.mktemp("prepared"))
-    assert [build.prepare(ramp_builder, name, folder) for name in ("ten", "five")] == [
-        "ramp/ten",
-        "ramp/five",
-    ]
+    names = [build.prepare(ramp_builder, name, folder) for name in ("ten", "five")]
+    assert names == ["ramp/ten", "ramp/five"]
     return folder
 
 
 @pytest.fixture(scope="session")
-def vocabulary_path(data_dir, tmp_path_factory):
-    """A vocabulary of the captions of 'ramp/ten'."""
+def ten(data_dir):
+    """Returns the clips of 'ramp/ten'."""
+    return Clips({"ramp/ten": 1.0}, data_dir, 100)
+
+
+@pytest.fixture(scope="session")
+def vocabulary_path(ten, tmp_path_factory):
+    """Trains a vocabulary on the captions of 'ramp/ten' and returns its path."""
     path = str(tmp_path_factory.mktemp("vocabulary") / "deep" / "vocabulary.model")
-    vocabulary.build(Clips({"ramp/ten": 1.0}, data_dir, 100), path, size=400)
+    vocabulary.build(ten, path, size=400)
     return path

@@ -1,16 +1,18 @@
-"""Pieces of both kinds of vocabulary: against SentencePiece's own decoder, Unicode's tables and BERT's own rules."""
+"""Pieces against SentencePiece's own decoder, Unicode's tables and BERT's own rules."""
 
-import json
+import dataclasses
+import re
 import unicodedata
 
 import numpy as np
 import pytest
 import sentencepiece
+import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import models, normalizers, pre_tokenizers, processors
 
 from musicrl_jax.inputs import pieces
-from musicrl_jax.inputs.clips import Clips
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
 WORDS = [
@@ -18,18 +20,7 @@ WORDS = [
     "[UNK]",
     "[CLS]",
     "[SEP]",
-    "a",
-    "slow",
-    "fast",
-    "jig",
-    "##s",
-    ",",
-    "for",
-    "all",
-    "gro",
-    "##ßer",
-    "音",
-    "ا",
+    *["a", "slow", "fast", "jig", "##s", ",", "for", "all", "gro", "##ßer", "音", "ا"],
 ]
 
 
@@ -43,53 +34,18 @@ def processor(model):
     return sentencepiece.SentencePieceProcessor(model_proto=model)
 
 
-def bert_json(words=WORDS, single=("[CLS]", "A", "[SEP]")):
-    """A tokenizer.json as the published ones are, with settings for cutting and filling that must not matter."""
-    template = [
-        {"SpecialToken" if name != "A" else "Sequence": {"id": name, "type_id": 0}}
-        for name in single
-    ]
-    special = {
-        name: {"id": name, "ids": [words.index(name)], "tokens": [name]}
-        for name in single
-        if name != "A"
-    }
-    content = {
-        "version": "1.0",
-        "truncation": {"max_length": 4, "strategy": "LongestFirst", "stride": 0},
-        "padding": {
-            "strategy": {"Fixed": 9},
-            "direction": "Right",
-            "pad_to_multiple_of": None,
-            "pad_id": 0,
-            "pad_type_id": 0,
-            "pad_token": "[PAD]",
-        },
-        "added_tokens": [],
-        "normalizer": {
-            "type": "BertNormalizer",
-            "clean_text": True,
-            "handle_chinese_chars": True,
-            "strip_accents": None,
-            "lowercase": True,
-        },
-        "pre_tokenizer": {"type": "BertPreTokenizer"},
-        "post_processor": {
-            "type": "TemplateProcessing",
-            "single": template,
-            "pair": [],
-            "special_tokens": special,
-        },
-        "decoder": None,
-        "model": {
-            "type": "WordPiece",
-            "unk_token": "[UNK]",
-            "continuing_subword_prefix": "##",
-            "max_input_chars_per_word": 100,
-            "vocab": {word: number for number, word in enumerate(words)},
-        },
-    }
-    return json.dumps(content).encode()
+def bert_json(words=WORDS, single="[CLS] $A [SEP]"):
+    """Returns a tokenizer.json with padding and truncation of its own, which must not matter."""
+    tokenizer = tokenizers.Tokenizer(
+        models.WordPiece({word: number for number, word in enumerate(words)}, unk_token="[UNK]")
+    )
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    special = [(token, words.index(token)) for token in single.split() if token != "$A"]
+    tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=special)
+    tokenizer.enable_truncation(4)
+    tokenizer.enable_padding(length=9)
+    return tokenizer.to_str().encode()
 
 
 @pytest.fixture(scope="module")
@@ -97,19 +53,19 @@ def bert():
     return bert_json()
 
 
-def words(processor, row):
+def decode(processor, row):
     return processor.decode(row[row != 0].tolist())
 
 
 @given(TEXT)
-def test_any_text_comes_back_normalised(model, processor, text):
+def test_any_text_decodes_to_its_normal_form(model, processor, text):
     normal = processor.normalize(text).replace("\u2581", " ").strip()
     if not text.strip() or not normal:
         with pytest.raises(ValueError, match=r"prompt .* is empty"):
             pieces.encode(model, [text], 256)
         return
     (row,) = pieces.encode(model, [text], 256)
-    assert words(processor, row).strip() == normal
+    assert decode(processor, row).strip() == normal
     assert not np.isin(row[row != 0], [processor.unk_id(), processor.eos_id()]).any()
 
 
@@ -117,7 +73,7 @@ def test_any_text_comes_back_normalised(model, processor, text):
 def test_normalisation_is_nfkc_with_case_folded(model, processor, text):
     (row,) = pieces.encode(model, [text], 256)
     expected = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
-    assert words(processor, row) == " ".join(expected.split())
+    assert decode(processor, row) == " ".join(expected.split())
 
 
 def test_known_words_are_few_pieces_and_the_rest_is_padding(model, processor):
@@ -140,7 +96,8 @@ def test_long_prompts_are_cut(model):
     [
         ("A slow JIG", "[CLS] a slow jig [SEP]"),
         ("fast jigs, größer", "[CLS] fast jig ##s , gro ##ßer [SEP]"),
-        ("音音 a", "[CLS] 音 音 a [SEP]"),  # each Chinese character is a word
+        # Each Chinese character is a word.
+        ("音音 a", "[CLS] 音 音 a [SEP]"),
         ("a 🎵 jig", "[CLS] a [UNK] jig [SEP]"),
         ("ا", "[CLS] ا [SEP]"),
     ],
@@ -151,18 +108,16 @@ def test_word_pieces_follow_berts_rules(bert, text, expected):
 
 
 @given(text=TEXT, length=st.integers(3, 12))
-def test_word_pieces_of_any_text_stand_between_cls_and_sep_or_it_is_named(text, length):
+def test_word_pieces_of_any_text_are_between_cls_and_sep_or_it_is_refused(bert, text, length):
     try:
-        (row,) = pieces.encode(bert_json(), [text], length)
+        (row,) = pieces.encode(bert, [text], length)
     except ValueError as error:
-        assert str(error).startswith("prompt ") and (
-            "is empty" in str(error) or "knows" in str(error)
-        )
+        assert re.match(r"prompt .*(is empty|knows)", str(error), re.DOTALL)
         return
     assert row.shape == (length,) and row.dtype == np.int32
-    said = row[row != 0]
-    assert (said[0], said[-1]) == (2, 3) and not row[len(said) :].any()
-    assert ((said[1:-1] > 3) | (said[1:-1] == 1)).all() and (said > 3).any()
+    ids = row[row != 0]
+    assert (ids[0], ids[-1]) == (2, 3) and not row[len(ids) :].any()
+    assert ((ids[1:-1] > 3) | (ids[1:-1] == 1)).all() and (ids > 3).any()
 
 
 def test_long_word_pieces_are_cut_before_sep(bert):
@@ -190,31 +145,30 @@ def test_broken_unicode_is_refused(request, kind):
 
 
 @pytest.mark.parametrize(
-    ("content", "complaint"),
+    ("content", "message"),
     [
         (b"nonsense", "neither a SentencePiece model nor a tokenizer.json"),
         (b"{}", "no tokenizer.json"),
         (b'{"version": ', "no tokenizer.json"),
         (bert_json([*WORDS[1:4], "[PAD]", *WORDS[4:]]), r"\[PAD\] = 0"),
-        (bert_json(single=("A", "[SEP]")), r"between \[CLS\] and \[SEP\]"),
+        (bert_json(single="$A [SEP]"), r"between \[CLS\] and \[SEP\]"),
     ],
 )
-def test_what_is_no_vocabulary_is_named(content, complaint):
-    with pytest.raises(ValueError, match=complaint):
+def test_other_files_are_refused(content, message):
+    with pytest.raises(ValueError, match=message):
         pieces.encode(content, ["a"], 8)
 
 
-def test_sizes(model, bert, processor):
+def test_the_size_counts_all_pieces(model, bert, processor):
     assert (pieces.size(model), pieces.size(bert)) == (processor.get_piece_size(), len(WORDS))
 
 
-def test_the_pipeline_gives_the_same_word_pieces_to_the_bit_and_again(bert, data_dir, tmp_path):
-    """Captions of clips, read by SeqIO, in any order of threads."""
+def test_the_pipeline_gives_the_same_word_pieces_each_time(bert, ten, tmp_path):
+    """SeqIO tokenizes captions in several threads."""
     path = tmp_path / "tokenizer.json"
     path.write_bytes(bert)
-    clips = Clips(
-        {"ramp/ten": 1.0}, data_dir, 100, vocabulary=str(path), text_length=7, with_captions=True
-    )
+    fields = {"vocabulary": str(path), "text_length": 7, "with_captions": True}
+    clips = dataclasses.replace(ten, **fields)
     first, again = (next(clips.batches("train", 10, seed=3)) for _ in range(2))
     np.testing.assert_array_equal(first["text"], pieces.encode(bert, list(first["caption"]), 7))
     np.testing.assert_array_equal(first["text"], again["text"])

@@ -1,4 +1,4 @@
-"""Level matching against BS.1770 written out from the ITU's tables, and FLAC read back."""
+"""Level matching against BS.1770 from the ITU's tables, and FLAC read back."""
 
 import io
 
@@ -11,7 +11,10 @@ from musicrl_jax.report import loudness
 
 
 def itu_lufs(wav: np.ndarray, sample_rate_hz: int) -> float:
-    """ITU-R BS.1770-4 for mono from its printed 48 kHz coefficients; other rates are resampled first."""
+    """Computes ITU-R BS.1770-4 for mono from its printed 48 kHz coefficients.
+
+    Other rates are resampled first.
+    """
     wav = signal.resample_poly(np.asarray(wav, np.float64), 48000, sample_rate_hz)
     shelf = (
         [1.53512485958697, -2.69169618940638, 1.19839281085285],
@@ -31,15 +34,13 @@ def itu_lufs(wav: np.ndarray, sample_rate_hz: int) -> float:
 
 
 def plucks(seed: int, seconds: float, sample_rate_hz: int, level: float) -> np.ndarray:
-    """Decaying tones with pauses between them, so that the gates have work to do."""
+    """Returns decaying tones with pauses between them, on which the gates have an effect."""
     rng = np.random.default_rng(seed)
     t = np.arange(round(0.5 * sample_rate_hz)) / sample_rate_hz
-    notes = [
-        np.sin(2.0 * np.pi * rng.uniform(100.0, 3000.0) * t)
-        * np.exp(-8.0 * t)
-        * rng.choice([0.01, 1.0])
-        for _ in range(round(seconds / 0.5))
-    ]
+    notes = []
+    for _ in range(round(seconds / 0.5)):
+        wave = np.sin(2.0 * np.pi * rng.uniform(100.0, 3000.0) * t)
+        notes.append(wave * np.exp(-8.0 * t) * rng.choice([0.01, 1.0]))
     return (level * np.concatenate(notes)).astype(np.float32)
 
 
@@ -56,17 +57,14 @@ def test_matched_clips_are_equally_loud(sample_rate_hz):
     for clip, before in zip(matched, clips, strict=True):
         assert clip.loudness == pytest.approx(itu_lufs(before, sample_rate_hz), abs=0.1)
         assert clip.unit == "LUFS"
-        np.testing.assert_allclose(
-            clip.wav, before * 10.0 ** (clip.gain_db / 20.0), rtol=1e-5, atol=1e-7
-        )
+        scaled = before * 10.0 ** (clip.gain_db / 20.0)
+        np.testing.assert_allclose(clip.wav, scaled, rtol=1e-5, atol=1e-7)
 
 
 def test_steady_tones_reach_the_target():
     t = np.arange(32000) / 16000
-    matched = loudness.level_match(
-        [a * np.sin(2.0 * np.pi * 1000.0 * t) for a in (0.01, 0.5)], 16000
-    )
-    for clip in matched:
+    clips = [a * np.sin(2.0 * np.pi * 1000.0 * t) for a in (0.01, 0.5)]
+    for clip in loudness.level_match(clips, 16000):
         assert itu_lufs(clip.wav, 16000) == pytest.approx(loudness.TARGET_LUFS, abs=0.1)
         assert clip.wav.dtype == np.float32
 
@@ -77,22 +75,21 @@ def test_a_peak_brings_both_clips_down_together():
     click = 0.1 * steady
     click[30000] = 0.9
     matched = loudness.level_match([steady, click], 16000)
-    assert max(np.max(np.abs(clip.wav)) for clip in matched) == pytest.approx(
-        10.0 ** (-1.0 / 20.0), rel=1e-5
-    )
+    peak = max(np.max(np.abs(clip.wav)) for clip in matched)
+    assert peak == pytest.approx(10.0 ** (-1.0 / 20.0), rel=1e-5)
     levels = [itu_lufs(clip.wav, 16000) for clip in matched]
     assert levels[0] == pytest.approx(levels[1], abs=0.1)
     assert levels[0] < loudness.TARGET_LUFS - 5.0
 
 
-def test_silence_stays_silent_and_holds_nobody_back():
-    heard = plucks(3, 4.0, 16000, 0.3)
+def test_silence_stays_silent_and_does_not_limit_others():
+    music = plucks(3, 4.0, 16000, 0.3)
     for quiet in (np.zeros(64000, np.float32), np.full(64000, 1e-6, np.float32)):
-        silent, other = loudness.level_match([quiet, heard], 16000)
+        silent, other = loudness.level_match([quiet, music], 16000)
         assert silent.silent and silent.gain_db == 0.0
         np.testing.assert_array_equal(silent.wav, quiet)
         assert not other.silent
-        assert other.gain_db == loudness.level_match([heard, heard], 16000)[0].gain_db
+        assert other.gain_db == loudness.level_match([music, music], 16000)[0].gain_db
     both = loudness.level_match([np.zeros(64000), np.zeros(64000)], 16000)
     assert all(clip.silent and not np.any(clip.wav) for clip in both)
 
@@ -127,7 +124,7 @@ def test_a_clip_is_brought_to_its_loudness(sample_rate_hz):
 
 
 def test_pauses_do_not_count():
-    """Half a second of tone in five seconds of silence is as loud as that tone: the gates leave the pauses out."""
+    """Half a second of tone in five seconds of silence is as loud as that tone."""
     clip = np.concatenate([tone(0.5, 0.1), np.zeros(72000, np.float32)])
     level = loudness.levelled(clip, 16000, -16.0)
     assert level.loudness == pytest.approx(itu_lufs(clip, 16000), abs=0.1)
@@ -144,14 +141,14 @@ def test_silence_stays_silence(samples, level):
     np.testing.assert_array_equal(levelled.wav, clip)
 
 
-def test_what_the_library_calls_no_number_is_silence(monkeypatch):
+def test_nan_of_the_library_means_silence(monkeypatch):
     monkeypatch.setattr(loudness.pyloudnorm.Meter, "integrated_loudness", lambda self, wav: np.nan)
     assert loudness.levelled(tone(1.0, 0.1), 16000, -16.0).silent
 
 
 @pytest.mark.parametrize("seconds", [0.01, 0.3, 0.4, 4.0])
 def test_a_peak_limits_the_gain(seconds):
-    """Also one between two samples: a tone at a quarter of the rate whose samples are all at 0.7 of its peak."""
+    """A peak between samples counts too: a tone at a quarter of the rate, sampled at 0.7 of it."""
     t = np.arange(round(seconds * 16000))
     click = (0.001 * np.sin(t / 3)).astype(np.float32)
     click[len(click) // 2] = 0.9
@@ -163,7 +160,7 @@ def test_a_peak_limits_the_gain(seconds):
         assert peak == pytest.approx(loudness.PEAK, rel=0.02)
 
 
-def test_noise_is_not_made_music():
+def test_the_gain_of_noise_is_limited():
     noise = np.random.default_rng(0).normal(0, 10 ** (-60 / 20), 32000).astype(np.float32)
     assert loudness.levelled(noise, 16000, -16.0).gain_db == loudness.MOST_GAIN_DB
 
