@@ -109,15 +109,10 @@ def evaluate(  # noqa: PLR0913
     policies = {name: system.hashes["policy"] for name, system in loaded.items()}
     parts = _frozen_hashes(loaded[base]) | {"features": encoder.hash, **mixture.hashes}
     if reserved := sorted({*parts, "real", "real clips", best_name} & policies.keys()):
-        raise ValueError(
-            f"evaluate.systems: {reserved[0]!r} names something else on the page; choose another"
-        )
+        raise ValueError(f"evaluate.systems: {reserved[0]!r} names something else: choose another")
     texts = prompts.unique("test")[: config.count]
     if len(texts) < 2:
-        raise ValueError(
-            f"prompts: {len(texts)} held-out prompts that training did not see; an interval needs "
-            "two"
-        )
+        raise ValueError(f"prompts: {len(texts)} held-out prompts, and an interval needs two")
 
     # An evaluation of the same models and settings is left alone.
     identity = {
@@ -186,9 +181,8 @@ def _load(
 ) -> dict[str, LoadedSystem]:
     """Loads the systems; ValueError if they, or the audience, do not fit together."""
     if len(systems) + (config.best_of > 1) < 2:
-        raise ValueError(
-            f"evaluate.systems has {len(systems)}: nothing to compare the first with; name another"
-        )
+        raise ValueError(f"evaluate.systems has {len(systems)}: nothing to compare; name another")
+    # Systems must differ in their policy alone.
     loaded = {name: folder.load(place) for name, place in systems.items()}
     base = next(iter(loaded.values()))
     base.system.length(config.clip_seconds)
@@ -200,6 +194,8 @@ def _load(
                 f"evaluate.systems[{name!r}] has another {different[0]} than the first system: "
                 "compare policies with the same frozen parts"
             )
+
+    # Listeners must be enough, and hear at the system's sample rate.
     if audience is not None:
         if config.raters > audience.panel.size:
             raise ValueError(
@@ -239,15 +235,20 @@ def _sides(
     page: PageConfig,
 ) -> tuple[Sides, Sides]:
     """Returns the clips on the page: of the first prompts, and of those whose reward fell most."""
+    # Gains over the base, of the entry that gained least.
     base, *others = (result[TOTAL][:, 0] for result in results.values())
     gains = np.min(others, axis=0) - base
+
+    # Clips of the comparison; of each prompt those of the first seed.
     first = list(range(min(page.shown, len(gains))))
     worst = [int(row) for row in np.argsort(gains, kind="stable")[: page.worst] if gains[row] < 0]
     clips: dict[int, dict[str, np.ndarray]] = {row: {} for row in (*first, *worst)}
     for row, sides in clips.items():
         for name, result in results.items():
             sides[name] = result["heard"][row].astype(np.float32) / 32767
-    for name, place in runs.items():  # the last policy of a run that returned an earlier one
+
+    # Clips of the last policy of a run that returned an earlier one.
+    for name, place in runs.items():
         if checkpoint.has_model(last := Path(place) / folder.LAST):
             variables = checkpoint.load_model(last, type(loaded[name].config)).variables
             wavs = bench.first_clips(loaded[name].system.restored(variables), clips)

@@ -145,6 +145,7 @@ def _check(out: Path, platforms: Sequence[str], here: str, chips: int) -> None:
         raise ValueError(
             f"export.platforms={tuple(platforms)} lacks {here}, on which the bundle is verified"
         )
+    # On several chips a bundle can only be verified on as many.
     devices = jax.local_device_count()
     if not 1 <= chips <= devices:
         raise ValueError(
@@ -158,12 +159,12 @@ def _check(out: Path, platforms: Sequence[str], here: str, chips: int) -> None:
 
 def _seconds(clip_seconds: float | None, trained: float | None, system: str) -> float:
     """Returns the length of a bundle's clips; ValueError if it is unknown or out of range."""
+    if clip_seconds is None and trained is None:
+        raise ValueError(
+            f"{system} does not record the length of the clips that it was trained on: give "
+            "export.clip_seconds"
+        )
     if clip_seconds is None:
-        if trained is None:
-            raise ValueError(
-                f"{system} does not record the length of the clips that it was trained on: give "
-                "export.clip_seconds"
-            )
         return trained
     if not isinstance(clip_seconds, int | float) or not 0 < clip_seconds < math.inf:
         raise ValueError(f"export.clip_seconds={clip_seconds!r} must be a number above 0")
@@ -179,10 +180,7 @@ def _seconds(clip_seconds: float | None, trained: float | None, system: str) -> 
 def _mixture(rewards: Mixture, loaded: LoadedSystem) -> LoadedMixture:
     """Reads the rewards; ValueError if they do not fit the system or are normalised."""
     if rewards.normalise:
-        raise ValueError(
-            "export.rewards: Mixture.normalise=True is not exported: give weights for terms as "
-            "they are"
-        )
+        raise ValueError("export.rewards: Mixture.normalise=True is not exported: set it to False")
     mixture = rewards.load()
     mixture.check_models(loaded)
     return mixture
@@ -196,6 +194,7 @@ def _text(
     A bundle reads prompts once, by one vocabulary. Raises ValueError if the system or a reward
     reads them in another way, or if a prompt is empty.
     """
+    # The system's way.
     text = system.read(prompts)
     name, array = next(iter(text.items()))
     vocabulary, length = system.vocabulary, array.shape[-1]
@@ -205,6 +204,8 @@ def _text(
             f"export.system: {type(system).__name__} does not read prompts as pieces of a "
             "vocabulary, and a bundle cannot do it otherwise: use the system's own folder"
         )
+
+    # The rewards' way. {} is that of a term which reads no prompts.
     for term, read in ({} if mixture is None else mixture.read(prompts)).items():
         if read and not (read.keys() == text.keys() and np.array_equal(read[name], array)):
             raise ValueError(
@@ -243,6 +244,7 @@ def _stored(trees: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], dict[str, 
     names_by_hash: dict[str, str] = {}
     arguments: dict[str, dict[str, str]] = {}
     for function, tree in trees.items():
+        # Rewards may share a model, such as MuLan, with the system.
         arguments[function] = {}
         for name, leaf in named(tree).items():
             array = np.asarray(leaf)
@@ -296,6 +298,7 @@ def _seal(folder: Path, description: Mapping[str, Any], system: str) -> int:
     (folder / "README.md").write_text(card, encoding="utf-8")
     if config := _gin_of(system):
         shutil.copy(config, folder / "config.gin")
+    # A folder without a manifest is no bundle, so it comes last.
     files = manifest.described_files(folder)
     sealed = manifest.sealed({**description, "files": files})
     manifest.write_on_disk(folder / manifest.MANIFEST, sealed)
@@ -322,6 +325,7 @@ def _card(description: Mapping[str, Any], name: str) -> str:
             f"* {term}: {reward['windows']}; range {low} to {high}, weight {reward['weight']:g}; "
             f"licence of its model: {reward['licence']}\n"
         )
+    rewards = rewards or "none\n"
     learned = description["finetuned"]
     history = "a base policy, not finetuned"
     if learned:
@@ -357,7 +361,7 @@ Models, by the hash of their content:
 {models}
 Rewards that can rank candidates:
 
-{rewards or "none\n"}
+{rewards}
 A frame of {1000 * description["frame_seconds"]:g} ms is {description["places"]} tokens{layout}.
 `manifest.json` has all of this and the sha256 of every file. `config.gin`, if there is one, is the
 config of the run that trained the policy. Nothing here reads it.
@@ -376,6 +380,7 @@ def _verify(folder: Path, platform: str) -> None:
     """
     if platform != "cpu":
         clear_backends()  # an accelerator belongs to one process; its arrays here are lost
+    # JSON, since arguments of a process are text.
     program = str((folder / "bundle.py").absolute())
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT, program, json.dumps(_not_needed()), "--check"],
@@ -388,6 +393,7 @@ def _verify(folder: Path, platform: str) -> None:
         raise ValueError(
             f"{folder} does not draw what the system does: {done.stderr.strip()[-2000:]}"
         )
+    # The process may have run on another platform than it was told to.
     report = json.loads(done.stdout)
     if report["clips"] < 1 or not report["here"].startswith(f"{platform}, "):
         raise ValueError(f"{folder} was not verified on {platform}: {done.stdout.strip()}")
@@ -412,6 +418,8 @@ def _not_needed() -> list[str]:
                 # JAX's extras are its support of a GPU or TPU.
                 if name.startswith("jax") or "extra ==" not in requirement:
                     waiting.append(canonical(re.match(r"[\w.-]+", requirement)[0]))
+
+    # A module may belong to several packages.
     modules = importlib.metadata.packages_distributions().items()
     hidden = [module for module, names in modules if needed.isdisjoint(map(canonical, names))]
     return ["musicrl_jax", *sorted(hidden)]

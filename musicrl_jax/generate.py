@@ -87,6 +87,7 @@ def generate(  # noqa: PLR0913
       FileNotFoundError: a model or the file is missing.
       OSError: a clip cannot be written.
     """
+    # Check everything before any work.
     prompts = _prompts(prompt, prompts_file)
     target = _target(out, single=len(prompts) == 1 and not prompts_file)
     seed = _whole("seed", seed, bundle.LARGEST_SEED)
@@ -100,7 +101,9 @@ def generate(  # noqa: PLR0913
         )
     settings = clip_seconds, temperature, top_k, seed, candidates, loudness_lufs
     request = _Request(prompts, *target, *settings)
-    # A bundle uses the devices of one host.
+
+    # A bundle uses the devices of one host. A command with a file of prompts takes long, so that it
+    # may be started twice.
     make = hosts.first_alone(_make) if bundle.is_one(system) else _make
     with contextlib.ExitStack() as stack:
         if prompts_file:
@@ -188,10 +191,13 @@ def _draw(
       pieces: by their prompts.
       system: its folder, for ValueError if samples or rewards of a piece are not finite.
     """
+    # Each window needs the one before it.
     while window := [row for piece in pieces.values() for row in piece.rows()]:
         results = []
         for start in range(0, len(window), rows):
             results += batcher.draw(player, window[start : start + rows], rows)
+
+        # The rows of each piece, in the order of the pieces.
         candidates = len(window) // len(pieces)
         for prompt, piece in pieces.items():
             own, results = results[:candidates], results[candidates:]
@@ -225,6 +231,7 @@ def _prompts(prompt: str | Sequence[str], prompts_file: str) -> list[str]:
 
 def _target(out: str, single: bool) -> tuple[Path, Path | None, str]:
     """Returns (the folder, the file if `out` is one, the format); ValueError if it is neither."""
+    # A folder.
     path = Path(out)
     if path.is_dir() or out.endswith("/") or not path.suffix:
         if path.exists() and not path.is_dir():
@@ -232,6 +239,8 @@ def _target(out: str, single: bool) -> tuple[Path, Path | None, str]:
                 f"out={out!r} is a file: give a folder, or a file that ends in .wav, .flac or .ogg"
             )
         return path, None, "wav"
+
+    # A file, or a folder and an ending.
     try:
         form = audio.form_of(out)
     except ValueError as error:
@@ -286,6 +295,7 @@ def _existing(request: _Request, settings: dict[str, Any]) -> Iterator[tuple[int
     """Yields (number of the prompt, path) of existing clips; ValueError if settings differ."""
     for number, prompt in enumerate(request.prompts):
         for path in sorted(request.folder.glob(f"{_stem(prompt, request.seed)}_*.{request.form}")):
+            # Other programs' files have no settings, or a comment that is not JSON.
             try:
                 with soundfile.SoundFile(path) as file:
                     recorded = dict(json.loads(file.comment))

@@ -41,6 +41,9 @@ RESTORE = "restore the pack"
 NOT_FETCHED = FetchedTowers()
 
 
+# --- packing ---
+
+
 @lock.holds("out", beside=True)
 def pack(
     out: str,
@@ -87,9 +90,7 @@ def pack(
 
     # Models.
     if not models:
-        raise ValueError(
-            "pack.models is empty: name a model and its folder, as {'ru': 'runs/mine/ru'}"
-        )
+        raise ValueError("pack.models is empty: name a model and its folder")
     for name in models:
         checkpoint.check_name(name, "pack.models")
     _pack_models(models, Path(out), FetchedTowers(audio_weights, text_weights, vocabulary), dtype)
@@ -98,9 +99,7 @@ def pack(
 def _pack_system(system: str, out: Path) -> None:
     """Writes a system and its parts as `out`, whole or not at all."""
     if out.exists():
-        raise ValueError(
-            f"pack.out={str(out)!r} is there already: choose another folder, or remove it"
-        )
+        raise ValueError(f"pack.out='{out}' is there already: choose another, or remove it")
     # Parts that play are required. An older policy's folder names all parts for encoding, of which
     # some may be missing.
     described = systems.describe(system)
@@ -182,6 +181,9 @@ def _pack_models(folders: Mapping[str, str], out: Path, fetched: FetchedTowers, 
     write_json(out / INDEX, index)
 
 
+# --- unpacking ---
+
+
 @lock.holds("out")
 def unpack(
     source: str,
@@ -218,6 +220,7 @@ def unpack(
     # The models, one after the other.
     for name, entry in index.items():
         hosts.stop_point()
+        # The hash of a changed model is known once it is read.
         folder = Path(out) / name
         model = load(source, name, fetched, changed=True) if name in changed else None
         expected = entry["hash"] if model is None else model.hash
@@ -242,12 +245,15 @@ def load(
     """
     entry = _index(source)[name]
     config, arrays, assets = _read(Path(source) / f"{name}.safetensors", entry, changed)
+    # Towers that were left out.
     if without_towers(config, arrays):
         if not (fetched.audio_weights and fetched.text_weights and fetched.vocabulary):
             needs = f"{name} needs its pretrained towers and their vocabulary"
             raise ValueError(f"{source}: {needs}: `musicrl fetch`")
         arrays |= _flat(fetched.variables(config))
         assets = {**fetched.assets(config), **assets}
+
+    # The whole model.
     try:
         variables = _restored(arrays)
     except ValueError as error:
@@ -339,6 +345,9 @@ def _read(
     return config, arrays, assets
 
 
+# --- arrays ---
+
+
 def _shapes(arrays: Mapping[str, np.ndarray]) -> dict[str, str]:
     """Returns the kind and shape of each array, such as 'float [4, 2]' for either precision."""
     shapes = {}
@@ -370,6 +379,7 @@ def _check_changed(
         row-major.
     """
     shapes = _shapes(arrays)
+    # Missing and additional arrays too.
     for name in sorted(shapes.keys() | packed.keys()):
         old_shape, shape = packed.get(name, "nothing"), shapes.get(name, "nothing")
         if shape != old_shape:
@@ -415,6 +425,7 @@ def _restored(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """Returns the inverse of `_flat`, in single precision."""
     tree: dict[str, Any] = {}
     for path, array in arrays.items():
+        # The dictionary that the array belongs to; other people's files may have impossible paths.
         *outer, last = path.split("/")
         inner = tree
         for key in outer:

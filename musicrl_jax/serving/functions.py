@@ -64,6 +64,8 @@ class Functions:
     frames: int
     top_k: int | None
 
+    # --- weights ---
+
     @classmethod
     def of(
         cls, loaded: LoadedSystem, mixture: Scorer | None, dtype: str, chips: int, *sizes: Any
@@ -77,15 +79,20 @@ class Functions:
           chips: devices that share the policy. Raises ValueError if they do not divide its axes.
           sizes: `text_name`, `frames` and `top_k`.
         """
+        # Any platform computes with the copy for a CPU.
         plain = loaded.system.tuned("cpu")
         policy = Weights(in_dtype(loaded.policy, dtype), loaded.frozen)
         weights = plain.compute_copy(policy, dtype)
+
+        # `Bundle` makes the same mesh.
         mesh = Mesh(np.array(jax.local_devices()[:chips]), ("tensor",))
         whole = sharding.replicated(mesh)
         split = _policy_sharding(plain, mesh, weights.policy, dtype)
         shardings = {DRAW: Weights(split, jax.tree.map(lambda _: whole, weights.frozen))}
         trees = {DRAW: weights} | ({} if mixture is None else {SCORE: mixture.variables})
         return cls(loaded.system, mixture, trees, {**shardings, SCORE: whole}, *sizes)
+
+    # --- by the model code ---
 
     def draw(self, platform: str, weights: Weights, *arguments: jax.Array) -> Rollout:
         """Draws clips; the arguments after the weights are those of `Bundle.draw`."""
@@ -117,11 +124,14 @@ class Functions:
           scorers: the rewards' weights.
           outputs: of the draw function.
         """
+        # The rollout that these outputs were.
         inner = _tree({"condition": like.condition, "codes": like.codes}, outputs)
         tokens = outputs["tokens"].reshape(-1, self.frames * self.system.frame_tokens)
         sampled, wav = SampledTokens(tokens, None, None), outputs["wav"]
         wav = wav[:, None] if wav.ndim == 2 else wav
         rollout = Rollout(inner["condition"], sampled, inner["codes"], wav)
+
+        # Its scores, as they are.
         texts = {term: {self.text_name: outputs["text"]} for term in scorers}
         terms = self.mixture.score(scorers, rollout, texts)
         return {**terms, "total": self.mixture.total(terms, dict.fromkeys(terms, (0.0, 1.0)))}
@@ -162,6 +172,8 @@ class Functions:
             raise ValueError(f"{folder} draws clips or rewards that are not finite: train it again")
         return Golden(arguments, rollout, outputs, arrays)
 
+    # --- exported ---
+
     def exported(self, platform: str, golden: Golden) -> Iterator[tuple[str, export.Exported]]:
         """Yields the functions for a platform: of weights by name and of any number of rows."""
 
@@ -173,6 +185,7 @@ class Functions:
             outputs = dict(zip(golden.outputs, clips, strict=True))
             return self.score(golden.rollout, _tree(self.trees[SCORE], weights), outputs)
 
+        # Weights are named one by one; any number of rows b has the shapes of the golden clips.
         calls = {DRAW: (draw, golden.arguments), SCORE: (score, golden.outputs.values())}
         for name, tree in self.trees.items():
             function, examples = calls[name]
@@ -197,6 +210,7 @@ def _policy_sharding(system: MusicSystem, mesh: Mesh, policy: Tree, dtype: str) 
     def create(key: jax.Array) -> Tree:
         return system.compute_copy(Weights(system.init(key), {}), dtype).policy
 
+    # The axis names are known only while weights are created, which here is traced and not run.
     key, rules = jax.random.key(0), sharding.DRAWING_RULES
     split = sharding.laid_out(mesh, create, key, rules=rules)[1]
     by_name = named(split)
