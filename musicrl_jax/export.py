@@ -365,8 +365,8 @@ Rewards that can rank candidates:
 A frame of {1000 * description["frame_seconds"]:g} ms is {description["places"]} tokens{layout}.
 `manifest.json` has all of this and the sha256 of every file. `config.gin`, if there is one, is the
 config of the run that trained the policy. Nothing here reads it.
-**A gin file is a program too**: its imports and references run code when `musicrl` reads it, also
-with `--dry_run`. Read one from elsewhere before you use it.
+**A gin file is a program too**: its imports and references run code when `musicrl` reads it,
+also with `--dry_run`. Read one from elsewhere before you use it.
 """
 
 
