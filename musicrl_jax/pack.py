@@ -99,7 +99,7 @@ def pack(
 def _pack_system(system: str, out: Path) -> None:
     """Writes a system and its parts as `out`, whole or not at all."""
     if out.exists():
-        raise ValueError(f"pack.out='{out}' is there already: choose another, or remove it")
+        raise ValueError(f"pack.out='{out}' is there already: choose another folder, or remove it")
     # Parts that play are required. An older policy's folder names all parts for encoding, of which
     # some may be missing.
     described = systems.describe(system)
