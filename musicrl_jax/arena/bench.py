@@ -93,6 +93,8 @@ class Bench:
         self.system: MusicSystem = base.system.tuned(platform)
         self.prompts, self._config = prompts, config
         self._frozen, self._hearing = base.frozen, hearing
+
+        # The jitted functions.
         rows = sharding.round_up_rows(mesh, config.batch_size)
         settings = config.clip_seconds, config.sampling
         self._player = Player(self.system, mesh, rows, *settings, mixture=scorer)
@@ -101,9 +103,13 @@ class Bench:
             out_shardings=sharding.batch_sharding(mesh),
             compiler_options=LITTLE_EFFORT.get(platform),
         )
+
+        # Their weights. The KL is measured to the base.
         variables = scorer.variables, encoder.variables
         self._scorers, self._encoder = sharding.put(variables, sharding.spread(mesh, variables))
         self._anchor = self._place(base.policy).policy
+
+    # --- whole sets of clips ---
 
     def play(
         self, name: str, policy: Tree, draws: Sequence[int] = (0,), total: Total | None = None
@@ -125,6 +131,7 @@ class Bench:
         count, clips = len(self.prompts), len(self.prompts) * self._config.seeds
         parts = []
         for first in Progress(range(0, clips, rows), name, -(-clips // rows)):
+            # Lazily: only two candidates' arrays are in memory at a time.
             candidates = (self._measure(weights, first, draw) for draw in draws)
             part = functools.reduce(functools.partial(_better, total), candidates)
             wav = part.pop("wav")
@@ -143,7 +150,8 @@ class Bench:
                 joined[key] = array[:count]
             else:
                 array = array[:clips].reshape(self._config.seeds, count, *array.shape[1:])
-                joined[key] = array.swapaxes(0, 1)
+                # A view would sum in another order than the arrays that a resumed run reads.
+                joined[key] = np.ascontiguousarray(array.swapaxes(0, 1))
         return joined
 
     def measure_real(self, clips: Clips) -> tuple[np.ndarray, np.ndarray | None]:
@@ -152,6 +160,7 @@ class Bench:
         Those are f64 [P, M]; None without listeners.
         """
         rows, count, parts, measured = self._player.rows, len(self.prompts), [], []
+        # Listeners compare a clip with its caption.
         captioned = dataclasses.replace(clips, with_captions=True)
         for batch in captioned.batches("test", rows, seed=0, epochs=1):
             hosts.stop_point()
@@ -170,6 +179,8 @@ class Bench:
             wav = sharding.fetch(self._draw(weights, first, 0).mono)
             wavs |= {row: wav[row - first] for row in chosen if first <= row < first + rows}
         return wavs
+
+    # --- a batch ---
 
     def _place(self, policy: Tree) -> Weights:
         return self._player.place(policy, self._frozen)
@@ -203,6 +214,7 @@ class Bench:
 def _kl_figures(kl: np.ndarray, system: MusicSystem) -> Arrays:
     """Returns sums of KL f32 [B, T]: by clip, by token of a frame, by second."""
     frames = kl.reshape(len(kl), -1, system.frame_tokens)
+    # A frame belongs to the second in which it starts; 1e-6 absorbs rounding.
     seconds = (np.arange(frames.shape[1]) * system.frame_seconds + 1e-6).astype(int)
     by_second = [frames[:, seconds == n].sum(axis=(1, 2)) for n in range(seconds[-1] + 1)]
     return {
