@@ -110,11 +110,6 @@ def evaluate(  # noqa: PLR0913
     parts = _frozen_hashes(loaded[base]) | {"features": encoder.hash, **mixture.hashes}
     if reserved := sorted({*parts, "real", "real clips", best_name} & policies.keys()):
         raise ValueError(f"evaluate.systems: {reserved[0]!r} names something else: choose another")
-    texts = prompts.unique("test")[: config.count]
-    if len(texts) < 2:
-        raise ValueError(f"prompts: {len(texts)} held-out prompts, and an interval needs two")
-
-    # An evaluation of the same models and settings is left alone.
     identity = {
         "hashes": policies | parts,
         "systems": list(systems),  # the first is the base
@@ -122,16 +117,13 @@ def evaluate(  # noqa: PLR0913
         "data": checkpoint.describe([rewards, features, prompts, clips, audience, page]),
     }
     directory = Path(model_dir)
-    path = directory / SUMMARY
-    if hosts.first_decides(lambda: _summary(path).get("identity") == identity):
-        summary = _summary(path)
-        print(f"{directory}: evaluated already")
-        if hosts.first():  # a run that was killed just before its end may have left them
-            shutil.rmtree(directory / PLAYED, ignore_errors=True)
-        _print(summary)
+    if summary := _finished(directory, identity):
         return summary
 
     # Clips and measurements of every system, and of real clips.
+    texts = prompts.unique("test")[: config.count]
+    if len(texts) < 2:
+        raise ValueError(f"prompts: {len(texts)} held-out prompts, and an interval needs two")
     if len(texts) < config.count:
         print(f"only {len(texts)} held-out prompts exist, not {config.count}")
     hearing = None if audience is None else audience.load()
@@ -211,6 +203,19 @@ def _frozen_hashes(system: LoadedSystem) -> dict[str, str]:
 
 
 # --- results ---
+
+
+def _finished(directory: Path, identity: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Returns the summary of an evaluation of the same models and settings; None without one."""
+    path = directory / SUMMARY
+    if not hosts.first_decides(lambda: _summary(path).get("identity") == identity):
+        return None
+    summary = _summary(path)
+    print(f"{directory}: evaluated already")
+    if hosts.first():  # an evaluation that was killed just before its end may have left clips
+        shutil.rmtree(directory / PLAYED, ignore_errors=True)
+    _print(summary)
+    return summary
 
 
 def _total(mixture: LoadedMixture, results: Mapping[str, Arrays]) -> Total:
