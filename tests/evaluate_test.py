@@ -70,6 +70,14 @@ class Texts:
 
 
 @dataclasses.dataclass(frozen=True)
+class MissingTexts:
+    """The same prompts, which are gone."""
+
+    def unique(self, split):
+        raise FileNotFoundError(split)
+
+
+@dataclasses.dataclass(frozen=True)
 class Noise:
     """Real clips: 13 clips of noise."""
 
@@ -246,11 +254,15 @@ def test_the_page_has_the_last_policy_too(evaluated):
 
 
 def test_a_finished_evaluation_is_left_alone_until_a_setting_changes(evaluated, capsys):
+    """Its prompts may be gone."""
     place, summary = evaluated
     config = dataclasses.replace(CONFIG, batch_size=100)
     page = evaluate.PageConfig("elsewhere", ("runs/codec",), ("Not music.",), 2, 1)
-    assert judge(place, config=config, page=page) == json.loads(json.dumps(summary))
+    again = judge(place, config=config, page=page, prompts=MissingTexts())
+    assert again == json.loads(json.dumps(summary))
     assert "evaluated already" in capsys.readouterr().out
+    with pytest.raises(FileNotFoundError, match="test"):
+        judge(place, config=dataclasses.replace(config, seed=1), prompts=MissingTexts())
 
 
 def test_a_host_measures_only_its_own_rows(monkeypatch):
