@@ -9,6 +9,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +125,7 @@ def _make(system: str, request: _Request) -> list[Path]:
     seconds = _seconds(request.clip_seconds, model)
     temperature = model["temperature"] if request.temperature is None else request.temperature
     sampling = Sampling(temperature, model["top_k"])
-    texts = player.encode(request.prompts)
+    texts = dict(zip(request.prompts, player.encode(request.prompts), strict=True))
     settings = {
         "model": model["sha256"],
         "seed": request.seed,
@@ -137,28 +138,27 @@ def _make(system: str, request: _Request) -> list[Path]:
 
     # Existing clips. All hosts look before one of them writes, as they draw each batch together.
     paths = {} if request.file else dict(_existing(request, settings))
-    count = len(request.prompts)
     if paths:
-        print(f"{request.folder}: {len(paths)} of {count} clips are there already", flush=True)
-    missing = [number for number in range(count) if number not in paths]
+        count = f"{len(paths)} of {len(texts)}"
+        print(f"{request.folder}: {count} clips are there already", flush=True)
+    missing = [prompt for prompt in request.prompts if prompt not in paths]
 
     # The other clips, as many prompts at a time as fill a batch.
     size = max(1, rows // request.candidates)
     batches = [missing[start : start + size] for start in range(0, len(missing), size)]
+    row = request.seed, seconds, sampling.temperature, request.candidates
     for batch in Progress(batches, "generate", len(batches)):
-        row = request.seed, seconds, sampling.temperature, request.candidates
-        pieces = {number: Piece(model, texts[number], *row) for number in batch}
-        _draw(player, rows, {request.prompts[number]: pieces[number] for number in batch}, system)
+        pieces = {prompt: Piece(model, texts[prompt], *row) for prompt in batch}
+        _draw(player, rows, pieces, system)
         clips = []
-        for number, piece in pieces.items():
-            prompt = request.prompts[number]
+        for prompt, piece in pieces.items():
             wav, candidate, _ = piece.best()
             name = f"{_stem(prompt, request.seed)}_{candidate}.{request.form}"
-            paths[number] = request.file or request.folder / name
+            paths[prompt] = request.file or request.folder / name
             tags = audio.made_from(prompt, **settings, candidate=candidate)
-            clips.append((paths[number], wav, tags))
+            clips.append((paths[prompt], wav, tags))
         hosts.first_alone(_save)(clips, request, model["sample_rate_hz"])
-    return [paths[number] for number in range(count)]
+    return [paths[prompt] for prompt in request.prompts]
 
 
 # --- models ---
@@ -192,7 +192,7 @@ def _draw(
       system: its folder, for ValueError if samples or rewards of a piece are not finite.
     """
     # Each window needs the one before it.
-    while window := [row for piece in pieces.values() for row in piece.rows()]:
+    while window := list(chain.from_iterable(piece.rows() for piece in pieces.values())):
         results = []
         for start in range(0, len(window), rows):
             results += batcher.draw(player, window[start : start + rows], rows)
@@ -291,9 +291,9 @@ def _stem(prompt: str, seed: int) -> str:
     return f"{words}_{hashlib.sha256(prompt.encode()).hexdigest()[:8]}_seed{seed}"
 
 
-def _existing(request: _Request, settings: dict[str, Any]) -> Iterator[tuple[int, Path]]:
-    """Yields (number of the prompt, path) of existing clips; ValueError if settings differ."""
-    for number, prompt in enumerate(request.prompts):
+def _existing(request: _Request, settings: dict[str, Any]) -> Iterator[tuple[str, Path]]:
+    """Yields (prompt, path) of existing clips; ValueError if they have other settings."""
+    for prompt in request.prompts:
         for path in sorted(request.folder.glob(f"{_stem(prompt, request.seed)}_*.{request.form}")):
             # Other programs' files have no settings, or a comment that is not JSON.
             try:
@@ -308,7 +308,7 @@ def _existing(request: _Request, settings: dict[str, Any]) -> Iterator[tuple[int
                     f"{path} was made with {other[0]} {recorded.get(other[0])}, not "
                     f"{settings[other[0]]}: give another out"
                 )
-            yield number, path
+            yield prompt, path
 
 
 def _save(
