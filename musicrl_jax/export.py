@@ -1,11 +1,10 @@
-"""A system -> a bundle: all between a prompt and its waveform, without this repository's code.
+"""Exports a system as a bundle: a folder that turns prompts into audio without this package.
 
-What is in it is said in `serving/bundle.py`, which is in it too.
+`serving/bundle.py`, which is part of every bundle, describes what is in one.
 
-Legend: B clips, S tokens of a clip, F frames, K tokens in a frame, L text pieces.
+Legend: B clips, S tokens of a clip, F frames, K tokens of a frame, L text pieces.
 """
 
-import dataclasses
 import importlib.metadata
 import json
 import math
@@ -14,45 +13,31 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import export as jax_export
 from jax.extend.backend import clear_backends
-from jax.sharding import Mesh
 
-from musicrl_jax.core import audio, checkpoint, hosts, lock, manifest, sharding, tensors
-from musicrl_jax.core.files import read_json
-from musicrl_jax.core.precision import in_dtype
+from musicrl_jax.core import audio, checkpoint, hosts, lock, manifest, tensors
+from musicrl_jax.core.files import json_from
 from musicrl_jax.inputs import pieces
 from musicrl_jax.rl.rewards import LoadedMixture, Mixture
 from musicrl_jax.serving import bundle
-from musicrl_jax.serving.bundle import DRAW, FORMAT, GOLDEN, SCORE, VOCABULARY, WEIGHTS
+from musicrl_jax.serving.bundle import GOLDEN, VOCABULARY, WEIGHTS
+from musicrl_jax.serving.functions import Functions, Golden, named
 from musicrl_jax.systems import folder as folders
 from musicrl_jax.systems.folder import LoadedSystem
-from musicrl_jax.systems.player import keys_by_seed, roll_out
-from musicrl_jax.systems.system import (
-    Beginning,
-    MusicSystem,
-    Rollout,
-    SampledTokens,
-    Sampling,
-    Tree,
-    Weights,
-)
+from musicrl_jax.systems.system import MusicSystem, Sampling
 
 PROMPTS = "upbeat jazz with a walking bass", "a slow sad piano piece"
 DEFAULT_SAMPLING = Sampling()
-BACKENDS = {"cuda": "gpu"}  # what JAX calls a platform, where a bundle's folder has another name
-SHARD_BYTES = 2 << 30  # of a file of weights, at most, but for one larger array
-READ_BY_BUNDLES = bundle.__file__, audio.__file__, manifest.__file__, pieces.__file__
-# A program that runs another, its first argument, without the modules that the second names.
+SHARD_BYTES = 2 << 30  # most bytes of a file of weights, unless it holds one larger array
+COPIED_MODULES = bundle.__file__, audio.__file__, manifest.__file__, pieces.__file__
+# Runs the program that its first argument names; modules in the second argument cannot be imported.
 WITHOUT = """
 import json, runpy, sys
 _, program, hidden, *rest = sys.argv
@@ -64,7 +49,7 @@ runpy.run_path(program, run_name="__main__")
 
 @hosts.first_alone
 @lock.holds("out", beside=True)
-def export(
+def export(  # noqa: PLR0913
     system: str,
     out: str,
     clip_seconds: float | None = None,
@@ -76,81 +61,65 @@ def export(
     licence: str = "",
     chips: int = 1,
 ) -> None:
-    """Writes a bundle, whole or not at all, and draws its golden clips again without this package.
-
-    A function takes any number of clips; all have one length, of which a shorter clip is the
-    beginning.
+    """Writes a bundle, whole or not at all, and verifies it without this package.
 
     Args:
       system: folder of a system, base or finetuned.
-      out: the bundle's folder, which must not be there yet.
-      clip_seconds: length of the clips that it draws, whole frames; by default and at most that of
-        the clips that the policy was trained on. Longer pieces are drawn from several of them when
-        a bundle is used.
-      rewards: scores the clips, so that the best of several can be taken; terms as they are, not
-        normalised. A term that reads prompts must read them as the system does.
-      sampling: of the policy; its temperature is what a bundle does if not told otherwise.
-      dtype: 'bfloat16' halves the weights of the token models and computes in it; text encoder,
+      out: the bundle's folder, which must not exist yet.
+      clip_seconds: length of the bundle's clips, in whole frames. Default and maximum is the length
+        that the policy was trained on. Users of the bundle get longer pieces as several windows.
+      rewards: scores the clips, to choose the best of several. They are not normalised. A term that
+        reads prompts must read them as the system does.
+      sampling: of the policy; its temperature is the bundle's default.
+      dtype: 'bfloat16' halves the weights of the token models and computes in it. Text encoder,
         decoder and rewards stay in float32.
-      platforms: of the functions: cpu, cuda or tpu; this machine's is among them.
-      prompts: of the golden clips.
-      licence: that the weights stand under, in words for the card.
-      chips: that draw each clip together; each holds its part of the policy's heads, inner layers
-        and vocabularies, and the other models whole. A bundle for several runs on that many; it is
-        verified here, on as many devices.
+      platforms: cpu, cuda or tpu, this machine's among them. Each gets functions of its own.
+      prompts: of the golden clips, which are drawn again to verify the bundle.
+      licence: of the weights, in words for the card.
+      chips: number of chips that share the policy's heads, inner layers and vocabularies. The other
+        models are replicated. The bundle is verified on as many devices here.
 
     Raises:
-      ValueError: a setting is out of range, models do not belong together, a bundle cannot hold how
-        the system or a reward reads prompts, or the bundle does not draw the golden clips.
+      ValueError: a setting is out of range, models do not belong together, a bundle cannot read
+        prompts as the system or a reward does, or the bundle does not draw the golden clips.
       FileNotFoundError: a model is missing.
-      FileExistsError: `out` is there.
-      OSError: there is no room for it.
+      FileExistsError: `out` exists.
+      OSError: the disk is too full.
     """
-    # Everything is checked before any work.
+    # Check everything before any work.
     here = bundle.PLATFORMS[jax.default_backend()]
-    _check(Path(out), dtype, platforms, here, chips)
+    _check(Path(out), platforms, here, chips)
     loaded = folders.load(system)
     seconds = _seconds(clip_seconds, loaded.clip_seconds, system)
     frames = loaded.system.length(seconds) // loaded.system.frame_tokens
     mixture = None if rewards is None else _mixture(rewards, loaded)
     text_name, text = _text(loaded.system, mixture, [*prompts, prompts[0]])
 
-    # The weights, the same for all platforms, and room for them.
-    plain = loaded.system.tuned("cpu")
-    weights = Weights(in_dtype(loaded.policy, dtype), loaded.frozen)
-    trees: dict[str, Tree] = {DRAW: plain.compute_copy(weights, dtype)}
-    if mixture is not None:
-        trees[SCORE] = mixture.variables
-    layouts = _layouts(plain, trees[DRAW], dtype, chips)
-    sizes = sampling.top_k, frames, text_name
-    functions = _Functions(loaded.system, mixture, trees, layouts, *sizes)
-    stored, arguments = _stored(trees)
-    partial_out = Path(out).with_name(Path(out).name + ".partial")
-    shutil.rmtree(partial_out, ignore_errors=True)
-    partial_out.mkdir(parents=True)
-    manifest.check_space(partial_out, stored)
+    # Functions, and room for their weights.
+    sizes = text_name, frames, sampling.top_k
+    functions = Functions.of(loaded, mixture, dtype, chips, *sizes)
+    stored, arguments = _stored(functions.trees)
+    partial = Path(out).with_name(Path(out).name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    manifest.check_space(partial, stored)
 
-    # The files: golden clips, functions, weights, words and what reads them.
-    golden, rollout = functions.golden(text, sampling.temperature, system)
-    tensors.save(partial_out / GOLDEN, golden)
-    written = {name: {} for name in trees}
-    for platform in platforms:
-        hosts.stop_point()
-        for name, exported in functions.exported(platform, rollout, text.shape[1]):
-            version = _write_function(partial_out, platform, name, exported)
-            written[name][platform] = {"calling_convention": version}
-    _write_weights(partial_out, stored)
-    (partial_out / VOCABULARY).write_bytes(loaded.system.vocabulary)
-    for file in READ_BY_BUNDLES:
-        shutil.copy(file, partial_out)
+    # Golden clips, exported functions, weights, vocabulary and the modules that read them.
+    golden = functions.draw_golden(text, sampling.temperature, system)
+    tensors.save(partial / GOLDEN, golden.arrays)
+    versions = _write_functions(partial, functions, golden, platforms)
+    _write_weights(partial / WEIGHTS, stored)
+    (partial / VOCABULARY).write_bytes(loaded.system.vocabulary)
+    for file in COPIED_MODULES:
+        shutil.copy(file, partial)
 
-    # The card and the manifest; then the bundle is drawn again, and moved to its place.
-    about = {
-        **_describe(loaded, mixture, sampling),
+    # Card and manifest. The bundle is moved to its place once it draws the golden clips again.
+    description = {
+        **_describe(loaded, mixture, sampling, system),
         "platforms": list(platforms),
-        "functions": written,
+        "functions": versions,
         "arguments": arguments,
-        "outputs": list(functions.outputs(rollout, text)),
+        "outputs": list(golden.outputs),
         "chips": chips,
         "dtype": dtype,
         "clip_seconds": seconds,
@@ -159,302 +128,153 @@ def export(
         "golden": {"prompts": list(prompts), "platform": here},
         "licence": licence,
     }
-    size = _seal(partial_out, about, system)
-    _verified(partial_out, here)
-    partial_out.rename(out)
-    print(f"{out}: {size / 1e6:.0f} MB, drawn again as it should", flush=True)
+    size = _seal(partial, description, system)
+    _verify(partial, here)
+    partial.rename(out)
+    print(f"{out}: {size / 1e6:.0f} MB, verified on {here}", flush=True)
 
 
-def _check(out: Path, dtype: str, platforms: Sequence[str], here: str, chips: int) -> None:
-    """Raises ValueError or FileExistsError, by name, if a setting is out of range."""
-    in_dtype({}, dtype)  # raises for any other dtype
+# --- checks ---
+
+
+def _check(out: Path, platforms: Sequence[str], here: str, chips: int) -> None:
+    """Raises ValueError or FileExistsError if a setting is out of range."""
     if unknown := sorted(set(platforms) - set(bundle.PLATFORMS.values())):
         raise ValueError(f"export.platforms: {unknown[0]!r} is none of cpu, cuda, tpu")
     if here not in platforms:
         raise ValueError(
             f"export.platforms={tuple(platforms)} lacks {here}, on which the bundle is verified"
         )
-    if not 1 <= chips <= jax.local_device_count():
+    # On several chips a bundle can only be verified on as many.
+    devices = jax.local_device_count()
+    if not 1 <= chips <= devices:
         raise ValueError(
-            f"export.chips={chips}: jax has {jax.local_device_count()} devices here, and a bundle "
-            "is verified on as many as it is for; on a CPU "
-            f"XLA_FLAGS=--xla_force_host_platform_device_count={max(chips, 1)} shows so many"
+            f"export.chips={chips}: jax has {devices} devices here, and the bundle is verified on "
+            f"that many chips; on a CPU, set XLA_FLAGS=--xla_force_host_platform_device_count="
+            f"{max(chips, 1)}"
         )
     if out.exists():
-        raise FileExistsError(
-            f"export.out={str(out)!r} is there already: remove it, or give another folder"
-        )
+        raise FileExistsError(f"export.out='{out}' is there already: remove it, or give another")
 
 
 def _seconds(clip_seconds: float | None, trained: float | None, system: str) -> float:
-    """Returns the length of a bundle's clips; ValueError if it is none or above the trained one."""
+    """Returns the length of a bundle's clips; ValueError if it is unknown or out of range."""
+    if clip_seconds is None and trained is None:
+        raise ValueError(
+            f"{system} does not record the length of the clips that it was trained on: give "
+            "export.clip_seconds"
+        )
     if clip_seconds is None:
-        if trained is None:
-            raise ValueError(
-                f"{system} does not record the length of the clips that it was trained on: give "
-                "export.clip_seconds"
-            )
         return trained
     if not isinstance(clip_seconds, int | float) or not 0 < clip_seconds < math.inf:
         raise ValueError(f"export.clip_seconds={clip_seconds!r} must be a number above 0")
     if trained is not None and clip_seconds > trained:
         raise ValueError(
             f"export.clip_seconds={clip_seconds:g} is more than the {trained:g} s that {system} "
-            "was trained on: give at most that; whoever uses the bundle can have longer pieces, "
-            "drawn in windows"
+            "was trained on: give at most that; users of the bundle can still ask for longer "
+            "pieces, which are drawn in windows"
         )
     return clip_seconds
 
 
 def _mixture(rewards: Mixture, loaded: LoadedSystem) -> LoadedMixture:
-    """Reads the rewards; ValueError if they do not fit or are in units of a base's clips."""
+    """Reads the rewards; ValueError if they do not fit the system or are normalised."""
+    if rewards.normalise:
+        raise ValueError("export.rewards: Mixture.normalise=True is not exported: set it to False")
     mixture = rewards.load()
     mixture.check_models(loaded)
-    if rewards.normalise:
-        raise ValueError(
-            "export.rewards: Mixture.normalise=True is not exported: give weights for terms as "
-            "they are"
-        )
     return mixture
 
 
 def _text(
     system: MusicSystem, mixture: LoadedMixture | None, prompts: Sequence[str]
 ) -> tuple[str, np.ndarray]:
-    """Returns the system's name for pieces, and those of prompts, int32 [B, L].
+    """Returns the system's name for text pieces, and the pieces of prompts, int32 [B, L].
 
-    A bundle reads prompts once, by a vocabulary. Raises ValueError if the system, or a reward that
-    reads prompts, does it in another way, and if a prompt says nothing.
+    A bundle reads prompts once, by one vocabulary. Raises ValueError if the system or a reward
+    reads them in another way, or if a prompt is empty.
     """
+    # The system's way.
     text = system.read(prompts)
     name, array = next(iter(text.items()))
     vocabulary, length = system.vocabulary, array.shape[-1]
-    if not (
-        len(text) == 1
-        and vocabulary
-        and np.array_equal(pieces.encode(vocabulary, prompts, length), array)
-    ):
+    is_pieces = len(text) == 1 and vocabulary
+    if not is_pieces or not np.array_equal(pieces.encode(vocabulary, prompts, length), array):
         raise ValueError(
             f"export.system: {type(system).__name__} does not read prompts as pieces of a "
             "vocabulary, and a bundle cannot do it otherwise: use the system's own folder"
         )
+
+    # The rewards' way. {} is that of a term which reads no prompts.
     for term, read in ({} if mixture is None else mixture.read(prompts)).items():
         if read and not (read.keys() == text.keys() and np.array_equal(read[name], array)):
             raise ValueError(
-                f"export.rewards: {term} reads prompts in another way than the system, whose way "
-                "alone a bundle holds: give it the text model of the system, or leave it out"
+                f"export.rewards: {term} reads prompts in another way than the system, and a "
+                "bundle reads them once: give it the system's text model, or leave it out"
             )
     return name, array
 
 
-@dataclasses.dataclass(frozen=True)
-class _Functions:
-    """The functions of a bundle.
+# --- files ---
 
-    Attributes:
-      system: whose clips are drawn.
-      mixture: the rewards, if clips are scored.
-      trees: weights of each function, by its name.
-      layouts: how they are sharded.
-      top_k: of the policy's sampling.
-      frames: F.
-      text_name: the system's name for pieces.
+
+def _write_functions(
+    folder: Path, functions: Functions, golden: Golden, platforms: Sequence[str]
+) -> dict[str, dict[str, Any]]:
+    """Writes the functions and returns the version of each one's calling convention."""
+    versions = {name: {} for name in functions.trees}
+    for platform in platforms:
+        hosts.stop_point()
+        for name, exported in functions.exported(platform, golden):
+            file = folder / "functions" / platform / f"{name}.stablehlo"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            size = file.write_bytes(exported.serialize())
+            print(f"{folder.stem}: {name} for {platform}, {size / 1e6:.1f} MB", flush=True)
+            version = exported.calling_convention_version
+            versions[name][platform] = {"calling_convention": version}
+    return versions
+
+
+def _stored(trees: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], dict[str, dict[str, str]]]:
+    """Returns the arrays of all functions, equal ones once, by name.
+
+    The second value has, for each function, the stored name of each of its weights.
     """
-
-    system: MusicSystem
-    mixture: LoadedMixture | None
-    trees: Mapping[str, Tree]
-    layouts: Mapping[str, Tree]
-    top_k: int | None
-    frames: int
-    text_name: str
-
-    def draw(
-        self,
-        platform: str,
-        weights: Weights,
-        text: jax.Array,
-        seeds: jax.Array,
-        candidates: jax.Array,
-        temperatures: jax.Array,
-        tokens: jax.Array,
-        given_frames: jax.Array,
-    ) -> Rollout:
-        """Draws clips; the arguments behind the weights are those of `Bundle.draw`."""
-        system = self.system.tuned(BACKENDS.get(platform, platform))
-        length = self.frames * system.frame_tokens
-        beginning = Beginning(tokens.reshape(-1, length), given_frames * system.frame_tokens)
-        keys = keys_by_seed(seeds, candidates)
-        sampling = Sampling(temperatures[:, None], self.top_k)
-        return roll_out(system, weights, {self.text_name: text}, keys, length, sampling, beginning)
-
-    def outputs(self, rollout: Rollout, text: jax.Array) -> dict[str, jax.Array]:
-        """Returns what the draw function puts out, by name and in order."""
-        tokens, wav = rollout.sampled.tokens, rollout.wav
-        return {
-            "text": text,
-            "tokens": tokens.reshape(-1, self.frames, self.system.frame_tokens),
-            "wav": wav[:, 0] if wav.shape[1] == 1 else wav,
-            **dict(_named({"condition": rollout.condition, "codes": rollout.codes})),
-        }
-
-    def score(
-        self, like: Rollout, scorers: Mapping[str, Tree], outputs: Mapping[str, jax.Array]
-    ) -> dict[str, jax.Array]:
-        """Returns each term and 'total', f32 [B].
-
-        Args:
-          like: a rollout, of which the structure of condition and codes is taken.
-          scorers: the rewards' weights.
-          outputs: as the method of that name returns them.
-        """
-        inner = _tree({"condition": like.condition, "codes": like.codes}, outputs)
-        tokens = outputs["tokens"].reshape(-1, self.frames * self.system.frame_tokens)
-        wav = outputs["wav"]
-        rollout = Rollout(
-            inner["condition"],
-            SampledTokens(tokens, None, None),
-            inner["codes"],
-            wav[:, None] if wav.ndim == 2 else wav,
-        )
-        texts = {name: {self.text_name: outputs["text"]} for name in self.mixture.names}
-        terms = self.mixture.score(scorers, rollout, texts)
-        return {**terms, "total": self.mixture.total(terms, dict.fromkeys(terms, (0.0, 1.0)))}
-
-    def golden(
-        self, text: np.ndarray, temperature: float, folder: str
-    ) -> tuple[dict[str, np.ndarray], Rollout]:
-        """Draws the golden clips by the model code; the last goes on from half a clip of zeros.
-
-        Returns what a bundle keeps of them, and their rollout. Raises ValueError, by the system's
-        folder, if they or their rewards are not finite.
-        """
-        rows, whole = len(text), self.layouts[SCORE]
-        seeds = jnp.arange(rows, dtype=jnp.uint32)
-        given_frames = jnp.zeros(rows, jnp.int32).at[-1].set(self.frames // 2)
-        tokens = jnp.zeros((rows, self.frames, self.system.frame_tokens), jnp.int32)
-        temperatures = jnp.full(rows, temperature, jnp.float32)
-        numbers = text, seeds, jnp.zeros_like(seeds), temperatures, tokens, given_frames
-        draw = jax.jit(
-            partial(self.draw, jax.default_backend()),
-            in_shardings=(self.layouts[DRAW], *[whole] * len(numbers)),
-            out_shardings=whole,
-        )
-        rollout = draw(self.trees[DRAW], *numbers)
-        outputs = self.outputs(rollout, text)
-        golden = {"text": text, "seeds": seeds, "given_frames": given_frames}
-        for name, array in outputs.items():
-            exact = name.startswith("codes") and array.dtype.kind in "iu"
-            if exact or name in ("tokens", "wav"):
-                golden[name] = array
-        if self.mixture is not None:
-            golden |= jax.jit(partial(self.score, rollout))(self.trees[SCORE], outputs)
-        golden = {name: np.asarray(array) for name, array in golden.items()}
-        if not all(np.isfinite(array).all() for array in golden.values()):
-            raise ValueError(
-                f"{folder} draws clips that are not finite, or their rewards are not: train it "
-                "again"
+    stored: dict[str, np.ndarray] = {}
+    names_by_hash: dict[str, str] = {}
+    arguments: dict[str, dict[str, str]] = {}
+    for function, tree in trees.items():
+        # Rewards may share a model, such as MuLan, with the system.
+        arguments[function] = {}
+        for name, leaf in named(tree).items():
+            array = np.asarray(leaf)
+            stored_name = names_by_hash.setdefault(
+                checkpoint.content_hash(array), f"{function}/{name}"
             )
-        return golden, rollout
-
-    def exported(
-        self, platform: str, like: Rollout, text_length: int
-    ) -> Iterator[tuple[str, jax_export.Exported]]:
-        """Yields the functions for a platform: of weights by name and of any number of rows."""
-        (rows,) = jax_export.symbolic_shape("b")
-
-        def array(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct((rows, *shape), dtype)
-
-        def play(weights: Mapping[str, jax.Array], *numbers: jax.Array) -> tuple[jax.Array, ...]:
-            rollout = self.draw(platform, _tree(self.trees[DRAW], weights), *numbers)
-            return tuple(self.outputs(rollout, numbers[0]).values())
-
-        def score(weights: Mapping[str, jax.Array], *clips: jax.Array) -> dict[str, jax.Array]:
-            names = self.outputs(like, clips[0])
-            outputs = dict(zip(names, clips, strict=True))
-            return self.score(like, _tree(self.trees[SCORE], weights), outputs)
-
-        numbers = (
-            array(jnp.int32, text_length),
-            array(jnp.uint32),
-            array(jnp.uint32),
-            array(jnp.float32),
-            array(jnp.int32, self.frames, self.system.frame_tokens),
-            array(jnp.int32),
-        )
-        draw = self._exported(DRAW, platform, play, numbers)
-        yield DRAW, draw
-        if self.mixture is not None:
-            clips = tuple(array(each.dtype, *each.shape[1:]) for each in draw.out_avals)
-            yield SCORE, self._exported(SCORE, platform, score, clips)
-
-    def _exported(
-        self,
-        name: str,
-        platform: str,
-        function: Callable,
-        arguments: Sequence[jax.ShapeDtypeStruct],
-    ) -> jax_export.Exported:
-        tree, whole = self.trees[name], self.layouts[SCORE]
-        weights = {path: jax.ShapeDtypeStruct(x.shape, x.dtype) for path, x in _named(tree)}
-        leaves = jax.tree.leaves(jax.tree.broadcast(self.layouts[name], tree))
-        layout = dict(zip(weights, leaves, strict=True))
-        shardings = (layout, *[whole] * len(arguments))
-        compiled = jax.jit(function, in_shardings=shardings, out_shardings=whole)
-        return jax_export.export(compiled, platforms=[platform])(weights, *arguments)
+            stored[stored_name] = array
+            arguments[function][name] = stored_name
+    return stored, arguments
 
 
-def _layouts(system: MusicSystem, weights: Weights, dtype: str, chips: int) -> dict[str, Tree]:
-    """Returns how each function's weights are sharded: the policy by its axes, all else whole."""
-    mesh = Mesh(np.array(jax.local_devices()[:chips]), ("tensor",))
-    whole = sharding.replicated(mesh)
-
-    def policy(key: jax.Array) -> Tree:
-        return system.compute_copy(Weights(system.init(key), {}), dtype).policy
-
-    key, rules = jax.random.key(0), sharding.SAMPLING_RULES
-    split = sharding.shapes_and_shardings(mesh, policy, key, rules=rules)[1]
-    for (name, array), (_, layout) in zip(_named(weights.policy), _named(split), strict=True):
-        for axis, mesh_axis in enumerate(layout.spec):
-            if mesh_axis and array.shape[axis] % chips:
-                raise ValueError(
-                    f"export.chips={chips} cannot share the policy's {name} of shape "
-                    f"{array.shape}: choose chips that divide {array.shape[axis]}"
-                )
-    return {DRAW: Weights(split, jax.tree.map(lambda _: whole, weights.frozen)), SCORE: whole}
-
-
-def _named(tree: Tree) -> list[tuple[str, Any]]:
-    """Returns the leaves by their path, such as 'policy/trunk/bridge'."""
-    named = []
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        named.append((jax.tree_util.keystr(path, simple=True, separator="/"), leaf))
-    return named
-
-
-def _tree(like: Tree, named: Mapping[str, Any]) -> Tree:
-    """Returns the inverse of `_named`."""
-    return jax.tree.unflatten(jax.tree.structure(like), [named[name] for name, _ in _named(like)])
-
-
-def _write_function(folder: Path, platform: str, name: str, exported: jax_export.Exported) -> int:
-    """Writes a function and returns the version of its calling convention."""
-    file = folder / "functions" / platform / f"{name}.stablehlo"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_bytes(exported.serialize())
-    size = file.stat().st_size / 1e6
-    print(f"{folder.stem}: {name} for {platform}, {size:.1f} MB", flush=True)
-    return exported.calling_convention_version
+def _write_weights(folder: Path, stored: Mapping[str, np.ndarray]) -> None:
+    """Writes the arrays into files of at most SHARD_BYTES."""
+    shards: list[dict[str, np.ndarray]] = [{}]
+    for name, array in stored.items():
+        if shards[-1] and sum(x.nbytes for x in shards[-1].values()) + array.nbytes > SHARD_BYTES:
+            shards.append({})
+        shards[-1][name] = array
+    folder.mkdir()
+    for number, shard in enumerate(shards):
+        tensors.save(folder / f"{number:05d}.safetensors", shard)
 
 
 def _describe(
-    loaded: LoadedSystem, mixture: LoadedMixture | None, sampling: Sampling
+    loaded: LoadedSystem, mixture: LoadedMixture | None, sampling: Sampling, folder: str
 ) -> dict[str, Any]:
-    """Returns what a manifest says of the system, the rewards and the versions."""
-    anchor = Path(loaded.folders["policy"]) / checkpoint.MODEL / checkpoint.ANCHOR
+    """Returns the manifest's part on versions, system and rewards."""
+    learned = loaded.assets.get(checkpoint.ANCHOR, b"{}")
     return {
-        "format": FORMAT,
+        "format": bundle.FORMAT,
         "version": importlib.metadata.version("musicrl-jax"),
         "jax": jax.__version__,
         "kind": loaded.kind,
@@ -468,83 +288,112 @@ def _describe(
         "models": loaded.hashes,
         "lineage": loaded.lineage,
         "rewards": {} if mixture is None else mixture.describe(),
-        "finetuned": read_json(anchor) if anchor.exists() else {},
+        "finetuned": json_from(learned, f"{checkpoint.ANCHOR} of {folder}"),
     }
 
 
-def _seal(folder: Path, about: Mapping[str, Any], system: str) -> int:
-    """Writes the card, the run's config and, last, the manifest; returns the bytes of all."""
-    (folder / "README.md").write_text(_card(about, Path(system).resolve()), encoding="utf-8")
+def _seal(folder: Path, description: Mapping[str, Any], system: str) -> int:
+    """Writes the card, the run's config and, last, the manifest; returns the bundle's bytes."""
+    card = _card(description, Path(system).resolve().name)
+    (folder / "README.md").write_text(card, encoding="utf-8")
     if config := _gin_of(system):
         shutil.copy(config, folder / "config.gin")
+    # A folder without a manifest is no bundle, so it comes last.
     files = manifest.described_files(folder)
-    manifest.write_on_disk(folder / manifest.MANIFEST, manifest.sealed({**about, "files": files}))
+    sealed = manifest.sealed({**description, "files": files})
+    manifest.write_on_disk(folder / manifest.MANIFEST, sealed)
     return sum(size for size, _ in files.values())
 
 
-def _stored(trees: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], dict[str, dict[str, str]]]:
-    """Returns arrays by name, each once, and of each function its weights' names to those."""
-    stored: dict[str, np.ndarray] = {}
-    known: dict[str, str] = {}
-    arguments: dict[str, dict[str, str]] = {}
-    for function, tree in trees.items():
-        arguments[function] = {}
-        for name, leaf in _named(tree):
-            array = np.asarray(leaf)
-            once = known.setdefault(checkpoint.content_hash(array), f"{function}/{name}")
-            stored[once] = array
-            arguments[function][name] = once
-    return stored, arguments
-
-
-def _write_weights(folder: Path, stored: Mapping[str, np.ndarray]) -> None:
-    """Writes the arrays into files of at most SHARD_BYTES."""
-    shards: list[dict[str, np.ndarray]] = [{}]
-    for name, array in stored.items():
-        if shards[-1] and sum(x.nbytes for x in shards[-1].values()) + array.nbytes > SHARD_BYTES:
-            shards.append({})
-        shards[-1][name] = array
-    (folder / WEIGHTS).mkdir()
-    for number, shard in enumerate(shards):
-        tensors.save(folder / WEIGHTS / f"{number:05d}.safetensors", shard)
-
-
 def _gin_of(folder: str) -> Path | None:
-    """Returns the config of the run that made the system, if it is there.
+    """Returns the config of the run that made the system, if there is one.
 
     It is copied and never read: gin runs code.
     """
     run = Path(folder).resolve().parent
-    return next(
-        (file for name in ("operative_config.gin", "config.gin") if (file := run / name).is_file()),
-        None,
-    )
+    files = [run / name for name in ("operative_config.gin", "config.gin")]
+    return next((file for file in files if file.is_file()), None)
 
 
-def _verified(folder: Path, platform: str) -> None:
-    """Draws the golden clips in a fresh process that can import nothing but what the card names.
+def _card(description: Mapping[str, Any], name: str) -> str:
+    """Returns the bundle's README.md."""
+    # The parts that depend on the system.
+    rewards = ""
+    for term, reward in description["rewards"].items():
+        low, high = reward["range"]
+        rewards += (
+            f"* {term}: {reward['windows']}; range {low} to {high}, weight {reward['weight']:g}; "
+            f"licence of its model: {reward['licence']}\n"
+        )
+    rewards = rewards or "none\n"
+    learned = description["finetuned"]
+    history = "a base policy, not finetuned"
+    if learned:
+        terms = learned["rewards"].items()
+        by = ", ".join(f"{term} (weight {reward['weight']:g})" for term, reward in terms)
+        history = f"finetuned on {by}; anchored to {learned['anchor'][:12]}"
+    chips = description["chips"]
+    sharing = f"\nThe policy is split among {chips} chips, and needs as many.\n"
+    models = "".join(f"* {part}: `{hash_[:12]}`\n" for part, hash_ in description["models"].items())
+    layout = "".join(f"; {kind}: {size}" for kind, size in description["layout"].items())
+
+    return f"""# {name}, a text-to-music model
+
+Exported by musicrl-jax {description["version"]} with jax {description["jax"]}, for \
+{", ".join(description["platforms"])}.
+It turns a prompt into a clip of {description["clip_seconds"]:g} s at \
+{description["sample_rate_hz"]} Hz. Weights: {description["dtype"]}. Policy: {history}.
+
+    python bundle.py "upbeat jazz with a walking bass" --out=clip.wav
+    python bundle.py --check
+{sharing if chips > 1 else ""}
+These need {", ".join(bundle.NEEDED[:-1])} and {bundle.NEEDED[-1]}, and none of musicrl-jax.
+Over HTTP: `musicrl serve --bundle=THIS_FOLDER`.
+
+**A bundle is a program**: `bundle.py`, the modules beside it and the compiled functions run with
+the rights of whoever starts them. Run it if you trust its maker. The hashes show damage, not who
+made it.
+
+Licence of the weights: {description["licence"] or "not stated by whoever exported them"}.
+
+Models, by the hash of their content:
+
+{models}
+Rewards that can rank candidates:
+
+{rewards}
+A frame of {1000 * description["frame_seconds"]:g} ms is {description["places"]} tokens{layout}.
+`manifest.json` has all of this and the sha256 of every file. `config.gin`, if there is one, is the
+config of the run that trained the policy. Nothing here reads it.
+**A gin file is a program too**: its imports and references run code when `musicrl` reads it,
+also with `--dry_run`. Read one from elsewhere before you use it.
+"""
+
+
+# --- verification ---
+
+
+def _verify(folder: Path, platform: str) -> None:
+    """Draws the golden clips in a new process that can import only the packages on the card.
 
     Raises ValueError if the clips differ from those that the system drew.
     """
-    if (
-        platform != "cpu"
-    ):  # an accelerator belongs to one process: what this one has there is gone from here on
-        clear_backends()
-    command = [
-        sys.executable,
-        "-c",
-        WITHOUT,
-        str((folder / "bundle.py").absolute()),
-        json.dumps(_not_needed()),
-    ]
-    environment = {**os.environ, "JAX_PLATFORMS": platform, "PYTHONDONTWRITEBYTECODE": "1"}
+    if platform != "cpu":
+        clear_backends()  # an accelerator belongs to one process; its arrays here are lost
+    # JSON, since arguments of a process are text.
+    program = str((folder / "bundle.py").absolute())
     done = subprocess.run(
-        [*command, "--check"], env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-c", WITHOUT, program, json.dumps(_not_needed()), "--check"],
+        env={**os.environ, "JAX_PLATFORMS": platform, "PYTHONDONTWRITEBYTECODE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if done.returncode:
         raise ValueError(
             f"{folder} does not draw what the system does: {done.stderr.strip()[-2000:]}"
         )
+    # The process may have run on another platform than it was told to.
     report = json.loads(done.stdout)
     if report["clips"] < 1 or not report["here"].startswith(f"{platform}, "):
         raise ValueError(f"{folder} was not verified on {platform}: {done.stdout.strip()}")
@@ -552,72 +401,25 @@ def _verified(folder: Path, platform: str) -> None:
 
 
 def _not_needed() -> list[str]:
-    """Returns this package and all installed modules but those that a bundle needs, or these do."""
-    requirements = importlib.metadata.requires
-    needed, waiting = set(), list(bundle.NEEDED)
+    """Returns this package and all installed modules but those that a bundle imports."""
+
+    def canonical(name: str) -> str:
+        return re.sub(r"[-_.]+", "-", name).lower()
+
+    # The packages that a bundle needs, and their requirements.
+    needed, waiting = set(), [canonical(name) for name in bundle.NEEDED]
     while waiting:
-        name = re.sub(r"[-_.]+", "-", waiting.pop()).lower()
+        name = waiting.pop()
         if name in needed:
             continue
         needed.add(name)
-        with suppress(importlib.metadata.PackageNotFoundError):  # of another system or Python
-            for requirement in requirements(name) or ():
-                # What else jax's extras bring is its support of a GPU or TPU.
+        with suppress(importlib.metadata.PackageNotFoundError):  # of another platform or Python
+            for requirement in importlib.metadata.requires(name) or ():
+                # JAX's extras are its support of a GPU or TPU.
                 if name.startswith("jax") or "extra ==" not in requirement:
-                    waiting.append(re.match(r"[\w.-]+", requirement)[0])
-    modules = importlib.metadata.packages_distributions()
-    spelt = {
-        module: {re.sub(r"[-_.]+", "-", name).lower() for name in names}
-        for module, names in modules.items()
-    }
-    return ["musicrl_jax", *sorted(module for module, names in spelt.items() if not names & needed)]
+                    waiting.append(canonical(re.match(r"[\w.-]+", requirement)[0]))
 
-
-def _card(about: Mapping[str, Any], source: Path) -> str:
-    """Returns the bundle's README.md."""
-    rewards = "\n".join(
-        f"* {name}: {term['windows']}; range {term['range'][0]} to {term['range'][1]}, weight "
-        f"{term['weight']:g}; licence of its model: {term['licence']}"
-        for name, term in about["rewards"].items()
-    )
-    learned = about["finetuned"]
-    history = "a base policy, not finetuned"
-    if learned:
-        terms = learned["rewards"].items()
-        by = ", ".join(f"{name} (weight {term['weight']:g})" for name, term in terms)
-        history = f"finetuned on {by}; anchored to {learned['anchor'][:12]}"
-    chips = about["chips"]
-    sharing = (
-        "" if chips == 1 else f"\nThe policy is split among {chips} chips, and needs as many.\n"
-    )
-    models = "\n".join(f"* {name}: `{hash_[:12]}`" for name, hash_ in about["models"].items())
-    layout = "".join(f"; {name}: {size}" for name, size in about["layout"].items())
-    return f"""# {source.name}, a text-to-music model
-
-Exported by musicrl-jax {about["version"]} with jax {about["jax"]} for {", ".join(about["platforms"])}: a prompt ->
-a clip of {about["clip_seconds"]:g} s at {about["sample_rate_hz"]} Hz, weights in {about["dtype"]}. Policy: {history}.
-
-    python bundle.py "upbeat jazz with a walking bass" --out=clip.wav
-    python bundle.py --check
-{sharing}
-These need {", ".join(bundle.NEEDED[:-1])} and {bundle.NEEDED[-1]}, and none of musicrl-jax. Over HTTP:
-`musicrl serve --bundle=THIS_FOLDER`.
-
-**A bundle is a program**: `bundle.py`, the modules beside it and the compiled functions run with the rights of whoever
-starts them. Run it if you trust its maker. The hashes show damage on the way, not who made it.
-
-Licence of the weights: {about["licence"] or "not stated by whoever exported them"}.
-
-Models, by the hash of their content:
-
-{models}
-
-Rewards that it can rank candidates by:
-
-{rewards or "none"}
-
-A frame of {1000 * about["frame_seconds"]:g} ms is {about["places"]} tokens{layout}.
-`manifest.json` has all of this and the sha256 of every file. `config.gin`, if there, is what the run that trained the
-policy was asked for. Nothing here reads it. **A gin file is a program too**: its imports and references run code when
-`musicrl` reads it, also with `--dry_run`. Read one from elsewhere before you use it.
-"""
+    # A module may belong to several packages.
+    modules = importlib.metadata.packages_distributions().items()
+    hidden = [module for module, names in modules if needed.isdisjoint(map(canonical, names))]
+    return ["musicrl_jax", *sorted(hidden)]

@@ -1,16 +1,15 @@
-"""Prompts -> files of sound, by a system or by a bundle, which behave alike and as the service.
+"""Generates audio files from prompts, with a system or with a bundle; both give the same clips.
 
-Legend: B clips, F frames of a clip, K tokens in a frame, C channels, N samples.
+Legend: B clips, F frames of a clip, K tokens of a frame, C channels, N samples.
 """
 
 import contextlib
 import dataclasses
 import hashlib
-import importlib.util
 import json
-import math
 import re
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,28 +17,21 @@ import jax
 import numpy as np
 import soundfile
 
-from musicrl_jax.core import audio, checkpoint, hosts, lock, sharding
+from musicrl_jax.core import audio, hosts, lock
 from musicrl_jax.core.files import read_text
 from musicrl_jax.core.progress import Progress
 from musicrl_jax.serving import batcher, bundle
-from musicrl_jax.serving.batcher import Drawn
 from musicrl_jax.serving.composition import NEXT_WINDOW, Piece, window_count
-from musicrl_jax.systems import folder as folders
-from musicrl_jax.systems.player import Player
-from musicrl_jax.systems.system import Beginning, Sampling, Text
+from musicrl_jax.serving.system_player import ROWS, SystemPlayer
+from musicrl_jax.systems.system import Sampling
 
-UNRECORDED_SECONDS = 5.0  # of clips, if nothing records what a policy was trained on; the demo's
-TEMPERATURE = 0.99  # of a system, which has none of its own
 LOUDNESS_LUFS = -16.0  # of the files; about as loud as streamed music
-EVERY = "*"  # of a file's name: a folder of such files
-# Rows that a device draws at a time, whatever is wanted: the order of a sum, and so a clip's bits,
-# may depend on their number. A CPU takes as long for each; others take little longer for eight.
-ROWS = {"cpu": 1, "gpu": 8, "tpu": 8}
+EVERY = "*"  # the name in `out` that stands for a folder of such files
 
 
 @dataclasses.dataclass(frozen=True)
-class _Order:
-    """What is to be made: arguments of `generate`; of `out` the folder or file, and the format."""
+class _Request:
+    """Arguments of `generate`, checked; of `out`, the folder or file, and the format."""
 
     prompts: list[str]
     folder: Path
@@ -53,7 +45,7 @@ class _Order:
     loudness_lufs: float | None
 
 
-def generate(
+def generate(  # noqa: PLR0913
     system: str,
     prompt: str | list[str] = "",
     prompts_file: str = "",
@@ -65,222 +57,164 @@ def generate(
     candidates: int = 1,
     loudness_lufs: float | None = LOUDNESS_LUFS,
 ) -> list[Path] | None:
-    """Writes one file a prompt and returns the paths; by a bundle, on the first host alone.
+    """Writes one file for each prompt and returns the paths; with a bundle, on the first host only.
 
-    The same prompt, seed and settings give the same clip, whatever else is wanted. On another number
-    of devices tokens are the same too, and samples to a float's rounding. In a folder a file is
-    named after prompt, seed and the number of the candidate. A clip that is there already, made
-    with the same settings, is not made again, so that an interrupted command goes on. How a clip
-    was made stands in the file's `comment`, as JSON, and the prompt in its `title`.
+    A clip depends only on its prompt, its seed and the settings. Another number of devices gives
+    the same tokens, and samples equal up to rounding. In a folder, the name of a file has the
+    prompt, the seed and the number of the candidate. A clip that exists with the same settings is
+    not made again, so an interrupted command goes on. The file's `title` has the prompt and its
+    `comment` the settings, as JSON.
 
     Args:
       system: folder of a system, base or finetuned, or of a bundle.
-      prompt: what the music should be like, in any script; or several. A long one may be cut.
+      prompt: one or several descriptions of the music, in any script. A long one may be cut.
       prompts_file: in place of `prompt`, a text file with one a line.
-      out: a folder, for wav files; or a folder and an ending, as 'clips/*.flac'; or for one prompt
-        a file, which is written anew. Endings are .wav, .flac and .ogg.
-      clip_seconds: length, by default that of the clips that the model was trained on or the bundle
-        exported for. A shorter clip is the beginning of a whole one; a longer one is drawn in
-        windows of whole ones.
-      temperature, top_k: of the policy; see `systems.system.Sampling`. By default 0.99 and none, or
-        what the bundle was exported with, whose top_k cannot be changed.
+      out: a folder for wav files; or a folder and an ending, as 'clips/*.flac'; or, for one prompt,
+        a file, which is overwritten. Endings are .wav, .flac and .ogg.
+      clip_seconds: length. Default is the length that the model was trained on, or that the bundle
+        was exported for. A shorter clip is the beginning of a whole one; a longer one is drawn in
+        several windows.
+      temperature: of the sampling, by default 0.99 or the bundle's.
+      top_k: see `systems.system.Sampling`; by default none. A bundle's own cannot be changed.
       seed: of the sampling, from 0 to 2**32 - 1.
-      candidates: clips to choose the one of the best reward from; more than 1 needs a bundle with
-        rewards.
-      loudness_lufs: integrated loudness of the files (ITU-R BS.1770-4), less where a peak would
-        clip; None leaves the samples as they are. Silence stays silence.
+      candidates: clips to choose from by reward; more than 1 needs a bundle with rewards.
+      loudness_lufs: integrated loudness of the files (ITU-R BS.1770-4), lower if peaks would clip;
+        None leaves the samples as they are. Silence stays silent.
 
     Raises:
       ValueError: a prompt is empty, a setting is out of range, the models do not belong together or
-        give samples that are not finite, or `out` holds clips of the same prompts and seed that
-        were made with other settings.
+        give samples that are not finite, or `out` has clips of the same prompts and seed that were
+        made with other settings.
       FileNotFoundError: a model or the file is missing.
-      ModuleNotFoundError: what measures loudness is not installed.
       OSError: a clip cannot be written.
     """
+    # Check everything before any work.
     prompts = _prompts(prompt, prompts_file)
     target = _target(out, single=len(prompts) == 1 and not prompts_file)
-    seed = _whole("seed", seed)
+    seed = _whole("seed", seed, bundle.LARGEST_SEED)
     candidates = _whole("candidates", candidates, NEXT_WINDOW - 1)
     if candidates < 1:
         raise ValueError(f"candidates={candidates} must be 1 or more")
-    _check_loudness(loudness_lufs)
+    is_number = isinstance(loudness_lufs, int | float)
+    if loudness_lufs is not None and not (is_number and -70 < loudness_lufs <= 0):
+        raise ValueError(
+            f"loudness_lufs={loudness_lufs!r} must be above -70 and at most 0, or None"
+        )
     settings = clip_seconds, temperature, top_k, seed, candidates, loudness_lufs
-    order = _Order(prompts, *target, *settings)
-    # A bundle is for the devices of one host.
+    request = _Request(prompts, *target, *settings)
+
+    # A bundle uses the devices of one host. A command with a file of prompts takes long, so that it
+    # may be started twice.
     make = hosts.first_alone(_make) if bundle.is_one(system) else _make
     with contextlib.ExitStack() as stack:
         if prompts_file:
-            stack.enter_context(lock.locked(order.folder.parent, order.folder.name))
-        return make(system, order)
+            stack.enter_context(lock.locked(request.folder.parent, request.folder.name))
+        return make(system, request)
 
 
-def _make(system: str, order: _Order) -> list[Path]:
-    """Draws the clips that are not there yet, and returns the paths of all."""
-    # The model, and what is drawn with it.
-    player, rows = _player(system, order.top_k)
-    about = player.about
-    if order.candidates > 1 and not about["rewards"]:
+def _make(system: str, request: _Request) -> list[Path]:
+    """Makes the clips that are missing, and returns the paths of all."""
+    # The model and the settings that a clip depends on.
+    player, rows = _player(system, request.top_k)
+    model = player.about
+    if request.candidates > 1 and not model["rewards"]:
         raise ValueError(
-            f"candidates={order.candidates}: {system} has no rewards to choose by: `musicrl "
+            f"candidates={request.candidates}: {system} has no rewards to choose by: `musicrl "
             "export` it with rewards, and give the bundle"
         )
-    seconds = _seconds(order.clip_seconds, about)
-    temperature = about["temperature"] if order.temperature is None else order.temperature
-    sampling = Sampling(temperature, about["top_k"])
-    texts = player.encode(order.prompts)
+    seconds = _seconds(request.clip_seconds, model)
+    temperature = model["temperature"] if request.temperature is None else request.temperature
+    sampling = Sampling(temperature, model["top_k"])
+    texts = dict(zip(request.prompts, player.encode(request.prompts), strict=True))
     settings = {
-        "model": about["sha256"],
-        "seed": order.seed,
+        "model": model["sha256"],
+        "seed": request.seed,
         "seconds": seconds,
         "temperature": sampling.temperature,
         "top_k": sampling.top_k,
-        "candidates": order.candidates,
-        "loudness_lufs": order.loudness_lufs,
+        "candidates": request.candidates,
+        "loudness_lufs": request.loudness_lufs,
     }
 
-    # What is there already. All hosts have looked before one writes: they draw each batch together.
-    paths = {} if order.file else dict(_made(order, settings))
-    count = len(order.prompts)
+    # Existing clips. All hosts look before one of them writes, as they draw each batch together.
+    paths = {} if request.file else dict(_existing(request, settings))
     if paths:
-        print(f"{order.folder}: {len(paths)} of {count} clips are there already", flush=True)
-    missing = [number for number in range(count) if number not in paths]
+        count = f"{len(paths)} of {len(texts)}"
+        print(f"{request.folder}: {count} clips are there already", flush=True)
+    missing = [prompt for prompt in request.prompts if prompt not in paths]
 
-    # The rest, as many prompts at a time as fill a batch.
-    size = max(1, rows // order.candidates)
+    # The other clips, as many prompts at a time as fill a batch.
+    size = max(1, rows // request.candidates)
     batches = [missing[start : start + size] for start in range(0, len(missing), size)]
+    row = request.seed, seconds, sampling.temperature, request.candidates
     for batch in Progress(batches, "generate", len(batches)):
-        pieces = []
-        for number in batch:
-            row = order.seed, seconds, sampling.temperature, order.candidates
-            pieces.append(Piece(about, texts[number], *row))
-        _draw(player, rows, pieces, [order.prompts[number] for number in batch], system)
+        pieces = {prompt: Piece(model, texts[prompt], *row) for prompt in batch}
+        _draw(player, rows, pieces, system)
         clips = []
-        for number, piece in zip(batch, pieces, strict=True):
+        for prompt, piece in pieces.items():
             wav, candidate, _ = piece.best()
-            name = f"{_stem(order.prompts[number], order.seed)}_{candidate}.{order.form}"
-            paths[number] = order.file or order.folder / name
-            tags = audio.provenance_tags(order.prompts[number], **settings, candidate=candidate)
-            clips.append((paths[number], wav, tags))
-        hosts.first_alone(_save)(clips, order, about["sample_rate_hz"])
-    return [paths[number] for number in range(count)]
+            name = f"{_stem(prompt, request.seed)}_{candidate}.{request.form}"
+            paths[prompt] = request.file or request.folder / name
+            tags = audio.provenance_tags(prompt, **settings, candidate=candidate)
+            clips.append((paths[prompt], wav, tags))
+        hosts.first_alone(_save)(clips, request, model["sample_rate_hz"])
+    return [paths[prompt] for prompt in request.prompts]
 
 
-class _SystemPlayer:
-    """A system that draws as a bundle does: with the same `about`, `encode`, `draw`, `score`."""
-
-    def __init__(self, folder: str, top_k: int | None):
-        """Reads the system's folder, and places its weights on all devices of all hosts."""
-        loaded = folders.load(folder)
-        seconds = loaded.clip_seconds
-        if seconds is None:
-            seconds = UNRECORDED_SECONDS
-            print(
-                f"{folder} does not record the length of the clips that it was trained on: "
-                f"{seconds:g} s is assumed"
-            )
-        mesh = sharding.make_mesh()
-        self.rows = mesh.size * _rows_a_device()
-        sampling = Sampling(TEMPERATURE, top_k)
-        self._player = Player(loaded.system, mesh, self.rows, seconds, sampling)
-        with jax.set_mesh(mesh):
-            self._weights = self._player.place(loaded.policy, loaded.frozen)
-        self.about: dict[str, Any] = {
-            "clip_seconds": seconds,
-            "frames": loaded.system.length(seconds) // loaded.system.frame_tokens,
-            "places": loaded.system.frame_tokens,
-            "sample_rate_hz": loaded.system.sample_rate_hz,
-            "temperature": TEMPERATURE,
-            "top_k": top_k,
-            "rewards": {},
-            "sha256": checkpoint.content_hash(loaded.hashes),
-        }
-
-    def encode(self, prompts: Sequence[str]) -> list[Text]:
-        """Reads prompts, each as a row of its own; ValueError if one says nothing."""
-        text = self._player.system.read(prompts)
-        return [{name: array[row] for name, array in text.items()} for row in range(len(prompts))]
-
-    def draw(
-        self,
-        text: Text,
-        seeds: Sequence[int],
-        candidates: Sequence[int],
-        temperatures: Sequence[float],
-        given: np.ndarray,
-        given_frames: Sequence[int],
-    ) -> bundle.Clips:
-        """Draws clips as `Bundle.draw` does, on all hosts."""
-        places = self.about["places"]
-        length = np.asarray(given_frames, np.int32) * places
-        beginning = Beginning(given.reshape(len(given), -1).astype(np.int32), length)
-        with jax.set_mesh(self._player.mesh):
-            rollout = self._player.draw_by_seed(
-                self._weights,
-                text,
-                np.asarray(seeds, np.uint32),
-                np.asarray(candidates, np.uint32),
-                np.asarray(temperatures, np.float32),
-                beginning,
-            )
-            tokens, wav = sharding.fetch((rollout.sampled.tokens, rollout.wav))
-        wav = wav[:, 0] if wav.shape[1] == 1 else wav
-        return bundle.Clips(tokens.reshape(given.shape), wav, {})
-
-    def score(self, clips: bundle.Clips) -> dict[str, Any]:
-        """Returns {}: a system has no rewards."""
-        return {}
+# --- models ---
 
 
-def _rows_a_device() -> int:
-    return ROWS[jax.default_backend()]
+def _player(system: str, top_k: int | None) -> tuple[bundle.Bundle | SystemPlayer, int]:
+    """Reads a system or a bundle, and returns it with the number of rows that it draws at a time.
 
-
-def _player(system: str, top_k: int | None) -> tuple[bundle.Bundle | _SystemPlayer, int]:
-    """Reads a system or a bundle, and returns how many rows it draws at a time.
-
-    Raises ValueError if a bundle is to have another top_k than its own.
+    Raises ValueError if `top_k` differs from a bundle's.
     """
     if not bundle.is_one(system):
-        player = _SystemPlayer(system, top_k)
+        player = SystemPlayer(system, top_k)
         return player, player.rows
     exported = bundle.Bundle(system)
     if top_k not in (None, exported.about["top_k"]):
         raise ValueError(
             f"top_k={top_k}: the bundle was exported with {exported.about['top_k']}, which it keeps"
         )
-    return exported, _rows_a_device()
+    return exported, ROWS[jax.default_backend()]
 
 
 def _draw(
-    player: bundle.Bundle | _SystemPlayer,
-    rows: int,
-    pieces: Sequence[Piece],
-    prompts: Sequence[str],
-    system: str,
+    player: bundle.Bundle | SystemPlayer, rows: int, pieces: dict[str, Piece], system: str
 ) -> None:
-    """Draws pieces of one length together, all windows of them.
+    """Draws all windows of pieces of one length together.
 
-    Raises ValueError if samples or rewards of one are not finite.
+    Args:
+      player: draws them.
+      rows: that it draws at a time.
+      pieces: by their prompts.
+      system: its folder, for ValueError if samples or rewards of a piece are not finite.
     """
-    while wanted := [row for piece in pieces for row in piece.rows()]:
-        drawn: list[Drawn | FloatingPointError] = []
-        for start in range(0, len(wanted), rows):
-            drawn += batcher.draw(player, wanted[start : start + rows], rows)
-        candidates = len(wanted) // len(pieces)
-        for number, piece in enumerate(pieces):
-            window = drawn[number * candidates : (number + 1) * candidates]
-            if any(isinstance(each, FloatingPointError) for each in window):
+    # Each window needs the one before it.
+    while window := list(chain.from_iterable(piece.rows() for piece in pieces.values())):
+        results = []
+        for start in range(0, len(window), rows):
+            results += batcher.draw(player, window[start : start + rows], rows)
+
+        # The rows of each piece, in the order of the pieces.
+        candidates = len(window) // len(pieces)
+        for prompt, piece in pieces.items():
+            own, results = results[:candidates], results[candidates:]
+            if any(isinstance(result, FloatingPointError) for result in own):
                 raise ValueError(
-                    f"the clip for {prompts[number]!r} has samples, or a reward, that are not "
-                    f"finite: the decoder of {system} is broken; train it again, with a lower "
+                    f"the clip for {prompt!r} has samples, or a reward, that are not finite: the "
+                    f"decoder of {system} is broken; train it again, with a lower "
                     "Optimiser.learning_rate"
                 )
-            piece.add(window)
+            piece.add(own)
+
+
+# --- arguments ---
 
 
 def _prompts(prompt: str | Sequence[str], prompts_file: str) -> list[str]:
-    """Returns the prompts, each once; ValueError if there are none, or two places with some."""
+    """Returns the prompts, each once; ValueError if there are none, or from two places."""
     if bool(prompt) == bool(prompts_file):
         raise ValueError("generate: give either prompt or prompts_file")
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
@@ -297,6 +231,7 @@ def _prompts(prompt: str | Sequence[str], prompts_file: str) -> list[str]:
 
 def _target(out: str, single: bool) -> tuple[Path, Path | None, str]:
     """Returns (the folder, the file if `out` is one, the format); ValueError if it is neither."""
+    # A folder.
     path = Path(out)
     if path.is_dir() or out.endswith("/") or not path.suffix:
         if path.exists() and not path.is_dir():
@@ -304,6 +239,8 @@ def _target(out: str, single: bool) -> tuple[Path, Path | None, str]:
                 f"out={out!r} is a file: give a folder, or a file that ends in .wav, .flac or .ogg"
             )
         return path, None, "wav"
+
+    # A file, or a folder and an ending.
     try:
         form = audio.audio_format(out)
     except ValueError as error:
@@ -318,99 +255,82 @@ def _target(out: str, single: bool) -> tuple[Path, Path | None, str]:
     return path.parent, path, form
 
 
-def _whole(name: str, number: Any, most: int = bundle.LARGEST_SEED) -> int:
-    """Returns one whole number from 0 to `most`; ValueError where it is something else."""
+def _whole(name: str, number: Any, most: int) -> int:
+    """Returns a whole number from 0 to `most`; ValueError if it is something else."""
     if np.ndim(number):
         raise ValueError(f"{name}={number!r} must be one whole number")
     return int(bundle.whole(name, number, most))
 
 
-def _check_loudness(loudness_lufs: float | None) -> None:
-    """Raises ValueError if the loudness is out of range.
-
-    Raises ModuleNotFoundError if what measures it is not installed.
-    """
-    if loudness_lufs is None:
-        return
-    if not isinstance(loudness_lufs, int | float) or not -70 < loudness_lufs <= 0:
-        raise ValueError(
-            f"loudness_lufs={loudness_lufs!r} must be above -70 and at most 0, or None"
-        )
-    if importlib.util.find_spec("pyloudnorm") is None:
-        raise ModuleNotFoundError(
-            f"pyloudnorm brings files to {loudness_lufs:g} LUFS and is not installed: pip install "
-            "pyloudnorm, or give --loudness_lufs=None"
-        )
-
-
-def _seconds(clip_seconds: float | None, about: dict[str, Any]) -> float:
-    """Returns the length of the clips, and says so where it takes several windows."""
-    whole = about["clip_seconds"]
+def _seconds(clip_seconds: float | None, model: dict[str, Any]) -> float:
+    """Returns the length of the clips, and prints how many windows a long clip takes."""
+    whole = model["clip_seconds"]
     if clip_seconds is None:
         return whole
-    least, most = whole / about["frames"], whole / 2 * NEXT_WINDOW
-    number = isinstance(clip_seconds, int | float) and math.isfinite(clip_seconds)
-    if not number or not least <= clip_seconds <= most:
+    least, most = whole / model["frames"], whole / 2 * NEXT_WINDOW
+    if not isinstance(clip_seconds, int | float) or not least <= clip_seconds <= most:
         raise ValueError(
             f"clip_seconds={clip_seconds!r} must be from {least:g}, one frame, to {most:g}"
         )
-    if (windows := window_count(clip_seconds, about)) > 1:
+    if (windows := window_count(clip_seconds, model)) > 1:
         print(
             f"clip_seconds={clip_seconds:g} is more than the {whole:g} s of the model's clips: "
-            f"drawn in {windows} windows, each on from half of the one before",
+            f"drawn in {windows} windows, each of which continues half of the one before",
             flush=True,
         )
     return clip_seconds
 
 
+# --- files ---
+
+
 def _stem(prompt: str, seed: int) -> str:
-    """Returns what the name of a prompt's file begins with; its words take at most 120 bytes."""
+    """Returns the beginning of a file's name; the prompt's words take at most 120 bytes of it."""
     words = re.sub(r"[^\w]+", "_", prompt.lower()).strip("_")[:60]
     words = words.encode()[:120].decode(errors="ignore")
     return f"{words}_{hashlib.sha256(prompt.encode()).hexdigest()[:8]}_seed{seed}"
 
 
-def _made(order: _Order, settings: dict[str, Any]) -> Iterator[tuple[int, Path]]:
-    """Yields (number of the prompt, path) of clips that are there with these settings.
-
-    Raises ValueError if one has others.
-    """
-    for number, prompt in enumerate(order.prompts):
-        for path in sorted(order.folder.glob(f"{_stem(prompt, order.seed)}_*.{order.form}")):
+def _existing(request: _Request, settings: dict[str, Any]) -> Iterator[tuple[str, Path]]:
+    """Yields (prompt, path) of existing clips; ValueError if they have other settings."""
+    for prompt in request.prompts:
+        for path in sorted(request.folder.glob(f"{_stem(prompt, request.seed)}_*.{request.form}")):
+            # Other programs' files have no settings, or a comment that is not JSON.
             try:
                 with soundfile.SoundFile(path) as file:
-                    made = dict(json.loads(file.comment))
+                    recorded = dict(json.loads(file.comment))
             except (soundfile.LibsndfileError, ValueError, TypeError) as error:
                 raise ValueError(
                     f"{path} is there and does not say how it was made: give another out"
                 ) from error
-            if other := [name for name, value in settings.items() if made.get(name) != value]:
+            if other := [name for name, value in settings.items() if recorded.get(name) != value]:
                 raise ValueError(
-                    f"{path} was made with {other[0]} {made.get(other[0])}, not "
+                    f"{path} was made with {other[0]} {recorded.get(other[0])}, not "
                     f"{settings[other[0]]}: give another out"
                 )
-            yield number, path
+            yield prompt, path
 
 
 def _save(
-    clips: Sequence[tuple[Path, np.ndarray, dict[str, str]]], order: _Order, rate: int
+    clips: Sequence[tuple[Path, np.ndarray, dict[str, str]]], request: _Request, rate: int
 ) -> None:
-    """Writes clips, at the loudness that was ordered, and prints their paths."""
+    """Writes clips (path, f32 [N] or [C, N], tags), and prints their paths."""
     for path, wav, tags in clips:
-        if order.loudness_lufs is not None:
-            wav = _levelled(wav, rate, order.loudness_lufs, path)
-        _write(path, audio.encode(np.clip(wav, -1, 1), rate, order.form, tags))
+        if request.loudness_lufs is not None:
+            wav = _levelled(wav, rate, request.loudness_lufs, path)
+        _write(path, audio.encode(np.clip(wav, -1, 1), rate, request.form, tags))
         print(path)
 
 
 def _levelled(wav: np.ndarray, rate: int, target: float, path: Path) -> np.ndarray:
-    """Returns a clip, f32 [N] or [C, N], at a loudness; says so if that could not be."""
-    from musicrl_jax.report import loudness  # pyloudnorm, which takes a while to import
+    """Returns a clip, f32 [N] or [C, N], at a loudness; prints why if it is lower."""
+    from musicrl_jax.report import loudness  # slow to import
 
     level = loudness.levelled(wav.T, rate, target)
+    reached = level.loudness + level.gain_db
     if level.silent:
         print(f"{path.name} is silent, and stays as it is", flush=True)
-    elif (reached := level.loudness + level.gain_db) < target - 0.05:
+    elif reached < target - 0.05:
         clips = level.gain_db < loudness.MOST_GAIN_DB
         reason = "its peaks would clip" if clips else "its noise would be music"
         reached = f"{reached:.1f} {level.unit}, not {target:g}"
@@ -419,7 +339,7 @@ def _levelled(wav: np.ndarray, rate: int, target: float, path: Path) -> np.ndarr
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Writes a file, whole or not at all; OSError, with what to do, if it cannot be written."""
+    """Writes a file, whole or not at all; OSError, with a remedy, if it cannot be written."""
     partial = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

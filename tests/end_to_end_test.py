@@ -1,4 +1,4 @@
-"""The whole quickstart at tiny size: every stage, run again, interrupted, and asked for music."""
+"""The whole quickstart at tiny size: every stage, also interrupted and repeated, and generation."""
 
 import base64
 import html
@@ -14,7 +14,7 @@ import pytest
 import soundfile
 
 import gin
-from musicrl_jax import cli, evaluate, train_rl
+from musicrl_jax import cli, train_rl
 from musicrl_jax.core import checkpoint
 from musicrl_jax.core.metrics import MetricWriter
 from musicrl_jax.generate import generate
@@ -31,7 +31,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def musicrl(verb, folder, *flags):
-    """One command, as from a shell, against the run in `folder`."""
+    """Runs a command, as from a shell, on the run in `folder`."""
     gin.clear_config()
     shared = (
         f"--gin_file={ROOT}/gin/runs/tiny.gin",
@@ -43,7 +43,7 @@ def musicrl(verb, folder, *flags):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A finished run whose RL stage was interrupted after its second step and taken up again."""
+    """Returns a finished run whose RL stage was interrupted after its second step and resumed."""
     folder = tmp_path_factory.mktemp("tiny")
     patch = pytest.MonkeyPatch()
 
@@ -66,15 +66,15 @@ def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_the_summary_says_what_was_found(folder):
+def test_the_summary_has_all_figures_of_the_evaluation(folder):
     summary = json.loads((folder / "run/summary.json").read_text())
     assert summary["policies"] == ["MusicLM", "R", "RU", "best of 2"]
     terms = ["text_adherence", "acoustic_quality", "user_preference"]
     assert list(summary["rewards"]) == ["reward", *terms]
     for term in summary["rewards"]:
-        for name, found in summary["rewards"][term].items():
-            assert found["low"] <= found["mean"] <= found["high"]
-            gain = found["mean"] - summary["rewards"][term]["MusicLM"]["mean"]
+        for name, figure in summary["rewards"][term].items():
+            assert figure["low"] <= figure["mean"] <= figure["high"]
+            gain = figure["mean"] - summary["rewards"][term]["MusicLM"]["mean"]
             assert name == "MusicLM" or summary["gains"][term][name]["mean"] == pytest.approx(
                 gain, abs=1e-6
             )
@@ -100,7 +100,7 @@ def test_the_summary_says_what_was_found(folder):
     assert checkpoint.has_model(summary["checkpoint"])
 
 
-def test_scores_are_kept_clip_by_clip(folder):
+def test_scores_of_every_clip_are_stored(folder):
     summary = json.loads((folder / "run/summary.json").read_text())
     with np.load(folder / "run/evaluation/scores.npz") as scores:
         prompts = Prompts(("score_clips/tiny",), data_dir=f"{folder}/data").unique("test")
@@ -118,35 +118,31 @@ def test_scores_are_kept_clip_by_clip(folder):
 
 @pytest.mark.exactness(16)
 def test_ru_starts_from_r_and_is_anchored_to_it(folder):
-    told = json.loads((folder / "run/ru/model/anchor.json").read_text())
-    assert told["anchor"] == checkpoint.model_hash(folder / "run/r")
-    assert told["rewards"]["user_preference"]["hash"] == checkpoint.model_hash(
-        folder / "run/preference"
-    )
-    assert json.loads((folder / "run/r/model/anchor.json").read_text())[
-        "anchor"
-    ] == checkpoint.model_hash(folder / "run/policy")
+    anchors = {}
+    for name in ("r", "ru"):
+        anchors[name] = json.loads((folder / f"run/{name}/model/anchor.json").read_text())
+    assert anchors["r"]["anchor"] == checkpoint.model_hash(folder / "run/policy")
+    assert anchors["ru"]["anchor"] == checkpoint.model_hash(folder / "run/r")
+    preference = anchors["ru"]["rewards"]["user_preference"]
+    assert preference["hash"] == checkpoint.model_hash(folder / "run/preference")
 
 
-def test_the_page_holds_what_it_says(folder):
-    """The policies' clips of the first two held-out prompts, of one that lost if any did, all terms and the notes."""
+def test_the_page_has_clips_scores_and_notes(folder):
+    """It has the clips for the first two prompts and for one that lost, if any, and all terms."""
     page = (folder / "run/evaluation/page.html").read_text()
-    assert (
-        "Real clips are of score_clips/tiny: Clips contain samples of the soundfont TimGM6mb"
-        in page
-    )
+    assert "Real clips are of score_clips/tiny: Clips contain samples of the soundfont" in page
     prompts = Prompts(("score_clips/tiny",), data_dir=f"{folder}/data").unique("test")
-    heard = re.findall(r'<audio [^>]*aria-label="([^,"]+), 1\.0 seconds: ([^"]*)"', page)
-    asked = [
-        (side, prompt) for prompt in prompts[:2] for side in ("MusicLM", "R", "RU", "best of 2")
-    ]
-    assert [(side, html.unescape(prompt)) for side, prompt in heard[:8]] == asked
-    assert len(heard) in (8, 12) and page.count('src="data:audio/flac;base64,') == len(heard)
+    players = re.findall(r'<audio [^>]*aria-label="([^,"]+), 1\.0 seconds: ([^"]*)"', page)
+    players = [(side, html.unescape(prompt)) for side, prompt in players]
+    for number, prompt in enumerate(prompts[:2]):
+        sides = [(side, prompt) for side in ("MusicLM", "R", "RU", "best of 2")]
+        assert players[4 * number : 4 * number + 4] == sides
+    assert len(players) in (8, 12)
     sounds = re.findall(r'src="data:audio/flac;base64,([^"]+)"', page)
-    decoded = [soundfile.read(io.BytesIO(base64.b64decode(sound))) for sound in sounds]
-    assert all(
-        (len(wav), rate) == (16000, 16000) and np.abs(wav).max() > 0 for wav, rate in decoded
-    )
+    assert len(sounds) == len(players)
+    for sound in sounds:
+        wav, rate = soundfile.read(io.BytesIO(base64.b64decode(sound)))
+        assert (len(wav), rate) == (16000, 16000) and np.abs(wav).max() > 0
     for term in ("reward", "text_adherence", "acoustic_quality", "user_preference"):
         assert term in page
     assert "simulated listeners" in page
@@ -163,68 +159,35 @@ def test_kl_starts_at_zero_to_the_bit_and_the_sampler_agrees_with_the_learner(fo
 
 
 @pytest.mark.exactness(17)
-def test_the_interrupted_run_is_the_uninterrupted_one(folder):
-    """Its held-out judge included, who hears the base again and remembers what it saw."""
+def test_an_interrupted_run_equals_an_uninterrupted_one(folder):
+    """So does its held-out judge, which measures the base again and reads its earlier looks."""
     assert musicrl("run", folder, "--only=r", f"--gin.R='{folder}/again'") == 0
-    assert ["judge_gain" in line for line in lines(folder / "again/metrics.jsonl")] == [
-        False,
-        True,
-        True,
-    ]
+    looks = ["judge_gain" in line for line in lines(folder / "again/metrics.jsonl")]
+    assert looks == [False, True, True]
     assert lines(folder / "again/metrics.jsonl") == lines(folder / "run/r/metrics.jsonl")
     assert checkpoint.model_hash(folder / "again") == checkpoint.model_hash(folder / "run/r")
 
 
 def test_verbs_work_from_the_gin_file_alone(folder, capsys):
     assert musicrl("encode", folder, f"--gin.TOKENS='{folder}/tokens_again'") == 0
-    manifests = [
-        json.loads((folder / name / "manifest.json").read_text())
-        for name in ("run/tokens", "tokens_again")
-    ]
-    assert manifests[0] == manifests[1]
+    names = "run/tokens", "tokens_again"
+    first, second = (json.loads((folder / name / "manifest.json").read_text()) for name in names)
+    assert first == second
     assert musicrl("run", folder, "--only=evaluate") == 0
     assert musicrl("run", folder, "--only=sing") == 1
     assert "'sing' is none of the stages" in capsys.readouterr().err
 
 
-def test_run_again_reuses_everything(folder, capsys):
-    models = {path: path.stat().st_mtime_ns for path in (folder / "run").rglob("manifest.json")}
-    page = (folder / "run/evaluation/page.html").read_bytes()
+def test_a_repeated_run_reuses_everything(folder, capsys):
+    def times():
+        paths = (folder / "run").rglob("manifest.json")
+        return {path: path.stat().st_mtime_ns for path in paths}
+
+    before, page = times(), (folder / "run/evaluation/page.html").read_bytes()
     assert musicrl("run", folder) == 0
     assert "evaluated already" in capsys.readouterr().out
-    assert {
-        path: path.stat().st_mtime_ns for path in (folder / "run").rglob("manifest.json")
-    } == models
+    assert times() == before
     assert (folder / "run/evaluation/page.html").read_bytes() == page
-
-
-def test_a_killed_comparison_goes_on_with_the_next_policy(folder, monkeypatch):
-    """The policies that had played do not play again, and every score is the uninterrupted comparison's."""
-    played = []
-    play = evaluate._Bench.play
-
-    def killed(bench, name, *rest):
-        if name == "RU" and "RU" not in played:
-            played.append(name)
-            raise KeyboardInterrupt
-        played.append(name)
-        return play(bench, name, *rest)
-
-    monkeypatch.setattr(evaluate._Bench, "play", killed)
-    again = ("--only=evaluate", f"--gin.evaluate/evaluate.model_dir='{folder}/compared_again'")
-    with pytest.raises(KeyboardInterrupt):
-        musicrl("run", folder, *again)
-    assert played == ["MusicLM", "R", "RU"]
-    assert musicrl("run", folder, *again) == 0
-    assert played[3:] == ["RU", "best of 2"]
-    with (
-        np.load(folder / "run/evaluation/scores.npz") as one,
-        np.load(folder / "compared_again/scores.npz") as other,
-    ):
-        assert set(one) == set(other)
-        for name in one:
-            np.testing.assert_array_equal(one[name], other[name])
-    assert not (folder / "compared_again/played").exists()
 
 
 def test_another_size_in_the_same_folder_is_refused(folder, capsys):
@@ -232,51 +195,50 @@ def test_another_size_in_the_same_folder_is_refused(folder, capsys):
     assert "model.channels is 4 there and 5 here" in capsys.readouterr().err
 
 
-def test_tokens_are_those_of_the_models(folder):
-    """Encode -> read: a clip's tokens, found by its id, are what the three models say of it."""
+def test_encoded_tokens_are_those_of_the_models(folder):
+    """Each clip's tokens, which its id finds, are what the three models compute from its audio."""
+    # The clips, in another order than `encode` writes them.
     clips = Clips({"score_clips/tiny": 1.0}, f"{folder}/data", 16000, with_captions=True)
-    batches = list(clips.batches("test", 8, seed=1, epochs=1))  # in another order than encode's
-    wav, ids, captions = (
-        np.concatenate([b[name] for b in batches]) for name in ("audio", "id", "caption")
-    )
+    batches = list(clips.batches("test", 8, seed=1, epochs=1))
+    names = "audio", "id", "caption"
+    wav, ids, captions = (np.concatenate([batch[name] for batch in batches]) for name in names)
     written = {row["id"].decode(): row for row in read(f"{folder}/run/tokens", "test")[0]}
     assert sorted(written) == sorted(ids) and len(ids) >= 2
     assert [written[name]["caption"].decode() for name in ids] == list(captions)
+
+    # Their tokens by the models.
     semantic = checkpoint.load_model(folder / "run/semantic", SemanticConfig)
     codec = checkpoint.load_model(folder / "run/codec", SoundStreamConfig)
     mulan = checkpoint.load_model(folder / "run/mulan", MuLanConfig)
     embedding = MuLan(mulan.config).apply(mulan.variables, wav, method="embed_audio")
+    semantic_tokens = SemanticEncoder(semantic.config).apply(
+        semantic.variables, wav, method="tokens"
+    )
     expected = {
-        "semantic": SemanticEncoder(semantic.config).apply(
-            semantic.variables, wav, method="tokens"
-        ),
+        "semantic": semantic_tokens,
         "acoustic": SoundStream(codec.config).apply(codec.variables, wav, method="encode"),
         "mulan": MuLan(mulan.config).apply(mulan.variables, embedding, method="quantize"),
     }
+    count = len(ids)
     for name, codes in expected.items():
-        found = np.stack([written[clip][name] for clip in ids])
-        assert found.shape == codes.shape
-        assert len(np.unique(found.reshape(len(found), -1), axis=0)) >= 2, (
-            f"{name}: all clips have the same tokens"
-        )
-        same = (
-            (found[:, None] == np.asarray(codes)[None]).reshape(len(ids), len(ids), -1).mean(axis=2)
-        )
-        own = np.diagonal(same)
-        assert own.min() > 0.8, (
-            name
-        )  # compiled alone, a distance can round the other way and flip a code
-        others = [np.diagonal(np.roll(same, shift, axis=1)).mean() for shift in range(1, len(ids))]
-        assert own.mean() > max(others), f"{name}: another clip's tokens would do as well"
-    # What training reads are these rows, each whole.
-    whole = [
-        b"".join(batch[name][i].tobytes() for name in expected)
-        for batch in Tokens(f"{folder}/run/tokens").batches("test", 16, seed=0, epochs=1)
-        for i in range(len(batch["mulan"]))
-    ]
-    assert sorted(whole) == sorted(
-        b"".join(row[name].tobytes() for name in expected) for row in written.values()
-    )
+        tokens = np.stack([written[clip][name] for clip in ids])
+        assert tokens.shape == codes.shape
+        distinct = np.unique(tokens.reshape(count, -1), axis=0)
+        assert len(distinct) >= 2, f"{name}: all clips have the same tokens"
+        same = tokens[:, None] == np.asarray(codes)[None]
+        same = same.reshape(count, count, -1).mean(axis=2)
+        # Compiled alone, a distance can round to another code.
+        assert np.diagonal(same).min() > 0.8, name
+        others = [np.diagonal(np.roll(same, shift, axis=1)).mean() for shift in range(1, count)]
+        assert np.diagonal(same).mean() > max(others), f"{name}: another clip's tokens fit as well"
+
+    # Training reads these rows, each whole.
+    rows = []
+    for batch in Tokens(f"{folder}/run/tokens").batches("test", 16, seed=0, epochs=1):
+        for i in range(len(batch["mulan"])):
+            rows.append(b"".join(batch[name][i].tobytes() for name in expected))
+    stored = [b"".join(row[name].tobytes() for name in expected) for row in written.values()]
+    assert sorted(rows) == sorted(stored)
 
 
 def test_prompts_become_clips(folder, tmp_path):
@@ -287,7 +249,7 @@ def test_prompts_become_clips(folder, tmp_path):
     assert (len(wav), rate) == (16000, 16000) and np.abs(wav).max() > 0
 
 
-def test_a_prompt_gives_its_clip_whatever_else_is_asked(folder, tmp_path):
+def test_a_prompt_gives_the_same_clip_alone_and_among_others(folder, tmp_path):
     prompts = ["a slow air", "быстрая джига на скрипке 🎻", "a jig " * 500]
     paths = generate(f"{folder}/run/ru", prompts, out=str(tmp_path / "all"), clip_seconds=0.4)
     alone = generate(
@@ -303,7 +265,7 @@ def test_a_prompt_gives_its_clip_whatever_else_is_asked(folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "complaint"),
+    ("changes", "words"),
     [
         ({"prompt": "   "}, "prompt '   ' is empty"),
         ({"clip_seconds": 0.01}, "clip_seconds=0.01 must be from 0.04, one frame"),
@@ -311,9 +273,9 @@ def test_a_prompt_gives_its_clip_whatever_else_is_asked(folder, tmp_path):
         ({"temperature": 0.0}, "temperature=0.0 must be above 0"),
     ],
 )
-def test_bad_requests_are_named(folder, tmp_path, monkeypatch, changes, complaint):
+def test_a_wrong_request_is_refused(folder, tmp_path, monkeypatch, changes, words):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=complaint):
+    with pytest.raises(ValueError, match=words):
         generate(
             **{"prompt": "a reel", "system": f"{folder}/run/ru", "clip_seconds": 0.4, **changes}
         )
@@ -321,7 +283,7 @@ def test_bad_requests_are_named(folder, tmp_path, monkeypatch, changes, complain
 
 
 def test_models_that_do_not_belong_together_are_refused(folder, tmp_path):
-    """The same sizes, other weights: only the lineage can tell, and without it the clip would be noise."""
+    """Sizes are equal and weights are not, which only the lineage shows."""
     codec = tmp_path / "codec"
     shutil.copytree(folder / "run/codec", codec)
     model = checkpoint.load_model(codec, SoundStreamConfig)

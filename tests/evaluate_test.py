@@ -1,6 +1,7 @@
-"""The judge: devices and hosts share the rows, and a killed comparison goes on."""
+"""Evaluation: devices and hosts share the rows, and an interrupted comparison goes on."""
 
 import dataclasses
+import functools
 import json
 import shutil
 
@@ -8,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from multihost import run_on_hosts
 
 from musicrl_jax import evaluate
 from musicrl_jax.arena.audience import LoadedAudience
@@ -50,7 +52,7 @@ class Zeros:
 
 @dataclasses.dataclass(frozen=True)
 class Loudness:
-    """Features: the mean square of four bits of a tenth of a second."""
+    """Features: the mean square of four parts of each tenth of a second."""
 
     def load(self):
         return checkpoint.Model(None, {"scale": np.float32(2)}, "no model", {})
@@ -68,8 +70,16 @@ class Texts:
 
 
 @dataclasses.dataclass(frozen=True)
+class MissingTexts:
+    """The same prompts, which are gone."""
+
+    def unique(self, split):
+        raise FileNotFoundError(split)
+
+
+@dataclasses.dataclass(frozen=True)
 class Noise:
-    """Real clips: 13 of noise."""
+    """Real clips: 13 clips of noise."""
 
     with_captions: bool = False
 
@@ -85,16 +95,16 @@ class Noise:
 
 
 class Ears:
-    """Measures a clip's level and roughness, and no more."""
+    """Measures only the level and the roughness of a clip."""
 
-    def measure(self, wav, asked):
+    def measure(self, wav, request):
         level = np.square(wav.astype(np.float64)).mean()
         return np.array([level, np.abs(np.diff(wav)).mean(), *[0.0] * (len(MEASUREMENTS) - 2)])
 
 
 @dataclasses.dataclass(frozen=True)
 class Listeners:
-    """An audience with such ears."""
+    """An audience with these ears."""
 
     panel: Panel = dataclasses.field(default_factory=judging_panel)
 
@@ -105,14 +115,15 @@ class Listeners:
         return LoadedAudience(self.panel, Ears(), {})
 
 
-def systems(place):
-    """Folders of a base and of a finetuned system that keeps its last policy too."""
-    base = tiny.write(place / "base")
+def write_systems(place):
+    """Writes a base and a finetuned system that has its last policy too; returns their folders."""
+    base = str(place / "base")
     if not (place / "r").exists():
+        tiny.write(base)
         loaded, other = folder.load(base), folder.load(tiny.write(place / "other", seed=1))
         policy = jax.tree.map(lambda a, b: 0.7 * a + 0.3 * b, loaded.policy, other.policy)
-        watched = {"watched": {"looks": 5, "kept": 3, "kl": 6.25}}
-        assets = {checkpoint.ANCHOR: json.dumps(watched).encode()}
+        alarm = {"watched": {"looks": 5, "kept": 3, "kl": 6.25}}
+        assets = {checkpoint.ANCHOR: json.dumps(alarm).encode()}
         folder.save_policy(place / "r" / folder.LAST, loaded, other.policy, {})
         folder.save_policy(place / "r", loaded, policy, assets)
     return {"base": base, "R": str(place / "r")}
@@ -122,31 +133,51 @@ def judge(place, out="out", config=CONFIG, audience=Listeners(), page=None, **ch
     """Evaluates the systems of a folder."""
     page = page or evaluate.PageConfig(notes=("Not music.",), shown=2, worst=1)
     arguments = {
-        "systems": systems(place),
+        "systems": changes.pop("systems", None) or write_systems(place),
         "rewards": Mixture((Zeros(),), {"zeros": 1.0}),
         "prompts": Texts(),
         "clips": Noise(),
         "features": Loudness(),
         **changes,
     }
-    folder_name = str(place / out)
-    return evaluate.evaluate(folder_name, config=config, audience=audience, page=page, **arguments)
+    path = str(place / out)
+    return evaluate.evaluate(path, config=config, audience=audience, page=page, **arguments)
 
 
 @pytest.fixture(scope="module")
-def judged(tmp_path_factory):
-    """(place, summary) of an evaluation on 8 devices, whose rows were looked at while it played."""
-    place, draw, rows = tmp_path_factory.mktemp("judged"), Player.draw, []
+def evaluated(tmp_path_factory):
+    """Returns (folder, summary) of an evaluation on 8 devices, which was killed once."""
+    place, rows, systems = tmp_path_factory.mktemp("evaluated"), [], []
+    draw, bench_class, benches = Player.draw, evaluate.Bench, []
+    play = bench_class.play
 
-    def looked_at(player, *arguments):
+    def recorded_draw(player, *arguments):
         rollout = draw(player, *arguments)
         rows.append([shard.data.shape[0] for shard in rollout.wav.addressable_shards])
         return rollout
 
+    def killed_once(bench, name, *how):
+        systems.append(name)
+        if systems == ["base", "R"]:
+            raise KeyboardInterrupt
+        return play(bench, name, *how)
+
+    def build_once(*arguments):
+        """Lets the second attempt use the compiled functions of the first."""
+        if not benches:
+            benches.append(bench_class(*arguments))
+        return benches[0]
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Player, "draw", looked_at)
+        patch.setattr(Player, "draw", recorded_draw)
+        patch.setattr(bench_class, "play", killed_once)
+        patch.setattr(evaluate, "Bench", build_once)
+        with pytest.raises(KeyboardInterrupt):
+            judge(place)
+        assert not (place / "out" / "summary.json").exists()
         summary = judge(place)
-    batches = -(-PROMPTS * SEEDS // 8)  # 3 clips at a time become 8
+    assert systems == ["base", "R", "R", "best of 2"]  # the base does not play again
+    batches = -(-PROMPTS * SEEDS // 8)  # a batch of 3 clips becomes one of 8
     assert rows == [[1] * 8] * (batches * (2 + 2) + 1)  # base, R, twice best of 2, and R's last
     return place, summary
 
@@ -156,29 +187,46 @@ def scores(place):
         return dict(arrays)
 
 
-def assert_same(one, other):
-    assert one.keys() == other.keys()
-    for name, array in one.items():
-        if array.dtype.kind == "f":
-            np.testing.assert_allclose(array, other[name], rtol=1e-5, atol=1e-6, err_msg=name)
-        else:
-            np.testing.assert_array_equal(array, other[name], name)
-
-
-def test_one_device_and_another_batch_give_the_same_clips(judged, monkeypatch):
-    place, summary = judged
+def test_one_device_and_another_batch_give_the_same_clips(evaluated, monkeypatch):
+    """Also without the interruption."""
+    place, summary = evaluated
     one = sharding.make_mesh(devices=jax.devices()[:1])
-    monkeypatch.setattr(evaluate.sharding, "make_mesh", lambda: one)
-    monkeypatch.setattr(comparison, "write_page", lambda *page: None)  # drawing takes half the time
-    config = dataclasses.replace(CONFIG, batch_size=7)
-    other = judge(place, "one", config)
-    assert_same(scores(place / "out"), scores(place / "one"))
+    monkeypatch.setattr(sharding, "make_mesh", lambda: one)
+    monkeypatch.setattr(comparison, "write_page", lambda *page: None)  # drawing is slow
+    other = judge(place, "one", dataclasses.replace(CONFIG, batch_size=7))
     assert other["identity"] == summary["identity"]
     assert other["gains"]["zeros"]["R"]["mean"] == summary["gains"]["zeros"]["R"]["mean"]
+    arrays = scores(place / "one")
+    assert arrays.keys() == scores(place / "out").keys()
+    for name, array in scores(place / "out").items():
+        if array.dtype.kind == "f":
+            np.testing.assert_allclose(array, arrays[name], rtol=1e-5, atol=1e-6, err_msg=name)
+        else:
+            np.testing.assert_array_equal(array, arrays[name], name)
 
 
-def test_the_summary_says_what_was_measured(judged):
-    place, summary = judged
+def judge_on_a_host(place):
+    """Evaluates on this host and others together."""
+    comparison.write_page = lambda *page: None
+    judge(place, "hosts")
+
+
+@pytest.mark.slow
+def test_two_hosts_give_the_bits_of_one(evaluated, processes):
+    """Two processes of two devices, against one of eight that was interrupted."""
+    place, summary = evaluated
+    run_on_hosts(processes, judge_on_a_host, place, hosts=2, devices=2)
+    arrays = scores(place / "hosts")
+    assert arrays.keys() == scores(place / "out").keys()
+    for name, array in scores(place / "out").items():
+        assert array.dtype == arrays[name].dtype and array.tobytes() == arrays[name].tobytes(), name
+    other = json.loads((place / "hosts" / "summary.json").read_text())
+    assert other == json.loads(json.dumps({**summary, "page": other["page"]}))
+    assert not (place / "hosts" / "played").exists()
+
+
+def test_the_summary_says_what_was_measured(evaluated):
+    place, summary = evaluated
     assert summary["policies"] == ["base", "R", "best of 2"]
     assert list(summary["rewards"]) == ["reward", "zeros"]
     arrays = scores(place / "out")
@@ -198,65 +246,49 @@ def test_the_summary_says_what_was_measured(judged):
     assert summary["frechet"]["base"] > 0 and summary["diversity"]["real"] > 0
 
 
-def test_the_page_has_the_last_policy_too(judged):
-    page = (judged[0] / "out" / "page.html").read_text()
+def test_the_page_has_the_last_policy_too(evaluated):
+    page = (evaluated[0] / "out" / "page.html").read_text()
     assert page.count("R, last, 1.2 seconds") in (2, 3)  # of the first prompts, and one that lost
     assert "step 3 is kept" in page and "Real clips are of noise: Free." in page
-    assert not (judged[0] / "out" / "played").exists()
+    assert not (evaluated[0] / "out" / "played").exists()
 
 
-def test_what_is_done_is_left_alone_until_a_setting_changes(judged, capsys):
-    place, summary = judged
+def test_a_finished_evaluation_is_left_alone_until_a_setting_changes(evaluated, capsys):
+    """Its prompts may be gone."""
+    place, summary = evaluated
     config = dataclasses.replace(CONFIG, batch_size=100)
     page = evaluate.PageConfig("elsewhere", ("runs/codec",), ("Not music.",), 2, 1)
-    assert judge(place, config=config, page=page) == json.loads(json.dumps(summary))
+    again = judge(place, config=config, page=page, prompts=MissingTexts())
+    assert again == json.loads(json.dumps(summary))
     assert "evaluated already" in capsys.readouterr().out
+    with pytest.raises(FileNotFoundError, match="test"):
+        judge(place, config=dataclasses.replace(config, seed=1), prompts=MissingTexts())
 
 
-def test_a_killed_comparison_goes_on_with_the_next_system(judged, monkeypatch):
-    place, _ = judged
-    play, played = evaluate._Bench.play, []
-
-    def killed(bench, name, *how):
-        played.append(name)
-        if played == ["base", "R"]:
-            raise KeyboardInterrupt
-        return play(bench, name, *how)
-
-    monkeypatch.setattr(evaluate._Bench, "play", killed)
-    monkeypatch.setattr(comparison, "write_page", lambda *page: None)
-    with pytest.raises(KeyboardInterrupt):
-        judge(place, "cut")
-    assert not (place / "cut" / "summary.json").exists()
-    judge(place, "cut")
-    assert played == ["base", "R", "R", "best of 2"]
-    assert_same(scores(place / "out"), scores(place / "cut"))
-
-
-def test_a_host_listens_to_its_own_rows_alone(monkeypatch):
+def test_a_host_measures_only_its_own_rows(monkeypatch):
     measured = []
 
-    class Counted(Ears):
-        def measure(self, wav, asked):
-            measured.append((float(wav[0]), asked))
-            return super().measure(wav, asked)
+    class RecordingEars(Ears):
+        def measure(self, wav, request):
+            measured.append((float(wav[0]), request))
+            return super().measure(wav, request)
 
-    bench = object.__new__(evaluate._Bench)
+    bench = object.__new__(evaluate.Bench)
     bench.mesh = None
-    bench._hearing = LoadedAudience(
-        None, Counted(), {f"tune {number}": number for number in range(8)}
-    )
+    requests = {f"tune {number}": number for number in range(8)}
+    bench._audience = LoadedAudience(None, RecordingEars(), requests)
     monkeypatch.setattr(sharding, "own_rows", lambda mesh, count: np.arange(count // 2, count))
     monkeypatch.setattr(sharding, "gather_rows", lambda mesh, rows, count: rows)
     wav = np.arange(8, dtype=np.float32)[:, None] + np.zeros(10, np.float32)
-    found = bench._listen(wav, [f"tune {number}" for number in range(8)])
+    rows = bench._listen(wav, [f"tune {number}" for number in range(8)])
     assert measured == [(4, 4), (5, 5), (6, 6), (7, 7)]
-    np.testing.assert_array_equal(found[:, 0], [16, 25, 36, 49])
+    np.testing.assert_array_equal(rows[:, 0], [16, 25, 36, 49])
 
 
-def test_what_cannot_be_compared_is_named(judged, tmp_path):
-    place, _ = judged
+def test_systems_and_settings_that_do_not_fit_are_refused(evaluated, tmp_path, monkeypatch):
+    place, _ = evaluated
     base = str(place / "base")
+    monkeypatch.setattr(folder, "load", functools.cache(folder.load))
     with pytest.raises(ValueError, match=r"evaluate\.systems has 1: nothing to compare"):
         config = dataclasses.replace(CONFIG, best_of=1)
         judge(place, "x", config, systems={"base": base})
@@ -298,7 +330,7 @@ def test_a_damaged_summary_is_set_aside(tmp_path, content, capsys):
     assert capsys.readouterr().out.startswith(f"{path} is damaged: ")
 
 
-def test_a_whole_summary_is_read(judged):
-    place, summary = judged
+def test_a_whole_summary_is_read(evaluated):
+    place, summary = evaluated
     path = place / "out" / "summary.json"
     assert evaluate._summary(path) == json.loads(json.dumps(summary))

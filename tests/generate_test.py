@@ -1,24 +1,22 @@
-"""What `generate` writes, with a system that plays what it is told to."""
+"""Files that `generate` writes, with a system whose clips are given."""
 
 import dataclasses
+import functools
 import hashlib
-import importlib.util
 import json
-import os
-import socket
-import subprocess
-import sys
 import types
-from pathlib import Path
 from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pyloudnorm
 import pytest
 import soundfile
+from multihost import run_on_hosts
 
 from musicrl_jax import generate
+from musicrl_jax.serving import system_player
 from musicrl_jax.systems.system import MusicSystem, SampledTokens
 
 RATE = 16000
@@ -26,10 +24,11 @@ TONE = 0.02 * np.sin(2 * np.pi * 440 * np.arange(2 * RATE) / RATE)
 
 
 @dataclasses.dataclass(frozen=True)
-class Player(MusicSystem):
-    """Every clip becomes `wav`, f32 [C, N], plus a constant of its prompt and key.
+class FixedSystem(MusicSystem):
+    """Draws the clip `wav`, f32 [C, N], plus a constant of its prompt and key.
 
     Attributes:
+      wav: the clip.
       noise: the largest constant.
       batches: B of each batch, as it was traced.
     """
@@ -73,26 +72,40 @@ class Player(MusicSystem):
         return jnp.repeat(jnp.asarray(self.wav)[None], len(codes), 0) + shift[:, None, None]
 
 
-def play(monkeypatch, samples=TONE, clip_seconds=2.0, noise=0.0):
-    """Lets every clip become `samples`, cut or filled up to two seconds; returns the system."""
+def use(monkeypatch, samples=TONE, clip_seconds=2.0, noise=0.0):
+    """Lets each clip be `samples`, cut or repeated to two seconds; returns the system."""
     channels = np.atleast_2d(np.asarray(samples, np.float32))
-    system = Player(np.stack([np.resize(channel, 2 * RATE) for channel in channels]), noise)
+    system = FixedSystem(np.stack([np.resize(channel, 2 * RATE) for channel in channels]), noise)
     loaded = types.SimpleNamespace(
         system=system, policy={}, frozen={}, hashes={}, clip_seconds=clip_seconds
     )
-    monkeypatch.setattr(generate.folders, "load", lambda _: loaded)
+    monkeypatch.setattr(system_player.folders, "load", lambda _: loaded)
     return system
 
 
-def made(path):
-    """(what a file says of how it was made, its title)."""
+@functools.cache
+def tone_player(top_k):
+    """Returns a player of a tone, which is compiled once for all tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        use(patch)
+        return system_player.SystemPlayer("run/rl", top_k)
+
+
+@pytest.fixture
+def tone(monkeypatch):
+    """Lets each clip be a tone of two seconds."""
+    monkeypatch.setattr(generate, "SystemPlayer", lambda folder, top_k: tone_player(top_k))
+
+
+def read_tags(path):
+    """Returns (the settings in a file's comment, its title)."""
     with soundfile.SoundFile(path) as file:
         return json.loads(file.comment), file.title
 
 
 def test_samples_beyond_full_scale_are_clipped(monkeypatch, tmp_path):
     samples = np.array([0.0, 0.5, 1.0, 1.7, -1.0, -3.0, -0.25, 0.1])
-    play(monkeypatch, samples)
+    use(monkeypatch, samples)
     (path,) = generate.generate("run/rl", "a reel", out=str(tmp_path / "a.wav"), loudness_lufs=None)
     wav, rate_hz = soundfile.read(path)
     assert rate_hz == RATE and len(wav) == 2 * RATE
@@ -101,7 +114,7 @@ def test_samples_beyond_full_scale_are_clipped(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_samples_that_are_not_finite_are_not_written(monkeypatch, tmp_path, value):
-    play(monkeypatch, [0.0, value, 0.5, 0.1])
+    use(monkeypatch, [0.0, value, 0.5, 0.1])
     with pytest.raises(
         ValueError,
         match=r"the clip for 'a reel' has samples, or a reward, that are not finite: the d",
@@ -110,69 +123,58 @@ def test_samples_that_are_not_finite_are_not_written(monkeypatch, tmp_path, valu
     assert not list(tmp_path.iterdir())
 
 
-def test_the_length_is_the_one_that_was_trained_on(monkeypatch, tmp_path, capsys):
-    """Where none is recorded a stated one is assumed, and said."""
-    system = play(monkeypatch)
+def test_a_clip_has_the_length_that_the_policy_was_trained_on(monkeypatch, tmp_path, capsys):
+    """An unrecorded length is assumed, and the command says so."""
+    system = use(monkeypatch)
     (path,) = generate.generate("run/rl", "a reel", out=str(tmp_path))
-    assert made(path)[0]["seconds"] == 2.0 and "assumed" not in capsys.readouterr().out
+    assert read_tags(path)[0]["seconds"] == 2.0 and "assumed" not in capsys.readouterr().out
     (path,) = generate.generate("run/rl", "a reel", out=str(tmp_path / "long"), clip_seconds=50)
     assert soundfile.info(path).frames == 50 * RATE and set(system.batches) == {8}  # one a device
     assert (
         "clip_seconds=50 is more than the 2 s of the model's clips: drawn in 49 windows"
         in capsys.readouterr().out
     )
-    play(monkeypatch, clip_seconds=None)
-    monkeypatch.setattr(generate, "UNRECORDED_SECONDS", 2.0)
+    use(monkeypatch, clip_seconds=None)
+    monkeypatch.setattr(system_player, "UNRECORDED_SECONDS", 2.0)
     generate.generate("run/old", "a reel", out=str(tmp_path / "old"))
-    said = "run/old does not record the length of the clips that it was trained on: 2 s is assumed"
-    assert said in capsys.readouterr().out
+    words = "run/old does not record the length of the clips that it was trained on: 2 s is assumed"
+    assert words in capsys.readouterr().out
 
 
-def test_clips_are_drawn_together_and_each_host_writes_its_batch_at_once(monkeypatch, tmp_path):
-    """Eight devices draw a row each, so that ten prompts are two batches."""
-    play(monkeypatch)
-    saved = []
-    save = generate._save
-    monkeypatch.setattr(
-        generate, "_save", lambda clips, *rest: saved.append(len(clips)) or save(clips, *rest)
-    )
-    paths = generate.generate(
-        "run/rl", [f"reel {number}" for number in range(10)], out=str(tmp_path)
-    )
+def test_clips_are_drawn_together_and_written_batch_by_batch(tone, monkeypatch, tmp_path):
+    """Eight devices draw one row each, so that ten prompts are two batches."""
+    save, saved = generate._save, []
+
+    def recorded_save(clips, *rest):
+        saved.append(len(clips))
+        save(clips, *rest)
+
+    monkeypatch.setattr(generate, "_save", recorded_save)
+    prompts = [f"reel {number}" for number in range(10)]
+    paths = generate.generate("run/rl", prompts, out=str(tmp_path))
     assert saved == [8, 2] and len(paths) == len(list(tmp_path.iterdir())) == 10
 
 
-HOST = """
-import os, sys
-from pathlib import Path
-folder, root = Path(sys.argv[1]), Path(sys.argv[2])
-sys.path[:0] = [str(root.parent), str(root)]
-import conftest
-os.environ["XLA_FLAGS"] = os.environ["XLA_FLAGS"].replace("count=8", "count=2")
-import pytest
-from generate_test import draw_ten
-from musicrl_jax.core import hosts
-hosts.join()
-with pytest.MonkeyPatch.context() as patch:
-    paths, shares = draw_ten(patch, folder / "clips")
-(folder / f"shares-{os.environ['JAX_PROCESS_ID']}").write_text(f"{len(paths)} {shares}")
-hosts.end(0)
-"""
-
-
 def draw_ten(monkeypatch, out):
-    """Draws ten clips, and returns their paths and the rows of each batch on this host's devices."""
-    play(monkeypatch, noise=0.5)
-    shares, drawing = [], generate.Player.draw_by_seed
+    """Draws ten clips; returns their paths and the rows of each batch on this host's devices."""
+    use(monkeypatch, noise=0.5)
+    shares, draw = [], system_player.Player.draw_by_seed
 
-    def draw(*arguments):
-        rollout = drawing(*arguments)
+    def recorded_draw(*arguments):
+        rollout = draw(*arguments)
         shares.append([len(shard.data) for shard in rollout.wav.addressable_shards])
         return rollout
 
-    monkeypatch.setattr(generate.Player, "draw_by_seed", draw)
+    monkeypatch.setattr(system_player.Player, "draw_by_seed", recorded_draw)
     prompts = [f"reel {number}" for number in range(10)]
     return generate.generate("run/rl", prompts, out=str(out), clip_seconds=3.0, seed=5), shares
+
+
+def draw_on_a_host(folder):
+    """Draws ten clips on this host and others, and writes its shares to a file."""
+    with pytest.MonkeyPatch.context() as patch:
+        paths, shares = draw_ten(patch, folder / "clips")
+    (folder / f"shares-{jax.process_index()}").write_text(f"{len(paths)} {shares}")
 
 
 @pytest.mark.slow
@@ -180,18 +182,7 @@ def test_two_hosts_share_the_rows_and_write_the_files_of_one(monkeypatch, tmp_pa
     paths, shares = draw_ten(monkeypatch, tmp_path / "clips_of_one")
     assert shares == [[1] * 8] * 4  # two batches, two windows each
     assert len({path.read_bytes()[-1000:] for path in paths}) == 10
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
-    command = [sys.executable, "-c", HOST, str(tmp_path), str(Path(__file__).parent)]
-    started = []
-    for number in range(2):
-        environment = {**os.environ, "JAX_COORDINATOR_ADDRESS": address}
-        environment |= {"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(number)}
-        pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        started.append(processes.start(command, env=environment, **pipe))
-    for process in started:
-        assert process.wait(240) == 0, process.communicate()[0][-3000:]
+    run_on_hosts(processes, draw_on_a_host, tmp_path, hosts=2, devices=2)
     for number in range(2):  # three batches of two windows; two rows of four on each host
         assert (tmp_path / f"shares-{number}").read_text() == f"10 {[[1, 1]] * 6}"
     for path in paths:
@@ -199,8 +190,8 @@ def test_two_hosts_share_the_rows_and_write_the_files_of_one(monkeypatch, tmp_pa
 
 
 def test_a_file_has_the_channels_of_the_system(monkeypatch, tmp_path):
-    """Also where it is levelled and joined from windows; the channels keep their ratio."""
-    play(monkeypatch, [TONE, -0.5 * TONE])
+    """Channels keep their ratio when a clip is joined from windows and brought to a loudness."""
+    use(monkeypatch, [TONE, -0.5 * TONE])
     (path,) = generate.generate("run/rl", "a reel", out=str(tmp_path / "a.flac"), clip_seconds=3.5)
     wav, _ = soundfile.read(path)
     assert wav.shape == (3.5 * RATE, 2)
@@ -212,19 +203,18 @@ def test_a_file_has_the_channels_of_the_system(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     "prompt", ["a reel", "быстрая джига на скрипке 🎻\nслово", "a jig " * 3000], ids=len
 )
-def test_a_file_says_how_it_was_made(monkeypatch, tmp_path, form, prompt):
-    play(monkeypatch)
+def test_a_file_says_how_it_was_made(tone, tmp_path, form, prompt):
     (path,) = generate.generate(
         "run/rl", prompt, out=f"{tmp_path}/*.{form}", seed=3, temperature=1.1
     )
-    told, title = made(path)
+    settings, title = read_tags(path)
     assert title == (prompt.encode()[:2000].decode() if form == "wav" else prompt)
     assert soundfile.info(path).format == form.upper()
-    assert told == {
+    assert settings == {
         "prompt_sha256": hashlib.sha256(prompt.encode()).hexdigest(),
         "seed": 3,
         "candidate": 0,
-        "model": generate.checkpoint.content_hash({}),
+        "model": system_player.checkpoint.content_hash({}),
         "seconds": 2.0,
         "temperature": 1.1,
         "top_k": None,
@@ -233,9 +223,8 @@ def test_a_file_says_how_it_was_made(monkeypatch, tmp_path, form, prompt):
     }
 
 
-def test_a_name_holds_prompt_seed_and_number(monkeypatch, tmp_path):
-    """So that neither another seed, nor a prompt of the same words, overwrites a clip; and it is no longer than 255."""
-    play(monkeypatch)
+def test_a_name_has_the_prompt_the_seed_and_a_number(tone, tmp_path):
+    """Another seed or a prompt of the same words has another name; names fit into 255 bytes."""
     paths = []
     for seed in (0, 1, 2**32 - 1):
         paths += generate.generate(
@@ -246,55 +235,30 @@ def test_a_name_holds_prompt_seed_and_number(monkeypatch, tmp_path):
     assert all(len(f".{path.name}.partial".encode()) <= 255 for path in paths)
 
 
-def test_files_are_brought_to_one_loudness(monkeypatch, tmp_path, capsys):
-    import pyloudnorm
+@pytest.mark.parametrize(
+    ("flags", "lufs"), [({}, -16), ({"loudness_lufs": -12}, -12), ({"loudness_lufs": None}, -37.7)]
+)
+def test_files_have_the_same_loudness(tone, tmp_path, capsys, flags, lufs):
+    (path,) = generate.generate("run/rl", "a reel", out=f"{tmp_path}/a.wav", **flags)
+    wav, rate = soundfile.read(path)
+    assert pyloudnorm.Meter(rate).integrated_loudness(wav) == pytest.approx(lufs, abs=0.1)
+    assert "not -16" not in capsys.readouterr().out
 
-    def loudness(path):
-        wav, rate = soundfile.read(path)
-        return pyloudnorm.Meter(rate).integrated_loudness(wav)
 
-    play(monkeypatch)
-    ways = {"flags": {}, "louder": {"loudness_lufs": -12}, "as it is": {"loudness_lufs": None}}
-    found = {
-        name: loudness(*generate.generate("r", "a", out=f"{tmp_path}/{name}.wav", **ways[name]))
-        for name in ways
-    }
-    assert found["flags"] == pytest.approx(-16, abs=0.1) and found["louder"] == pytest.approx(
-        -12, abs=0.1
-    )
-    assert (
-        found["as it is"] == pytest.approx(-37.7, abs=0.5)
-        and "not -16" not in capsys.readouterr().out
-    )
-
+def test_peaks_do_not_clip_and_silence_stays_silent(monkeypatch, tmp_path, capsys):
     click = 0.01 * TONE
     click[RATE] = 0.5
-    play(monkeypatch, click)
+    use(monkeypatch, click)
     (path,) = generate.generate("r", "a", out=str(tmp_path / "click.wav"))
     assert np.abs(soundfile.read(path)[0]).max() <= 10 ** (-1 / 20)
     assert "LUFS, not -16: louder, its peaks would clip" in capsys.readouterr().out
-
-    play(monkeypatch, np.zeros(8))
+    use(monkeypatch, np.zeros(8))
     (path,) = generate.generate("r", "a", out=str(tmp_path / "silence.ogg"))
     assert not soundfile.read(path)[0].any() and "silence.ogg is silent" in capsys.readouterr().out
 
 
-def test_what_measures_loudness_is_named_where_it_is_missing(monkeypatch, tmp_path):
-    play(monkeypatch)
-    found = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name: None if name == "pyloudnorm" else found(name)
-    )
-    with pytest.raises(
-        ModuleNotFoundError, match=r"pip install pyloudnorm, or give --loudness_lufs=None"
-    ):
-        generate.generate("run/rl", "a reel", out=str(tmp_path / "a.wav"))
-    assert generate.generate("run/rl", "a reel", out=str(tmp_path / "a.wav"), loudness_lufs=None)
-
-
-def test_a_folder_of_clips_is_continued_and_not_mixed(monkeypatch, tmp_path):
-    """Clips that are there are not made again; another seed adds its own; other settings are refused."""
-    play(monkeypatch)
+def test_a_folder_of_clips_is_continued_and_not_mixed(tone, tmp_path):
+    """Existing clips are not made again; another seed adds clips; other settings are refused."""
     file, out = tmp_path / "prompts.txt", tmp_path / "clips"
     file.write_text("a reel\n\n a jig \na reel\n", encoding="utf-8")
     paths = generate.generate("run/rl", prompts_file=str(file), out=str(out))
@@ -321,7 +285,7 @@ def test_a_folder_of_clips_is_continued_and_not_mixed(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("asked", "why"),
+    ("arguments", "words"),
     [
         ({}, "give either prompt or prompts_file"),
         ({"prompt": "a", "prompts_file": "b"}, "give either prompt or prompts_file"),
@@ -349,20 +313,18 @@ def test_a_folder_of_clips_is_continued_and_not_mixed(monkeypatch, tmp_path):
         ({"prompt": "a", "loudness_lufs": "loud"}, "loudness_lufs='loud' must be"),
     ],
 )
-def test_what_is_asked_for_is_clear(monkeypatch, tmp_path, asked, why):
-    play(monkeypatch)
+def test_an_unclear_request_is_refused(tone, monkeypatch, tmp_path, arguments, words):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.txt").write_text("\n \n")
     (tmp_path / "some.txt").write_text("a reel\na jig")
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match=why):
-        generate.generate("run/rl", **asked)
+    with pytest.raises(ValueError, match=words):
+        generate.generate("run/rl", **arguments)
     assert len(list(tmp_path.iterdir())) == 3
 
 
 @pytest.mark.parametrize("out", ["clips.v2", "new.v3/", ".", "plain", "deep/a.FLAC"])
-def test_a_folder_may_have_a_dot(monkeypatch, tmp_path, out):
-    play(monkeypatch)
+def test_the_name_of_a_folder_may_have_a_dot(tone, monkeypatch, tmp_path, out):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "clips.v2").mkdir()
     (path,) = generate.generate("run/rl", "a reel", out=out)
@@ -371,9 +333,7 @@ def test_a_folder_may_have_a_dot(monkeypatch, tmp_path, out):
     )
 
 
-def test_a_disk_that_is_full_leaves_nothing(monkeypatch, tmp_path):
-    play(monkeypatch)
-
+def test_a_full_disk_leaves_no_partial_file(tone, monkeypatch, tmp_path):
     def full(self, target):
         raise OSError(28, "No space left on device")
 

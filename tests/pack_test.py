@@ -1,9 +1,10 @@
-"""Packing and unpacking: what comes back, what names it, and what is refused."""
+"""Packing and unpacking: what a model comes back as, its hashes, and what is refused."""
 
 import collections
 import hashlib
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 import safetensors.numpy
 
 from musicrl_jax import pack
-from musicrl_jax.core import checkpoint
+from musicrl_jax.core import checkpoint, tensors
 from musicrl_jax.models.mulan import MuLanConfig
 from musicrl_jax.models.musiclm import MusicLMConfig
 from musicrl_jax.models.rewards import QualityConfig
@@ -25,10 +26,10 @@ TOWERS = {"audio": {"kernel": RNG.normal(size=(4, 2)).astype(np.float32)}}
 
 @pytest.fixture(autouse=True)
 def towers(monkeypatch):
-    """What is fetched; a test may change it."""
-    fetched = {"audio": {"kernel": TOWERS["audio"]["kernel"].copy()}}
-    monkeypatch.setattr(PretrainedTowers, "params", lambda self: fetched)
-    return fetched
+    """Returns the fetched towers; a test may change them."""
+    copy = {"audio": {"kernel": TOWERS["audio"]["kernel"].copy()}}
+    monkeypatch.setattr(PretrainedTowers, "params", lambda self: copy)
+    return copy
 
 
 def weights(scale=1.0):
@@ -38,52 +39,52 @@ def weights(scale=1.0):
     }
 
 
-@pytest.fixture
-def run(tmp_path):
-    """A codec, a MuLan over fetched towers, and a policy that was trained on their tokens."""
-    (tmp_path / "words").write_bytes(b"tokenizer")
-    large = {
-        "params": weights(),
-        "codebooks": {"sums": np.full(3, 1e5, np.float32)},
-    }  # more than half precision holds
-    codec = checkpoint.save_model(tmp_path / "codec", SoundStreamConfig(levels=3), large)
-    heard = {"params": {"towers": TOWERS, "audio_projection": weights()}}
-    mulan = checkpoint.save_model(
-        tmp_path / "mulan", MuLanConfig(), heard, {"vocabulary": b"tokenizer"}
-    )
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Returns a folder of a codec, MuLan and policy that belong together, packed and unpacked."""
+    folder = tmp_path_factory.mktemp("models")
+    (folder / "words").write_bytes(b"tokenizer")
+    # The codebooks are larger than half precision holds.
+    large = {"params": weights(), "codebooks": {"sums": np.full(3, 1e5, np.float32)}}
+    codec = checkpoint.save_model(folder / "codec", SoundStreamConfig(levels=3), large)
+    variables = {"params": {"towers": TOWERS, "audio_projection": weights()}}
+    vocabulary = {"vocabulary": b"tokenizer"}
+    mulan = checkpoint.save_model(folder / "mulan", MuLanConfig(), variables, vocabulary)
     lineage = json.dumps({"codec": codec, "mulan": mulan, "semantic": "5e"}).encode()
-    checkpoint.save_model(
-        tmp_path / "policy", MusicLMConfig(), {"params": weights()}, {"tokens.json": lineage}
-    )
-    return tmp_path
+    assets = {"tokens.json": lineage}
+    checkpoint.save_model(folder / "policy", MusicLMConfig(), {"params": weights()}, assets)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PretrainedTowers, "params", lambda self: TOWERS)
+        pack_all(folder)
+        unpack_all(folder)
+    return folder
 
 
-def packed(run, names=("codec", "mulan", "policy")):
+@pytest.fixture
+def run(models, tmp_path):
+    """Returns a copy of the models, with their pack and what was unpacked from it."""
+    return Path(shutil.copytree(models, tmp_path / "run"))
+
+
+def pack_all(run, names=("codec", "mulan", "policy")):
     towers = "musicnn", "minilm", str(run / "words")
-    pack.pack(
-        str(run / "pack"), {name: str(run / name) for name in names}, "", "safetensors", *towers
-    )
+    folders = {name: str(run / name) for name in names}
+    pack.pack(str(run / "pack"), folders, "", "safetensors", *towers)
 
 
-def unpacked(run):
+def unpack_all(run):
     pack.unpack(str(run / "pack"), str(run / "back"), "musicnn", "minilm", str(run / "words"))
 
 
-def test_what_comes_back_is_what_was_packed_in_half_precision(run):
-    packed(run)
-    unpacked(run)
-    for name, kind in (
-        ("codec", SoundStreamConfig),
-        ("policy", MusicLMConfig),
-        ("mulan", MuLanConfig),
-    ):
+def test_a_model_comes_back_in_half_precision(run):
+    kinds = {"codec": SoundStreamConfig, "policy": MusicLMConfig, "mulan": MuLanConfig}
+    for name, kind in kinds.items():
         before, after = (checkpoint.load_model(run / where / name, kind) for where in (".", "back"))
         assert after.config == before.config and set(after.assets) == set(before.assets)
         one, other = pack._flat(before.variables), pack._flat(after.variables)
-        assert list(one) == list(other) and all(
-            one[path].dtype == other[path].dtype for path in one
-        )
+        assert list(one) == list(other)
         for path in one:
+            assert one[path].dtype == other[path].dtype
             np.testing.assert_allclose(other[path], one[path], rtol=2**-11, atol=1e-7)
     mulan = checkpoint.load_model(run / "back/mulan", MuLanConfig)
     np.testing.assert_array_equal(
@@ -96,115 +97,94 @@ def test_what_comes_back_is_what_was_packed_in_half_precision(run):
 
 def test_in_single_precision_a_model_stays_the_same(run):
     names = {name: str(run / name) for name in ("codec", "policy")}
-    pack.pack(str(run / "pack"), names, dtype="float32")
-    arrays = safetensors.numpy.load_file(
-        run / "pack/policy.safetensors"
-    )  # as those read it who want the weights alone
+    pack.pack(str(run / "exact"), names, dtype="float32")
+    arrays = safetensors.numpy.load_file(run / "exact/policy.safetensors")
     model = checkpoint.load_model(run / "policy", MusicLMConfig)
     np.testing.assert_array_equal(arrays["params/kernel"], model.variables["params"]["kernel"])
-    pack.unpack(str(run / "pack"), str(run / "back"))
+    pack.unpack(str(run / "exact"), str(run / "again"))
     for name in names:
-        assert checkpoint.model_hash(run / "back" / name) == checkpoint.model_hash(run / name)
+        assert checkpoint.model_hash(run / "again" / name) == checkpoint.model_hash(run / name)
     with pytest.raises(ValueError, match="dtype='bfloat16' is none of float16, float32"):
-        pack.pack(str(run / "pack"), names, dtype="bfloat16")
+        pack.pack(str(run / "exact"), names, dtype="bfloat16")
 
 
-def test_weights_that_someone_else_wrote_are_taken_if_they_fit(run):
-    """As those do who average models: the header kept, other numbers."""
-    file = run / "pack/policy.safetensors"
-    pack.pack(
-        str(run / "pack"),
-        {"policy": str(run / "policy"), "codec": str(run / "codec")},
-        dtype="float32",
-    )
+def test_weights_that_someone_else_wrote_are_accepted_if_they_fit(run):
+    """As when people average models: the same header, other numbers."""
+    file, back = run / "exact/policy.safetensors", run / "again"
+    folders = {name: str(run / name) for name in ("policy", "codec")}
+    pack.pack(str(run / "exact"), folders, dtype="float32")
     arrays = safetensors.numpy.load_file(file)
-    with safetensors.safe_open(file, framework="numpy") as packed:
-        header = packed.metadata()
+    header = tensors.read_metadata(file)
 
-    def read(arrays, changed=("policy",), header=header):
+    def unpack(arrays, changed=("policy",), header=header):
         safetensors.numpy.save_file(arrays, file, metadata=header)
-        pack.unpack(str(run / "pack"), str(run / "back"), changed=changed)
+        pack.unpack(str(run / "exact"), str(back), changed=changed)
 
-    doubled = {**arrays, "params/kernel": 2 * arrays["params/kernel"]}
-    with pytest.raises(
-        ValueError, match=r"if someone wrote other weights into it, name it in unpack\.changed"
-    ):
-        read(doubled, ())
-    for wrong, why in (
-        (
-            {"params/kernel": np.zeros((5, 3), np.float32)},
-            r"params/kernel was packed as float \[3, 5\] and is float \[5",
+    # What does not fit.
+    kernel = arrays["params/kernel"]
+    doubled = {**arrays, "params/kernel": 2 * kernel}
+    with pytest.raises(ValueError, match=r"wrote other weights into it, name it in unpack\.ch"):
+        unpack(doubled, ())
+    wrong = {
+        r"params/kernel was packed as float \[3, 5\] and is float \[5": np.zeros((5, 3), "f"),
+        r"and is float64 \[3, 5\]: write it as it was": 2 * kernel.astype(np.float64),
+        "params/kernel has weights that are not finite": np.full((3, 5), np.inf, np.float32),
+        # An average of one model with itself, in an array of another memory layout.
+        "params/kernel has the numbers .*, in another order, .* contiguous": np.asfortranarray(
+            kernel
         ),
-        (
-            {"params/kernel": doubled["params/kernel"].astype(np.float64)},
-            r"and is float64 \[3, 5\]: write it as it was",
-        ),
-        (
-            {"params/kernels": arrays["params/kernel"]},
-            r"params/kernels was packed as nothing and is float",
-        ),
-        (
-            {"params/kernel": np.full((3, 5), np.inf, np.float32)},
-            "params/kernel has weights that are not finite",
-        ),
-        (
-            # As safetensors writes it; so an averaging of one model with itself, in an array of another layout.
-            {"params/kernel": np.asfortranarray(arrays["params/kernel"])},
-            r"params/kernel has the numbers that were packed, in another order, .* make every array contiguous",
-        ),
-    ):
-        with pytest.raises(ValueError, match=why):
-            read({**doubled, **wrong})
+    }
+    for words, array in wrong.items():
+        with pytest.raises(ValueError, match=words):
+            unpack({**doubled, "params/kernel": array})
+    with pytest.raises(ValueError, match="params/kernels was packed as nothing and is float"):
+        unpack({**doubled, "params/kernels": kernel})
     other = {pack.HEADER: header[pack.HEADER].replace("tokens.json", "../../tokens.json")}
-    with pytest.raises(
-        ValueError, match="another header than it was packed with: write its metadata as they were"
-    ):
-        read(doubled, header=other)
+    with pytest.raises(ValueError, match="another header than it was packed with: write its"):
+        unpack(doubled, header=other)
     with pytest.raises(ValueError, match="'policies' is none of"):
-        read(doubled, ("policies",))
+        unpack(doubled, ("policies",))
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(ValueError, match=r"policy\.safetensors is no whole safetensors file"):
-        pack.unpack(str(run / "pack"), str(run / "back"), changed=("policy",))
-    for _ in range(2):  # the second time it is there already
-        read(doubled)
-        model = checkpoint.load_model(run / "back/policy", MusicLMConfig)
+        pack.unpack(str(run / "exact"), str(back), changed=("policy",))
+
+    # Weights that fit; the second time they are unpacked already.
+    old = checkpoint.load_model(run / "policy", MusicLMConfig)
+    for _ in range(2):
+        unpack(doubled)
+        model = checkpoint.load_model(back / "policy", MusicLMConfig)
         np.testing.assert_array_equal(model.variables["params"]["kernel"], doubled["params/kernel"])
-        assert model.hash != checkpoint.model_hash(run / "policy")
-        assert (
-            model.assets["tokens.json"]
-            == checkpoint.load_model(run / "policy", MusicLMConfig).assets["tokens.json"]
-        )
+        assert model.hash != old.hash and model.assets == old.assets
     with pytest.raises(ValueError, match="unpack elsewhere"):
-        read(arrays)
-    index = json.loads((run / "pack/models.json").read_text())
+        unpack(arrays)
+
+    # A pack of an older version.
+    index = json.loads((run / "exact/models.json").read_text())
     del index["policy"]["header"]
-    (run / "pack/models.json").write_text(json.dumps(index))
+    (run / "exact/models.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match="packed by an older version: pack its model again"):
-        read(doubled)
+        unpack(doubled)
 
 
-def test_arrays_of_any_memory_layout_are_packed_as_they_are(run):
-    """Orbax gives back row-major arrays, but whoever packs a model of their own may not have any."""
-    transposed = {
-        "params": {"kernel": np.asfortranarray(RNG.normal(size=(3, 5)).astype(np.float32))}
-    }
-    whole = checkpoint.Model(MusicLMConfig(), transposed, checkpoint.content_hash(transposed), {})
-    for dtype in ("float32", "float16"):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(pack, "_load", lambda _: whole)
-            pack.pack(str(run / dtype), {"policy": "a folder"}, dtype=dtype)
-        loaded = pack.load(str(run / dtype), "policy").variables["params"]["kernel"]
-        np.testing.assert_allclose(loaded, transposed["params"]["kernel"], rtol=2**-11, atol=1e-7)
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_arrays_of_any_memory_layout_are_packed(tmp_path, monkeypatch, dtype):
+    """Orbax returns row-major arrays, but those of other people's models may be transposed."""
+    kernel = np.asfortranarray(RNG.normal(size=(3, 5)).astype(np.float32))
+    variables = {"params": {"kernel": kernel}}
+    model = checkpoint.Model(MusicLMConfig(), variables, checkpoint.content_hash(variables), {})
+    monkeypatch.setattr(pack, "_load", lambda _: model)
+    pack.pack(str(tmp_path), {"policy": "a folder"}, dtype=dtype)
+    loaded = pack.load(str(tmp_path), "policy").variables["params"]["kernel"]
+    np.testing.assert_allclose(loaded, kernel, rtol=2**-11, atol=1e-7)
 
 
 @pytest.mark.parametrize("name", ["../escaped", "/tmp/escaped", "", ".."])
 def test_a_pack_of_someone_else_writes_nowhere_else(run, name):
-    """The names of models, and of what belongs to one, come from files that anyone may have written."""
-    packed(run)
+    """Anyone may have written the names of models and of their assets."""
     index = json.loads((run / "pack/models.json").read_text())
     (run / "pack/models.json").write_text(json.dumps({name: index["policy"]}))
     with pytest.raises(ValueError, match=r"which would lead out of the folder"):
-        unpacked(run)
+        unpack_all(run)
     with pytest.raises(ValueError, match=r"which would lead out of the folder"):
         pack.pack(str(run / "mine"), {name: str(run / "policy")})
     assert not (run / "mine").exists()
@@ -212,11 +192,11 @@ def test_a_pack_of_someone_else_writes_nowhere_else(run, name):
         checkpoint.save_model(
             run / "other", MusicLMConfig(), {"params": weights()}, {name: b"content"}
         )
-    assert not checkpoint.has_model(run / "other") and not (run / "escaped").exists()
+    assert not checkpoint.has_model(run / "other") and not list(run.parent.rglob("escaped"))
 
 
 def test_the_card_names_every_array_of_what_ships():
-    """`{a,b}` in the card's list is either, N a number, and what follows two spaces a remark."""
+    """In the card's list `{a,b}` is either, N a number, and two spaces begin a remark."""
     described = collections.defaultdict(list)
     for line in (SHIPPED / "README.md").read_text().split("```")[1].splitlines()[1:]:
         if not line.startswith(" "):
@@ -231,71 +211,61 @@ def test_the_card_names_every_array_of_what_ships():
     for file in files:
         with safetensors.safe_open(file, framework="numpy") as arrays:
             names = list(arrays.keys())
+        patterns = described[file.stem]
         for name in names:
-            assert sum(bool(re.fullmatch(each, name)) for each in described[file.stem]) == 1, (
-                file.stem,
-                name,
-            )
-        for each in described[file.stem]:
+            matches = [each for each in patterns if re.fullmatch(each, name)]
+            assert len(matches) == 1, (file.stem, name)
+        for each in patterns:
             assert any(re.fullmatch(each, name) for name in names), (file.stem, each)
 
 
 def test_the_lineage_names_the_packed_models(run):
-    packed(run)
-    unpacked(run)
     lineage = json.loads((run / "back/policy/model/tokens.json").read_text())
     assert lineage == {
         "codec": checkpoint.model_hash(run / "back/codec"),
         "mulan": checkpoint.model_hash(run / "back/mulan"),
         "semantic": "5e",
     }
-    told = json.loads((run / "pack/models.json").read_text())
-    assert (
-        told["policy"]["packed_from"]
-        == checkpoint.model_hash(run / "policy")
-        != told["policy"]["hash"]
-    )
-    assert told["mulan"]["weights"] == 18  # without the towers
-    packed_again = (run / "pack/policy.safetensors").read_bytes()
-    packed(run)
-    assert (run / "pack/policy.safetensors").read_bytes() == packed_again
+    index = json.loads((run / "pack/models.json").read_text())
+    original = checkpoint.model_hash(run / "policy")
+    assert index["policy"]["packed_from"] == original != index["policy"]["hash"]
+    assert index["mulan"]["weights"] == 18  # without the towers
+    content = (run / "pack/policy.safetensors").read_bytes()
+    pack_all(run)
+    assert (run / "pack/policy.safetensors").read_bytes() == content
 
 
-def test_done_models_are_left_alone_and_others_refused(run, capsys):
-    packed(run)
-    unpacked(run)
-    capsys.readouterr()
-    unpacked(run)
+def test_unpacked_models_are_left_alone_and_others_refused(run, capsys):
+    unpack_all(run)
     assert capsys.readouterr().out.count("unpacked already") == 3
     checkpoint.save_model(run / "back/policy", MusicLMConfig(), {"params": weights()})
     with pytest.raises(ValueError, match=r"back/policy holds model \w+, not \w+: unpack elsewhere"):
-        unpacked(run)
+        unpack_all(run)
 
 
 def test_other_towers_are_refused(run, towers):
-    packed(run)
+    shutil.rmtree(run / "back")
     towers["audio"]["kernel"] += 1
-    with pytest.raises(
-        ValueError, match=r"towers/audio/kernel is not that of the pretrained towers"
-    ):
-        packed(run)
+    words = "towers/audio/kernel is not that of the pretrained towers"
+    with pytest.raises(ValueError, match=words):
+        pack_all(run)
     with pytest.raises(ValueError, match="its towers are not those that it was packed without"):
-        unpacked(run)
+        unpack_all(run)
     with pytest.raises(ValueError, match="mulan needs its pretrained towers and their vocabulary"):
         pack.unpack(str(run / "pack"), str(run / "elsewhere"))
 
 
-def test_without_fetched_towers_all_is_packed(run):
-    pack.pack(str(run / "pack"), {"mulan": str(run / "mulan")})
-    pack.unpack(str(run / "pack"), str(run / "back"))
-    mulan = checkpoint.load_model(run / "back/mulan", MuLanConfig)
+def test_towers_that_were_not_fetched_are_packed(run):
+    pack.pack(str(run / "mine"), {"mulan": str(run / "mulan")})
+    pack.unpack(str(run / "mine"), str(run / "again"))
+    mulan = checkpoint.load_model(run / "again/mulan", MuLanConfig)
     assert mulan.assets == {"vocabulary": b"tokenizer"} and "towers" in mulan.variables["params"]
 
 
 @pytest.mark.parametrize("place", [10, -1])
 def test_a_changed_byte_is_named(run, place):
     path = run / "pack/policy.safetensors"
-    packed(run)
+    shutil.rmtree(run / "back")
     content = bytearray(path.read_bytes())
     content[place] ^= 1
     path.write_bytes(content)
@@ -303,45 +273,44 @@ def test_a_changed_byte_is_named(run, place):
         ValueError,
         match=r"policy\.safetensors has the sha256 \w+, not \w+: if it is damaged, restore it",
     ):
-        unpacked(run)
+        unpack_all(run)
 
 
-def test_what_is_missing_is_named(run):
-    with pytest.raises(FileNotFoundError, match=r"has no models\.json"):
-        unpacked(run)
-    packed(run)
+def test_a_missing_file_or_model_is_named(run):
+    shutil.rmtree(run / "back")
     (run / "pack/policy.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"policy\.safetensors is missing"):
-        unpacked(run)
+        unpack_all(run)
+    (run / "pack/models.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"has no models\.json"):
+        unpack_all(run)
     with pytest.raises(FileNotFoundError, match=r"no checkpoint in .*nothing"):
-        packed(run, names=("nothing",))
+        pack_all(run, names=("nothing",))
 
 
-def test_a_model_of_no_known_kind_is_refused(run):
+def test_a_model_of_an_unknown_kind_is_refused(run):
     checkpoint.save_model(run / "odd", QualityConfig(), {"params": weights()})
     manifest = run / "odd/model/manifest.json"
     manifest.write_text(manifest.read_text().replace("QualityConfig", "OddConfig"))
-    with pytest.raises(
-        ValueError, match="odd/model is a OddConfig, which is none of MuLanConfig, MusicLMConfig"
-    ):
-        packed(run, names=("odd",))
+    words = "odd/model is a OddConfig, which is none of MuLanConfig, MusicLMConfig"
+    with pytest.raises(ValueError, match=words):
+        pack_all(run, names=("odd",))
 
 
-def test_an_empty_pack_is_refused(run):
+def test_an_empty_pack_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"pack.models is empty: name a model and its folder"):
-        pack.pack(str(run / "mine"), {})
-    assert not (run / "mine").exists()
+        pack.pack(str(tmp_path / "mine"), {})
+    assert not (tmp_path / "mine").exists()
 
 
-def test_what_ships_is_small_whole_and_described():
-    """The models of the demo: every file is the one in the index and can be read, the card names its hash, and all fit
-    into 24 MB.
-    """
-    told, card = json.loads((SHIPPED / pack.INDEX).read_text()), (SHIPPED / "README.md").read_text()
+def test_the_shipped_models_are_small_whole_and_described():
+    """Files match the index, the card names their hashes, and all fit into 24 MB."""
+    index = json.loads((SHIPPED / pack.INDEX).read_text())
+    card = (SHIPPED / "README.md").read_text()
     files = sorted(SHIPPED.glob("*.safetensors"))
-    assert [path.stem for path in files] == sorted(told)
+    assert [path.stem for path in files] == sorted(index)
     assert sum(path.stat().st_size for path in files) <= 24e6
     for path in files:
-        assert hashlib.sha256(path.read_bytes()).hexdigest() == told[path.stem]["sha256"]
-        assert pack._read(path, told[path.stem], changed=False)[1]
-        assert f"`{path.name}`" in card and told[path.stem]["hash"][:12] in card
+        assert hashlib.sha256(path.read_bytes()).hexdigest() == index[path.stem]["sha256"]
+        assert pack._read(path, index[path.stem], changed=False)[1]
+        assert f"`{path.name}`" in card and index[path.stem]["hash"][:12] in card

@@ -1,4 +1,4 @@
-"""A built wheel has all that ships, inside the package, and works in an empty folder."""
+"""A wheel has all shipped files inside the package, and works in an empty folder."""
 
 import os
 import shutil
@@ -24,23 +24,17 @@ print(module.__file__)
 pytestmark = pytest.mark.slow
 
 
-def do(*command, **how):
-    """What a command prints."""
-    done = subprocess.run(
-        [str(word) for word in command],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-        **how,
-    )
+def do(*command, **settings):
+    """Runs a command and returns its output."""
+    words = [str(word) for word in command]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300, **settings)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    """Path of a wheel; built from a copy, since setuptools leaves folders behind."""
+    """Builds a wheel and returns its path; from a copy, since setuptools leaves folders behind."""
     folder = tmp_path_factory.mktemp("wheel")
     (folder / "tree").mkdir()
     for name in SOURCES:
@@ -53,7 +47,7 @@ def wheel(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def python(wheel, tmp_path_factory):
-    """The Python of a new environment with the wheel; other packages are those of this environment."""
+    """Returns the Python of a new environment with the wheel and this environment's packages."""
     folder = tmp_path_factory.mktemp("environment")
     do(sys.executable, "-m", "venv", "--without-pip", folder)
     python = folder / "bin/python"
@@ -64,7 +58,7 @@ def python(wheel, tmp_path_factory):
     return python
 
 
-def test_nothing_of_the_wheel_lies_at_the_top_level(wheel):
+def test_a_wheel_has_no_other_package_at_the_top_level(wheel):
     """A top-level `gin` or `data` would hide gin-config and other people's packages."""
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.split("/")[0] for name in names}
@@ -78,10 +72,11 @@ def test_nothing_of_the_wheel_lies_at_the_top_level(wheel):
 
 def test_a_wheel_works_in_an_empty_folder(python, tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    how = {"cwd": tmp_path, "env": environment}
+    settings = {"cwd": tmp_path, "env": environment}
+    musicrl = python.with_name("musicrl")
     for name in ("gin/runs/tiny.gin", "runs/tiny.gin", "tiny"):
-        printed = do(python.with_name("musicrl"), "run", f"--gin_file={name}", "--dry_run", **how)
-        assert "run.stages" in printed
-    place = Path(do(python, "-c", BUILDER, **how).splitlines()[-1])
+        output = do(musicrl, "run", f"--gin_file={name}", "--dry_run", **settings)
+        assert "run.stages" in output
+    place = Path(do(python, "-c", BUILDER, **settings).splitlines()[-1])
     assert place.is_relative_to(python.parents[1])
     assert not list(tmp_path.iterdir())

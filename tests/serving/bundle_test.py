@@ -200,9 +200,9 @@ def test_generate_makes_its_clip_from_either(exported, run, tmp_path, capsys):
 
 
 def test_generate_refuses_the_same_of_system_and_bundle(exported, run, tmp_path, monkeypatch):
-    read, player = Bundle(exported[0]), generate._SystemPlayer(str(run / "policy"), None)
+    read, player = Bundle(exported[0]), generate.SystemPlayer(str(run / "policy"), None)
     monkeypatch.setattr(bundles, "Bundle", lambda _: read)
-    monkeypatch.setattr(generate, "_SystemPlayer", lambda *_: player)
+    monkeypatch.setattr(generate, "SystemPlayer", lambda *_: player)
     for asked, why in (
         ({"clip_seconds": 0.03}, "clip_seconds=0.03 must be from 0.04, one frame, to 13107.2"),
         (

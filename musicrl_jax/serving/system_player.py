@@ -1,0 +1,88 @@
+"""Draws clips with a system in place of a bundle.
+
+Legend: B clips, F frames of a clip, K tokens of a frame.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from musicrl_jax.core import checkpoint, sharding
+from musicrl_jax.serving.bundle import Clips
+from musicrl_jax.systems import folder as folders
+from musicrl_jax.systems.player import Player
+from musicrl_jax.systems.system import Beginning, Sampling, Text
+
+UNRECORDED_SECONDS = 5.0  # of clips, if a policy does not record what it was trained on; the demo's
+TEMPERATURE = 0.99  # of a system; a bundle has its own
+# Rows that a device draws at a time, however few are needed: the order of a sum, and so a clip's
+# bits, may depend on their number. A CPU takes as long for each; others take little longer for 8.
+ROWS = {"cpu": 1, "gpu": 8, "tpu": 8}
+
+
+class SystemPlayer:
+    """A system on all devices of all hosts, with the interface of a `Bundle` that has no rewards.
+
+    Attributes:
+      about: as `Bundle.about`.
+      rows: B of each batch.
+    """
+
+    def __init__(self, folder: str, top_k: int | None):
+        """Reads the system's folder, and places its weights on the devices."""
+        loaded = folders.load(folder)
+        seconds = loaded.clip_seconds
+        if seconds is None:
+            seconds = UNRECORDED_SECONDS
+            print(
+                f"{folder} does not record the length of the clips that it was trained on: "
+                f"{seconds:g} s is assumed"
+            )
+        mesh = sharding.make_mesh()
+        self.rows = mesh.size * ROWS[jax.default_backend()]
+        sampling = Sampling(TEMPERATURE, top_k)
+        self._player = Player(loaded.system, mesh, self.rows, seconds, sampling)
+        with jax.set_mesh(mesh):
+            self._weights = self._player.place(loaded.policy, loaded.frozen)
+        self.about: dict[str, Any] = {
+            "clip_seconds": seconds,
+            "frames": loaded.system.length(seconds) // loaded.system.frame_tokens,
+            "places": loaded.system.frame_tokens,
+            "sample_rate_hz": loaded.system.sample_rate_hz,
+            "temperature": TEMPERATURE,
+            "top_k": top_k,
+            "rewards": {},
+            "sha256": checkpoint.content_hash(loaded.hashes),
+        }
+
+    def encode(self, prompts: Sequence[str]) -> list[Text]:
+        """Reads prompts, each as a row of its own; ValueError if one is empty."""
+        text = self._player.system.read(prompts)
+        return [{name: array[row] for name, array in text.items()} for row in range(len(prompts))]
+
+    def draw(
+        self,
+        text: Text,
+        seeds: Sequence[int],
+        candidates: Sequence[int],
+        temperatures: Sequence[float],
+        beginnings: np.ndarray,
+        beginning_frames: Sequence[int],
+    ) -> Clips:
+        """Draws clips as `Bundle.draw` does, on all hosts together."""
+        length = np.asarray(beginning_frames, np.int32) * self.about["places"]
+        start = Beginning(beginnings.reshape(len(beginnings), -1).astype(np.int32), length)
+        with jax.set_mesh(self._player.mesh):
+            rollout = self._player.draw_by_seed(
+                self._weights,
+                text,
+                np.asarray(seeds, np.uint32),
+                np.asarray(candidates, np.uint32),
+                np.asarray(temperatures, np.float32),
+                start,
+            )
+            tokens, wav = sharding.fetch((rollout.sampled.tokens, rollout.wav))
+        wav = wav[:, 0] if wav.shape[1] == 1 else wav
+        return Clips(tokens.reshape(beginnings.shape), wav, {})
