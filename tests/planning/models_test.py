@@ -1,4 +1,4 @@
-"""Models and systems as shapes: of stages, of packs and of folders on disk."""
+"""Checks models and systems as shapes: of stages, of packs and of folders on disk."""
 
 import dataclasses
 from pathlib import Path
@@ -17,7 +17,7 @@ PACK = Path(__file__).parents[2] / "data/pretrained/demo"
 
 
 def unpacking(out):
-    """A stage that unpacks the models that ship."""
+    """Returns a stage that unpacks the shipped models."""
     return {"shipped": Stage("unpack", {"source": str(PACK), "out": str(out)})}
 
 
@@ -50,8 +50,8 @@ def test_tokens_have_the_shapes_that_their_system_writes(stages):
     assert PlannedModels({**stages, "votes": stage}, 1.0).tokens("votes")["semantic"] == (50,)
 
 
-def test_models_that_ship_are_planned_from_their_headers(tmp_path):
-    """A finetuned one beside them too; no weights, towers or vocabulary are read."""
+def test_shipped_models_are_planned_from_their_headers(tmp_path):
+    """A finetuned model beside them is planned too. Weights, towers and vocabulary are not read."""
     models = PlannedModels(unpacking(tmp_path), 5.0)
     base, finetuned = (models.system(str(tmp_path / name)) for name in ("policy", "ru"))
     assert finetuned.system == base.system
@@ -70,7 +70,7 @@ def test_a_model_on_disk_is_read_without_its_weights(stages, tmp_path, monkeypat
         models.read(tmp_path, MusicLMConfig)
 
 
-def test_what_no_stage_makes_is_named(stages, tmp_path):
+def test_a_model_that_no_stage_makes_is_named(stages, tmp_path):
     models = PlannedModels({"r": stages["r"], **unpacking(tmp_path)}, 1.0)
     for place in ("policy", tmp_path / "other"):
         with pytest.raises(ValueError, match="no stage of the run makes a MusicLMConfig in"):

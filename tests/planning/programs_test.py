@@ -1,4 +1,4 @@
-"""Every function of a run as it would be compiled, without data, vocabulary or checkpoints."""
+"""Checks the functions of a run, without data, vocabulary or checkpoints."""
 
 import dataclasses
 
@@ -21,7 +21,7 @@ FUNCTIONS = {
 
 
 def test_every_function_of_a_run_lowers_on_a_mesh(stages):
-    """Shapes fit and are where they say; `ru` stands for `r` too, which has no other functions."""
+    """`ru` has the functions of `r` too."""
     models, mesh, planned = PlannedModels(stages, 1.0), sharding.make_mesh(2, 2), {}
     for name, stage in stages.items():
         if stage.verb in VERBS and name != "r":
@@ -35,8 +35,8 @@ def test_every_function_of_a_run_lowers_on_a_mesh(stages):
     assert (clips["votes"], clips["evaluate"], clips["ru"]) == (16, 8, 8)
 
 
-def test_what_a_rollout_leaves_alive_is_counted_beside_it(stages):
-    """Sampling holds the training state, the frozen parts at rest and their copies."""
+def test_arrays_in_memory_during_a_rollout_are_beside_it(stages):
+    """While sampling, memory holds the training state, the frozen parts and their copies."""
     functions = programs(PlannedModels(stages, 1.0), stages["r"], sharding.make_mesh(2, 1))
     by_name = {program.name: program for program in functions}
     (state, anchor, frozen, scorers), copies = by_name["sample"].beside
@@ -48,7 +48,7 @@ def test_what_a_rollout_leaves_alive_is_counted_beside_it(stages):
     assert by_name["update"].arguments[0] == state
 
 
-def test_how_much_a_stage_computes(stages):
+def test_the_amount_of_a_stage_is_its_batches(stages):
     assert amount(stages["votes"], 16) == (1 + 2, "20 pairs")  # 8 of validation, 12 of train
     assert amount(stages["votes"], 8) == (2 + 3, "20 pairs")
     assert amount(stages["evaluate"], 8) == (10, "5 x 16 clips")  # 3 systems and 2 candidates
@@ -57,8 +57,8 @@ def test_how_much_a_stage_computes(stages):
     assert [stage.settings["batch_size"] for stage in larger] == [16, 16]
 
 
-def test_data_that_tell_no_shapes_are_named(stages):
+def test_data_without_shapes_are_refused_by_name(stages):
     objective = dataclasses.replace(stages["codec"].arguments["objective"], data=object())
     stage = Stage("train", {**stages["codec"].arguments, "objective": objective})
-    with pytest.raises(ValueError, match="object does not tell the shapes of its batches"):
+    with pytest.raises(ValueError, match="object does not have the shapes of its batches"):
         programs(PlannedModels(stages, 1.0), stage, sharding.make_mesh())
