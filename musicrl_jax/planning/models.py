@@ -54,6 +54,7 @@ class PlannedModels:
     def __init__(self, stages: Mapping[str, Stage], clip_seconds: float):
         """Records which stage writes which folder."""
         self.clip_seconds = clip_seconds
+        self._models: dict[tuple[str, type], checkpoint.Model] = {}
         self._makers: dict[str, Stage] = {}
         for stage in stages.values():
             if stage.verb in OUTPUTS:
@@ -64,6 +65,13 @@ class PlannedModels:
 
         Raises ValueError if no stage makes it and none is on disk, or if it is of another kind.
         """
+        key = os.path.abspath(directory), config_class
+        if key not in self._models:  # tracing a model's init takes about a second
+            self._models[key] = self._read(directory, config_class)
+        return self._models[key]
+
+    def _read(self, directory: str | Path, config_class: type) -> checkpoint.Model:
+        """Returns a model with shapes for weights; raises as `read` does."""
         # Its config, from the stage that writes the folder, or from disk.
         stage, assets = self._maker(directory), STAND_INS
         match stage and stage.verb:

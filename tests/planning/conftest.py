@@ -27,6 +27,7 @@ from musicrl_jax.objectives.policy import PolicyObjective
 from musicrl_jax.objectives.preference import PreferenceObjective
 from musicrl_jax.objectives.quality import QualityObjective
 from musicrl_jax.objectives.semantic import SemanticObjective
+from musicrl_jax.planning.models import PlannedModels
 from musicrl_jax.planning.stages import Stage
 from musicrl_jax.rl.config import RLConfig
 from musicrl_jax.rl.rewards import Mixture
@@ -137,3 +138,9 @@ def stages():
             },
         ),
     }
+
+
+@pytest.fixture(scope="session")
+def models(stages):
+    """Returns the models of the tiny run; each is traced once for all tests."""
+    return PlannedModels(stages, SECONDS)

@@ -6,7 +6,6 @@ import jax
 import pytest
 
 from musicrl_jax.core import sharding
-from musicrl_jax.planning.models import PlannedModels
 from musicrl_jax.planning.programs import VERBS, amount, programs
 from musicrl_jax.planning.stages import Stage
 
@@ -20,9 +19,9 @@ FUNCTIONS = {
 }
 
 
-def test_every_function_of_a_run_lowers_on_a_mesh(stages):
+def test_every_function_of_a_run_lowers_on_a_mesh(stages, models):
     """`ru` has the functions of `r` too."""
-    models, mesh, planned = PlannedModels(stages, 1.0), sharding.make_mesh(2, 2), {}
+    mesh, planned = sharding.make_mesh(2, 2), {}
     for name, stage in stages.items():
         if stage.verb in VERBS and name != "r":
             planned[name] = programs(models, stage, mesh)
@@ -35,9 +34,9 @@ def test_every_function_of_a_run_lowers_on_a_mesh(stages):
     assert (clips["votes"], clips["evaluate"], clips["ru"]) == (16, 8, 8)
 
 
-def test_arrays_in_memory_during_a_rollout_are_beside_it(stages):
+def test_arrays_in_memory_during_a_rollout_are_beside_it(stages, models):
     """While sampling, memory holds the training state, the frozen parts and their copies."""
-    functions = programs(PlannedModels(stages, 1.0), stages["r"], sharding.make_mesh(2, 1))
+    functions = programs(models, stages["r"], sharding.make_mesh(2, 1))
     by_name = {program.name: program for program in functions}
     (state, anchor, frozen, scorers), copies = by_name["sample"].beside
     assert set(frozen) == set(copies) == {"soundstorm", "soundstream", "mulan"}
@@ -57,8 +56,8 @@ def test_the_amount_of_a_stage_is_its_batches(stages):
     assert [stage.settings["batch_size"] for stage in larger] == [16, 16]
 
 
-def test_data_without_shapes_are_refused_by_name(stages):
+def test_data_without_shapes_are_refused_by_name(stages, models):
     objective = dataclasses.replace(stages["codec"].arguments["objective"], data=object())
     stage = Stage("train", {**stages["codec"].arguments, "objective": objective})
     with pytest.raises(ValueError, match="object does not have the shapes of its batches"):
-        programs(PlannedModels(stages, 1.0), stage, sharding.make_mesh())
+        programs(models, stage, sharding.make_mesh())
