@@ -22,7 +22,7 @@ from musicrl_jax.core import audio, checkpoint, hosts, lock, sharding
 from musicrl_jax.core.files import read_text
 from musicrl_jax.core.progress import Progress
 from musicrl_jax.serving import batcher, bundle
-from musicrl_jax.serving.batcher import Drawn
+from musicrl_jax.serving.batcher import Clip
 from musicrl_jax.serving.composition import NEXT_WINDOW, Piece, window_count
 from musicrl_jax.systems import folder as folders
 from musicrl_jax.systems.player import Player
@@ -119,7 +119,7 @@ def _make(system: str, order: _Order) -> list[Path]:
     """Draws the clips that are not there yet, and returns the paths of all."""
     # The model, and what is drawn with it.
     player, rows = _player(system, order.top_k)
-    about = player.about
+    about = player.manifest
     if order.candidates > 1 and not about["rewards"]:
         raise ValueError(
             f"candidates={order.candidates}: {system} has no rewards to choose by: `musicrl "
@@ -167,7 +167,7 @@ def _make(system: str, order: _Order) -> list[Path]:
 
 
 class _SystemPlayer:
-    """A system that draws as a bundle does: with the same `about`, `encode`, `draw`, `score`."""
+    """A system that draws as a bundle does: with the same `manifest`, `encode`, `draw`, `score`."""
 
     def __init__(self, folder: str, top_k: int | None):
         """Reads the system's folder, and places its weights on all devices of all hosts."""
@@ -185,7 +185,7 @@ class _SystemPlayer:
         self._player = Player(loaded.system, mesh, self.rows, seconds, sampling)
         with jax.set_mesh(mesh):
             self._weights = self._player.place(loaded.policy, loaded.frozen)
-        self.about: dict[str, Any] = {
+        self.manifest: dict[str, Any] = {
             "clip_seconds": seconds,
             "frames": loaded.system.length(seconds) // loaded.system.frame_tokens,
             "places": loaded.system.frame_tokens,
@@ -211,7 +211,7 @@ class _SystemPlayer:
         given_frames: Sequence[int],
     ) -> bundle.Clips:
         """Draws clips as `Bundle.draw` does, on all hosts."""
-        places = self.about["places"]
+        places = self.manifest["places"]
         length = np.asarray(given_frames, np.int32) * places
         beginning = Beginning(given.reshape(len(given), -1).astype(np.int32), length)
         with jax.set_mesh(self._player.mesh):
@@ -245,9 +245,9 @@ def _player(system: str, top_k: int | None) -> tuple[bundle.Bundle | _SystemPlay
         player = _SystemPlayer(system, top_k)
         return player, player.rows
     exported = bundle.Bundle(system)
-    if top_k not in (None, exported.about["top_k"]):
+    if top_k not in (None, exported.manifest["top_k"]):
         raise ValueError(
-            f"top_k={top_k}: the bundle was exported with {exported.about['top_k']}, which it keeps"
+            f"top_k={top_k}: the bundle was exported with {exported.manifest['top_k']}, which it keeps"
         )
     return exported, _rows_a_device()
 
@@ -264,7 +264,7 @@ def _draw(
     Raises ValueError if samples or rewards of one are not finite.
     """
     while wanted := [row for piece in pieces for row in piece.rows()]:
-        drawn: list[Drawn | FloatingPointError] = []
+        drawn: list[Clip | FloatingPointError] = []
         for start in range(0, len(wanted), rows):
             drawn += batcher.draw(player, wanted[start : start + rows], rows)
         candidates = len(wanted) // len(pieces)
