@@ -260,14 +260,13 @@ def _executions(
         for instruction in computations[name].instructions.values():
             match instruction.opcode:
                 case "while":
-                    loop = _Loop(computations, computations[name], instruction, inputs)
-                    rounds = loop.rounds()
+                    rounds, known = _loop(computations, computations[name], instruction, inputs)
                     if rounds is None:
                         unknown[instruction.name], rounds = None, 1
                     # A nested loop may count up to a number that this one carries along.
-                    inside = loop.inputs(loop.constants())
-                    add(runs(loop.body, inside), rounds)
-                    add(runs(loop.condition, inside), rounds + 1)
+                    for part, callee in _LOOP.findall(instruction.attributes):
+                        times = rounds + (part == "condition")
+                        add(runs(callee, lambda _, each, known=known: known.get(each)), times)
                 case "conditional":
                     branches = [runs(branch) for branch in _branches(instruction)]
                     branches.reverse()  # of two with equal cycles the later counts
@@ -290,66 +289,50 @@ def _branches(instruction: Instruction) -> list[str]:
 # --- loops ---
 
 
-class _Loop:
-    """A `while` instruction, whose counter is run here to count its rounds.
+def _loop(
+    computations: dict[str, Computation],
+    computation: Computation,
+    loop: Instruction,
+    inputs: Inputs,
+) -> tuple[int | None, State]:
+    """Returns (rounds of a loop, or None if unknown; integers that are the same in each round).
 
-    The TPU compiler's text does not have the rounds that XLA knew.
+    It runs the loop's counter, since the TPU compiler's text lacks the rounds that XLA knew.
     """
+    parts = dict(_LOOP.findall(loop.attributes))
+    condition, body = computations[parts["condition"]], computations[parts["body"]]
 
-    def __init__(
-        self,
-        computations: dict[str, Computation],
-        computation: Computation,
-        instruction: Instruction,
-        inputs: Inputs,
-    ):
-        """Evaluates the known integers that the loop starts from."""
-        parts = dict(_LOOP.findall(instruction.attributes))
-        self.body, self.condition = parts["body"], parts["condition"]
-        self._computations, self._attributes = computations, instruction.attributes
-        root = computations[self.body].root
-        self._start: State = {}
-        for element in range(len(root.operands) if root.opcode == "tuple" else 0):
-            value = _value(computations, computation, instruction.operands[0], inputs, element)
-            if value is not None:
-                self._start[element] = value
+    def result(part: Computation, state: State, element: int | None = None) -> int | None:
+        carried: Inputs = lambda _, each: state.get(each)  # noqa: E731
+        return _value(computations, part, part.root.name, carried, element)
 
-    def rounds(self) -> int | None:
-        """Returns how often the body runs; None if that is not known."""
-        if match := _ROUNDS.search(self._attributes):
-            return int(match[1])
-        state = self._start
-        for rounds in range(MOST_ROUNDS):
-            goes_on = self._result(self.condition, state)
-            if not goes_on:
-                return None if goes_on is None else rounds
-            state = self._next(state)
-        return None
-
-    def constants(self) -> State:
-        """Returns the known integers that are the same in every round."""
-        # Drops what changes, until what is known of one round gives the same again.
-        state = self._start
-        while True:
-            following = self._next(state)
-            same = {each: n for each, n in state.items() if following.get(each) == n}
-            if same == state:
-                return state
-            state = same
-
-    def inputs(self, state: State) -> Inputs:
-        """Returns the inputs of body and condition for a state."""
-        return lambda _, element: state.get(element)
-
-    def _next(self, state: State) -> State:
-        """Returns the state after one round."""
-        values = {element: self._result(self.body, state, element) for element in state}
+    def advance(state: State) -> State:
+        values = {element: result(body, state, element) for element in state}
         return {element: value for element, value in values.items() if value is not None}
 
-    def _result(self, name: str, state: State, element: int | None = None) -> int | None:
-        computation = self._computations[name]
-        inputs = self.inputs(state)
-        return _value(self._computations, computation, computation.root.name, inputs, element)
+    # The known integers that the loop starts from.
+    start: State = {}
+    for element in range(len(body.root.operands) if body.root.opcode == "tuple" else 0):
+        value = _value(computations, computation, loop.operands[0], inputs, element)
+        if value is not None:
+            start[element] = value
+
+    # Drops what changes, until a round changes nothing.
+    constants, after = start, advance(start)
+    while constants != after:
+        constants = {each: n for each, n in constants.items() if after.get(each) == n}
+        after = advance(constants)
+
+    # The rounds, which the CPU compiler writes down.
+    if match := _ROUNDS.search(loop.attributes):
+        return int(match[1]), constants
+    state = start
+    for rounds in range(MOST_ROUNDS):
+        goes_on = result(condition, state)
+        if not goes_on:
+            return None if goes_on is None else rounds, constants
+        state = advance(state)
+    return None, constants
 
 
 def _value(
