@@ -50,6 +50,9 @@ class Limits:
     candidates: int
 
 
+# --- descriptions of answers ---
+
+
 class Problem(pydantic.BaseModel):
     """Body of an answer without a clip: the reason."""
 
@@ -78,6 +81,7 @@ CLIP_PROBLEMS = _problems(
     }
 )
 UNAUTHORIZED = _problems({401: "The bearer token is missing or wrong."})
+# The answer with a clip, whose body OpenAPI cannot infer.
 INTEGER, STRING = {"type": "integer"}, {"type": "string"}
 BINARY = {**STRING, "format": "binary"}
 SOUND = {
@@ -91,17 +95,25 @@ SOUND = {
 }
 
 
+# --- metrics and drawing ---
+
+
 class Metrics:
     """Metrics of one service for Prometheus, in their own registry."""
 
     def __init__(self) -> None:
         """Creates the metrics."""
+        # Prometheus' default registry is one for the process, and tests run several services.
         self.registry = prometheus_client.CollectorRegistry()
         here = {"registry": self.registry}
+
+        # Requests: their number, time and music.
         self.requests = Counter("musicrl_requests", "Answers, by status.", ["status"], **here)
         seconds = 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100
         name = "musicrl_request_seconds"
         self.latency = Histogram(name, "From a request to its clip.", buckets=seconds, **here)
+
+        # The device: batches, time, and the queue.
         clips = 1, 2, 4, 8, 16, 32, 64
         self._sizes = Histogram("musicrl_batch_clips", "Clips in a batch.", buckets=clips, **here)
         self._busy = Counter("musicrl_device_seconds", "Spent on drawing.", **here)
@@ -146,9 +158,11 @@ class Studio:
     async def lifespan(self, _: FastAPI) -> AsyncIterator[None]:
         """Runs the queue while the service lives."""
         self._queue = self._batcher(on_batch=self.metrics.count_batch)
+        # Prometheus reads the gauge when it scrapes.
         self.metrics.waiting.set_function(lambda: self._queue.waiting)
         warming = asyncio.create_task(self._warm())
         yield
+        # Queued clips are drawn before the service ends.
         warming.cancel()
         await asyncio.to_thread(self._queue.close)
 
@@ -167,6 +181,7 @@ class Studio:
 
     async def draw(self, piece: Piece) -> tuple[np.ndarray, int, dict[str, float]]:
         """Returns (wav f32 [N] or [C, N], candidate, rewards as means over windows)."""
+        # The candidates of a window are drawn together, then those of the next.
         while rows := piece.rows():
             futures = []
             for future in self._queue.submit(*rows, begun=piece.begun):
@@ -177,6 +192,9 @@ class Studio:
                 for future in futures:
                     future.cancel()
         return piece.best()
+
+
+# --- the application ---
 
 
 def create(
@@ -245,11 +263,14 @@ def _token_check(access: Access) -> Callable:
     async def check(
         credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)],
     ) -> None:
-        # Starlette reads headers as Latin-1.
+        # Starlette decodes headers as Latin-1; this restores their bytes.
         if credentials is None or not access.admits(credentials.credentials.encode("latin-1")):
             raise HTTPException(401, "a bearer token is needed", {"WWW-Authenticate": "Bearer"})
 
     return check
+
+
+# --- routes ---
 
 
 def _clip_request(manifest: dict[str, Any], limits: Limits) -> type[pydantic.BaseModel]:
@@ -317,7 +338,7 @@ def _add_clips(app: FastAPI, studio: Studio, limits: Limits, guard: list[Any]) -
         finally:
             work.cancel()
 
-        # Its file.
+        # Its file. Encoding takes seconds for a long piece, so it runs on a thread.
         tags = made_from(order.prompt, model=manifest["sha256"], seed=seed, candidate=candidate)
         content = await asyncio.to_thread(encoded, wav, rate, order.format, tags)
         metrics.latency.observe(time.monotonic() - start)

@@ -60,6 +60,7 @@ class Piece:
         window, half = len(self._windows), self._manifest["frames"] // 2
         if window == window_count(self._seconds, self._manifest):
             return []
+        # A candidate continues its own last window.
         rows, (text, seed, temperature) = [], self._prompt
         for candidate in range(self._candidates):
             beginning, frames = None, 0
@@ -108,6 +109,7 @@ def joined(wavs: Sequence[np.ndarray], overlap: float, rate: int) -> np.ndarray:
     Each fades into the next where the repetition ends.
     """
     whole = wavs[0]
+    # The next window repeats the last part of what is joined so far, and then goes on.
     for wav in wavs[1:]:
         again = round(overlap * wav.shape[-1])
         fade = min(round(FADE_SECONDS * rate), again)

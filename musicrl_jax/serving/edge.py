@@ -38,6 +38,9 @@ def server(app: Any, limits: ServiceLimits) -> uvicorn.Server:
     )
 
 
+# --- connections ---
+
+
 class Connection(H11Protocol):
     """A connection whose client must send requests and read answers in time.
 
@@ -99,6 +102,8 @@ class Connection(H11Protocol):
         """Answers in JSON, unless an answer has begun."""
         self._refuse(400, msg)
 
+    # asyncio calls the next two as the socket's buffer fills and empties.
+
     def pause_writing(self) -> None:
         """Starts the timer of reading an answer."""
         self.waiting_since = self.loop.time()
@@ -120,6 +125,7 @@ class Connection(H11Protocol):
         """Runs the timer while a request is being sent; between two, uvicorn's own runs."""
         if not self.waits_for_request or self.transport.is_closing():
             self._reading = _cancel(self._reading)
+        # The timer is not restarted by more bytes: a client cannot keep it alive.
         elif self._reading is None and self.timeout_keep_alive_task is None:
             seconds = self._limits.request_seconds
             detail = f"the request did not arrive within {seconds:g} s"
@@ -127,6 +133,7 @@ class Connection(H11Protocol):
 
     def _refuse(self, status: int, detail: str) -> None:
         """Answers a request that has begun and has no answer yet, and closes the connection."""
+        # h11 is idle until it has parsed a whole head; bytes of half a head are trailing data.
         begun = self.conn.their_state is not h11.IDLE or self.conn.trailing_data[0]
         if begun and self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             body = json.dumps({"detail": detail}).encode()
@@ -149,6 +156,9 @@ def _cancel(timer: asyncio.TimerHandle | None) -> None:
         timer.cancel()
 
 
+# --- requests ---
+
+
 class Edge:
     """Middleware that checks the Host header and the length of a body, and answers HEAD as GET.
 
@@ -166,6 +176,7 @@ class Edge:
             return
         scope, is_head = _origin_form(scope), scope["method"] == "HEAD"
 
+        # Answers: counted, with HEAD in Allow headers, and without a body for HEAD.
         async def checked_send(message: Any) -> None:
             if message["type"] == "http.response.start":
                 self.on_answer(scope["path"], message["status"])
@@ -229,6 +240,7 @@ def _origin_form(scope: Any) -> Any:
     """
     if not scope["path"].lower().startswith(("http://", "https://")):
         return scope
+    # The host of the target replaces the Host header.
     host, _, rest = scope["raw_path"].partition(b"://")[2].partition(b"/")
     headers = [(b"host", host), *(each for each in scope["headers"] if each[0] != b"host")]
     path = {"path": "/" + unquote(rest.decode("ascii")), "raw_path": b"/" + rest}

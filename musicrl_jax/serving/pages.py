@@ -35,11 +35,13 @@ def add_pages(app: FastAPI) -> None:
         policy = {"Content-Security-Policy": content_policy(content, more)}
         page = HTMLResponse(content, headers=policy)
         app.add_route(path, page, methods=["GET"], include_in_schema=False)
+    # fastapi_offline ships Swagger UI, which FastAPI would load from a public server.
     app.mount("/docs/files", StaticFiles(packages=[("fastapi_offline", "static")]))
 
 
 def content_policy(page: str, more: str) -> str:
     """Returns a Content-Security-Policy: the page's inline parts, local files, and `more`."""
+    # A browser runs only inline parts whose hash is listed.
     loads = ["default-src 'none'"]
     for tag in ("script", "style"):
         sources = ["'self'"]

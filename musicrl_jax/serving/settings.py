@@ -26,9 +26,13 @@ REMEDIES = {
     errno.EPERM: "ports below 1024 are the system's; give a higher one",
 }
 
+# A name; the value of a Host header, with a port; and of an Origin header.
 HOST_NAME = re.compile(r"[\w.-]+", re.ASCII)
 HOST_HEADER = re.compile(r"(?:\[([0-9a-f:.]+)\]|([\w.-]+))(?::\d*)?", re.IGNORECASE | re.ASCII)
 ORIGIN = re.compile(r"https?://(?:\[[0-9a-f:.]+\]|[\w.-]+)(?::\d+)?", re.ASCII)
+
+
+# --- limits and access ---
 
 
 def check_number(
@@ -106,6 +110,7 @@ class Access:
         if not header:
             return False
         name = (header[1] or header[2]).lower().removesuffix(".")
+        # Names can be rebound by DNS, addresses cannot.
         try:
             address = ipaddress.ip_address(name)
         except ValueError:
@@ -117,10 +122,14 @@ class Access:
 
         Clients differ in letters outside ASCII: curl sends UTF-8, Python's requests Latin-1.
         """
+        # compare_digest takes the same time for any wrong token.
         spellings = [self.token.encode()]
         if all(ord(letter) < 256 for letter in self.token):
             spellings.append(self.token.encode("latin-1"))
         return any([hmac.compare_digest(credentials, spelling) for spelling in spellings])
+
+
+# --- address ---
 
 
 def only_loopback(sockets: Sequence[socket.socket]) -> bool:
@@ -131,6 +140,53 @@ def only_loopback(sockets: Sequence[socket.socket]) -> bool:
 def url(host: str, port: int) -> str:
     """Returns the service's address for a browser."""
     return f"http://[{host}]:{port}/" if ":" in host else f"http://{host}:{port}/"
+
+
+def listen(host: str, port: int) -> list[socket.socket]:
+    """Returns sockets that listen at every address of `host`.
+
+    They listen at once, so a second service at the same port stops before it loads its bundle.
+    Raises ValueError if there is no such address, or it is in use.
+    """
+    # The addresses of the host.
+    where = f"serve: host={host!r}, port={port}"
+    if not isinstance(host, str) or not host or re.search(r"\s", host):
+        raise ValueError(
+            f"serve.host={host!r} must be a name, an address such as 127.0.0.1, or 0.0.0.0 for all"
+        )
+    try:
+        infos = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except (socket.gaierror, UnicodeError) as error:
+        raise ValueError(
+            f"serve.host={host!r} is unknown to this machine ({error}): give another"
+        ) from error
+
+    # A socket for each. All share the port of the first, which the system chooses for port 0.
+    sockets: list[socket.socket] = []
+    missing: OSError | None = None
+    for family, address in sorted({(family, address) for family, *_, address in infos}):
+        try:
+            address = (address[0], port, *address[2:])
+            sockets.append(socket.create_server(address, family=family, backlog=BACKLOG))
+            port = sockets[0].getsockname()[1]
+        except OSError as error:
+            if error.errno in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):  # ::1 if IPv6 is off
+                missing = error
+                continue
+            for opened in sockets:
+                opened.close()
+            remedy = REMEDIES.get(error.errno, "give another host or port")
+            raise ValueError(
+                f"{where} cannot be used ({os.strerror(error.errno)}): {remedy}"
+            ) from error
+    if not sockets:
+        raise ValueError(
+            f"{where}: no such address on this machine ({missing}); give one that it has"
+        ) from missing
+    return sockets
+
+
+# --- token and files ---
 
 
 def read_token(path: str) -> str:
@@ -178,6 +234,7 @@ def check_files(connections: int) -> None:
         import resource
     except ImportError:  # Windows has no such limit
         return
+    # The soft limit may be raised to the hard one.
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = connections + SPARE_FILES
     if soft == resource.RLIM_INFINITY or soft >= needed:
@@ -190,48 +247,7 @@ def check_files(connections: int) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
-def listen(host: str, port: int) -> list[socket.socket]:
-    """Returns sockets that listen at every address of `host`.
-
-    They listen at once, so a second service at the same port stops before it loads its bundle.
-    Raises ValueError if there is no such address, or it is in use.
-    """
-    # The addresses of the host.
-    where = f"serve: host={host!r}, port={port}"
-    if not isinstance(host, str) or not host or re.search(r"\s", host):
-        raise ValueError(
-            f"serve.host={host!r} must be a name, an address such as 127.0.0.1, or 0.0.0.0 for all"
-        )
-    try:
-        infos = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except (socket.gaierror, UnicodeError) as error:
-        raise ValueError(
-            f"serve.host={host!r} is unknown to this machine ({error}): give another"
-        ) from error
-
-    # A socket for each. All share the port of the first, which the system chooses for port 0.
-    sockets: list[socket.socket] = []
-    missing: OSError | None = None
-    for family, address in sorted({(family, address) for family, *_, address in infos}):
-        try:
-            address = (address[0], port, *address[2:])
-            sockets.append(socket.create_server(address, family=family, backlog=BACKLOG))
-            port = sockets[0].getsockname()[1]
-        except OSError as error:
-            if error.errno in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):  # ::1 if IPv6 is off
-                missing = error
-                continue
-            for opened in sockets:
-                opened.close()
-            remedy = REMEDIES.get(error.errno, "give another host or port")
-            raise ValueError(
-                f"{where} cannot be used ({os.strerror(error.errno)}): {remedy}"
-            ) from error
-    if not sockets:
-        raise ValueError(
-            f"{where}: no such address on this machine ({missing}); give one that it has"
-        ) from missing
-    return sockets
+# --- names in headers ---
 
 
 def read_hosts(text: str) -> frozenset[str]:
