@@ -23,9 +23,7 @@ _ARRAY = re.compile(r"([a-z]\w*)\[([^\]]*)\](?:\{([^{}]*)\})?")
 _SCALAR = re.compile(r"(?:pred|[su]\d+)\[\]")
 _CALLEE = re.compile(r"\b(?:calls|to_apply)=%?([\w.\-]+)")
 _LOOP = re.compile(r"\b(body|condition)=%?([\w.\-]+)")
-_BRANCHES = re.compile(
-    r"(?:branch_computations=\{|(?:true|false)_computation=)([^},]*(?:,\s*%[^},]*)*)"
-)
+_BRANCHES = re.compile(r"(?:branch_computations=\{([^}]*)\}|(?:true|false)_computation=([^,]*))")
 _CYCLES = re.compile(r'"estimated_cycles":\s*"?(\d+)')
 _ROUNDS = re.compile(r'"known_trip_count":\s*\{\s*"n":\s*"?(\d+)')
 _IOTA_GROUPS = re.compile(r"replica_groups=\[\d+,(\d+)\]<=")
@@ -46,8 +44,8 @@ UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # which operand is the upda
 # These yield the integer of their first operand.
 PASSED_ON = {"copy", "copy-start", "copy-done", "bitcast", "convert", "reshape", "opt-barrier"}
 ARITHMETIC = {"add": operator.add, "subtract": operator.sub}
-COMPARISONS = {direction: getattr(operator, direction.lower()) for direction in ("LT", "LE", "GT")}
-COMPARISONS |= {"GE": operator.ge, "EQ": operator.eq, "NE": operator.ne}
+COMPARISONS = {"LT": operator.lt, "LE": operator.le, "GT": operator.gt, "GE": operator.ge}
+COMPARISONS |= {"EQ": operator.eq, "NE": operator.ne}
 MOST_ROUNDS = 1 << 17  # of a loop; the rounds of a longer one are unknown
 
 # A function from (a parameter's number, an element of its tuple or None) to its value, if known.
@@ -283,7 +281,8 @@ def _executions(
 
 def _branches(instruction: Instruction) -> list[str]:
     """Returns the names of a conditional's branches."""
-    return re.findall(r"%?([\w.\-]+)", ",".join(_BRANCHES.findall(instruction.attributes)))
+    matches = _BRANCHES.findall(instruction.attributes)
+    return re.findall(r"[\w.\-]+", ",".join(many or one for many, one in matches))
 
 
 # --- loops ---
