@@ -38,6 +38,9 @@ INPUT = jax.ShapeDtypeStruct((13, WIDTHS[0]), jnp.float32)
 PRODUCTS = [2 * 13 * a * b for a, b in itertools.pairwise(WIDTHS)]
 
 
+# --- products ---
+
+
 def test_a_matmul_counts_apart_from_elementwise_operations():
     assert count_of(lambda x, w: jnp.tanh(x @ w) + 1.0, (3, 5), (5, 7)) == Flops(
         2 * 3 * 5 * 7, 2 * 3 * 7
@@ -82,6 +85,9 @@ def test_a_valid_convolution_counts_as_in_xla():
 
     shapes = (2, 16, 9, 4), (3, 3, 4, 6)
     assert count_of(convolve, *shapes) == Flops(int(by_xla(convolve, *shapes)))
+
+
+# --- control flow and derivatives ---
 
 
 def test_a_scan_counts_once_for_each_round():
@@ -154,6 +160,9 @@ def test_a_shard_map_counts_every_device():
         lambda x, w: x @ w, mesh=mesh, in_specs=(P("data"), P()), out_specs=P("data")
     )
     assert count_of(product, (8, 5), (5, 7)).matmul == 2 * 8 * 5 * 7
+
+
+# --- all other operations ---
 
 
 def test_reductions_moves_scatters_and_ffts_count_as_documented():

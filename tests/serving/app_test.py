@@ -66,6 +66,9 @@ def wav_of(answer):
     return soundfile.read(io.BytesIO(answer.content), dtype="float32")
 
 
+# --- clips ---
+
+
 def test_a_clip_is_that_of_the_bundle(client, bundle):
     answer = client.post("/v1/clips", json=ORDER)
     wav, rate = wav_of(answer)
@@ -135,6 +138,9 @@ def test_the_best_candidate_has_the_highest_reward(client, bundle):
         json.loads(answer.headers["x-rewards"])["total"], totals[best], atol=1e-5
     )
     np.testing.assert_allclose(wav_of(answer)[0], np.clip(clips.wav[best], -1, 1), atol=2 / 32768)
+
+
+# --- refusals and access ---
 
 
 @pytest.mark.parametrize(
@@ -254,6 +260,9 @@ def test_cors_is_off_until_an_origin_is_allowed(fake_app):
         assert "access-control-allow-origin" not in answer.headers
 
 
+# --- other paths and methods ---
+
+
 def test_head_answers_as_get_without_a_body(fake_app):
     with TestClient(fake_app(), LOCAL) as client:
         until_ready(client)
@@ -291,6 +300,9 @@ def test_the_pages_load_only_local_files(fake_app):
                 digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
                 assert f"'sha256-{digest}'" in policy
         assert client.get("/docs/files/../../../etc/passwd").status_code == 404
+
+
+# --- the queue ---
 
 
 def until(condition):
@@ -510,6 +522,9 @@ def test_a_closed_connection_takes_its_clips_out_of_the_queue(bundle, on_loopbac
     assert [seeds[0] for seeds in slow.batches] == [0, 1]
 
 
+# --- browsers ---
+
+
 NEEDS_BROWSER = pytest.mark.skipif(
     not shutil.which("chromedriver"), reason="needs chromium and chromedriver: Debian's packages"
 )
@@ -621,6 +636,9 @@ def test_a_browser_shows_the_description_and_asks_for_the_token(fake_app, browse
     check_console(browser, "v1/model")
 
 
+# --- its own description ---
+
+
 def test_health_metrics_page_and_description(client):
     # Health and metrics.
     assert client.get("/healthz").json() == {"alive": True}
@@ -664,6 +682,9 @@ def test_fuzzed_requests_get_described_answers(bundle, on_loopback):
 
             ask()
     assert counts["/v1/clips", 200] > 5 and all(status < 500 for _, status in counts)
+
+
+# --- a process of its own ---
 
 
 def free_port():

@@ -34,6 +34,9 @@ def test_an_export_is_checked_without_the_model_code(exported):
     assert all(f"draw for {platform}" in output for platform in ("cpu", "cuda", "tpu"))
 
 
+# --- a program of its own ---
+
+
 def program(processes, folder, *arguments, cwd=None):
     """Runs a bundle's own file, as its card says."""
     command = [sys.executable, str(folder / "bundle.py"), *arguments]
@@ -125,6 +128,9 @@ def test_a_bundle_runs_with_only_the_named_packages(exported, tmp_path, processe
     assert json.loads(done.stdout)["clips"] == 1
 
 
+# --- draws ---
+
+
 @pytest.mark.parametrize(
     ("numbers", "message"),
     [
@@ -144,6 +150,9 @@ def test_a_number_out_of_range_is_refused(bundle, numbers, message):
 
 def samples(*paths):
     return [soundfile.read(path, dtype="float32")[0] for path in paths]
+
+
+# --- generate ---
 
 
 def test_generate_makes_the_same_clip_of_bundle_and_system(exported, run, tmp_path, capsys):
@@ -219,6 +228,9 @@ def test_top_k_of_a_bundle_cannot_be_changed(exported):
         generate.generate(str(exported[0]), "jazz", top_k=3)
 
 
+# --- names of folders ---
+
+
 @pytest.mark.parametrize(
     "way", [".", "relative", "a link", "a link in a folder of links", "absolute"]
 )
@@ -249,6 +261,9 @@ def test_a_bundle_is_read_by_any_name(exported, tmp_path, monkeypatch):
     monkeypatch.chdir(exported[0])
     for name in (".", str(tmp_path / "link"), os.path.relpath(exported[0])):
         assert bundles.is_one(name) and Bundle(name).manifest["frames"] == 10
+
+
+# --- clips and rewards ---
 
 
 def test_a_clip_does_not_depend_on_its_batch(bundle):
@@ -331,6 +346,9 @@ def test_a_bundle_of_the_first_format_is_read(exported, tmp_path, monkeypatch):
     assert first.check()["acoustic"] == first.check()["clips"] == 0
 
 
+# --- damage ---
+
+
 def test_any_changed_byte_is_refused_by_file(exported, tmp_path):
     folder, _ = exported
     rng = np.random.default_rng(0)
@@ -379,6 +397,9 @@ def test_a_bundle_that_cannot_run_here_is_refused_with_a_remedy(exported, tmp_pa
                 match=r"cannot read it \(version 7 > 6\): install jax .* or newer, or export",
             ):
                 Bundle(folder)
+
+
+# --- export ---
 
 
 def test_wrong_settings_are_refused_before_any_work(run, rewards, tmp_path, monkeypatch):

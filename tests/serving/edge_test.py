@@ -56,6 +56,9 @@ def healthy(address):
         return opened.recv(1 << 16).startswith(b"HTTP/1.1 200 ")
 
 
+# --- time ---
+
+
 @pytest.mark.parametrize("connections", [100, 1000])
 def test_health_answers_while_500_clients_hold_half_requests(fake_app, on_loopback, connections):
     """They are all held until their time ends, or some make room for others."""
@@ -150,6 +153,9 @@ def test_unread_answers_make_room_for_new_connections(on_loopback):
         time.sleep(0.2)
         assert all(healthy(address) for _ in range(5))
         assert len(received(held[0])) < 16 << 20
+
+
+# --- odd requests ---
 
 
 def test_bytes_that_are_not_http_are_refused_in_json(fake_app, on_loopback, caplog):
