@@ -13,10 +13,13 @@ import operator
 import re
 from collections.abc import Callable, Iterator
 
-# `%name = type opcode(operands), attributes`. Types of operands nest parentheses two deep.
+# Text with parentheses in pairs, up to four deep, as in operands that have their types.
+_BALANCED = r"[^()]*+"
+for _ in range(4):
+    _BALANCED = rf"(?:[^()]++|\({_BALANCED}\))*+"
+# `%name = type opcode(operands), attributes`
 _INSTRUCTION = re.compile(
-    r"\s+(ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([a-z][\w\-]*)"
-    r"\(((?:[^()]++|\((?:[^()]++|\([^()]*+\))*+\))*+)\)(.*)"
+    rf"\s+(ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([a-z][\w\-]*)\(({_BALANCED})\)(.*)"
 )
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) [^\n]*\{\s*\n(.*?)^\}", re.MULTILINE | re.DOTALL)
 _ARRAY = re.compile(r"([a-z]\w*)\[([^\]]*)\](?:\{([^{}]*)\})?")
