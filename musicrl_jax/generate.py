@@ -116,7 +116,7 @@ def _make(system: str, request: _Request) -> list[Path]:
     """Makes the clips that are missing, and returns the paths of all."""
     # The model and the settings that a clip depends on.
     player, rows = _player(system, request.top_k)
-    model = player.about
+    model = player.manifest
     if request.candidates > 1 and not model["rewards"]:
         raise ValueError(
             f"candidates={request.candidates}: {system} has no rewards to choose by: `musicrl "
@@ -173,9 +173,9 @@ def _player(system: str, top_k: int | None) -> tuple[bundle.Bundle | SystemPlaye
         player = SystemPlayer(system, top_k)
         return player, player.rows
     exported = bundle.Bundle(system)
-    if top_k not in (None, exported.about["top_k"]):
+    if top_k not in (None, exported.manifest["top_k"]):
         raise ValueError(
-            f"top_k={top_k}: the bundle was exported with {exported.about['top_k']}, which it keeps"
+            f"top_k={top_k}: the bundle was exported with {exported.manifest['top_k']}, which it keeps"
         )
     return exported, ROWS[jax.default_backend()]
 

@@ -1,7 +1,8 @@
-"""A run compiled for a TPU slice, on a machine that has none: does it fit, how fast can it be, and what limits it.
+"""The verb `plan`: compiles a run for TPU slices, on a machine without any.
 
-The jitted functions are those that the verbs run, with the same shardings; only the weights are
-missing. All figures are the TPU compiler's, or arithmetic on what it compiled; none is measured.
+It answers whether the run fits, how fast it can be, and what limits it. The jitted functions and
+shardings are those of the verbs; only the weights are shapes. All figures are the TPU compiler's
+estimates, or arithmetic on what it compiled; none is measured.
 """
 
 import dataclasses
@@ -19,14 +20,13 @@ from musicrl_jax.planning.chips import Chip
 from musicrl_jax.planning.estimate import bytes_a_chip, estimate, refused
 from musicrl_jax.planning.flops import flops
 from musicrl_jax.planning.models import PlannedModels
-from musicrl_jax.planning.programs import VERBS, Program, amount, programs
+from musicrl_jax.planning.programs import VERBS, amount, programs
 from musicrl_jax.planning.stages import Stage
 
 GIB = 1 << 30
-AT_ONCE = 3  # functions: the two that take minutes, and the short ones beside them
-# Without the scheduling of instructions inside an operation, up to a third of the work of compiling.
-# The cycles that it expects of one stand before. Only the program itself comes out larger, by 0.2
-# GiB at most.
+AT_ONCE = 3  # functions compiled at once: two take minutes, the others run beside them
+# Leaves out the scheduling of instructions inside an operation, up to a third of the compilation.
+# Cycles are estimated before it. Programs become up to 0.2 GiB larger.
 UNPACKED = {"xla_jf_vliw_scheduler": "false"}
 LIMITS = ("matrix", "memory", "network", "compiler")
 HEAD = (
@@ -45,44 +45,43 @@ def plan(
     search: bool = False,
     json_file: str = "",
 ) -> None:
-    """Compiles every function of the stages that compute for TPU slices, and prints what each takes.
+    """Compiles every jitted function of a run for TPU slices, and prints its memory and time.
 
-    Needs libtpu (the extra `plan`) and no TPU, no data, no checkpoint. A table says of each function
-    how much HBM a chip needs, the time of a call at the limits of the matrix units, of the memory
-    and of the network, and by the compiler's schedule, and which limit is the highest; then how many
-    clips a second a stage makes, and how long it takes. All of it is the compiler's estimate.
+    It needs libtpu (the extra `plan`), but no TPU, data or checkpoint. For each function, a table
+    has the HBM that a chip needs; the time of a call at the limits of matrix units, memory and
+    network, and by the compiler's schedule; and the limit that takes longest. For each stage, it
+    prints clips a second and total time. All figures are the compiler's estimates.
 
     Args:
       stages: of the run.
       clip_seconds: length of the clips.
       topology: of a slice, such as v5e:4x4, v5e:16x16, v5p:4x4x4, v6e:8x8.
-      slices: how many of them.
+      slices: number of slices.
       only: names of stages, separated by commas; by default all of train, train_rl, collect and
         evaluate.
-      search: doubles the batch of each stage as long as it fits, and prints the largest.
-      json_file: where all figures go, if anywhere.
+      search: whether to double the batch of each stage until it does not fit, and print the largest
+        that does.
+      json_file: file for all figures; '' writes none.
 
     Raises:
-      ValueError: if something does not fit, a setting is out of range or the topology is unknown.
+      ValueError: something does not fit, a setting is out of range or the topology is unknown.
     """
+    # The slices and the stages.
     mesh_of, chip = topologies.describe(topology, slices)
     described: dict[str, Stage] = {}
     for group in stages:
         for name, stage in group.items():
             described[name] = stage(describe=True)
-    wanted = [name for name in only.split(",") if name] or list(described)
-    if unknown := sorted(set(wanted) - set(described)):
+    selected = [name for name in only.split(",") if name] or list(described)
+    if unknown := sorted(set(selected) - set(described)):
         raise ValueError(f"plan.only: {unknown[0]!r} is none of the stages {', '.join(described)}")
-    print(
-        f"{slices} x {topology}, by the TPU compiler's estimate; nothing here was measured",
-        flush=True,
-    )
+    _print(f"{slices} x {topology}, by the TPU compiler's estimate; nothing here was measured")
 
-    # Every stage, and with `search` its larger batches.
+    # Each stage, and with `search` its larger batches.
     models = PlannedModels(described, clip_seconds)
     rows: list[Row] = []
     for name, stage in described.items():
-        if name not in wanted or stage.verb not in VERBS:
+        if name not in selected or stage.verb not in VERBS:
             continue
         functions = _plan_stage(models, name, stage, mesh_of, chip)
         while search and all(row["fits"] for row in functions):
@@ -90,55 +89,59 @@ def plan(
             stage = stage.with_batch(2 * batch_size)
             larger = _plan_stage(models, name, stage, mesh_of, chip)
             if not all(row["fits"] for row in larger):
-                print(
-                    f"{name}: of batches doubled, {batch_size} is the largest that fits", flush=True
-                )
+                _print(f"{name}: the largest doubled batch that fits is {batch_size}")
                 break
             functions = larger
         rows += functions
 
     if json_file:
-        about = {"topology": topology, "slices": slices, "chip": dataclasses.asdict(chip)}
-        write_json(json_file, {**about, "functions": rows})
+        target = {"topology": topology, "slices": slices, "chip": dataclasses.asdict(chip)}
+        write_json(json_file, {**target, "functions": rows})
     if short := [f"{row['stage']}/{row['name']}" for row in rows if not row["fits"]]:
         raise ValueError(
-            f"{', '.join(short)} need more than the {chip.memory / GIB:.2f} GiB of a chip: raise fsdp "
-            "or microbatches, set remat, lower batch_size, or take more chips"
+            f"{', '.join(short)} need more than the {chip.memory / GIB:.2f} GiB of a chip: raise "
+            "fsdp or microbatches, set remat, lower batch_size, or use more chips"
         )
 
 
 def _plan_stage(
     models: PlannedModels, name: str, stage: Stage, mesh_of: Callable[[int, int], Mesh], chip: Chip
 ) -> list[Row]:
-    """Compiles the functions of a stage side by side, and prints them; returns their figures."""
+    """Compiles the functions of a stage in parallel, and prints and returns their figures."""
+    # Trace every function, and count its operations.
     mesh = mesh_of(stage.settings.get("fsdp", 1), stage.settings.get("tensor", 1))
     functions = programs(models, stage, mesh)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         traces = [program.function.trace(*program.arguments) for program in functions]
     works = [flops(traced.jaxpr) for traced in traces]
 
-    def compiled(place: int) -> Row:
-        program: Program = functions[place]
+    def compile_one(place: int) -> Row:
+        program = functions[place]
         start, beside = time.monotonic(), bytes_a_chip(program.beside)
         try:
             executable = traces[place].lower().compile(compiler_options=UNPACKED)
-            found = estimate(executable, works[place], mesh.size, chip, beside)
+            figures = estimate(executable, works[place], mesh.size, chip, beside)
         except jax.errors.JaxRuntimeError as error:
-            found = refused(error, chip, beside)
-        about = {"stage": name, "name": program.name, "clips": program.clips, "once": program.once}
-        return {**about, "compile_seconds": time.monotonic() - start, **found.told()}
+            figures = refused(error, chip, beside)
+        row = {"stage": name, "name": program.name, "clips": program.clips, "once": program.once}
+        return {**row, "compile_seconds": time.monotonic() - start, **figures.as_json()}
 
-    # What computes most takes longest: it starts first, so that little is left to compile alone.
-    print(HEAD, flush=True)
+    # The largest takes longest to compile, so it starts first.
+    _print(HEAD)
     with ThreadPoolExecutor(AT_ONCE) as pool:
         by_work = sorted(range(len(functions)), key=lambda place: -works[place].matmul)
-        futures = {place: pool.submit(compiled, place) for place in by_work}
-        for future in as_completed(futures.values()):  # what does not fit is known in seconds
-            print(_line(future.result()), flush=True)
+        futures = {place: pool.submit(compile_one, place) for place in by_work}
+        for future in as_completed(futures.values()):  # the compiler refuses in seconds
+            _print(_line(future.result()))
     rows = [futures[place].result() for place in range(len(functions))]
     if all(row["fits"] for row in rows):
-        print(_summary(name, stage, rows, mesh.size), flush=True)
+        _print(_summary(name, stage, rows, mesh.size))
     return rows
+
+
+def _print(text: str) -> None:
+    """Prints at once, since what follows may take minutes."""
+    print(text, flush=True)
 
 
 def _line(row: Row) -> str:
@@ -156,11 +159,11 @@ def _line(row: Row) -> str:
 
 
 def _summary(name: str, stage: Stage, rows: Sequence[Row], chips: int) -> str:
-    """Returns how long a batch of a stage takes, and all of them."""
+    """Returns the time of one batch of a stage, and of all of them."""
     seconds, clips = sum(row["seconds"] for row in rows if not row["once"]), rows[0]["clips"]
-    batches, what = amount(stage, clips)
+    batches, work = amount(stage, clips)
     return (
         f"{name}: {seconds:.2f} s a step of {clips} clips, {clips / seconds:.2f} clips a second, "
-        f"{3600 * clips / seconds / chips:.0f} a chip-hour, where nothing overlaps; {what} in "
+        f"{3600 * clips / seconds / chips:.0f} a chip-hour, if nothing overlaps; {work} in "
         f"{batches * seconds / 3600:.2f} hours\n"
     )

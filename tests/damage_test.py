@@ -104,7 +104,7 @@ READERS = {
         lambda folder: pack.pack(f"{folder}/other", {"a": str(folder)}),
     ),
     "pack": ("pack/models.json", lambda folder: pack.unpack(str(folder / "pack"), f"{folder}/out")),
-    "bundle": ("bundle/manifest.json", lambda folder: bundles._described(folder / "bundle")),
+    "bundle": ("bundle/manifest.json", lambda folder: bundles._read_manifest(folder / "bundle")),
     "tokens": ("tokens/manifest.json", lambda folder: tokens.read_manifest(str(folder / "tokens"))),
     "seconds": (run.SECONDS, lambda folder: run.read_seconds(str(folder))),
     "vocabulary": (

@@ -1,1 +1,1 @@
-"""Runs compiled for chips that are not there: what they need and how fast they can be."""
+"""Compiles a run for TPUs on a machine without any: its memory, and its speed at best."""

@@ -1,14 +1,15 @@
-"""What a compiled program takes of a TPU chip: its memory, its operations, its traffic and the time that these need.
+"""What a compiled program takes of one TPU chip: memory, operations, traffic and time.
 
-Everything is the compiler's word, or arithmetic on what it compiled. Nothing is measured.
+All figures are the compiler's estimates, or arithmetic on the program that it compiled. None is
+measured.
 """
 
 import dataclasses
+import math
 import re
 from typing import Any
 
 import jax
-import numpy as np
 
 from musicrl_jax.planning import hlo
 from musicrl_jax.planning.chips import Chip
@@ -21,19 +22,20 @@ UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """One function on one chip, for one call.
+    """One call of one function on one chip.
 
     Attributes:
-      arguments, outputs, temporaries, code: bytes of HBM; of outputs those that are no argument's memory.
-      beside: bytes of what is alive and no argument.
-      memory: bytes of HBM that there are.
-      matmul, other: floating-point operations, a chip's share.
+      arguments, outputs, temporaries, code: bytes of HBM. Outputs that reuse an argument's memory
+        do not count.
+      beside: bytes of arrays that stay in HBM and are no argument.
+      memory: bytes of HBM that a chip has.
+      matmul, other: floating-point operations.
       moved: bytes read from HBM or written to it.
       wire: bytes sent within the slice, by collective.
-      between_slices: bytes sent from slice to slice.
-      unknown_loops: loops whose rounds nobody could tell; they count once in all that follows.
-      matrix_seconds, memory_seconds, network_seconds: at the limit of each.
-      compiler_seconds: of the cycles that the compiler scheduled, which leave out all communication.
+      between_slices: bytes sent to other slices.
+      unknown_loops: loops whose number of rounds is unknown. They count once in all figures below.
+      matrix_seconds, memory_seconds, network_seconds: time at the limit of each.
+      compiler_seconds: time of the cycles that the compiler scheduled, without communication.
     """
 
     arguments: int
@@ -55,25 +57,23 @@ class Estimate:
 
     @property
     def needed(self) -> int:
-        """Bytes of HBM, all together."""
+        """Bytes of HBM in all."""
         return self.arguments + self.outputs + self.temporaries + self.code + self.beside
 
     @property
     def fits(self) -> bool:
-        """Whether a chip has them."""
+        """Whether a chip has that much HBM."""
         return self.needed <= self.memory
 
     @property
     def seconds(self) -> float:
-        """What a call takes where nothing overlaps: the compiler's time, no less than any limit, and the network's."""
-        return (
-            max(self.compiler_seconds, self.matrix_seconds, self.memory_seconds)
-            + self.network_seconds
-        )
+        """Time of a call if nothing overlaps: the longest of compute and memory, plus network."""
+        compute = max(self.compiler_seconds, self.matrix_seconds, self.memory_seconds)
+        return compute + self.network_seconds
 
     @property
     def limit(self) -> str:
-        """Which limit is the highest."""
+        """The limit that takes longest."""
         limits = {
             "matrix unit": self.matrix_seconds,
             "memory": self.memory_seconds,
@@ -81,27 +81,29 @@ class Estimate:
         }
         return max(limits, key=limits.get)
 
-    def told(self) -> dict[str, Any]:
-        """All of it as plain JSON."""
+    def as_json(self) -> dict[str, Any]:
+        """Returns all fields and properties as plain JSON."""
         derived = {name: getattr(self, name) for name in ("needed", "fits", "seconds", "limit")}
         return {**dataclasses.asdict(self), **derived}
 
 
 def bytes_a_chip(tree: Any) -> int:
-    """What arrays, or their shapes, with shardings take on each device."""
-    return sum(
-        int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * _itemsize(leaf.dtype)
-        for leaf in jax.tree.leaves(tree)
-    )
+    """Returns the bytes on each device of arrays, or of their shapes, with shardings."""
+    total = 0
+    for leaf in jax.tree.leaves(tree):
+        is_key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        item_bytes = 8 if is_key else leaf.dtype.itemsize
+        total += math.prod(leaf.sharding.shard_shape(leaf.shape)) * item_bytes
+    return total
 
 
-def _itemsize(dtype: Any) -> int:
-    return 8 if jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key) else dtype.itemsize
-
-
-def estimate(compiled: Any, operations: Flops, chips: int, chip: Chip, beside: int) -> Estimate:
-    """Of a `jax.stages.Compiled`, whose operations over all chips are known."""
-    memory = compiled.memory_analysis()
+def estimate(
+    compiled: jax.stages.Compiled, operations: Flops, chips: int, chip: Chip, beside: int
+) -> Estimate:
+    """Estimates a compiled function whose operations on all chips together are known."""
+    memory, program = compiled.memory_analysis(), hlo.read(compiled.as_text())
+    wire, between_slices = hlo.sent_bytes(program)
+    moved = hlo.memory_bytes(program)
     return Estimate(
         arguments=memory.argument_size_in_bytes,
         outputs=memory.output_size_in_bytes - memory.alias_size_in_bytes,
@@ -111,35 +113,21 @@ def estimate(compiled: Any, operations: Flops, chips: int, chip: Chip, beside: i
         memory=chip.memory,
         matmul=operations.matmul / chips,
         other=operations.other / chips,
+        moved=moved,
+        wire=wire,
+        between_slices=between_slices,
+        unknown_loops=program.unknown_loops,
         matrix_seconds=operations.matmul / chips / chip.flops,
-        **_run(hlo.read(compiled.as_text()), chip),
+        memory_seconds=moved / chip.memory_bandwidth,
+        network_seconds=sum(wire.values()) / chip.link_bandwidth
+        + between_slices / chip.slices_bandwidth,
+        compiler_seconds=hlo.scheduled_cycles(program) / chip.clock,
     )
 
 
 def refused(error: Exception, chip: Chip, beside: int) -> Estimate:
-    """Of a program that the compiler refused for its memory; other errors are raised again."""
+    """Estimates a program that the compiler refused for its memory; raises any other error."""
     match = REFUSED.search(str(error))
     if match is None:
         raise error
     return Estimate(0, 0, int(float(match[1]) * UNITS[match[2]]), 0, beside, chip.memory)
-
-
-def _run(program: hlo.Program, chip: Chip) -> dict[str, Any]:
-    """What running takes, but for operations."""
-    sent = hlo.collectives(program)
-    wire: dict[str, int] = {}
-    for part in sent:
-        if not part.crosses:
-            wire[part.kind] = wire.get(part.kind, 0) + part.bytes
-    across = sum(part.bytes for part in sent if part.crosses)
-    moved = hlo.memory_bytes(program)
-    return {
-        "moved": moved,
-        "wire": wire,
-        "between_slices": across,
-        "unknown_loops": program.unknown_loops,
-        "memory_seconds": moved / chip.memory_bandwidth,
-        "network_seconds": sum(wire.values()) / chip.link_bandwidth
-        + across / chip.slices_bandwidth,
-        "compiler_seconds": hlo.scheduled_cycles(program) / chip.clock,
-    }

@@ -1,87 +1,122 @@
-"""What a compiled program does, read from its text (`jax.stages.Compiled.as_text()`): bytes it sends over the network,
-bytes it moves to and from HBM, cycles its compiler expects. For TPUs; nothing here needs one, nor JAX.
+"""Counts network bytes, HBM bytes and cycles of a compiled program for TPUs, from its HLO text.
 
-Everything is for one chip and one call, and counts what runs: from ENTRY, the body of a loop as often as it goes round,
-of a conditional the branch of most cycles, a fusion as one instruction.
+Counts are for one call on one chip. A loop counts once for each round, a conditional as its branch
+of most cycles, a fusion as one instruction. XLA's own analysis counts each loop once, and its
+Python bindings show neither shapes nor attributes, so `Compiled.as_text()` is parsed here.
 """
 
 import collections
 import dataclasses
 import functools
 import math
+import operator
 import re
 from collections.abc import Callable, Iterator
 
-# `%name = type opcode(operands), attributes`. A type has no space but in a tuple's; no `) word(` is inside one.
-_INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([a-z][\w\-]*)\((.*)")
-_COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) .*\{\s*$")
-_NAMES = re.compile(r"%([\w.\-]+)")
+# Text with parentheses in pairs, up to four deep, as in operands that have their types.
+_BALANCED = r"[^()]*+"
+for _ in range(4):
+    _BALANCED = rf"(?:[^()]++|\({_BALANCED}\))*+"
+# `%name = type opcode(operands), attributes`
+_INSTRUCTION = re.compile(
+    rf"\s+(ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([a-z][\w\-]*)\(({_BALANCED})\)(.*)"
+)
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) [^\n]*\{\s*\n(.*?)^\}", re.MULTILINE | re.DOTALL)
 _ARRAY = re.compile(r"([a-z]\w*)\[([^\]]*)\](?:\{([^{}]*)\})?")
-_CALLED = re.compile(r"\b(calls|to_apply|body|condition)=%?([\w.\-]+)")
-_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}|(?:true|false)_computation=%?([\w.\-]+)")
+_SCALAR = re.compile(r"(?:pred|[su]\d+)\[\]")
+_CALLEE = re.compile(r"\b(?:calls|to_apply)=%?([\w.\-]+)")
+_LOOP = re.compile(r"\b(body|condition)=%?([\w.\-]+)")
+_BRANCHES = re.compile(r"(?:branch_computations=\{([^}]*)\}|(?:true|false)_computation=([^,]*))")
 _CYCLES = re.compile(r'"estimated_cycles":\s*"?(\d+)')
-_TRIPS = re.compile(r'"known_trip_count":\s*\{\s*"n":\s*"?(\d+)')
-_PARTITIONS = re.compile(r"\b(num_partitions|replica_count)=(\d+)")
-_LISTED = re.compile(r"replica_groups=\{((?:\{[\d,]*\},?)*)\}")
-_IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
-_MESH = re.compile(r"replica_groups=@?mesh\[([^\]]*)\](?:, device_ids=\((.*?)\))? \{([^}]*)\}")
-_PAIRS = re.compile(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}")
+_ROUNDS = re.compile(r'"known_trip_count":\s*\{\s*"n":\s*"?(\d+)')
+_IOTA_GROUPS = re.compile(r"replica_groups=\[\d+,(\d+)\]<=")
+_LISTED_GROUPS = re.compile(r"replica_groups=\{((?:\{[\d,]*\},?)*)\}")
+_MESH_GROUPS = re.compile(r"replica_groups=@?mesh\[([^\]]*)\](?:, device_ids=\(.*?\))? \{([^}]*)\}")
 _MEGASCALE = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
-_TARGET = re.compile(r'_xla_megascale_target="?(\{.*?\}x\{[^}]*\}|\{\{.*?\}\})')
+_MEGASCALE_TARGET = re.compile(r'_xla_megascale_target="?\{+([^}]*)\}(x\{)?')
 
-BITS = {
-    "pred": 8,
-    "token": 0,
-    "opaque": 0,
-    "bf16": 16,
-    "c64": 64,
-    "c128": 128,
-}  # others: the digits of their names
+BITS = {"pred": 8, "token": 0, "opaque": 0, "bf16": 16, "c64": 64, "c128": 128}
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-# Neither read nor write by themselves; a `-done` is part of its `-start`.
-FREE = {
-    *(
-        "parameter",
-        "constant",
-        "tuple",
-        "get-tuple-element",
-        "bitcast",
-        "while",
-        "conditional",
-        "call",
-    ),
-    *(
-        "after-all",
-        "partition-id",
-        "replica-id",
-        "opt-barrier",
-        "add-dependency",
-        "domain",
-        "async-start",
-    ),
-    "async-update",
-}
+# These opcodes move nothing themselves; a `-done` is counted with its `-start`.
+_FREE = re.compile(
+    r"parameter|constant|tuple|get-tuple-element|bitcast|while|conditional|call|after-all|domain|"
+    r"partition-id|replica-id|opt-barrier|add-dependency|async-start|async-update|.*-done"
+)
+SLICES = ("slice", "dynamic-slice", "gather", "slice-start")
+UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # which operand is the update
+# These yield the integer of their first operand.
 PASSED_ON = {"copy", "copy-start", "copy-done", "bitcast", "convert", "reshape", "opt-barrier"}
+ARITHMETIC = {"add": operator.add, "subtract": operator.sub}
+COMPARISONS = {"LT": operator.lt, "LE": operator.le, "GT": operator.gt, "GE": operator.ge}
+COMPARISONS |= {"EQ": operator.eq, "NE": operator.ne}
+MOST_ROUNDS = 1 << 17  # of a loop; the rounds of a longer one are unknown
+
+# A function from (a parameter's number, an element of its tuple or None) to its value, if known.
+Inputs = Callable[[int, int | None], int | None]
+State = dict[int, int]  # known integers of the tuple that a loop carries, by element
+
+
+class _ByName(dict):
+    """Instructions or computations by name."""
+
+    def __missing__(self, name: str) -> None:
+        raise ValueError(f"the program's text uses {name}, but does not define it")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Instruction:
-    """One line: its result's type, operands by name, and all that follows them."""
+    """One line.
+
+    Attributes:
+      name: of its result.
+      type: of its result, with layout.
+      opcode: such as all-gather.
+      operands: names; of a constant its literal, of a parameter its number.
+      attributes: the rest of the line.
+    """
 
     name: str
     type: str
     opcode: str
     operands: tuple[str, ...]
-    rest: str
+    attributes: str
 
 
 @dataclasses.dataclass(frozen=True)
 class Computation:
-    """Instructions by name, in their order; `root` is the one whose value it returns."""
+    """Instructions by name, in order; `root` yields the result."""
 
-    name: str
     instructions: dict[str, Instruction]
     root: Instruction
+
+    def operand(self, instruction: Instruction, place: int) -> Instruction:
+        """Returns the instruction that yields an operand."""
+        return self.instructions[instruction.operands[place]]
+
+    def operand_types(self, instruction: Instruction) -> list[str]:
+        """Returns the type of each operand."""
+        return [self.instructions[name].type for name in instruction.operands]
+
+    @functools.cached_property
+    def cycles(self) -> int:
+        """Cycles of its own instructions, by the compiler's estimates."""
+        matches = (_CYCLES.search(each.attributes) for each in self.instructions.values())
+        return sum(int(match[1]) for match in matches if match)
+
+    @functools.cached_property
+    def parameters(self) -> dict[int, str]:
+        """Names of parameters by number."""
+        parameters = [each for each in self.instructions.values() if each.opcode == "parameter"]
+        return {int(each.operands[0]): each.name for each in parameters}
+
+    @functools.cached_property
+    def users(self) -> dict[str, list[tuple[Instruction, int]]]:
+        """Instructions that have a name as an operand, each with the operand's place."""
+        users = collections.defaultdict(list)
+        for instruction in self.instructions.values():
+            for place, name in enumerate(instruction.operands):
+                users[name].append((instruction, place))
+        return users
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,398 +125,280 @@ class Program:
 
     Attributes:
       computations: by name.
-      entry: the name of the one that is called.
-      devices: that run it together; of each slice, if there are several.
-      executions: how often each computation runs that is not a part of an instruction, the entry once.
-      unknown_loops: the `while` instructions whose rounds the text does not show; their bodies are counted once.
+      devices: that run it together, in one slice.
+      executions: how often each computation runs that is not part of an instruction.
+      unknown_loops: names of loops whose number of rounds the text does not show; counted once.
     """
 
     computations: dict[str, Computation]
-    entry: str
     devices: int
     executions: dict[str, int]
     unknown_loops: tuple[str, ...]
 
+    def callee(self, instruction: Instruction) -> Computation:
+        """Returns the computation of a fusion."""
+        return self.computations[_callee(instruction)]
 
-@dataclasses.dataclass(frozen=True)
-class Collective:
-    """Communication of one kind.
-
-    Attributes:
-      kind: one of COLLECTIVES.
-      group: devices that take part, slices where it crosses them; 2 of a permutation.
-      crosses: whether it goes from slice to slice, over the data centre's network.
-      count: how often.
-      bytes: that a chip sends, all times together.
-    """
-
-    kind: str
-    group: int
-    crosses: bool
-    count: int
-    bytes: int
+    def executed(self) -> Iterator[tuple[Computation, Instruction, int]]:
+        """Yields (computation, instruction, how often it runs)."""
+        for name, times in self.executions.items():
+            computation = self.computations[name]
+            for instruction in computation.instructions.values():
+                yield computation, instruction, times
 
 
 def read(text: str) -> Program:
-    """Parses a module; raises ValueError naming the first line it cannot make sense of."""
-    computations, entry, devices = {}, None, 1
-    name, instructions, root = None, {}, None
-    for line in text.split("\n"):
-        if name is not None and line[:1] == "}":
-            if root is None:
-                raise ValueError(f"{name} has no ROOT")
-            computations[name] = Computation(name, instructions, root)
-            name = None
-        elif name is not None:
-            if not line.strip():
-                continue
+    """Parses a module; raises ValueError for the first line that it cannot parse."""
+    # Computations, each a head with braces around its instructions, one a line.
+    computations, entry = _ByName(), None
+    for is_entry, name, body in _COMPUTATION.findall(text):
+        instructions, root = _ByName(), None
+        for line in filter(str.strip, body.splitlines()):
             instruction, is_root = _instruction(line)
-            if instruction.opcode != "parameter" and instruction.opcode != "constant":
-                for operand in instruction.operands:
-                    if operand not in instructions:
-                        raise ValueError(f"{operand} is not there: {line.strip()[:200]}")
             instructions[instruction.name] = instruction
             root = instruction if is_root else root
-        elif line.endswith("{") and (match := _COMPUTATION.match(line)):
-            name, instructions, root = match[2], {}, None
-            entry = name if match[1] else entry
-        elif line.startswith("HloModule"):
-            devices = math.prod(int(n) for _, n in _PARTITIONS.findall(line))
-    if name is not None or entry is None:
-        raise ValueError("no ENTRY computation" if entry is None else f"{name} does not end")
+        computations[name] = Computation(instructions, root)
+        entry = name if is_entry else entry
+    if entry is None:
+        raise ValueError("the program's text has no ENTRY computation, or ends within it")
+
+    # The module's first line has its attributes.
+    sizes = re.findall(r"\b(?:num_partitions|replica_count)=(\d+)", text.partition("\n")[0])
     executions, unknown = _executions(computations, entry)
-    return Program(computations, entry, devices, executions, unknown)
+    return Program(computations, math.prod(map(int, sizes)), executions, unknown)
 
 
-def collectives(program: Program) -> list[Collective]:
-    """What goes over the network, the most bytes first.
+def sent_bytes(program: Program) -> tuple[dict[str, int], int]:
+    """Returns (bytes that a chip sends within its slice, by collective; bytes to other slices).
 
-    A ring moves, for a group of n, (n - 1) / n of an all-gather's output, of a reduce-scatter's or all-to-all's input
-    and twice that of an all-reduce's past every chip; a permutation sends its input. An all-reduce that the compiler
-    fused with taking one's own shard is a reduce-scatter. An all-gather that it spread over several fusions, to overlap
-    them, counts where it starts. Programs of several slices are compiled for one of them: what crosses is `send`s to
-    the host that the Megascale runtime completes, each after the part within the slice; they count as rings of slices.
-    Bytes are those of the tiled layout, as everywhere here.
+    In a ring of n, a chip sends (n - 1) / n of an all-gather's output, of a reduce-scatter's or
+    all-to-all's input, and twice that of an all-reduce's; in a permutation its whole input. Sizes
+    are those of tiled layouts.
+
+    Three forms are the TPU compiler's own. An all-reduce fused with taking one's own shard is a
+    reduce-scatter. A collective spread over several fusions counts in the first. A program for
+    several slices is compiled for one of them, and sends between slices through the host (the
+    Megascale runtime): these count as rings of slices.
     """
-    totals = collections.Counter()
-    counts = collections.Counter()
-    for computation, times in _executed(program):
-        for instruction in computation.instructions.values():
-            for kind, group, crosses, sent in _sent(program, computation, instruction):
-                totals[kind, group, crosses] += sent * times
-                counts[kind, group, crosses] += times
-    table = (Collective(*key, count=counts[key], bytes=total) for key, total in totals.items())
-    return sorted(table, key=lambda c: -c.bytes)
+    within, between = collections.Counter(), 0
+    for computation, instruction, times in program.executed():
+        if instruction.opcode == "send" and _MEGASCALE.search(instruction.attributes):
+            between += _bytes_between_slices(instruction) * times
+        for holder, collective, kind in _collectives(program, computation, instruction):
+            within[kind] += _bytes_within_slice(program, holder, collective, kind) * times
+    return dict(within.most_common()), between
 
 
 def scheduled_cycles(program: Program) -> int:
-    """Cycles of the cores by the compiler's own estimates, one instruction after the other.
+    """Returns the cycles of all instructions, one after the other, by the compiler's estimates.
 
-    Fusions (with convolutions, so matmuls, inside), copies, slices, reductions, broadcasts and other single
-    instructions carry an estimate, which includes the wait for operands in HBM. None have: collectives, asynchronous
-    copies, sorts, reduce-windows, concatenations, custom calls (TopK, Pallas kernels) and scalars, which all count 0
-    here, and neither does time when a core waits for one of them.
+    An estimate includes the wait for operands in HBM. Collectives, asynchronous copies, sorts,
+    reduce-windows, concatenations, custom calls (TopK, Pallas kernels) and scalars have none, and
+    count 0. Time spent waiting for one of them is not included either.
     """
-    return sum(_own_cycles(computation) * times for computation, times in _executed(program))
+    return sum(
+        program.computations[name].cycles * times for name, times in program.executions.items()
+    )
 
 
 def memory_bytes(program: Program) -> int:
-    """Bytes read from and written to HBM.
+    """Returns the bytes read from and written to HBM.
 
-    Operands and results of every instruction, in their tiled layout, that have no other memory space: S(1) is VMEM. Of
-    a slice, dynamic slice or gather what is taken counts, of an update in place what is written, also inside a fusion,
-    if that is all that it does with a parameter; a copy or collective of two instructions counts once. A fusion's
-    operand counts once, so a matmul's that does not fit into VMEM and is fetched again is too low. Collectives count
-    their operands and results, not what a ring keeps in between.
+    They are the operands and results of each instruction, in tiled layouts, that are in HBM: S(1)
+    is VMEM. A slice or gather reads only its result's size, an update in place writes only the
+    update; this holds inside a fusion too, if it uses a parameter in no other way. An asynchronous
+    copy or collective counts once. The total is too low where a matmul's operand exceeds VMEM and
+    is read again, and for what a ring buffers.
     """
     return sum(
-        _moved(program, computation, instruction) * times
-        for computation, times in _executed(program)
-        for instruction in computation.instructions.values()
+        _instruction_traffic(program, computation, instruction) * times
+        for computation, instruction, times in program.executed()
     )
 
 
-# Reading
+# --- parsing ---
 
 
 def _instruction(line: str) -> tuple[Instruction, bool]:
+    """Parses a line; returns (instruction, whether it is the root)."""
     match = _INSTRUCTION.match(line)
     if match is None:
         raise ValueError(f"not an HLO instruction: {line.strip()[:200]}")
-    is_root, name, type_, opcode, after = match.groups()
-    end = after.find(")")
-    if opcode != "constant":  # whose operand is a literal
-        opened = after.count("(", 0, end)
-        while opened:  # operands with their types, which have parentheses in their layouts
-            start, end = end + 1, after.find(")", end + 1)
-            opened += after.count("(", start, end) - 1
-            if end < 0:
-                raise ValueError(f"operands without an end: {line.strip()[:200]}")
-    if end < 0:
-        raise ValueError(f"operands without an end: {line.strip()[:200]}")
-    operands = (
-        tuple(_NAMES.findall(after, 0, end))
-        if opcode not in ("constant", "parameter")
-        else (after[:end],)
-    )
-    if not operands and after[:end].strip():
-        raise ValueError(f"operands without names: {line.strip()[:200]}")
-    return Instruction(name, type_, opcode, operands, after[end + 1 :]), is_root is not None
+    root, name, type_, opcode, inside, attributes = match.groups()
+    operands = (inside,)
+    if opcode not in ("constant", "parameter"):
+        operands = tuple(re.findall(r"%([\w.\-]+)", inside))
+        if inside.strip() and not operands:
+            raise ValueError(f"operands without names: {line.strip()[:200]}")
+    return Instruction(name, type_, opcode, operands, attributes), root is not None
 
 
-def _called(instruction: Instruction) -> dict[str, str]:
-    """Names of the computations an instruction calls, by what they are to it."""
-    return dict(_CALLED.findall(instruction.rest))
+def _callee(instruction: Instruction) -> str:
+    """Returns the name of the computation that a fusion or call runs."""
+    match = _CALLEE.search(instruction.attributes)
+    if match is None:
+        raise ValueError(f"calls nothing: {instruction}")
+    return match[1]
 
 
-def _branches(instruction: Instruction) -> list[str]:
-    found = [listed or one for listed, one in _BRANCHES.findall(instruction.rest)]
-    return [name.strip().lstrip("%") for part in found for name in part.split(",")]
-
-
-def _executed(program: Program) -> Iterator[tuple[Computation, int]]:
-    for name, times in program.executions.items():
-        yield program.computations[name], times
-
-
-def _own_cycles(computation: Computation) -> int:
-    found = (_CYCLES.search(i.rest) for i in computation.instructions.values())
-    return sum(int(match[1]) for match in found if match)
-
-
-# Loops. A value is followed to `(element, plus)`: an element of the tuple a loop carries, and what was added to it;
-# a constant has the element None. None where it is anything else.
-
-Value = tuple[int | None, int] | None
+# --- executions ---
 
 
 def _executions(
     computations: dict[str, Computation], entry: str
 ) -> tuple[dict[str, int], tuple[str, ...]]:
-    counts, unknown = collections.Counter(), {}
+    """Returns (how often each computation runs, names of loops of unknown length)."""
+    unknown: dict[str, None] = {}
 
-    def visit(name: str, times: int, known: dict[int, int]) -> int:
-        """Adds a computation's executions; returns the cycles of one."""
-        if name not in computations:
-            raise ValueError(f"{name} is called and not there")
-        computation = computations[name]
-        counts[name] += times
-        cycles = _own_cycles(computation)
-        for instruction in computation.instructions.values():
-            opcode = instruction.opcode
-            if opcode == "while":
-                parts = _called(instruction)
-                trips, inside = _loop(computations, computation, instruction, known)
-                if trips is None:
-                    unknown[instruction.name] = trips = 1
-                cycles += visit(parts["body"], times * trips, inside) * trips
-                cycles += visit(parts["condition"], times * (trips + 1), inside) * (trips + 1)
-            elif opcode == "conditional":
-                before = counts.copy()
-                tried = []
-                for branch in _branches(instruction):
-                    counts.clear()
-                    tried.append((visit(branch, times, {}), len(tried), counts.copy()))
-                most, _, added = max(tried)
-                cycles += most
-                counts.clear()
-                counts.update(before + added)
-            elif opcode == "call" or opcode == "async-start":
-                parts = _called(instruction)
-                cycles += visit(parts.get("to_apply") or parts["calls"], times, {})
-        return cycles
+    def runs(name: str, inputs: Inputs = lambda *_: None) -> dict[str, int]:
+        """Returns how often each computation runs in one call of `name`."""
+        counts = collections.Counter({name: 1})
 
-    visit(entry, 1, {})
-    return dict(counts), tuple(unknown)
+        def add(called: dict[str, int], times: int = 1) -> None:
+            for each, count in called.items():
+                counts[each] += count * times
+
+        for instruction in computations[name].instructions.values():
+            match instruction.opcode:
+                case "while":
+                    rounds, known = _loop(computations, computations[name], instruction, inputs)
+                    if rounds is None:
+                        unknown[instruction.name], rounds = None, 1
+                    # A nested loop may count up to a number that this one carries along.
+                    for part, callee in _LOOP.findall(instruction.attributes):
+                        times = rounds + (part == "condition")
+                        add(runs(callee, lambda _, each, known=known: known.get(each)), times)
+                case "conditional":
+                    branches = [runs(branch) for branch in _branches(instruction)]
+                    branches.reverse()  # of two with equal cycles the later counts
+                    add(max(branches, key=cycles))
+                case "call" | "async-start":
+                    add(runs(_callee(instruction)))
+        return counts
+
+    def cycles(counts: dict[str, int]) -> int:
+        return sum(computations[name].cycles * times for name, times in counts.items())
+
+    return dict(runs(entry)), tuple(unknown)
+
+
+def _branches(instruction: Instruction) -> list[str]:
+    """Returns the names of a conditional's branches."""
+    matches = _BRANCHES.findall(instruction.attributes)
+    return re.findall(r"[\w.\-]+", ",".join(many or one for many, one in matches))
+
+
+# --- loops ---
 
 
 def _loop(
     computations: dict[str, Computation],
-    outside: Computation,
+    computation: Computation,
     loop: Instruction,
-    known: dict[int, int],
-) -> tuple[int | None, dict[int, int]]:
-    """How often a loop goes round, and the elements of its tuple that are the same known number in every round."""
-    parts = _called(loop)
-    if parts.get("body") not in computations or parts.get("condition") not in computations:
-        raise ValueError(f"not a loop: {loop}")
-    body, condition = computations[parts["body"]], computations[parts["condition"]]
-    carried = outside.instructions[loop.operands[0]]
+    inputs: Inputs,
+) -> tuple[int | None, State]:
+    """Returns (rounds of a loop, or None if unknown; integers that are the same in each round).
 
-    while carried.opcode in PASSED_ON:
-        carried = outside.instructions[carried.operands[0]]
+    It runs the loop's counter, since the TPU compiler's text lacks the rounds that XLA knew.
+    """
+    parts = dict(_LOOP.findall(loop.attributes))
+    condition, body = computations[parts["condition"]], computations[parts["body"]]
 
-    def first(element: int) -> int | None:
-        if carried.opcode == "parameter":
-            return known.get(element)
-        if carried.opcode != "tuple":
-            return None
-        value = _follow(computations, outside, carried.operands[element], _nothing)
-        if value is None:
-            return None
-        return value[1] if value[0] is None else _plus(known.get(value[0]), value[1])
+    def result(part: Computation, state: State, element: int | None = None) -> int | None:
+        carried: Inputs = lambda _, each: state.get(each)  # noqa: E731
+        return _value(computations, part, part.root.name, carried, element)
 
-    steps = {}
-    if body.root.opcode == "tuple":
-        for element, operand in enumerate(body.root.operands):
-            if _scalar_integer(body.instructions[operand].type):
-                steps[element] = _follow(computations, body, operand, _nothing)
-    same = {element: first(element) for element, step in steps.items() if step == (element, 0)}
-    inside = {element: n for element, n in same.items() if n is not None}
-    if match := _TRIPS.search(loop.rest):
-        return int(match[1]), inside
-    test = _comparison(computations, condition)
-    if test is None:
-        return None, inside
-    (left, right), direction = test
-    fixed = {None: 0, **inside}
-    sign = {"LT": 1, "LE": 1, "GT": -1, "GE": -1, "NE": 0}.get(direction)
-    if sign is None or left is None or right is None:
-        return None, inside
-    if left[0] in fixed:
-        left, right, sign = right, left, -sign
-    if right[0] not in fixed or left[0] in fixed:
-        return None, inside
-    start, step, limit = first(left[0]), steps.get(left[0]), fixed[right[0]] + right[1] - left[1]
-    # A body that adds a number the loop carries along is followed to that number's element, not to the counter's.
-    if start is None or step is None or step[0] != left[0] or not step[1]:
-        return None, inside
-    if direction == "NE":
-        whole = (limit - start) % step[1] == 0 and (limit - start) // step[1] >= 0
-        return ((limit - start) // step[1] if whole else None), inside
-    if step[1] * sign < 0:
-        return None, inside
-    return max(
-        -(-((limit - start) * sign + (direction in ("LE", "GE"))) // abs(step[1])), 0
-    ), inside
+    def advance(state: State) -> State:
+        values = {element: result(body, state, element) for element in state}
+        return {element: value for element, value in values.items() if value is not None}
+
+    # The known integers that the loop starts from.
+    start: State = {}
+    for element in range(len(body.root.operands) if body.root.opcode == "tuple" else 0):
+        value = _value(computations, computation, loop.operands[0], inputs, element)
+        if value is not None:
+            start[element] = value
+
+    # Drops what changes, until a round changes nothing.
+    constants, after = start, advance(start)
+    while constants != after:
+        constants = {each: n for each, n in constants.items() if after.get(each) == n}
+        after = advance(constants)
+
+    # The rounds, which the CPU compiler writes down.
+    if match := _ROUNDS.search(loop.attributes):
+        return int(match[1]), constants
+    state = start
+    for rounds in range(MOST_ROUNDS):
+        goes_on = result(condition, state)
+        if not goes_on:
+            return None if goes_on is None else rounds, constants
+        state = advance(state)
+    return None, constants
 
 
-def _nothing(place: int) -> Value:
-    """Of an unfused computation's parameters."""
-    return None
-
-
-def _plus(number: int | None, more: int) -> int | None:
-    return None if number is None else number + more
-
-
-def _scalar_integer(type_: str) -> bool:
-    return re.match(r"[su]\d+\[\]", type_) is not None
-
-
-def _comparison(
-    computations: dict[str, Computation], condition: Computation
-) -> tuple[tuple[Value, Value], str] | None:
-    """What a loop's condition compares, and how; None where it is not one comparison."""
-    computation, root, bound = condition, condition.root, _nothing
-    while root.opcode in ("fusion", "call", *PASSED_ON):
-        if root.opcode in PASSED_ON:
-            root = computation.instructions[root.operands[0]]
-            continue
-        values = [_follow(computations, computation, operand, bound) for operand in root.operands]
-        parts = _called(root)
-        computation, bound = (
-            computations[parts.get("calls") or parts["to_apply"]],
-            dict(enumerate(values)).get,
-        )
-        root = computation.root
-    if root.opcode != "compare":
-        return None
-    left, right = (_follow(computations, computation, operand, bound) for operand in root.operands)
-    return (left, right), re.search(r"direction=(\w+)", root.rest)[1]
-
-
-def _follow(
+def _value(
     computations: dict[str, Computation],
     computation: Computation,
     name: str,
-    bound: Callable[[int], Value],
-) -> Value:
-    """A scalar integer back to where it comes from. `bound`: the values of a fused computation's parameters."""
+    inputs: Inputs,
+    element: int | None = None,
+) -> int | None:
+    """Evaluates an integer, or an element of a tuple; returns None if it is not known."""
     instruction = computation.instructions[name]
-    operands = instruction.operands
-    match instruction.opcode:
-        case "constant":
-            return (None, int(operands[0])) if re.fullmatch(r"-?\d+", operands[0]) else None
-        case "parameter":
-            return bound(int(operands[0]))
-        case "get-tuple-element":
-            source = computation.instructions[operands[0]]
-            element = int(re.search(r"index=(\d+)", instruction.rest)[1])
-            if source.opcode == "parameter":
-                return (element, 0)
-            if source.opcode == "tuple":
-                return _follow(computations, computation, source.operands[element], bound)
-            if source.opcode == "fusion":
-                return _follow_into(computations, computation, source, element, bound)
-            return None
-        case "add" | "subtract":
-            left, right = (
-                _follow(computations, computation, operand, bound) for operand in operands
-            )
-            sign = 1 if instruction.opcode == "add" else -1
-            if (
-                left is None
-                or right is None
-                or (right[0] is not None and (left[0] is not None or sign < 0))
-            ):
-                return None
-            return (left[0] if left[0] is not None else right[0], left[1] + sign * right[1])
-        case "fusion":
-            return _follow_into(computations, computation, instruction, None, bound)
-        case opcode if opcode in PASSED_ON:
-            return _follow(computations, computation, operands[0], bound)
-    return None
+    opcode, operands = instruction.opcode, instruction.operands
 
+    def operand(place: int, element: int | None = None) -> int | None:
+        return _value(computations, computation, operands[place], inputs, element)
 
-def _follow_into(
-    computations: dict[str, Computation],
-    computation: Computation,
-    fusion: Instruction,
-    element: int | None,
-    bound: Callable[[int], Value],
-) -> Value:
-    fused = computations[_called(fusion)["calls"]]
-
-    @functools.cache
-    def value(place: int) -> Value:
-        operand = fusion.operands[place]
-        if not _scalar_integer(computation.instructions[operand].type):
-            return None
-        return _follow(computations, computation, operand, bound)
-
-    if element is not None and fused.root.opcode != "tuple":
+    # Instructions that pass a value on, take it out of a tuple or compute it in a fusion.
+    if opcode in PASSED_ON:
+        return operand(0, element)
+    if element is None and not _SCALAR.match(instruction.type):
         return None
-    result = fused.root.name if element is None else fused.root.operands[element]
-    return _follow(computations, fused, result, value)
+    match opcode:
+        case "parameter":
+            return inputs(int(operands[0]), element)
+        case "get-tuple-element" if element is None:
+            return operand(0, int(re.search(r"index=(\d+)", instruction.attributes)[1]))
+        case "tuple":
+            return operand(element)
+        case "fusion" | "call":
+            fused = computations[_callee(instruction)]
+            return _value(computations, fused, fused.root.name, operand, element)
+
+    # Constants and arithmetic.
+    if opcode == "constant":
+        return int(operands[0]) if re.fullmatch(r"-?\d+", operands[0]) else None
+    function = ARITHMETIC.get(opcode)
+    if opcode == "compare":
+        function = COMPARISONS[re.search(r"direction=(\w+)", instruction.attributes)[1]]
+    terms = [operand(0), operand(1)] if function else [None]
+    return None if None in terms else int(function(*terms))
 
 
-# Shapes
+# --- sizes ---
 
 
 @functools.lru_cache(maxsize=1 << 16)
 def _arrays(type_: str) -> tuple[tuple[int, bool], ...]:
-    """The bytes of each array in a type, padded to its tiles, and whether it is in HBM."""
+    """Returns (bytes padded to tiles, whether it is in HBM) of each array in a type."""
     return tuple(_array(*part) for part in _ARRAY.findall(type_))
 
 
 def _array(element: str, dimensions: str, layout: str) -> tuple[int, bool]:
-    bits = BITS.get(element)
-    if bits is None:
-        digits = re.match(r"[a-z]+(\d+)", element)
-        if digits is None:
-            raise ValueError(f"an unknown type: {element}[{dimensions}]")
-        bits = int(digits[1])
-    try:
+    """Returns (bytes padded to tiles, whether it is in HBM) of an array type."""
+    try:  # a bounded dynamic dimension is written <=9
+        bits = BITS[element] if element in BITS else int(re.match(r"[a-z]+(\d+)", element)[1])
         sizes = [int(size.strip("<= ")) for size in dimensions.split(",") if size]
-    except ValueError:
-        raise ValueError(f"an unknown shape: {element}[{dimensions}]") from None
+    except (TypeError, ValueError):
+        raise ValueError(f"an unknown type: {element}[{dimensions}]") from None
+
+    # The layout is minor_to_major:T(tile)...S(memory space).
     order, _, rest = layout.partition(":")
-    tile = re.search(r"T\(([\d,]+)\)", rest)
-    if tile:
-        tiles = [int(t) for t in tile[1].split(",")]
-        minor = [int(d) for d in order.split(",") if d]
-        sizes = [sizes[d] for d in reversed(minor)] if minor else sizes
+    if tile := re.search(r"T\(([\d,]+)\)", rest):
+        tiles = [int(size) for size in tile[1].split(",")]
+        sizes = [sizes[int(each)] for each in reversed(order.split(","))] if order else sizes
         sizes = [1] * (len(tiles) - len(sizes)) + sizes
         for place, size in enumerate(tiles, len(sizes) - len(tiles)):
             sizes[place] = -(-sizes[place] // size) * size
@@ -493,246 +410,227 @@ def _bytes(type_: str) -> int:
     return sum(size for size, _ in _arrays(type_))
 
 
-def _in_memory(type_: str) -> int:
-    return sum(size for size, here in _arrays(type_) if here)
+def _hbm_bytes(type_: str) -> int:
+    return sum(size for size, in_hbm in _arrays(type_) if in_hbm)
 
 
 @functools.lru_cache(maxsize=1 << 16)
 def _elements(type_: str) -> tuple[str, ...]:
-    """A tuple type's, outermost; an array's type alone."""
+    """Returns the elements of a tuple type; an array type alone."""
     if type_[0] != "(":
         return (type_,)
-    parts, depth, start = [], 0, 1
-    for place, letter in enumerate(type_):
-        depth += letter in "({["
-        depth -= letter in ")}]"
-        if (letter == "," and depth == 1) or depth == 0:
-            parts.append(type_[start:place])
-            start = place + 1
-            if depth == 0:
-                break
-    return tuple(part.split("*/")[-1].strip() for part in parts)
-
-
-# Network
-
-
-def _sent(
-    program: Program, computation: Computation, instruction: Instruction
-) -> Iterator[tuple[str, int, bool, int]]:
-    """The (kind, group, crosses, bytes) of an instruction's communication: of itself, or of what a fusion holds."""
-    if instruction.opcode == "send" and (match := _MEGASCALE.search(instruction.rest)):
-        yield _sent_by_host(match[1], instruction)
-    elif instruction.opcode == "fusion":
-        fused = program.computations.get(_called(instruction).get("calls"))
-        if fused is None:
-            raise ValueError(f"a fusion of nothing: {instruction}")
-        inner = [i for i in fused.instructions.values() if i.opcode in COLLECTIVES]
-        if not inner or _chained(fused) in ("middle", "done"):
-            return
-        for collective in inner:
-            scattered = collective.opcode == "all-reduce" and fused.root.opcode == "dynamic-slice"
-            yield _ring(
-                program, fused, collective, "reduce-scatter" if scattered else collective.opcode
-            )
-    else:
-        kind = instruction.opcode.removesuffix("-start")
-        if kind in COLLECTIVES:
-            yield _ring(program, computation, instruction, kind)
-        elif kind in ("ragged-all-to-all", "collective-broadcast"):
-            raise ValueError(f"bytes that {kind} sends are not known here: {instruction}")
-
-
-def _chained(fused: Computation) -> str | None:
-    """Which part of a collective spread over fusions one is: 'start', 'middle' or 'done'; None of any other fusion."""
-    chained = False
-    for instruction in fused.instructions.values():
-        if instruction.opcode == "custom-call" and "AsyncCollective" in instruction.rest:
-            return "start" if '"AsyncCollectiveStart"' in instruction.rest else "done"
-        chained |= instruction.opcode in COLLECTIVES and "chain_id=" in instruction.rest
-    return "middle" if chained else None
-
-
-def _ring(
-    program: Program, computation: Computation, instruction: Instruction, kind: str
-) -> tuple[str, int, bool, int]:
-    if kind == "collective-permute":
-        if not _PAIRS.search(instruction.rest):
-            raise ValueError(f"a permutation without pairs: {instruction}")
-        return kind, 2, False, _operand_bytes(computation, instruction)
-    n = _group(instruction, program.devices)
-    if kind == "all-gather":
-        return kind, n, False, _bytes(_result(instruction)) * (n - 1) // n
-    whole = _operand_bytes(computation, instruction)
-    return kind, n, False, whole * (n - 1) * (2 if kind == "all-reduce" else 1) // n
-
-
-def _operand_bytes(computation: Computation, instruction: Instruction) -> int:
-    return sum(_bytes(computation.instructions[operand].type) for operand in instruction.operands)
+    parts, depth = [""], 0
+    for letter in type_[1:-1]:
+        depth += (letter in "({[") - (letter in ")}]")
+        if letter == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return tuple(part.split("*/")[-1].strip() for part in parts)  # without /*index=5*/
 
 
 def _result(instruction: Instruction) -> str:
-    """The type of what comes out, of a `-start` too: its tuple is of operands, results and flags."""
+    """Returns the result's type; the tuple of a `-start` has operands and flags beside it."""
     elements = _elements(instruction.type)
-    if instruction.opcode == "copy-start":  # the one that has its result first
+    if instruction.opcode in ("copy-start", "recv"):
         return elements[0]
     if instruction.opcode.endswith("-start") and instruction.opcode != "all-reduce-start":
         return elements[1]
-    return elements[0] if instruction.opcode == "recv" else instruction.type
+    return instruction.type
 
 
-def _numbers(listed: str) -> list[int]:
-    return [int(n) for n in listed.split(",") if n]
+# --- network ---
 
 
-def _group(instruction: Instruction, devices: int) -> int:
-    """How many devices a collective has in a group; raises ValueError where groups differ or are not understood."""
-    rest = instruction.rest
-    if match := _IOTA.search(rest):
-        groups, size = _numbers(match[1])
-        if groups * size != math.prod(_numbers(match[2])):
-            raise ValueError(f"groups that do not divide the devices: {instruction}")
-        return size
-    if match := _LISTED.search(rest):
-        sizes = {len(_numbers(group)) for group in re.findall(r"\{([\d,]*)\}", match[1])} or {
-            devices
-        }
-        if len(sizes) != 1:
-            raise ValueError(f"groups of several sizes: {instruction}")
-        return sizes.pop()
-    if match := _MESH.search(rest):
-        axes = {name: int(size) for name, size in re.findall(r"'?([\w.\-]+)'?=(\d+)", match[1])}
-        names = [name.strip(" '\"") for name in match[3].split(",")]
+def _collectives(
+    program: Program, computation: Computation, instruction: Instruction
+) -> Iterator[tuple[Computation, Instruction, str]]:
+    """Yields (computation, collective, kind) of an instruction: itself, or those in a fusion."""
+    if instruction.opcode != "fusion":
+        kind = instruction.opcode.removesuffix("-start")
+        if kind in ("ragged-all-to-all", "collective-broadcast"):
+            raise ValueError(f"bytes that {kind} sends are unknown: {instruction}")
+        if kind in COLLECTIVES:
+            yield computation, instruction, kind
+        return
+    # Each fusion of a chain names the collective again; it counts in the first.
+    fused = program.callee(instruction)
+    if _chain_part(fused) in ("middle", "done"):
+        return
+    for inner in fused.instructions.values():
+        # Every chip takes its shard of the sum, so the compiler sends no more than that.
+        if inner.opcode == "all-reduce" and fused.root.opcode == "dynamic-slice":
+            yield fused, inner, "reduce-scatter"
+        elif inner.opcode in COLLECTIVES:
+            yield fused, inner, inner.opcode
+
+
+def _chain_part(fused: Computation) -> str | None:
+    """Returns the part of a collective spread over fusions: start, middle or done; else None."""
+    part = None
+    for instruction in fused.instructions.values():
+        if instruction.opcode == "custom-call" and "AsyncCollective" in instruction.attributes:
+            return "start" if '"AsyncCollectiveStart"' in instruction.attributes else "done"
+        if instruction.opcode in COLLECTIVES and "chain_id=" in instruction.attributes:
+            part = "middle"
+    return part
+
+
+def _bytes_within_slice(
+    program: Program, computation: Computation, collective: Instruction, kind: str
+) -> int:
+    """Returns the bytes that a chip sends for a collective."""
+    whole = sum(map(_bytes, computation.operand_types(collective)))
+    if kind == "collective-permute":
+        return whole
+    if kind == "all-gather":
+        whole = _bytes(_result(collective))
+    return _ring_bytes(kind, whole, _group_size(collective, program.devices))
+
+
+def _ring_bytes(kind: str, whole: int, size: int) -> int:
+    return whole * (size - 1) * (2 if kind == "all-reduce" else 1) // size
+
+
+def _group_size(collective: Instruction, devices: int) -> int:
+    """Returns how many devices a group has; raises ValueError if groups differ or are unknown."""
+    if match := _IOTA_GROUPS.search(collective.attributes):
+        return int(match[1])
+    if match := _LISTED_GROUPS.search(collective.attributes):
+        sizes = {group.count(",") + 1 for group in re.findall(r"\{[\d,]+\}", match[1])}
+        if len(sizes) > 1:
+            raise ValueError(f"groups of several sizes: {collective}")
+        return sizes.pop() if sizes else devices
+    if match := _MESH_GROUPS.search(collective.attributes):
+        axes = dict(re.findall(r"'?([\w.\-]+)'?=(\d+)", match[1]))
+        names = [name.strip(" '\"") for name in match[2].split(",")]
         if axes.keys() >= set(names):
-            return math.prod(axes[name] for name in names)
-    raise ValueError(f"groups that are not understood: {instruction}")
+            return math.prod(int(axes[name]) for name in names)
+    raise ValueError(f"groups in an unknown notation: {collective}")
 
 
-def _sent_by_host(transfer: str, instruction: Instruction) -> tuple[str, int, bool, int]:
-    target = _TARGET.search(instruction.rest)
-    if target is None:
-        raise ValueError(f"slices that are not understood: {instruction}")
-    whole = _bytes(_elements(instruction.type)[0])
-    if transfer == "ONE_TO_ONE":
-        return "collective-permute", 2, True, whole
-    first = re.match(r"\{+([^}]*)\}", target[1])[1].split(",")
-    if "x{" in target[1]:  # {slices}x{devices of each}
-        bounds = [[int(n) for n in part.split(":")] for part in first]
-        slices = sum(part[-1] - part[0] + 1 for part in bounds)
-    else:  # of a group, the device's number and its slice's in the hundred thousands
-        slices = len({int(n) // 100_000 for n in first})
-    kind = transfer.lower().replace("_", "-")
-    if kind == "all-gather":  # each slice's shard goes past all others
-        return kind, slices, True, whole * (slices - 1)
-    if kind not in ("all-reduce", "reduce-scatter", "all-to-all"):
-        raise ValueError(f"a transfer that is not understood: {instruction}")
-    return kind, slices, True, whole * (slices - 1) * (2 if kind == "all-reduce" else 1) // slices
+def _bytes_between_slices(send: Instruction) -> int:
+    """Returns the bytes that a chip sends to other slices by one Megascale `send`."""
+    transfer = _MEGASCALE.search(send.attributes)[1]
+    target = _MEGASCALE_TARGET.search(send.attributes)
+    kind, whole = transfer.lower().replace("_", "-"), _bytes(_elements(send.type)[0])
+    if target is None or kind not in (*COLLECTIVES, "one-to-one"):
+        raise ValueError(f"a transfer between slices in an unknown notation: {send}")
+    if kind == "one-to-one":
+        return whole
+
+    # A ring of slices, written {slices}x{devices of each}, or as a group of numbers of devices,
+    # each its slice's in the hundred thousands.
+    if target[2]:
+        slices = 0
+        for part in target[1].split(","):
+            low, _, high = part.partition(":")
+            slices += int(high or low) - int(low) + 1
+    else:
+        slices = len({int(number) // 100_000 for number in target[1].split(",")})
+    return _ring_bytes(kind, whole * slices if kind == "all-gather" else whole, slices)
 
 
-# Memory
+# --- memory ---
 
 
-def _moved(program: Program, computation: Computation, instruction: Instruction) -> int:
-    opcode = instruction.opcode
-    if opcode in FREE or opcode.endswith("-done"):
+def _instruction_traffic(
+    program: Program, computation: Computation, instruction: Instruction
+) -> int:
+    """Returns the HBM bytes that an instruction reads and writes."""
+    opcode, attributes = instruction.opcode, instruction.attributes
+    if _FREE.fullmatch(opcode):
         return 0
-    if opcode == "custom-call" and re.search(
-        'custom_call_target="(AllocateBuffer|ConcatBitcast)"', instruction.rest
-    ):
+    # These two reserve memory or rename it.
+    if re.search('custom_call_target="(AllocateBuffer|ConcatBitcast)"', attributes):
         return 0
-    types = [computation.instructions[operand].type for operand in instruction.operands]
+    types = computation.operand_types(instruction)
     if opcode == "fusion":
-        return _moved_by_fusion(program, instruction, types)
-    written = 0 if opcode == "send" else _in_memory(_result(instruction))
-    if opcode in ("slice", "dynamic-slice", "gather", "slice-start"):
-        taken = _bytes(_result(instruction)) if _in_memory(types[0]) else 0
-        return taken + written + sum(map(_in_memory, types[1:]))
-    if opcode == "dynamic-update-slice":
-        return (_bytes(types[1]) if _in_memory(types[0]) else 0) + sum(map(_in_memory, types[1:]))
-    if opcode == "scatter":  # reads what it adds to
-        return (2 * _bytes(types[2]) if _in_memory(types[0]) else 0) + sum(
-            map(_in_memory, types[1:])
-        )
-    return written + sum(map(_in_memory, types))
+        return _fusion_traffic(program, instruction, types)
 
-
-def _moved_by_fusion(program: Program, fusion: Instruction, types: list[str]) -> int:
-    fused = program.computations[_called(fusion)["calls"]]
-    chained = _chained(fused)
-    if chained == "done":
-        return 0
-    results, passed = list(_elements(fusion.type)), set()
-    if chained:  # buffers that go from fusion to fusion and no further; the first reads the shard
-        for out, operand in re.findall(r"\{(\d*)\}: \((\d+), \{\}\)", fusion.rest):
-            results[int(out or 0)] = "()"
-            passed |= {int(operand)} if chained == "middle" else set()
-    read_, in_place = _parameters(program, fused)
-    total = 0
+    # Operands, then results.
+    traffic = 0
     for place, type_ in enumerate(types):
-        if place not in passed and _in_memory(type_):
-            taken = read_.get(place)
-            total += _in_memory(type_) if taken is None else min(taken, _in_memory(type_))
-    for place, type_ in enumerate(results):
-        if _in_memory(type_):
-            total += in_place.get(place, _in_memory(type_))
+        part = _part_read(computation, instruction, place)
+        in_hbm = _hbm_bytes(type_)
+        traffic += in_hbm if part is None else part * bool(in_hbm)
+    if opcode in UPDATES:
+        return traffic + _bytes(types[UPDATES[opcode]]) * bool(_hbm_bytes(types[0]))
+    return traffic + (0 if opcode == "send" else _hbm_bytes(_result(instruction)))
+
+
+def _fusion_traffic(program: Program, fusion: Instruction, types: list[str]) -> int:
+    """Returns the HBM bytes of a fusion, whose operands have these types."""
+    fused = program.callee(fusion)
+    part = _chain_part(fused)
+    if part == "done":
+        return 0
+
+    # Buffers of a collective that pass from fusion to fusion; the first reads the shard.
+    passed_operands, passed_results = set(), set()
+    if part is not None:
+        for result, operand in re.findall(r"\{(\d*)\}: \((\d+), \{\}\)", fusion.attributes):
+            passed_results.add(int(result or 0))
+            if part == "middle":
+                passed_operands.add(int(operand))
+
+    # All others.
+    traffic = 0
+    for place, type_ in enumerate(types):
+        if place not in passed_operands and (in_hbm := _hbm_bytes(type_)):
+            read_ = _bytes_read(program, fused, fused.parameters[place])
+            traffic += in_hbm if read_ is None else min(read_, in_hbm)
+    results = fused.root.operands if fused.root.opcode == "tuple" else (fused.root.name,)
+    for place, type_ in enumerate(_elements(fusion.type)):
+        if place not in passed_results and (in_hbm := _hbm_bytes(type_)):
+            written = (
+                _bytes_updated(program, fused, results[place]) if place < len(results) else None
+            )
+            traffic += in_hbm if written is None else written
+    return traffic
+
+
+def _part_read(computation: Computation, user: Instruction, place: int) -> int | None:
+    """Returns the bytes that an instruction reads of an operand; None for all of it."""
+    if place == 0 and user.opcode in SLICES:
+        return _bytes(_result(user))
+    if place == 0 and user.opcode in UPDATES:  # a scatter reads what it adds to
+        return _bytes(computation.operand(user, 2).type) if user.opcode == "scatter" else 0
+    return None
+
+
+def _bytes_read(program: Program, fused: Computation, name: str) -> int | None:
+    """Returns the bytes that a fusion reads of a value; None for all of it."""
+    if name == fused.root.name:  # it leaves the fusion whole
+        return None
+    total = 0
+    for user, place in fused.users[name]:
+        match user.opcode:
+            case "bitcast":
+                part = _bytes_read(program, fused, user.name)
+            case "fusion":
+                inner = program.callee(user)
+                part = _bytes_read(program, inner, inner.parameters[place])
+            case _:
+                part = _part_read(fused, user, place)
+        if part is None:
+            return None
+        total += part
     return total
 
 
-def _parameters(program: Program, fused: Computation) -> tuple[dict[int, int], dict[int, int]]:
-    """Of a fused computation, the bytes read of each parameter of which only slices are, and the bytes written of each
-    result that is a parameter updated in place.
-    """
-    users = collections.defaultdict(list)
-    for instruction in fused.instructions.values():
-        if instruction.opcode not in ("parameter", "constant"):
-            for place, operand in enumerate(instruction.operands):
-                users[operand].append((instruction, place))
-
-    def taken(name: str) -> int | None:
-        """Bytes read of a value; None for all of it, and for what leaves the computation."""
-        if name == fused.root.name:
-            return None
-        total = 0
-        for user, place in users[name]:
-            part = None
-            if user.opcode in ("dynamic-slice", "slice", "gather") and place == 0:
-                part = _bytes(user.type)
-            elif user.opcode == "dynamic-update-slice" and place == 0:
-                part = 0
-            elif user.opcode == "scatter" and place == 0:
-                part = _bytes(fused.instructions[user.operands[2]].type)
-            elif user.opcode == "bitcast":
-                part = taken(user.name)
-            elif user.opcode == "fusion":
-                part = _parameters(program, program.computations[_called(user)["calls"]])[0].get(
-                    place
-                )
-            if part is None:
-                return None
-            total += part
-        return total
-
-    read_ = {}
-    for instruction in fused.instructions.values():
-        if instruction.opcode == "parameter" and (bytes_ := taken(instruction.name)) is not None:
-            read_[int(instruction.operands[0])] = bytes_
-    root = fused.root
-    in_place = {}
-    for place, name in enumerate(root.operands if root.opcode == "tuple" else (root.name,)):
-        instruction, written = fused.instructions[name], None
-        while instruction.opcode in ("bitcast", "dynamic-update-slice", "scatter"):
-            if instruction.opcode != "bitcast":
-                update = fused.instructions[
-                    instruction.operands[1 if instruction.opcode != "scatter" else 2]
-                ]
-                written = (written or 0) + _bytes(update.type)
-            instruction = fused.instructions[instruction.operands[0]]
-        if instruction.opcode == "fusion" and written is None:
-            written = _parameters(program, program.computations[_called(instruction)["calls"]])[
-                1
-            ].get(0)
-        elif instruction.opcode != "parameter":  # a new array, all of which is written
-            written = None
-        if written is not None:
-            in_place[place] = written
-    return read_, in_place
+def _bytes_updated(program: Program, fused: Computation, name: str) -> int | None:
+    """Returns the bytes written of a result that updates a parameter in place; None for all."""
+    # Several updates of one array may follow each other; each writes only its own part.
+    instruction, written = fused.instructions[name], None
+    while instruction.opcode == "bitcast" or instruction.opcode in UPDATES:
+        if instruction.opcode in UPDATES:
+            update = fused.operand(instruction, UPDATES[instruction.opcode])
+            written = (written or 0) + _bytes(update.type)
+        instruction = fused.operand(instruction, 0)
+    if instruction.opcode == "parameter":
+        return written
+    if instruction.opcode == "fusion" and written is None:
+        inner = program.callee(instruction)
+        return _bytes_updated(program, inner, inner.root.name)
+    return None  # a new array, all of which is written

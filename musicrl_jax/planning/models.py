@@ -1,7 +1,7 @@
-"""The models and systems of a run as shapes, from the stages that will make them or from disk.
+"""Loads models and systems of a run as shapes, from the stages that will make them or from disk.
 
-A reader (`core.checkpoint.Reader`) that answers with shapes takes the place of `load_model`, so that
-systems, rewards and objectives load as they do in a run.
+A reader (`core.checkpoint.Reader`) that returns shapes replaces `load_model`. Systems, rewards and
+objectives then load as they do in a run.
 """
 
 import json
@@ -23,9 +23,9 @@ from musicrl_jax.systems.player import roll_out
 from musicrl_jax.systems.system import Sampling, Text, Weights
 
 PLANNED = "planned"  # the content hash of every model
-PROMPT = "music"  # every prompt; the stand-in vocabulary knows it
+PROMPT = "music"  # every prompt
 _WORDS = {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, PROMPT: 4}
-# Assets of models that are not there: a tokenizer.json, since shapes do not depend on the words.
+# Assets of models that are not trained yet. Shapes do not depend on a tokenizer's words.
 STAND_INS = {
     VOCABULARY: json.dumps(
         {
@@ -38,7 +38,7 @@ STAND_INS = {
     ).encode(),
     checkpoint.LINEAGE: json.dumps(dict.fromkeys(("codec", "semantic", "mulan"), PLANNED)).encode(),
 }
-# The argument that names the folder a verb writes.
+# Each verb's argument that names the folder it writes.
 OUTPUTS = {
     "train": "model_dir",
     "train_rl": "model_dir",
@@ -50,21 +50,30 @@ OUTPUTS = {
 
 
 class PlannedModels:
-    """What stands, or will stand, in the folders of a run."""
+    """Models in the folders of a run, or of stages that will write these folders."""
 
     def __init__(self, stages: Mapping[str, Stage], clip_seconds: float):
-        """Notes which stage writes which folder."""
+        """Records which stage writes which folder."""
         self.clip_seconds = clip_seconds
+        self._models: dict[tuple[str, type], checkpoint.Model] = {}
         self._makers: dict[str, Stage] = {}
         for stage in stages.values():
             if stage.verb in OUTPUTS:
                 self._makers[os.path.abspath(stage.arguments[OUTPUTS[stage.verb]])] = stage
 
     def read(self, directory: str | Path, config_class: type) -> checkpoint.Model:
-        """Returns a model with shapes for weights; a `checkpoint.Reader`.
+        """Returns a model with shapes for weights, as a `checkpoint.Reader` does.
 
         Raises ValueError if no stage makes it and none is on disk, or if it is of another kind.
         """
+        key = os.path.abspath(directory), config_class
+        if key not in self._models:  # tracing a model's init takes about a second
+            self._models[key] = self._read(directory, config_class)
+        return self._models[key]
+
+    def _read(self, directory: str | Path, config_class: type) -> checkpoint.Model:
+        """Returns a model with shapes for weights; raises as `read` does."""
+        # Its config, from the stage that writes the folder, or from disk.
         stage, assets = self._maker(directory), STAND_INS
         match stage and stage.verb:
             case "train":
@@ -83,15 +92,17 @@ class PlannedModels:
                 config = None
         if not isinstance(config, config_class):
             raise ValueError(
-                f"plan: no stage of the run makes a {config_class.__name__} in {directory}, and there "
-                "is none: add the stage that does, or mend the folder"
+                f"plan: no stage of the run makes a {config_class.__name__} in {directory}, and "
+                "the folder has none: add the stage that makes it, or repair the folder"
             )
+
+        # Its weights, as shapes.
         variables = meta.unbox(jax.eval_shape(config.init, jax.random.key(0)))
         assets = {**assets, checkpoint.CLIP: json.dumps({"seconds": self.clip_seconds}).encode()}
         return checkpoint.Model(config, variables, PLANNED, assets)
 
     def system(self, directory: str, encodes: bool = False) -> folder.LoadedSystem:
-        """Returns a system with shapes for weights: the parts that play, or those that encode."""
+        """Returns a system with shapes for weights: the parts that generate, or that encode."""
         described = self._describe(directory)
         kind = folder.system_class(described["kind"], directory)
         parts = kind.ENCODING if encodes else None
@@ -108,7 +119,7 @@ class PlannedModels:
             arrays = jax.eval_shape(loaded.system.encode, loaded.frozen, batch["audio"])
         else:
             loaded = self.system(stage.arguments["system"])
-            arrays = _drawn_features(loaded, stage.settings["clip_seconds"])
+            arrays = _clip_features(loaded, stage.settings["clip_seconds"])
         return {name: array.shape[1:] for name, array in arrays.items()}
 
     def _maker(self, directory: str | Path) -> Stage | None:
@@ -123,7 +134,7 @@ class PlannedModels:
         return shipped.located(stage.arguments["source"]) / f"{Path(directory).name}.safetensors"
 
     def _describe(self, directory: str) -> dict[str, Any]:
-        """Returns what `folder.describe` will, without hashes."""
+        """Returns the description of a system as `folder.describe` will, without hashes."""
         stage = self._maker(directory)
         if stage is None:
             try:
@@ -146,15 +157,13 @@ class PlannedModels:
         return described
 
 
-def _drawn_features(loaded: folder.LoadedSystem, clip_seconds: float) -> Shapes:
-    """Returns the shapes of the arrays that one drawn clip adds to a data set, [1, ...]."""
+def _clip_features(loaded: folder.LoadedSystem, clip_seconds: float) -> Shapes:
+    """Returns the shapes of the arrays that one generated clip adds to a data set, [1, ...]."""
     system = loaded.system
 
     def features(weights: Weights, text: Text) -> dict[str, jax.Array]:
-        weights, keys = (
-            system.compute_copy(weights, "float32"),
-            jax.random.split(jax.random.key(0), 1),
-        )
+        weights = system.compute_copy(weights, "float32")
+        keys = jax.random.split(jax.random.key(0), 1)
         length = system.length(clip_seconds)
         return system.features(roll_out(system, weights, text, keys, length, Sampling()))
 

@@ -1,4 +1,4 @@
-"""The jitted functions of each verb, with what they are compiled for: as the verb calls them, without weights.
+"""Lists the jitted functions of each verb with the shapes that the verb calls them with.
 
 Legend: B clips of a batch over all chips, C channels, N samples.
 """
@@ -22,15 +22,15 @@ from musicrl_jax.systems.system import Rollout, Tree, Weights
 
 
 class Program(NamedTuple):
-    """A jitted function, what it is compiled for, and what is alive beside its arguments.
+    """A jitted function and the arrays that are in memory when it runs.
 
     Attributes:
       name: of the function.
       function: jitted.
       arguments: shapes with shardings.
       clips: B.
-      beside: shapes with shardings.
-      once: whether it runs once, and not for every batch.
+      beside: shapes with shardings of what is in memory beside the arguments.
+      once: whether it runs once, instead of once for every batch.
     """
 
     name: str
@@ -45,15 +45,15 @@ Programs = Generator[Program, None, Any]
 
 
 def programs(models: PlannedModels, stage: Stage, mesh: Mesh) -> list[Program]:
-    """Returns the functions of a stage, in the order that they run; ValueError if it cannot run."""
+    """Returns the functions of a stage in order; raises ValueError if it cannot run."""
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         return list(VERBS[stage.verb](models, stage.arguments, mesh))
 
 
 def amount(stage: Stage, rows: int) -> tuple[int, str]:
-    """Returns (number of batches of `rows` clips in a stage, what they make).
+    """Returns (number of batches of `rows` clips in a stage, a description of all of them).
 
-    Listeners and real clips take time of their own.
+    The time of listeners and of encoding real clips is not included.
     """
     config = stage.arguments.get("config")
     match stage.verb:
@@ -61,10 +61,8 @@ def amount(stage: Stage, rows: int) -> tuple[int, str]:
             batches = sum(-(-2 * pairs // rows) for pairs in config.counts.values())
             return batches, f"{config.pairs} pairs"
         case "evaluate":
-            clips, best_of = (
-                config.count * config.seeds,
-                config.best_of if config.best_of > 1 else 0,
-            )
+            clips = config.count * config.seeds
+            best_of = config.best_of if config.best_of > 1 else 0
             plays = len(stage.arguments["systems"]) + best_of
             return plays * -(-clips // rows), f"{plays} x {clips} clips"
         case _:
@@ -76,8 +74,8 @@ def _train(models: PlannedModels, arguments: Mapping[str, Any], mesh: Mesh) -> I
     objective, batch_size = arguments["objective"], arguments["batch_size"]
     if not hasattr(objective.data, "shapes"):
         raise ValueError(
-            f"plan: {type(objective.data).__name__} does not tell the shapes of its batches: give it "
-            "a method `shapes`, as inputs.Clips has, or leave the stage out"
+            f"plan: {type(objective.data).__name__} does not have the shapes of its batches: give "
+            "it a method `shapes`, as inputs.Clips has, or leave the stage out"
         )
     sharding.rows_a_shard(mesh, batch_size)
     batch = objective.data.shapes(batch_size, models.clip_seconds, models.tokens)
@@ -117,7 +115,7 @@ def _train_rl(models: PlannedModels, arguments: Mapping[str, Any], mesh: Mesh) -
 
 
 def _collect(models: PlannedModels, arguments: Mapping[str, Any], mesh: Mesh) -> Iterator[Program]:
-    """Yields the functions of `collect` that draw the two clips of each pair."""
+    """Yields the functions of `collect` that generate the two clips of each pair."""
     config = arguments["config"]
     loaded = models.system(arguments["system"])
     player = _player(loaded, mesh, 2 * config.batch_size, config)
@@ -128,10 +126,11 @@ def _collect(models: PlannedModels, arguments: Mapping[str, Any], mesh: Mesh) ->
 
 
 def _evaluate(models: PlannedModels, arguments: Mapping[str, Any], mesh: Mesh) -> Iterator[Program]:
-    """Yields the functions of `evaluate` that draw, score and measure the clips of the base.
+    """Yields the functions of `evaluate` for the clips of the base system.
 
     The other systems are of its kind, and take as long.
     """
+    # The system, its rewards and the encoder of features.
     config = arguments["config"]
     loaded = models.system(next(iter(arguments["systems"].values())))
     mixture = arguments["rewards"].load(models.read)
@@ -140,6 +139,7 @@ def _evaluate(models: PlannedModels, arguments: Mapping[str, Any], mesh: Mesh) -
     encoder = arguments["features"].load(models.read)
     variables = _at_rest(mesh, encoder.variables)
 
+    # Rollout, reward, and the distance from the base and from real clips.
     weights = yield from _place(player, loaded)
     base = weights.policy
     rollout = yield from _rollout(player, weights, (base, scorers, variables))
@@ -182,14 +182,14 @@ def _platform(mesh: Mesh) -> str:
 
 
 def _place(player: Player, loaded: LoadedSystem) -> Programs:
-    """Yields what `Player.place` calls; returns the weights that clips are drawn with."""
+    """Yields the functions of `Player.place`; returns the weights that generate clips."""
     weights = Weights(loaded.policy, loaded.frozen)
     weights = _struct(weights, sharding.replicated(player.mesh))
     return (yield from _compute_copy(player, weights, (), once=True))
 
 
 def _compute_copy(player: Player, weights: Weights, beside: Tree, once: bool = False) -> Programs:
-    """Yields the copy of weights that clips are drawn with, and returns it."""
+    """Yields the compute copy of the weights, and returns it."""
     yield Program("compute copy", player.compute_copy, (weights,), player.rows, beside, once)
     copy = jax.eval_shape(player.compute_copy, weights)
     frozen = _struct(copy.frozen, sharding.replicated(player.mesh))
@@ -197,13 +197,13 @@ def _compute_copy(player: Player, weights: Weights, beside: Tree, once: bool = F
 
 
 def _rollout(player: Player, weights: Weights, resting: Tree) -> Programs:
-    """Yields the four functions of a rollout, and returns it; `resting` is alive all the time."""
+    """Yields the four functions of a rollout, and returns it; `resting` stays in memory."""
     policy, frozen = weights
     text = _rows(player, player.system.read([PROMPT]))
     keys = _rows(player, jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 1)))
 
     def program(name: str, *arguments: Any, beside: Tree) -> Programs:
-        """Yields one of the functions that take frozen parts, and returns its result."""
+        """Yields a function that takes frozen parts, and returns its result."""
         arguments = (player.used(frozen, name), *arguments)
         idle = {part: tree for part, tree in frozen.items() if part not in arguments[0]}
         beside = (resting, policy, idle, beside)
@@ -220,7 +220,7 @@ def _rollout(player: Player, weights: Weights, resting: Tree) -> Programs:
 
 
 def _reward(player: Player, scorers: Tree, rollout: Rollout, resting: Tree) -> Iterator[Program]:
-    """Yields what `Player.score` calls."""
+    """Yields the functions of `Player.score`."""
     beside = (resting, rollout)
     yield Program("gather scorers", player.gather_scorers, (scorers,), player.rows, beside)
     whole = _struct(scorers, sharding.replicated(player.mesh))
@@ -234,7 +234,7 @@ def _reward(player: Player, scorers: Tree, rollout: Rollout, resting: Tree) -> I
 
 
 def _struct(shapes: Tree, shardings: Any) -> Tree:
-    """Returns shapes with their shardings; a single one is that of all."""
+    """Returns shapes with their shardings; a single sharding is that of all."""
     if isinstance(shardings, NamedSharding):
         shardings = jax.tree.map(lambda _: shardings, shapes)
     return jax.tree.map(
@@ -243,7 +243,7 @@ def _struct(shapes: Tree, shardings: Any) -> Tree:
 
 
 def _at_rest(mesh: Mesh, weights: Tree) -> Tree:
-    """Returns the shapes of frozen weights, sharded as a run keeps them."""
+    """Returns the shapes of frozen weights, sharded as a run holds them between uses."""
     return _struct(weights, sharding.spread(mesh, weights))
 
 

@@ -1,4 +1,4 @@
-"""TPU slices that are not there: their devices, as libtpu's compiler knows them."""
+"""Describes TPU slices to JAX by libtpu's compiler, on a machine without any."""
 
 import math
 import os
@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from musicrl_jax.core import extras, sharding
 from musicrl_jax.planning.chips import CHIPS, Chip
 
-# Otherwise libtpu looks for a TPU, for its neighbours and for a place to log to, and takes one
+# Otherwise libtpu searches for a TPU, its neighbours and a place to log to, and allows only one
 # process at a time.
 WITHOUT_TPU = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -22,10 +22,11 @@ WITHOUT_TPU = {
 
 
 def describe(topology: str, slices: int) -> tuple[Callable[[int, int], Mesh], Chip]:
-    """Returns (a function from sizes of fsdp and tensor to a mesh of all chips, what a chip can do).
+    """Returns (a function from sizes of fsdp and tensor to a mesh of all chips, the kind of chip).
 
     Raises ValueError if the topology is unknown.
     """
+    # The settings.
     kind, _, shape = topology.partition(":")
     if kind not in CHIPS or not re.fullmatch(r"\d+(x\d+){1,2}", shape) or slices < 1:
         raise ValueError(
@@ -33,12 +34,15 @@ def describe(topology: str, slices: int) -> tuple[Callable[[int, int], Mesh], Ch
             f"v5p:4x4x4, of {', '.join(CHIPS)}, and 1 slice or more"
         )
     extras.check("plan", "plan", "libtpu")
+
+    # libtpu reads its variables when JAX loads it. Those that are set already win.
     chips = math.prod(map(int, shape.split("x")))
     names = {"v5e": f"v5litepod-{chips}", "v4": f"v4-{2 * chips}", "v5p": f"v5p-{2 * chips}"}
     accelerator = {"TPU_ACCELERATOR_TYPE": names.get(kind, f"{kind}-{chips}")}
     os.environ.update({**WITHOUT_TPU, **accelerator, **os.environ})
     from jax.experimental import topologies
 
+    # The devices; v4's two cores are one device.
     options: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
     if chips == 1:
         options["chips_per_host_bounds"] = (1, 1, 1)

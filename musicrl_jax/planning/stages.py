@@ -1,4 +1,4 @@
-"""A run's stages as data: the verb that a stage calls, and its arguments."""
+"""Describes the stages of a run: the verb that each calls, and its arguments."""
 
 import dataclasses
 import functools
@@ -39,5 +39,5 @@ def describable(verb: Callable) -> Callable:
         bound.apply_defaults()
         return Stage(verb.__name__, bound.arguments)
 
-    stage.__signature__ = signature  # gin asks for it, and does not look behind a decorator
+    stage.__signature__ = signature  # gin does not look behind a decorator
     return stage

@@ -1,1 +1,1 @@
-"""A bundle and what plays it over HTTP."""
+"""Plays bundles: as files, and over HTTP."""

@@ -1,4 +1,4 @@
-"""The HTTP service: a prompt -> a clip, by a bundle. OpenAPI at /openapi.json, a page at /.
+"""Builds the HTTP service: POST a prompt, get a clip. OpenAPI is at /openapi.json, a page at /.
 
 Legend: C channels, N samples.
 """
@@ -24,7 +24,7 @@ from prometheus_client import Counter, Gauge, Histogram
 from pydantic import Field
 
 from musicrl_jax.core.audio import encode, provenance_tags
-from musicrl_jax.serving.batcher import Batcher, Closed, Full, Wanted
+from musicrl_jax.serving.batcher import Batcher, Closed, Full, Row
 from musicrl_jax.serving.bundle import Bundle
 from musicrl_jax.serving.composition import Piece
 from musicrl_jax.serving.edge import MOST_BYTES, Edge
@@ -33,35 +33,38 @@ from musicrl_jax.serving.settings import Access
 
 MEDIA = {"wav": "audio/wav", "flac": "audio/flac", "ogg": "audio/ogg"}
 MOST_LETTERS = 1000  # of a prompt
-LOOK_SECONDS = 0.2  # between two looks whether a client is still there
-GONE = 499  # a client that left before its clip was there; never sent
+POLL_SECONDS = 0.2  # how often a waiting request checks that its client is connected
+GONE = 499  # status of a client that left before its clip was ready; counted, never sent
 
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What a request may ask for.
+    """Upper limits of a request.
 
     Attributes:
       seconds: length of a piece.
-      candidates: clips to choose from.
+      candidates: number of clips to choose from.
     """
 
     seconds: float
     candidates: int
 
 
+# --- descriptions of answers ---
+
+
 class Problem(pydantic.BaseModel):
-    """Why there is no clip."""
+    """Body of an answer without a clip: the reason."""
 
     detail: str
 
 
 def _problems(reasons: dict[int, str]) -> dict[int | str, dict[str, Any]]:
-    """Returns OpenAPI's descriptions of answers without a clip, from why a status is answered."""
+    """Returns OpenAPI's descriptions of answers without a clip, from the reason of each status."""
     return {status: {"model": Problem, "description": why} for status, why in reasons.items()}
 
 
-# Answers that the server may give to any request, and those to a request for a clip.
+# Answers to any request, and to a request for a clip.
 ANY_PROBLEMS = _problems(
     {
         400: "The request is not HTTP, or is for a host that is not served.",
@@ -71,13 +74,14 @@ ANY_PROBLEMS = _problems(
 )
 CLIP_PROBLEMS = _problems(
     {
-        422: "A field is missing, unknown or out of its range, or the prompt says nothing.",
-        429: "Too many clips wait; Retry-After says how long to wait.",
+        422: "A field is missing, unknown or out of its range, or the prompt is empty.",
+        429: "Too many clips wait; Retry-After has the seconds to wait.",
         500: "The clip has numbers that are not finite.",
         503: "The service starts or stops.",
     }
 )
-UNAUTHORIZED = _problems({401: "No, or another, bearer token."})
+UNAUTHORIZED = _problems({401: "The bearer token is missing or wrong."})
+# The answer with a clip, whose body OpenAPI cannot infer.
 INTEGER, STRING = {"type": "integer"}, {"type": "string"}
 BINARY = {**STRING, "format": "binary"}
 SOUND = {
@@ -91,16 +95,25 @@ SOUND = {
 }
 
 
+# --- metrics and drawing ---
+
+
 class Metrics:
-    """What Prometheus reads of one service, in a registry of its own."""
+    """Metrics of one service for Prometheus, in their own registry."""
 
     def __init__(self) -> None:
+        """Creates the metrics."""
+        # Prometheus' default registry is one for the process, and tests run several services.
         self.registry = prometheus_client.CollectorRegistry()
         here = {"registry": self.registry}
+
+        # Requests: their number, time and music.
         self.requests = Counter("musicrl_requests", "Answers, by status.", ["status"], **here)
         seconds = 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100
         name = "musicrl_request_seconds"
         self.latency = Histogram(name, "From a request to its clip.", buckets=seconds, **here)
+
+        # The device: batches, time, and the queue.
         clips = 1, 2, 4, 8, 16, 32, 64
         self._sizes = Histogram("musicrl_batch_clips", "Clips in a batch.", buckets=clips, **here)
         self._busy = Counter("musicrl_device_seconds", "Spent on drawing.", **here)
@@ -110,23 +123,23 @@ class Metrics:
         self.in_progress = Gauge(name, "Requests whose clips are wanted.", **here)
 
     def count_batch(self, clips: int, seconds: float) -> None:
-        """Counts a batch and the seconds that it took."""
+        """Counts a batch of clips and its seconds."""
         self._sizes.observe(clips)
         self._busy.inc(seconds)
 
     def count_answer(self, path: str, status: int) -> None:
-        """Counts an answer, if it is to a request for a clip."""
+        """Counts an answer to a request for a clip; ignores others."""
         if path == "/v1/clips":
             self.requests.labels(status).inc()
 
 
 class Studio:
-    """What makes the clips: the bundle, its queue, and whether the first clip is drawn.
+    """Draws the clips of a service: the bundle and its queue.
 
     Attributes:
-      bundle: what draws.
+      bundle: draws the clips.
       metrics: of the service.
-      problem: why no clip can be drawn yet; '' once one can.
+      problem: why no clip can be drawn yet; '' once the first is drawn.
     """
 
     def __init__(
@@ -135,7 +148,7 @@ class Studio:
         batcher: Callable[..., Batcher],
         give_up: Callable[[Exception], None],
     ):
-        """Keeps the arguments of `create`."""
+        """Stores the arguments of `create`."""
         self.bundle, self.metrics = bundle, Metrics()
         self.problem = "the service starts: its functions are being compiled"
         self._batcher, self._give_up = batcher, give_up
@@ -144,38 +157,44 @@ class Studio:
     @asynccontextmanager
     async def lifespan(self, _: FastAPI) -> AsyncIterator[None]:
         """Runs the queue while the service lives."""
-        self._queue = self._batcher(told=self.metrics.count_batch)
+        self._queue = self._batcher(on_batch=self.metrics.count_batch)
+        # Prometheus reads the gauge when it scrapes.
         self.metrics.waiting.set_function(lambda: self._queue.waiting)
         warming = asyncio.create_task(self._warm())
         yield
+        # Queued clips are drawn before the service ends.
         warming.cancel()
         await asyncio.to_thread(self._queue.close)
 
     async def _warm(self) -> None:
-        """Draws the first clip, which compiles."""
-        about = self.bundle.about
+        """Draws the first clip, which compiles the functions."""
+        manifest = self.bundle.manifest
         try:
-            text = self.bundle.encode(about["golden"]["prompts"][:1])[0]
-            first = Wanted(text, 0, 0, about["temperature"], scored=bool(about["rewards"]))
+            text = self.bundle.encode(manifest["golden"]["prompts"][:1])[0]
+            first = Row(text, 0, 0, manifest["temperature"], scored=bool(manifest["rewards"]))
             await asyncio.wrap_future(self._queue.submit(first)[0])
-        except Exception as error:  # whatever it is, whoever runs the service must hear of it
+        except Exception as error:  # any error must stop the service and be printed
             self.problem = f"the first clip could not be drawn: {error}"
             self._give_up(error)
         else:
             self.problem = ""
 
     async def draw(self, piece: Piece) -> tuple[np.ndarray, int, dict[str, float]]:
-        """Returns (wav f32 [N] or [C, N], its candidate's number, its rewards' means)."""
+        """Returns (wav f32 [N] or [C, N], candidate, rewards as means over windows)."""
+        # The candidates of a window are drawn together, then those of the next.
         while rows := piece.rows():
             futures = []
             for future in self._queue.submit(*rows, begun=piece.begun):
                 futures.append(asyncio.wrap_future(future))
             try:
                 piece.add(await asyncio.gather(*futures))
-            finally:  # if one failed, or the client left: no one waits for the others
+            finally:  # if one failed or the client left, the others are not needed
                 for future in futures:
                     future.cancel()
         return piece.best()
+
+
+# --- the application ---
 
 
 def create(
@@ -188,16 +207,17 @@ def create(
     """Builds the application.
 
     Args:
-      bundle: what draws.
-      batcher: is called with `told` once, at the start, and closed at the end.
+      bundle: draws the clips.
+      batcher: is called once with `on_batch`, and closed at the end.
       limits: of a request.
-      access: who may ask.
+      access: who may send requests.
       give_up: is called if the first clip, which compiles, cannot be drawn; no later one could.
     """
+    # The application and its answers to invalid requests.
     studio = Studio(bundle, batcher, give_up)
     app = FastAPI(
         title="MusicRL",
-        version=bundle.about["version"],
+        version=bundle.manifest["version"],
         description="A prompt -> a clip of music.",
         lifespan=studio.lifespan,
         docs_url=None,
@@ -207,21 +227,23 @@ def create(
 
     @app.exception_handler(RequestValidationError)
     async def refused(_: Request, error: RequestValidationError) -> JSONResponse:
-        """Says what is wrong without repeating what was sent, which may not be text."""
+        """Lists the wrong fields, but not their values, which may not be text."""
         details = []
         for each in error.errors():
             field = ".".join(map(str, each["loc"][1:])) or "the body"
             details.append(f"{field}: {each['msg']}")
         return JSONResponse({"detail": "; ".join(details).encode("utf-8", "replace").decode()}, 422)
 
-    # A token guards clips always, and the rest unless it is public.
+    # The routes. A token always guards clips, and status unless it is public.
     guard = [Depends(_token_check(access))] if access.token else []
     _add_clips(app, studio, limits, guard)
-    _add_model(app, bundle.about, limits, access, [] if access.public_status else guard)
+    _add_model(app, bundle.manifest, limits, access, [] if access.public_status else guard)
     _add_status(app, studio, [] if access.public_status else guard)
     add_pages(app)
-    app.add_middleware(Edge, access=access, answered=studio.metrics.count_answer)
-    if access.origins:  # the last is the outermost: refusals by Edge can be read by these pages too
+
+    # Middleware; the last is the outermost, so that allowed pages can read refusals by Edge.
+    app.add_middleware(Edge, access=access, on_answer=studio.metrics.count_answer)
+    if access.origins:
         app.add_middleware(
             CORSMiddleware,
             allow_origins=access.origins,
@@ -233,7 +255,7 @@ def create(
 
 
 def _token_check(access: Access) -> Callable:
-    """Returns the dependency of a route that refuses requests without the token."""
+    """Returns a dependency of routes that refuses requests without the token."""
     bearer = HTTPBearer(
         auto_error=False, description="The token that the service was started with."
     )
@@ -241,55 +263,56 @@ def _token_check(access: Access) -> Callable:
     async def check(
         credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)],
     ) -> None:
-        # Starlette reads headers as Latin-1.
+        # Starlette decodes headers as Latin-1; this restores their bytes.
         if credentials is None or not access.admits(credentials.credentials.encode("latin-1")):
             raise HTTPException(401, "a bearer token is needed", {"WWW-Authenticate": "Bearer"})
 
     return check
 
 
-def _clip_request(about: dict[str, Any], limits: Limits) -> type[pydantic.BaseModel]:
+# --- routes ---
+
+
+def _clip_request(manifest: dict[str, Any], limits: Limits) -> type[pydantic.BaseModel]:
     """Returns the model of a request for a clip, with the ranges of this bundle and service."""
-    length, least = min(about["clip_seconds"], limits.seconds), _frame_seconds(about)
-    any_seed = "The same seed gives the same clip; by default any."
-    to_choose = "Clips to choose the one of the best reward from."
+    length, least = min(manifest["clip_seconds"], limits.seconds), _frame_seconds(manifest)
+    any_seed = "The same seed gives the same clip. By default it is random."
+    to_choose = "Number of clips, of which the one with the best reward is sent."
 
     class ClipRequest(pydantic.BaseModel):
-        """A clip that is wanted."""
+        """A request for a clip."""
 
         model_config = pydantic.ConfigDict(extra="forbid")
         prompt: str = Field(min_length=1, max_length=MOST_LETTERS, examples=["upbeat jazz"])
         seed: int | None = Field(None, ge=0, lt=2**32, description=any_seed)
         seconds: float = Field(length, ge=least, le=limits.seconds, allow_inf_nan=False)
-        temperature: float = Field(about["temperature"], ge=0.1, le=2.0, allow_inf_nan=False)
+        temperature: float = Field(manifest["temperature"], ge=0.1, le=2.0, allow_inf_nan=False)
         candidates: int = Field(1, ge=1, le=limits.candidates, description=to_choose)
         format: Literal["wav", "flac", "ogg"] = "wav"
 
     return ClipRequest
 
 
-def _frame_seconds(about: dict[str, Any]) -> float:
-    return about["clip_seconds"] / about["frames"]
+def _frame_seconds(manifest: dict[str, Any]) -> float:
+    return manifest["clip_seconds"] / manifest["frames"]
 
 
 def _add_clips(app: FastAPI, studio: Studio, limits: Limits, guard: list[Any]) -> None:
     """Adds /v1/clips."""
     bundle, metrics = studio.bundle, studio.metrics
-    about, rate = bundle.about, bundle.about["sample_rate_hz"]
-    ClipRequest = _clip_request(about, limits)
+    manifest, rate = bundle.manifest, bundle.manifest["sample_rate_hz"]
+    ClipRequest = _clip_request(manifest, limits)
     responses = {200: SOUND, **CLIP_PROBLEMS, **(UNAUTHORIZED if guard else {})}
 
     @app.post("/v1/clips", response_class=Response, responses=responses, dependencies=guard)
     async def clip(order: ClipRequest, request: Request) -> Response:
         """Draws a clip."""
-        # What can be refused at once.
+        # Refusals.
         start = time.monotonic()
         if studio.problem:
             raise HTTPException(503, studio.problem, {"Retry-After": "5"})
-        if order.candidates > 1 and not about["rewards"]:
-            raise HTTPException(
-                422, "candidates: the bundle has no rewards to choose by: ask for 1"
-            )
+        if order.candidates > 1 and not manifest["rewards"]:
+            raise HTTPException(422, "candidates: the bundle has no rewards to choose by: give 1")
         try:
             text = bundle.encode([order.prompt])[0]
         except ValueError as error:
@@ -297,11 +320,11 @@ def _add_clips(app: FastAPI, studio: Studio, limits: Limits, guard: list[Any]) -
 
         # The clip, unless the client leaves.
         seed = secrets.randbelow(2**32) if order.seed is None else order.seed
-        piece = Piece(about, text, seed, order.seconds, order.temperature, order.candidates)
+        piece = Piece(manifest, text, seed, order.seconds, order.temperature, order.candidates)
         work = asyncio.create_task(studio.draw(piece))
         try:
             with metrics.in_progress.track_inprogress():
-                while not (await asyncio.wait({work}, timeout=LOOK_SECONDS))[0]:
+                while not (await asyncio.wait({work}, timeout=POLL_SECONDS))[0]:
                     if await request.is_disconnected():
                         return Response(status_code=GONE)
             wav, candidate, rewards = work.result()
@@ -315,8 +338,10 @@ def _add_clips(app: FastAPI, studio: Studio, limits: Limits, guard: list[Any]) -
         finally:
             work.cancel()
 
-        # Its file.
-        tags = provenance_tags(order.prompt, model=about["sha256"], seed=seed, candidate=candidate)
+        # Its file. Encoding takes seconds for a long piece, so it runs on a thread.
+        tags = provenance_tags(
+            order.prompt, model=manifest["sha256"], seed=seed, candidate=candidate
+        )
         content = await asyncio.to_thread(encode, wav, rate, order.format, tags)
         metrics.latency.observe(time.monotonic() - start)
         metrics.music.inc(wav.shape[-1] / rate)
@@ -329,34 +354,34 @@ def _add_clips(app: FastAPI, studio: Studio, limits: Limits, guard: list[Any]) -
 
 
 def _add_model(
-    app: FastAPI, about: dict[str, Any], limits: Limits, access: Access, guard: list[Any]
+    app: FastAPI, manifest: dict[str, Any], limits: Limits, access: Access, guard: list[Any]
 ) -> None:
     """Adds /v1/model."""
     names = "sample_rate_hz", "clip_seconds", "temperature", "licence", "models"
 
     @app.get("/v1/model", responses=UNAUTHORIZED if guard else {}, dependencies=guard)
     async def model() -> dict[str, Any]:
-        """What the bundle is, and what may be asked for."""
+        """Describes the bundle and the limits of a request."""
         return {
-            **{name: about[name] for name in names},
-            "frame_seconds": _frame_seconds(about),
+            **{name: manifest[name] for name in names},
+            "frame_seconds": _frame_seconds(manifest),
             "limits": dataclasses.asdict(limits),
             "token": bool(access.token),
-            "rewards": sorted(about["rewards"]),
+            "rewards": sorted(manifest["rewards"]),
         }
 
 
 def _add_status(app: FastAPI, studio: Studio, guard: list[Any]) -> None:
-    """Adds /healthz, /readyz and /metrics, for whoever runs the service."""
+    """Adds /healthz, /readyz and /metrics, for those who run the service."""
 
     @app.get("/healthz")
     async def health() -> dict[str, bool]:
-        """Whether the process answers."""
+        """Answers if the process lives."""
         return {"alive": True}
 
     @app.get("/readyz", responses=_problems({503: "Not yet."}))
     async def readiness() -> dict[str, bool]:
-        """Whether it can draw: the functions are compiled."""
+        """Answers 200 once the functions are compiled and clips can be drawn."""
         if studio.problem:
             raise HTTPException(503, studio.problem)
         return {"ready": True}

@@ -1,4 +1,4 @@
-"""Clips that wait for the device, and the thread that draws them, a batch at a time.
+"""Queues clips for the device, and draws them in batches on a thread.
 
 Legend: R rows of a batch, F frames of a clip, K tokens in a frame, C channels, N samples.
 """
@@ -16,14 +16,17 @@ import numpy as np
 
 from musicrl_jax.serving.bundle import Bundle
 
-Told = Callable[[int, float], None]  # of a batch: its clips, and the seconds that it took
+NOT_FINITE = (
+    "the clip, or a reward of it, has numbers that are not finite: try another seed; if this "
+    "happens often, train the model again"
+)
 
 
 class Full(Exception):
-    """As many clips wait as may.
+    """Raised when the queue is full.
 
     Attributes:
-      retry_after: seconds until there is room again, by the pace so far.
+      retry_after: expected seconds until there is room.
     """
 
     def __init__(self, retry_after: float):
@@ -32,34 +35,34 @@ class Full(Exception):
 
 
 class Closed(Exception):
-    """No more clips are taken: the service stops."""
+    """Raised when the service stops and takes no more clips."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Wanted:
-    """A row of a batch.
+class Row:
+    """A clip to draw: one row of a batch.
 
     Attributes:
-      text: of one prompt, an array or a pytree of them, as `Bundle.encode` reads it.
+      text: the prompt as `Bundle.encode` reads it, an array or a pytree.
       seed, candidate: as in `Bundle.draw`.
       temperature: of the policy.
-      given: int32 [F, K], how the clip begins, or None.
-      given_frames: so many frames of it.
-      scored: whether its rewards are wanted.
+      beginning: int32 [F, K], tokens that the clip begins with, or None.
+      beginning_frames: number of frames of `beginning` to use.
+      scored: whether to compute its rewards.
     """
 
     text: Any
     seed: int
     candidate: int
     temperature: float
-    given: np.ndarray | None = None
-    given_frames: int = 0
+    beginning: np.ndarray | None = None
+    beginning_frames: int = 0
     scored: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
-class Drawn:
-    """What became of a row: tokens int32 [F, K], wav f32 [N] or [C, N], and its rewards, if they were wanted."""
+class Clip:
+    """A clip: tokens int32 [F, K], wav f32 [N] or [C, N], and its rewards if it was scored."""
 
     tokens: np.ndarray
     wav: np.ndarray
@@ -69,8 +72,8 @@ class Drawn:
 class Batcher:
     """Takes single clips and draws them together.
 
-    Every batch has R rows, filled up where fewer wait: the compiled function is then one and the same, and a clip does
-    not depend on how many were drawn with it.
+    Every batch is filled up to R rows. So there is one compiled function, and a clip does not
+    depend on the others of its batch.
     """
 
     def __init__(
@@ -79,147 +82,142 @@ class Batcher:
         rows: int,
         window_seconds: float,
         most_waiting: int,
-        told: Told = lambda rows, seconds: None,
+        on_batch: Callable[[int, float], None] = lambda clips, seconds: None,
     ):
-        """Args:
-        bundle: what draws.
-        rows: R.
-        window_seconds: how long the first that waits waits for others.
-        most_waiting: clips, beyond those that are being drawn.
-        told: is called after each batch but the first, which compiles.
+        """Starts the thread.
+
+        Args:
+          bundle: draws the clips.
+          rows: R.
+          window_seconds: time that a clip waits for others.
+          most_waiting: most clips that may wait, beside those that are being drawn.
+          on_batch: is called after each batch but the first, which compiles, with its clips and
+            the seconds that it took.
         """
-        self._bundle, self._rows, self._window, self._most, self._told = (
-            bundle,
-            rows,
-            window_seconds,
-            most_waiting,
-            told,
-        )
-        self._waiting: deque[tuple[Wanted, Future[Drawn]]] = deque()
-        self._news = threading.Condition()
+        self._bundle, self._rows, self._on_batch = bundle, rows, on_batch
+        self._window_seconds, self._most_waiting = window_seconds, most_waiting
+        self._queue: deque[tuple[Row, Future[Clip]]] = deque()
+        self._changed = threading.Condition()
         self._closed = self._compiled = False
-        self._seconds = 1.0  # that a batch takes, until one was drawn
+        self._seconds = 1.0  # of the last batch; a guess until one is drawn
         self._thread = threading.Thread(target=self._run, name="batcher", daemon=True)
         self._thread.start()
 
     @property
     def waiting(self) -> int:
-        """Clips that wait, and are still wanted."""
-        with self._news:
-            return sum(not future.cancelled() for _, future in self._waiting)
+        """Number of clips that wait and are not cancelled."""
+        with self._changed:
+            return sum(not future.cancelled() for _, future in self._queue)
 
-    def submit(self, *wanted: Wanted, begun: bool = False) -> list["Future[Drawn]"]:
-        """All of them or none; cancelling a future takes its clip out of the queue. Full or Closed where it cannot.
+    def submit(self, *rows: Row, begun: bool = False) -> list["Future[Clip]"]:
+        """Queues all rows or none. Cancelling a future takes its clip out of the queue.
 
-        What goes on from clips that were drawn already (`begun`) is never refused, and is drawn next.
+        Args:
+          rows: the clips to draw.
+          begun: whether they continue a piece. Such rows are never refused, and are drawn next.
+
+        Raises:
+          Full: there is no room for all.
+          Closed: the batcher is closed.
         """
-        with self._news:
+        with self._changed:
+            # Cancelled clips make room, and so need not be drawn to leave the queue.
             if self._closed:
                 raise Closed("the service stops")
-            self._waiting = deque(each for each in self._waiting if not each[1].cancelled())
-            over = len(self._waiting) + len(wanted) - self._most
+            self._queue = deque(each for each in self._queue if not each[1].cancelled())
+            over = len(self._queue) + len(rows) - self._most_waiting
             if over > 0 and not begun:
                 raise Full(max(1.0, self._seconds * -(-over // self._rows)))
-            futures = [Future() for _ in wanted]
-            new = list(zip(wanted, futures, strict=True))
+
+            # What continues a piece goes in front, in its own order.
+            entries = [(row, Future()) for row in rows]
             if begun:
-                self._waiting.extendleft(reversed(new))
+                self._queue.extendleft(reversed(entries))
             else:
-                self._waiting.extend(new)
-            self._news.notify_all()
-        return futures
+                self._queue.extend(entries)
+            self._changed.notify_all()
+        return [future for _, future in entries]
 
     def close(self) -> None:
-        """Takes no more, and returns when all that waited is drawn."""
-        with self._news:
+        """Takes no more clips, and returns when all that waited are drawn."""
+        with self._changed:
             self._closed = True
-            self._news.notify_all()
+            self._changed.notify_all()
         self._thread.join()
 
     def _run(self) -> None:
-        while batch := self._next():
+        while batch := self._next_batch():
             start = time.monotonic()
             try:
-                drawn = self._draw([wanted for wanted, _ in batch])
-            except Exception as error:  # whoever waits for it must hear of it
-                for _, future in batch:
-                    future.set_exception(error)
-                continue
-            seconds = time.monotonic() - start
-            if self._compiled:  # the first batch says nothing of the pace
-                self._seconds = seconds
-                self._told(len(batch), seconds)
-            self._compiled = True
-            for (_, future), found in zip(batch, drawn, strict=True):
-                if isinstance(found, Exception):
-                    future.set_exception(found)
+                clips = draw(self._bundle, [row for row, _ in batch], self._rows)
+            except Exception as error:  # each client of the batch must get an answer
+                clips = [error] * len(batch)
+            else:
+                if self._compiled:  # the first batch compiles, so its time says nothing
+                    self._seconds = time.monotonic() - start
+                    self._on_batch(len(batch), self._seconds)
+                self._compiled = True
+            # A clip that is not finite fails alone.
+            for (_, future), clip in zip(batch, clips, strict=True):
+                if isinstance(clip, Exception):
+                    future.set_exception(clip)
                 else:
-                    future.set_result(found)
+                    future.set_result(dataclasses.replace(clip, wav=np.clip(clip.wav, -1.0, 1.0)))
 
-    def _next(self) -> list[tuple[Wanted, "Future[Drawn]"]]:
-        """The next batch; [] once closed and empty."""
-        with self._news:
+    def _next_batch(self) -> list[tuple[Row, "Future[Clip]"]]:
+        """Waits for clips, and returns up to R; [] once closed and empty."""
+        with self._changed:
             while True:
-                while not self._waiting and not self._closed:
-                    self._news.wait()
-                until = time.monotonic() + self._window
-                while (
-                    len(self._waiting) < self._rows
-                    and not self._closed
-                    and (left := until - time.monotonic()) > 0
-                ):
-                    self._news.wait(left)
+                # Wait for a first clip, then for others that may join it.
+                while not self._queue and not self._closed:
+                    self._changed.wait()
+                self._changed.wait_for(
+                    lambda: len(self._queue) >= self._rows or self._closed, self._window_seconds
+                )
+
+                # Take a batch, without clips that were cancelled.
                 batch = []
-                while self._waiting and len(batch) < self._rows:
-                    wanted, future = self._waiting.popleft()
+                while self._queue and len(batch) < self._rows:
+                    row, future = self._queue.popleft()
                     if future.set_running_or_notify_cancel():
-                        batch.append((wanted, future))
-                if batch or (self._closed and not self._waiting):
+                        batch.append((row, future))
+                if batch or (self._closed and not self._queue):
                     return batch
 
-    def _draw(self, batch: list[Wanted]) -> list[Drawn | FloatingPointError]:
-        """Each row's clip, in [-1, 1], or what is wrong with that row alone."""
-        found = draw(self._bundle, batch, self._rows)
-        return [
-            each
-            if isinstance(each, Exception)
-            else dataclasses.replace(each, wav=np.clip(each.wav, -1.0, 1.0))
-            for each in found
-        ]
 
-
-def draw(bundle: Bundle, batch: Sequence[Wanted], rows: int) -> list[Drawn | FloatingPointError]:
-    """Draws a batch that is filled up to `rows`; returns each row's clip, or what is wrong with that row alone.
+def draw(bundle: Bundle, batch: Sequence[Row], rows: int) -> list[Clip | FloatingPointError]:
+    """Draws a batch that is filled up to R rows.
 
     Args:
-      bundle: what draws: a bundle, or what has its `about`, `draw` and `score`.
-      batch: from 1 to `rows` rows.
+      bundle: a bundle, or another object with its `manifest`, `draw` and `score`.
+      batch: 1 to R rows.
       rows: R.
+
+    Returns:
+      The clip of each row, or the error of that row alone.
     """
-    about = bundle.about
+    # Fill up the batch, and draw it.
     filled = [*batch, *[batch[0]] * (rows - len(batch))]
-    nothing = np.zeros((about["frames"], about["places"]), np.int32)
+    zeros = np.zeros((bundle.manifest["frames"], bundle.manifest["places"]), np.int32)
+    beginnings = [zeros if row.beginning is None else row.beginning for row in filled]
     clips = bundle.draw(
         jax.tree.map(lambda *texts: np.stack(texts), *[row.text for row in filled]),
         [row.seed for row in filled],
         [row.candidate for row in filled],
         [row.temperature for row in filled],
-        np.stack([nothing if row.given is None else row.given for row in filled]),
-        [row.given_frames for row in filled],
+        np.stack(beginnings),
+        [row.beginning_frames for row in filled],
     )
     scores = bundle.score(clips) if any(row.scored for row in batch) else {}
+
+    # Take it apart.
     scores = {name: np.asarray(score) for name, score in scores.items()}
     tokens, wavs = np.asarray(clips.tokens), np.asarray(clips.wav)
-    results: list[Drawn | FloatingPointError] = []
+    results: list[Clip | FloatingPointError] = []
     for i, row in enumerate(batch):
         rewards = {name: float(score[i]) for name, score in scores.items()} if row.scored else {}
         if np.isfinite(wavs[i]).all() and np.isfinite(list(rewards.values())).all():
-            results.append(Drawn(tokens[i], wavs[i], rewards))
+            results.append(Clip(tokens[i], wavs[i], rewards))
         else:
-            results.append(
-                FloatingPointError(
-                    "the clip, or a reward of it, has numbers that are not finite: try another seed; a checkpoint that "
-                    "does so often is to be trained again"
-                )
-            )
+            results.append(FloatingPointError(NOT_FINITE))
     return results

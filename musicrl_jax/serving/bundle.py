@@ -1,22 +1,24 @@
-"""A bundle: everything between a prompt and its waveform as compiled-to-be functions, weights and words, in one folder.
+"""Plays a bundle: a folder of functions, weights and a vocabulary, from a prompt to a waveform.
 
-`musicrl export` writes it. This file stands in every bundle, beside the three that it runs, and needs no other code:
+`musicrl export` writes bundles. This file is copied into each, with three modules that it runs, and
+needs no other code of musicrl-jax:
 
     python BUNDLE/bundle.py "upbeat jazz with a walking bass" --out=clip.wav     plays a prompt
-    python BUNDLE/bundle.py --check                                              draws the golden clips again
+    python BUNDLE/bundle.py --check                                   draws the golden clips again
 
-with flatbuffers, jax, numpy, safetensors, sentencepiece, soundfile and tokenizers. A manifest holds the sha256 of every
-file. It shows damage, not who made the bundle: a bundle is a program, to be run by those who trust its maker.
+It needs flatbuffers, jax, numpy, safetensors, sentencepiece, soundfile and tokenizers. A manifest
+has the sha256 of every file. It shows damage, but not who made the bundle. A bundle is a program:
+run it only if you trust its maker.
 
 Legend: B clips, L text pieces, F frames of a clip, K tokens in a frame, C channels, N samples.
 """
 
-# ruff: noqa: E402  in a bundle, nothing is imported before it is clear from where
+# ruff: noqa: E402  in a bundle, sys.path is set before anything is imported
 
 import os
 import sys
 
-if not __package__:  # in a bundle, where a file beside this one must not pass for a library
+if not __package__:  # in a bundle: a file beside this one must not replace a library
     HERE = os.path.dirname(os.path.realpath(__file__))
     sys.path[:] = [entry for entry in sys.path if os.path.realpath(entry or os.curdir) != HERE]
 
@@ -34,10 +36,11 @@ NEEDED = "flatbuffers", "jax", "numpy", "safetensors", "sentencepiece", "soundfi
 
 
 def _neighbours(*names: str) -> Iterator[types.ModuleType]:
-    """Yields modules that stand beside this file, run from bytes whose sha256 the manifest has.
+    """Yields modules beside this file, after comparing their sha256 with the manifest.
 
-    Raises ImportError, before any of them is run, where a file is missing or another, or a library is.
+    Raises ImportError, before any of them runs, if a library or file is missing, or a file changed.
     """
+    # What is missing or changed.
     if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
         raise ImportError(f"a bundle needs {', '.join(missing)}: pip install {' '.join(missing)}")
     folder, sources = Path(HERE), {}
@@ -51,7 +54,7 @@ def _neighbours(*names: str) -> Iterator[types.ModuleType]:
         raise ImportError(f"{folder} is damaged: {error}; copy or export it again") from error
     for name, source in sources.items():
         module = types.ModuleType(name)
-        # The bytes that were hashed are run, and no other ones: neither the file, read again, nor a cached .pyc.
+        # Runs the bytes that were hashed, not the file again or a cached .pyc.
         exec(compile(source, str(folder / f"{name}.py"), "exec"), module.__dict__)
         yield module
 
@@ -73,26 +76,20 @@ from jax import export
 from jax.sharding import Mesh
 
 FORMAT = "musicrl-bundle 2"
-# The first format does not name the outputs of the draw function.
-FIRST_FORMAT, FIRST_OUTPUTS = (
-    "musicrl-bundle 1",
-    ["tokens", "acoustic", "mulan", "embedding", "wav"],
-)
+# Manifests of the first format do not name the outputs of the draw function.
+FIRST_FORMAT = "musicrl-bundle 1"
+FIRST_OUTPUTS = ["tokens", "acoustic", "mulan", "embedding", "wav"]
 DRAW, SCORE = "draw", "score"
 VOCABULARY, GOLDEN, WEIGHTS = "vocabulary", "golden.safetensors", "weights"
-PLATFORMS = {
-    "cpu": "cpu",
-    "gpu": "cuda",
-    "cuda": "cuda",
-    "tpu": "tpu",
-}  # of a jax backend, a function's folder
+# Folders of functions by jax backend.
+PLATFORMS = {"cpu": "cpu", "gpu": "cuda", "cuda": "cuda", "tpu": "tpu"}
 LARGEST_SEED = 2**32 - 1
-WAV_ERROR = 1e-4  # that the golden clips' samples may be off, of a full scale of 1
-SCORE_ERROR = 1e-3  # that their rewards may be off, of themselves or of 1
+# Largest errors of golden clips: of a sample, full scale being 1; of a reward, relative if above 1.
+WAV_ERROR, SCORE_ERROR = 1e-4, 1e-3
 
-GOLDEN_ARRAYS = {"text", "seeds", "given_frames", "tokens", "wav"}  # and codes, and the rewards
-# The kind of a manifest: what is read of it here and by the service.
-ABOUT = {
+GOLDEN_ARRAYS = {"text", "seeds", "given_frames", "tokens", "wav"}  # codes and rewards are optional
+# Types of the manifest's fields that are read here and by the service.
+FIELDS = {
     "version": str,
     "jax": str,
     "platforms": [str],
@@ -116,60 +113,69 @@ ABOUT = {
 
 
 class Clips(NamedTuple):
-    """What was drawn."""
+    """A batch of clips.
 
-    tokens: Any  # int32 [B, F, K]
-    wav: Any  # f32 [B, N]; [B, C, N] if C is above 1
-    others: dict[
-        str, Any
-    ]  # the draw function's other outputs [B, ...], by name: codes and what rewards read
+    Attributes:
+      tokens: int32 [B, F, K].
+      wav: f32 [B, N], or [B, C, N] if C is above 1.
+      others: the draw function's other outputs [B, ...] by name: codes, and inputs of rewards.
+    """
+
+    tokens: Any
+    wav: Any
+    others: dict[str, Any]
 
 
 class Bundle:
-    """A bundle that was read and found whole, its weights on the device, its functions compiled when first called.
+    """A bundle whose files are whole. Weights are on the device; a function compiles when called.
 
     Attributes:
-      about: the manifest: sample_rate_hz, clip_seconds, frames, places, text_length, rewards, lineage and more; and
-        the manifest's own sha256.
+      manifest: sample_rate_hz, clip_seconds, frames, places, text_length, rewards and more, and the
+        manifest's own sha256.
       platform: 'cpu', 'cuda' or 'tpu'.
     """
 
     def __init__(self, folder: str | Path, devices: Sequence[Any] | None = None):
-        """Reads `folder`, for `devices` or all; ValueError, by name of file, where one is not what was exported, or
-        where this jax, or these devices, cannot run it; FileNotFoundError where there is none.
+        """Reads `folder` for `devices`, by default all.
+
+        Raises:
+          FileNotFoundError: there is no bundle.
+          ValueError: a file, which is named, changed, or this jax or these devices cannot run it.
         """
+        # The manifest, and whether it fits these devices.
         self.folder = Path(folder)
         if not (self.folder / MANIFEST).exists():
             raise FileNotFoundError(f"no bundle in {folder}: `musicrl export` writes one")
-        self.about = _described(self.folder)
+        self.manifest = _read_manifest(self.folder)
         devices = devices or jax.devices()
         self.platform = PLATFORMS[devices[0].platform]
-        if self.platform not in self.about["platforms"]:
+        if self.platform not in self.manifest["platforms"]:
             raise ValueError(
-                f"{folder} has functions for {', '.join(self.about['platforms'])}, and jax runs on {self.platform} "
-                f"here: export it again with platforms that name that, or set JAX_PLATFORMS"
+                f"{folder} has functions for {', '.join(self.manifest['platforms'])}, and jax runs "
+                f"on {self.platform} here: export it for {self.platform}, or set JAX_PLATFORMS"
             )
-        chips = self.about["chips"]
+        chips = self.manifest["chips"]
         if len(devices) < chips:
             raise ValueError(
-                f"{folder} was exported for {chips} chips that draw together, and jax has {len(devices)} here: export "
-                "it again with fewer, or run it where there are as many"
+                f"{folder} was exported for {chips} chips that draw together, and jax has "
+                f"{len(devices)} here: export it again for fewer chips, or run it on {chips}"
             )
-        self._text = (self.folder / VOCABULARY).read_bytes()
-        exported = {
-            name: self._function(name) for name in (DRAW, SCORE) if name in self.about["functions"]
-        }
+
+        # The vocabulary, the functions, and the weights, sharded as the functions take them.
+        self._vocabulary = (self.folder / VOCABULARY).read_bytes()
         mesh = Mesh(np.array(devices[:chips]), ("tensor",))
-        layouts = {
-            name: jax.tree.unflatten(found.in_tree, found.in_shardings_jax(mesh))[0][0]
-            for name, found in exported.items()
-        }
-        self.weights = self._weights(layouts)
-        self._functions = {name: jax.jit(found.call) for name, found in exported.items()}
+        self._functions, shardings = {}, {}
+        for name in (DRAW, SCORE):
+            if name in self.manifest["functions"]:
+                exported = self._read_function(name)
+                self._functions[name] = jax.jit(exported.call)
+                in_shardings = exported.in_shardings_jax(mesh)
+                shardings[name] = jax.tree.unflatten(exported.in_tree, in_shardings)[0][0]
+        self.weights = self._read_weights(shardings)
 
     def encode(self, prompts: Sequence[str]) -> np.ndarray:
-        """Prompts as pieces, int32 [B, L]; ValueError where one says nothing."""
-        return pieces.encode(self._text, prompts, self.about["text_length"])
+        """Returns prompts as pieces, int32 [B, L]; raises ValueError if one is empty."""
+        return pieces.encode(self._vocabulary, prompts, self.manifest["text_length"])
 
     def draw(
         self,
@@ -177,113 +183,124 @@ class Bundle:
         seeds: Sequence[int],
         candidates: Sequence[int] | None = None,
         temperatures: Sequence[float] | None = None,
-        given: np.ndarray | None = None,
-        given_frames: Sequence[int] | None = None,
+        beginnings: np.ndarray | None = None,
+        beginning_frames: Sequence[int] | None = None,
     ) -> Clips:
-        """Draws clips; a clip depends on its own row of the arguments alone.
+        """Draws clips; each depends only on its own row of the arguments.
 
         Args:
           text: int32 [B, L], from `encode`.
           seeds: of each clip, from 0 to 2**32 - 1.
-          candidates: clips of one prompt and seed differ by this number; 0 is the one that `musicrl generate` makes.
-          temperatures: of the policy, above 0; `about["temperature"]` by default.
-          given: int32 [B, F, K], how clips begin, and
-          given_frames: so many frames of it.
+          candidates: number that tells apart clips of one prompt and seed; `musicrl generate` makes
+            number 0 first.
+          temperatures: of the policy, above 0; by default the manifest's.
+          beginnings: int32 [B, F, K], tokens that clips begin with.
+          beginning_frames: number of frames of `beginnings` to use, by default 0.
 
         Raises:
-          ValueError: where a seed or another number is not a whole one or out of its range.
+          ValueError: a seed or another number is not whole or out of its range.
         """
-        rows, frames = len(text), self.about["frames"]
-        temperatures = np.asarray(
-            [self.about["temperature"]] * rows if temperatures is None else temperatures
-        )
+        # Defaults.
+        rows, frames = len(text), self.manifest["frames"]
+        candidates = [0] * rows if candidates is None else candidates
+        beginning_frames = [0] * rows if beginning_frames is None else beginning_frames
+        if beginnings is None:
+            beginnings = np.zeros((rows, frames, self.manifest["places"]), np.int32)
+        if temperatures is None:
+            temperatures = [self.manifest["temperature"]] * rows
+        temperatures = np.asarray(temperatures)
         if not (np.isfinite(temperatures).all() and (temperatures > 0).all()):
             raise ValueError(f"temperatures={temperatures.tolist()} must be above 0 and finite")
+
+        # The function, whose outputs the manifest names.
         arrays = self._functions[DRAW](
             self.weights[DRAW],
             whole("text", text, 2**31 - 1).astype(np.int32),
             whole("seed", seeds).astype(np.uint32),
-            whole("candidate", [0] * rows if candidates is None else candidates).astype(np.uint32),
+            whole("candidate", candidates).astype(np.uint32),
             temperatures.astype(np.float32),
-            np.zeros((rows, frames, self.about["places"]), np.int32)
-            if given is None
-            else whole("given", given, 2**31 - 1).astype(np.int32),
-            whole(
-                "given_frames", [0] * rows if given_frames is None else given_frames, frames
-            ).astype(np.int32),
+            whole("beginnings", beginnings, 2**31 - 1).astype(np.int32),
+            whole("beginning_frames", beginning_frames, frames).astype(np.int32),
         )
-        named = dict(zip(self.about["outputs"], arrays, strict=True))
-        return Clips(named.pop("tokens"), named.pop("wav"), named)
+        outputs = dict(zip(self.manifest["outputs"], arrays, strict=True))
+        return Clips(outputs.pop("tokens"), outputs.pop("wav"), outputs)
 
     def score(self, clips: Clips) -> dict[str, Any]:
-        """Each reward that was exported, f32 [B], and as 'total' their weighted sum; {} where none was."""
+        """Returns each exported reward, f32 [B], and their weighted sum 'total'; {} without any."""
         if SCORE not in self._functions:
             return {}
-        named = {**clips.others, "tokens": clips.tokens, "wav": clips.wav}
-        return self._functions[SCORE](
-            self.weights[SCORE], *(named[name] for name in self.about["outputs"])
-        )
+        outputs = {**clips.others, "tokens": clips.tokens, "wav": clips.wav}
+        arrays = [outputs[name] for name in self.manifest["outputs"]]
+        return self._functions[SCORE](self.weights[SCORE], *arrays)
 
-    def _function(self, name: str) -> export.Exported:
+    def _read_function(self, name: str) -> export.Exported:
+        """Reads a function; raises ValueError if this jax cannot."""
         file = f"functions/{self.platform}/{name}.stablehlo"
-        version = self.about["functions"][name][self.platform]["calling_convention"]
+        version = self.manifest["functions"][name][self.platform]["calling_convention"]
         low = export.minimum_supported_calling_convention_version
         high = export.maximum_supported_calling_convention_version
-        written = f"{file} was written by jax {self.about['jax']}"
+        written = f"{file} was written by jax {self.manifest['jax']}"
         if not low <= version <= high:
+            remedy = "upgrade jax" if version > high else "install an older jax"
             raise ValueError(
-                f"{written} with calling convention {version}, and jax {jax.__version__} reads {low} to {high}: "
-                f"{'upgrade jax' if version > high else 'install an older jax'}, or export the checkpoint again here"
+                f"{written} with calling convention {version}, and jax {jax.__version__} reads "
+                f"{low} to {high}: {remedy}, or export the checkpoint again here"
             )
         try:
-            found = export.deserialize(bytearray((self.folder / file).read_bytes()))
-            found.mlir_module()  # which is not read until then; a newer jax writes what an older one cannot read
-            return found
+            exported = export.deserialize(bytearray((self.folder / file).read_bytes()))
+            exported.mlir_module()  # parsed only now; an older jax cannot read a newer jax's module
+            return exported
         except ModuleNotFoundError as error:
             raise ValueError(
                 f"reading a bundle needs {error.name}: pip install {error.name}"
             ) from error
-        except Exception as error:  # the library raises nothing narrower
+        except Exception as error:  # jax.export raises no narrower class
             raise ValueError(
-                f"{written}, and jax {jax.__version__} cannot read it ({error}): install jax {self.about['jax']} or "
-                "newer, or export the checkpoint again here"
+                f"{written}, and jax {jax.__version__} cannot read it ({error}): install jax "
+                f"{self.manifest['jax']} or newer, or export the checkpoint again here"
             ) from error
 
-    def _weights(self, layouts: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, jax.Array]]:
-        """By function, by name, as they are to lie; an array that several read alike is there once."""
-        arguments = self.about["arguments"]
-        wanted = {
-            stored: layouts[f][name]
-            for f, names in arguments.items()
-            for name, stored in names.items()
-        }
-        there = {}
+    def _read_weights(self, shardings: Mapping[str, Mapping[str, Any]]) -> dict[str, dict]:
+        """Reads the weights of each function by name; functions share an array of one sharding."""
+        # The sharding that each stored array is read with.
+        arguments, stored_shardings, arrays = self.manifest["arguments"], {}, {}
+        for function, names in arguments.items():
+            for name, stored in names.items():
+                stored_shardings[stored] = shardings[function][name]
+
+        # The arrays.
         for file in sorted((self.folder / WEIGHTS).glob("*.safetensors")):
             try:
                 with safetensors.safe_open(file, framework="numpy") as tensors:
                     for name in tensors.keys():  # noqa: SIM118
-                        there[name] = jax.device_put(tensors.get_tensor(name), wanted[name])
+                        tensor = tensors.get_tensor(name)
+                        arrays[name] = jax.device_put(tensor, stored_shardings[name])
             except (safetensors.SafetensorError, KeyError) as error:
                 raise ValueError(
                     f"{file} is not what {MANIFEST} describes ({error}): export it again"
                 ) from error
-        if missing := sorted(set(wanted) - set(there)):
+        if missing := sorted(set(stored_shardings) - set(arrays)):
             raise ValueError(f"{self.folder}/{WEIGHTS} lacks {missing[0]}: copy or export it again")
-        return {
-            function: {
-                name: jax.device_put(there[stored], layouts[function][name])
-                for name, stored in names.items()
-            }
-            for function, names in arguments.items()
-        }
+
+        # By function; one that shards an array in another way has a copy.
+        weights: dict[str, dict] = {function: {} for function in arguments}
+        for function, names in arguments.items():
+            for name, stored in names.items():
+                sharding = shardings[function][name]
+                weights[function][name] = jax.device_put(arrays[stored], sharding)
+        return weights
 
     def check(self) -> dict[str, float]:
-        """Draws the golden clips again and compares: the shares of `tokens` and of codes that are equal, that of
-        `clips` of which all are, and the largest error of a sample of those, and of a reward.
+        """Draws the golden clips again, and compares them.
 
-        On the platform that they were drawn on all must be equal; elsewhere one rounding can change a code, and all
-        that follows it. The last of them goes on from half a clip of zeros.
+        On the platform of the export all must be equal. On another, one rounding can change a code
+        and all that follow it. The last clip continues half a clip of zeros.
+
+        Returns:
+          The shares of equal tokens and of equal codes by name; as 'clips' that of clips of which
+          all are equal; and among those clips the largest errors 'wav_error' and 'score_error'.
         """
+        # The golden clips, and the same ones drawn now.
         try:
             golden = safetensors.numpy.load_file(self.folder / GOLDEN)
         except safetensors.SafetensorError as error:
@@ -292,40 +309,39 @@ class Bundle:
             ) from error
         if missing := sorted(GOLDEN_ARRAYS - set(golden)):
             raise ValueError(f"{self.folder / GOLDEN} lacks {missing[0]}: export it again")
-        prompts = self.about["golden"]["prompts"]
+        prompts = self.manifest["golden"]["prompts"]
         text = self.encode([*prompts, prompts[0]])
         if not np.array_equal(text, golden["text"]):
             raise ValueError(
-                "the golden prompts have other pieces than when they were exported: mend the tokenizer"
+                "the golden prompts have other pieces than at their export: repair the tokenizer"
             )
-        clips = self.draw(text, golden["seeds"], given_frames=golden["given_frames"])
-        exact = {
-            "tokens": clips.tokens,
-            **{name: x for name, x in clips.others.items() if name in golden},
-        }
-        exact.pop("text", None)  # an argument
-        shares = {name: np.asarray(array) == golden[name] for name, array in exact.items()}
-        whole = np.all(
-            [equal.reshape(len(text), -1).all(axis=1) for equal in shares.values()], axis=0
-        )
-        wav_error = np.abs(np.asarray(clips.wav) - golden["wav"])[whole].max(initial=0.0)
-        scores = {
-            name: (np.asarray(score)[whole], golden[name][whole])
-            for name, score in self.score(clips).items()
-        }
-        off = [
-            np.abs(found - wanted) / np.maximum(1.0, np.abs(wanted))
-            for found, wanted in scores.values()
-        ]
+        clips = self.draw(text, golden["seeds"], beginning_frames=golden["given_frames"])
+
+        # Tokens and codes must be equal; `text` is an argument.
+        equal = {"tokens": np.asarray(clips.tokens) == golden["tokens"]}
+        for name, array in clips.others.items():
+            if name in golden and name != "text":
+                equal[name] = np.asarray(array) == golden[name]
+        rows = [each.reshape(len(text), -1).all(axis=1) for each in equal.values()]
+        equal["clips"] = np.all(rows, axis=0)
+
+        # Samples and rewards of equal clips may have rounding errors.
+        same = equal["clips"]
+        wav_error = np.abs(np.asarray(clips.wav) - golden["wav"])[same].max(initial=0.0)
+        score_errors = []
+        for name, score in self.score(clips).items():
+            expected = golden[name][same]
+            error = np.abs(np.asarray(score)[same] - expected)
+            score_errors.append(error / np.maximum(1.0, np.abs(expected)))
         return {
-            **{name: float(equal.mean()) for name, equal in {**shares, "clips": whole}.items()},
+            **{name: float(each.mean()) for name, each in equal.items()},
             "wav_error": float(wav_error),
-            "score_error": float(np.max(off, initial=0.0)),
+            "score_error": float(np.max(score_errors, initial=0.0)),
         }
 
 
 def whole(name: str, numbers: Any, most: int = LARGEST_SEED) -> np.ndarray:
-    """Returns whole numbers, one or many, as an array; ValueError where one is not whole, below 0 or above `most`."""
+    """Returns an array of whole numbers; raises ValueError if one is not in 0 to `most`."""
     array = np.asarray(numbers)
     if not array.size:
         return array
@@ -336,87 +352,87 @@ def whole(name: str, numbers: Any, most: int = LARGEST_SEED) -> np.ndarray:
 
 
 def is_one(folder: str | Path) -> bool:
-    """Whether a folder is a bundle, whole or not."""
+    """Returns whether a folder is a bundle, whole or damaged."""
     return (Path(folder) / "bundle.py").exists()
 
 
-def _described(folder: Path) -> dict[str, Any]:
-    """The manifest; ValueError where it, or a file that it names, is not what was written."""
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    """Reads the manifest; raises ValueError if it, or a file that it names, changed."""
+    file = folder / MANIFEST
+    # The manifest itself: its seal, its format and the types of its fields.
     try:
-        about = manifest.unsealed(folder / MANIFEST)
+        fields = manifest.unsealed(file)
     except ValueError as error:
         raise ValueError(f"{folder} is damaged: {error}; copy or export it again") from error
-    if about.get("format") == FIRST_FORMAT:
-        about["outputs"] = FIRST_OUTPUTS
-    elif about.get("format") != FORMAT:
+    if fields.get("format") == FIRST_FORMAT:
+        fields["outputs"] = FIRST_OUTPUTS
+    elif fields.get("format") != FORMAT:
         raise ValueError(
-            f"{folder}/{MANIFEST} is of format {about.get('format')!r}, not {FORMAT!r}: export it again"
+            f"{file} is of format {fields.get('format')!r}, not {FORMAT!r}: export it again"
         )
     try:
-        manifest.check_kind(about, ABOUT)
+        manifest.check_kind(fields, FIELDS)
     except ValueError as error:
-        raise ValueError(f"{folder}/{MANIFEST}: {error}; copy or export it again") from error
-    for name in about["functions"]:
-        if missing := sorted(set(about["platforms"]) - set(about["functions"][name])):
-            raise ValueError(
-                f"{folder}/{MANIFEST} has no function {name!r} for {missing[0]}: export it again"
-            )
-    if not (DRAW in about["functions"] and set(about["functions"]) <= set(about["arguments"])):
-        raise ValueError(
-            f"{folder}/{MANIFEST} lacks {DRAW!r} or the arguments of a function: export it again"
-        )
-    if wrong := manifest.damage(folder, about["files"], more=False):
-        raise ValueError(f"{folder} is damaged: {wrong}; copy or export it again")
-    return {**about, "sha256": hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()}
+        raise ValueError(f"{file}: {error}; copy or export it again") from error
+
+    # The functions and files that it names.
+    functions = fields["functions"]
+    for name in functions:
+        if missing := sorted(set(fields["platforms"]) - set(functions[name])):
+            raise ValueError(f"{file} has no function {name!r} for {missing[0]}: export it again")
+    if not (DRAW in functions and set(functions) <= set(fields["arguments"])):
+        raise ValueError(f"{file} lacks {DRAW!r} or the arguments of a function: export it again")
+    if damage := manifest.damage(folder, fields["files"], more=False):
+        raise ValueError(f"{folder} is damaged: {damage}; copy or export it again")
+    return {**fields, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command at the head of this file; the exit status."""
+    """Runs the command of this module's docstring; returns the exit status."""
+    # The command line.
     parser = argparse.ArgumentParser(description="Plays a bundle of musicrl-jax.")
     parser.add_argument("prompt", nargs="?")
     parser.add_argument("--out", default="clip.wav", help="a file that ends in .wav, .flac or .ogg")
     parser.add_argument("--seed", type=int, default=0, help="a whole number from 0 to 2**32 - 1")
     parser.add_argument("--check", action="store_true", help="draws the golden clips again")
-    asked = parser.parse_args(arguments)
-    if bool(asked.prompt) == asked.check:
+    options = parser.parse_args(arguments)
+    if bool(options.prompt) == options.check:
         parser.error("give a prompt, or --check")
     try:
-        form = audio.audio_format(asked.out)
-        seed = int(whole("seed", asked.seed))
+        form = audio.audio_format(options.out)
+        seed = int(whole("seed", options.seed))
         bundle = Bundle(Path(__file__).resolve().parent)
-        if asked.check:
-            return _checked(bundle)
-        wav = np.asarray(bundle.draw(bundle.encode([asked.prompt]), [seed]).wav[0])
-        tags = audio.provenance_tags(asked.prompt, seed=seed, model=bundle.about["sha256"])
-        Path(asked.out).write_bytes(
-            audio.encode(np.clip(wav, -1, 1), bundle.about["sample_rate_hz"], form, tags)
-        )
+        if options.check:
+            return _print_check(bundle)
+
+        # One clip.
+        wav = np.asarray(bundle.draw(bundle.encode([options.prompt]), [seed]).wav[0])
+        tags = audio.provenance_tags(options.prompt, seed=seed, model=bundle.manifest["sha256"])
+        rate = bundle.manifest["sample_rate_hz"]
+        Path(options.out).write_bytes(audio.encode(np.clip(wav, -1, 1), rate, form, tags))
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 1
-    print(asked.out)
+    print(options.out)
     return 0
 
 
-def _checked(bundle: Bundle) -> int:
-    found: Mapping[str, Any] = bundle.check()
+def _print_check(bundle: Bundle) -> int:
+    """Checks a bundle and prints the result; returns the exit status."""
+    result, golden = bundle.check(), bundle.manifest["golden"]
     here = f"{bundle.platform}, jax {jax.__version__}"
-    there = f"{bundle.about['golden']['platform']}, jax {bundle.about['jax']}"
-    print(json.dumps({**found, "here": here, "exported_on": there}))
+    there = f"{golden['platform']}, jax {bundle.manifest['jax']}"
+    print(json.dumps({**result, "here": here, "exported_on": there}))
     for name, most in (("wav_error", WAV_ERROR), ("score_error", SCORE_ERROR)):
-        if not found[name] <= most:  # nor where it is not a number
-            print(f"{name} is {found[name]:.2g}, more than {most:g}", file=sys.stderr)
+        if not result[name] <= most:  # this refuses NaN too
+            print(f"{name} is {result[name]:.2g}, more than {most:g}", file=sys.stderr)
             return 1
-    if found["clips"] < 1 and bundle.platform == bundle.about["golden"]["platform"]:
-        shares = {
-            name: share
-            for name, share in found.items()
-            if name == "tokens" or name in bundle.about["outputs"]
-        }
-        differ = " and ".join(
-            f"{1 - share:.2%} of the golden {name}" for name, share in shares.items()
-        )
-        print(f"{differ} differ", file=sys.stderr)
+    if result["clips"] < 1 and bundle.platform == golden["platform"]:
+        differences = []
+        for name in result:
+            if name in bundle.manifest["outputs"]:
+                differences.append(f"{1 - result[name]:.2%} of the golden {name}")
+        print(f"{' and '.join(differences)} differ", file=sys.stderr)
         return 1
     return 0
 

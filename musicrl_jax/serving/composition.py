@@ -1,9 +1,9 @@
-"""A piece of any length from clips of one length, and the best of several candidates for it.
+"""Makes a piece of any length from clips of one length, and chooses the best of its candidates.
 
-A piece longer than a clip is drawn in windows, each a whole clip. A window goes on from the last half of the one before
-it, as MusicLM's long pieces do (MusicLM 5.5). A shorter piece is the beginning of one clip.
+A piece longer than a clip is drawn in windows, each a whole clip that continues the last half of
+the window before (MusicLM 5.5). A shorter piece is the beginning of one clip.
 
-Legend: F frames of a window, K tokens in a frame, N samples; waveforms of several channels are [C, N].
+Legend: F frames of a window, K tokens in a frame, C channels, N samples. Waveforms may be [C, N].
 """
 
 import math
@@ -12,16 +12,15 @@ from typing import Any
 
 import numpy as np
 
-from musicrl_jax.serving.batcher import Drawn, Wanted
+from musicrl_jax.serving.batcher import Clip, Row
 
-FADE_SECONDS = 0.04  # from one window of a long piece to the next
-NEXT_WINDOW = (
-    1 << 16
-)  # added to a candidate's number for each window, so that no two are drawn with the same keys
+FADE_SECONDS = 0.04  # from one window to the next
+# Added to a candidate's number for each window, so that no two windows use the same random keys.
+NEXT_WINDOW = 1 << 16
 
 
 class Piece:
-    """One piece while it is drawn: says which rows come next, takes what became of them, and chooses.
+    """A piece that is drawn window by window.
 
     while rows := piece.rows():
         piece.add(draw(rows))
@@ -30,7 +29,7 @@ class Piece:
 
     def __init__(
         self,
-        about: Mapping[str, Any],
+        manifest: Mapping[str, Any],
         text: Any,
         seed: int,
         seconds: float,
@@ -40,78 +39,77 @@ class Piece:
         """Begins a piece.
 
         Args:
-          about: 'frames', 'clip_seconds' and 'sample_rate_hz' of a clip, as a bundle's manifest has them.
-          text: the prompt as what draws it reads it.
+          manifest: 'frames', 'clip_seconds' and 'sample_rate_hz' of a clip, as in a bundle's.
+          text: the prompt, as the bundle encodes it.
           seed: of the piece, from 0 to 2**32 - 1.
           seconds: its length, above 0.
           temperature: of the policy.
-          candidates: pieces to choose from; with more than one their rewards are wanted.
+          candidates: number of pieces to choose from; rewards are needed if above 1.
         """
-        self._about, self._seconds, self._candidates = about, seconds, candidates
-        self._row = text, seed, temperature
-        self._windows: list[Sequence[Drawn]] = []
+        self._manifest, self._seconds, self._candidates = manifest, seconds, candidates
+        self._prompt = text, seed, temperature
+        self._windows: list[Sequence[Clip]] = []
 
     @property
     def begun(self) -> bool:
-        """Whether a window of it is drawn already."""
+        """Whether a window of it is drawn."""
         return bool(self._windows)
 
-    def rows(self) -> list[Wanted]:
-        """Returns the next window's rows, one a candidate; [] when the piece is whole."""
-        window, half = len(self._windows), self._about["frames"] // 2
-        if window == window_count(self._seconds, self._about):
+    def rows(self) -> list[Row]:
+        """Returns the rows of the next window, one a candidate; [] when the piece is whole."""
+        window, half = len(self._windows), self._manifest["frames"] // 2
+        if window == window_count(self._seconds, self._manifest):
             return []
-        text, seed, temperature = self._row
-        return [
-            Wanted(
-                text,
-                seed,
-                candidate + NEXT_WINDOW * window,
-                temperature,
-                continued(self._windows[-1][candidate].tokens, half) if self.begun else None,
-                half if self.begun else 0,
-                self._candidates > 1,
-            )
-            for candidate in range(self._candidates)
-        ]
+        # A candidate continues its own last window.
+        rows, (text, seed, temperature) = [], self._prompt
+        for candidate in range(self._candidates):
+            beginning, frames = None, 0
+            if self.begun:
+                beginning, frames = continued(self._windows[-1][candidate].tokens, half), half
+            number, scored = candidate + NEXT_WINDOW * window, self._candidates > 1
+            rows.append(Row(text, seed, number, temperature, beginning, frames, scored))
+        return rows
 
-    def add(self, drawn: Sequence[Drawn]) -> None:
-        """Takes a window: what was drawn for `rows`, in their order."""
-        self._windows.append(drawn)
+    def add(self, clips: Sequence[Clip]) -> None:
+        """Adds a window: the clips of `rows`, in their order."""
+        self._windows.append(clips)
 
     def best(self) -> tuple[np.ndarray, int, dict[str, float]]:
-        """Returns (wav f32 [N], the number of the candidate, its rewards as means over windows) of the best one."""
+        """Returns (wav f32 [N], candidate, rewards as means over windows) of the best candidate."""
+        # Rewards.
         means = []
         for candidate in range(self._candidates):
             scores = [window[candidate].scores for window in self._windows]
-            means.append(
-                {name: float(np.mean([each[name] for each in scores])) for name in scores[0]}
-            )
-        best = max(
-            range(self._candidates), key=lambda candidate: means[candidate].get("total", 0.0)
-        )
-        frames, rate = self._about["frames"], self._about["sample_rate_hz"]
+            means.append({})
+            for name in scores[0]:
+                means[-1][name] = float(np.mean([each[name] for each in scores]))
+        best = max(range(self._candidates), key=lambda each: means[each].get("total", 0.0))
+
+        # The waveform.
+        frames, rate = self._manifest["frames"], self._manifest["sample_rate_hz"]
         wav = joined([window[best].wav for window in self._windows], frames // 2 / frames, rate)
         return wav[..., : round(self._seconds * rate)], best, means[best]
 
 
-def window_count(seconds: float, about: Mapping[str, Any]) -> int:
-    """Returns how many windows a piece takes: each after the first goes on from half of a clip."""
-    frames, half = about["frames"], about["frames"] // 2
-    whole = math.ceil(seconds / about["clip_seconds"] * frames - 1e-6)
+def window_count(seconds: float, manifest: Mapping[str, Any]) -> int:
+    """Returns the number of windows of a piece; each after the first adds half a clip."""
+    frames, half = manifest["frames"], manifest["frames"] // 2
+    whole = math.ceil(seconds / manifest["clip_seconds"] * frames - 1e-6)
     return 1 + max(0, -(-(whole - frames) // (frames - half)))
 
 
 def continued(tokens: np.ndarray, half: int) -> np.ndarray:
-    """Returns what a window begins with, int32 [F, K]: the last `half` frames of the one before it, int32 [F, K]."""
+    """Returns the beginning of a window: the last `half` frames of the one before, int32 [F, K]."""
     return np.concatenate([tokens[len(tokens) - half :], np.zeros_like(tokens[half:])])
 
 
 def joined(wavs: Sequence[np.ndarray], overlap: float, rate: int) -> np.ndarray:
-    """Joins windows that each repeat the share `overlap` of the one before, f32 [N]; each fades into the next where
-    the repetition ends.
+    """Joins windows, f32 [N], each of which repeats the share `overlap` of the one before.
+
+    Each fades into the next where the repetition ends.
     """
     whole = wavs[0]
+    # The next window repeats the last part of what is joined so far, and then goes on.
     for wav in wavs[1:]:
         again = round(overlap * wav.shape[-1])
         fade = min(round(FADE_SECONDS * rate), again)

@@ -1,7 +1,7 @@
-"""Time limits of the service's connections, and checks of requests before the application.
+"""Limits the time of connections, and checks requests before the application.
 
-`Connection` is uvicorn's protocol with time limits. uvicorn 0.54 has none for a request that is
-never sent whole, nor for an answer that is never read. `Edge` is an ASGI middleware.
+`Connection` is uvicorn's protocol with time limits: uvicorn 0.54 has none for a request that is
+never sent whole, or an answer that is never read. `Edge` is an ASGI middleware.
 """
 
 import asyncio
@@ -22,12 +22,12 @@ MOST_BYTES = 16384  # of a request's head, and of its body
 
 
 def server(app: Any, limits: ServiceLimits) -> uvicorn.Server:
-    """Returns a server of `app` that keeps to the limits; its caller gives it sockets."""
+    """Returns a server of `app` with these limits; its caller passes sockets."""
     return uvicorn.Server(
         uvicorn.Config(
             app,
             http=functools.partial(Connection, limits),
-            ws="none",  # a WebSocket would leave the time limits behind
+            ws="none",  # a WebSocket would not have the time limits
             log_level="warning",
             server_header=False,
             backlog=BACKLOG,
@@ -38,26 +38,30 @@ def server(app: Any, limits: ServiceLimits) -> uvicorn.Server:
     )
 
 
+# --- connections ---
+
+
 class Connection(H11Protocol):
     """A connection whose client must send requests and read answers in time.
 
     Attributes:
-      waiting_since: the event loop's time at which the client last had to send or read something.
+      waiting_since: time of the event loop since which the client has to send or read something.
     """
 
     def __init__(self, limits: ServiceLimits, **uvicorn_arguments: Any):
         super().__init__(**uvicorn_arguments)
         self.waiting_since = self.loop.time()
         self._limits = limits
-        self._reading: asyncio.TimerHandle | None = None  # runs while a request is being sent
-        self._writing: asyncio.TimerHandle | None = None  # runs while an answer is not yet read
+        self._reading: asyncio.TimerHandle | None = None  # set while a request is being sent
+        self._writing: asyncio.TimerHandle | None = None  # set while an answer is not yet read
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         """Starts the time of the first request; closes another connection if there are too many."""
         super().connection_made(transport)
-        transport.set_write_buffer_limits(high=0)  # every byte that is not sent yet pauses writing
+        transport.set_write_buffer_limits(high=0)  # any unsent byte pauses writing
         self._time_request()
-        # uvicorn counts closing connections too, and so refuses requests that there is room for.
+
+        # uvicorn also counts closing connections, and so refuses requests although there is room.
         others = [
             each
             for each in self.connections
@@ -65,70 +69,71 @@ class Connection(H11Protocol):
         ]
         if len(others) >= self._limits.connections:
             waiting = [each for each in others if each.waits_for_request or each.flow.write_paused]
-            if waiting:  # one that reads an answer goes last
+            if waiting:  # one that reads an answer is closed last
                 oldest = min(waiting, key=lambda each: (each.flow.write_paused, each.waiting_since))
                 oldest.transport.abort()
             else:
-                self.limit_concurrency = 0  # uvicorn answers 503 on this connection, and closes it
+                self.limit_concurrency = 0  # uvicorn answers 503 and closes this connection
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Stops the clocks."""
+        """Stops both timers."""
         super().connection_lost(exc)
-        self._stop_reading()
-        self._stop_writing()
+        self._reading = _cancel(self._reading)
+        self._writing = _cancel(self._writing)
 
     def data_received(self, data: bytes) -> None:
-        """Starts the time of a request with its first byte, and stops it with its last."""
+        """Starts the timer of a request with its first byte, and stops it with its last."""
         super().data_received(data)
         self._time_request()
 
     def on_response_complete(self) -> None:
-        """Starts the time of a request that was begun before the answer to the one before."""
+        """Starts the timer of a request that began before the last answer was complete."""
         self.waiting_since = self.loop.time()
         super().on_response_complete()
         self._time_request()
 
     def shutdown(self) -> None:
-        """Closes the connection after its answers, and at once where a request is half sent."""
+        """Closes the connection after its answers, or at once if a request is half sent."""
         super().shutdown()
         if not self.transport.is_closing() and self.waits_for_request:
             self._refuse(503, "the service stops")
 
     def send_400_response(self, msg: str) -> None:
-        """Answers in JSON, as the description says, and only where no answer was begun."""
+        """Answers in JSON, unless an answer has begun."""
         self._refuse(400, msg)
 
+    # asyncio calls the next two as the socket's buffer fills and empties.
+
     def pause_writing(self) -> None:
-        """Starts the time of reading an answer."""
+        """Starts the timer of reading an answer."""
         self.waiting_since = self.loop.time()
         super().pause_writing()
-        self._stop_writing()
+        _cancel(self._writing)
         self._writing = self.loop.call_later(self._limits.answer_seconds, self.transport.abort)
 
     def resume_writing(self) -> None:
-        """Stops it: all is sent."""
+        """Stops the timer of reading an answer: all bytes are sent."""
         super().resume_writing()
-        self._stop_writing()
+        self._writing = _cancel(self._writing)
 
     @property
     def waits_for_request(self) -> bool:
-        """Whether the client has sent no whole request that is still to be answered."""
+        """Whether there is no whole request that needs an answer."""
         return self.conn.their_state in (h11.IDLE, h11.SEND_BODY)
 
     def _time_request(self) -> None:
-        """Lets the clock run while a request is to be read, and no longer.
-
-        Between two requests it is uvicorn's own, of `idle_seconds`.
-        """
+        """Runs the timer while a request is being sent; between two, uvicorn's own runs."""
         if not self.waits_for_request or self.transport.is_closing():
-            self._stop_reading()
+            self._reading = _cancel(self._reading)
+        # The timer is not restarted by more bytes: a client cannot keep it alive.
         elif self._reading is None and self.timeout_keep_alive_task is None:
             seconds = self._limits.request_seconds
             detail = f"the request did not arrive within {seconds:g} s"
             self._reading = self.loop.call_later(seconds, self._refuse, 408, detail)
 
     def _refuse(self, status: int, detail: str) -> None:
-        """Answers a request that was begun and has no answer yet, and closes the connection."""
+        """Answers a request that has begun and has no answer yet, and closes the connection."""
+        # h11 is idle until it has parsed a whole head; bytes of half a head are trailing data.
         begun = self.conn.their_state is not h11.IDLE or self.conn.trailing_data[0]
         if begun and self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             body = json.dumps({"detail": detail}).encode()
@@ -144,26 +149,25 @@ class Connection(H11Protocol):
                 self.transport.write(self.conn.send(event))
         self.transport.close()
 
-    def _stop_reading(self) -> None:
-        if self._reading is not None:
-            self._reading.cancel()
-            self._reading = None
 
-    def _stop_writing(self) -> None:
-        if self._writing is not None:
-            self._writing.cancel()
-            self._writing = None
+def _cancel(timer: asyncio.TimerHandle | None) -> None:
+    """Cancels a timer if it is set; returns None to replace it."""
+    if timer is not None:
+        timer.cancel()
+
+
+# --- requests ---
 
 
 class Edge:
     """Middleware that checks the Host header and the length of a body, and answers HEAD as GET.
 
-    It calls `answered` with the path and status of every answer. It passes `receive` on: behind
-    Starlette's BaseHTTPMiddleware nobody would notice that a client left.
+    It calls `on_answer` with the path and status of every answer. It passes `receive` on, while
+    Starlette's BaseHTTPMiddleware would hide that a client left.
     """
 
-    def __init__(self, app: Any, access: Access, answered: Callable[[str, int], None]):
-        self.app, self.access, self.answered = app, access, answered
+    def __init__(self, app: Any, access: Access, on_answer: Callable[[str, int], None]):
+        self.app, self.access, self.on_answer = app, access, on_answer
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Answers one ASGI call."""
@@ -172,17 +176,15 @@ class Edge:
             return
         scope, is_head = _origin_form(scope), scope["method"] == "HEAD"
 
+        # Answers: counted, with HEAD in Allow headers, and without a body for HEAD.
         async def checked_send(message: Any) -> None:
             if message["type"] == "http.response.start":
-                self.answered(scope["path"], message["status"])
-                headers = [
-                    (name, _allowed(value) if name == b"allow" else value)
-                    for name, value in message["headers"]
-                ]
-                message = {
-                    **message,
-                    "headers": [*headers, (b"x-content-type-options", b"nosniff")],
-                }
+                self.on_answer(scope["path"], message["status"])
+                headers = []
+                for name, value in message["headers"]:
+                    headers.append((name, _add_head(value) if name == b"allow" else value))
+                headers.append((b"x-content-type-options", b"nosniff"))
+                message = {**message, "headers": headers}
             elif is_head:
                 message = {**message, "body": b""}
             await send(message)
@@ -190,13 +192,11 @@ class Edge:
         async def refuse(status: int, detail: str) -> None:
             await JSONResponse({"detail": detail}, status)(scope, receive, checked_send)
 
-        # Only HTTP/1.0 may leave the Host header out, which no browser does.
+        # Refusals. Only HTTP/1.0 may leave out the Host header, and no browser does.
         hosts = [value.decode("latin-1") for name, value in scope["headers"] if name == b"host"]
         if not all(self.access.serves(host) for host in hosts):
-            await refuse(
-                400,
-                f"the host {hosts[0][:100]!r} is not served here: start with --allowed_hosts=NAME",
-            )
+            name = hosts[0][:100]
+            await refuse(400, f"the host {name!r} is not served: start with --allowed_hosts=NAME")
             return
         body = await _body(receive)
         if body is None:
@@ -205,7 +205,7 @@ class Edge:
             await refuse(413, f"a request has at most {MOST_BYTES} bytes")
             return
 
-        # The application sees whole requests alone, and GET for HEAD.
+        # The application gets whole requests only, and GET for HEAD.
         whole = [{"type": "http.request", "body": body, "more_body": False}]
 
         async def whole_receive() -> Any:
@@ -217,7 +217,7 @@ class Edge:
 
 
 async def _body(receive: Any) -> bytes | None:
-    """Returns a request's body, or more than MOST_BYTES of it; None where the client left."""
+    """Returns a request's body, or more than MOST_BYTES of it; None if the client left."""
     body, more = b"", True
     while more and len(body) <= MOST_BYTES:
         message = await receive()
@@ -228,26 +228,20 @@ async def _body(receive: Any) -> bytes | None:
     return body
 
 
-def _allowed(methods: bytes) -> bytes:
-    """Returns the methods of an Allow header, with HEAD where GET is one."""
+def _add_head(methods: bytes) -> bytes:
+    """Returns the methods of an Allow header, with HEAD if GET is one."""
     return methods + b", HEAD" if b"GET" in methods and b"HEAD" not in methods else methods
 
 
 def _origin_form(scope: Any) -> Any:
-    """Returns the scope of a request for `http://host/path` as that of `/path` at that host.
+    """Rewrites a request for `http://host/path` as one for `/path` at that host.
 
-    RFC 9112, 3.2.2, asks servers to take both forms. uvicorn leaves such a target whole in `path`.
+    RFC 9112, 3.2.2, requires servers to accept both. uvicorn leaves such a target in `path`.
     """
     if not scope["path"].lower().startswith(("http://", "https://")):
         return scope
+    # The host of the target replaces the Host header.
     host, _, rest = scope["raw_path"].partition(b"://")[2].partition(b"/")
-    headers = [
-        (b"host", host),
-        *((name, value) for name, value in scope["headers"] if name != b"host"),
-    ]
-    return {
-        **scope,
-        "path": "/" + unquote(rest.decode("ascii")),
-        "raw_path": b"/" + rest,
-        "headers": headers,
-    }
+    headers = [(b"host", host), *(each for each in scope["headers"] if each[0] != b"host")]
+    path = {"path": "/" + unquote(rest.decode("ascii")), "raw_path": b"/" + rest}
+    return {**scope, **path, "headers": headers}

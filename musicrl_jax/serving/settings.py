@@ -1,6 +1,6 @@
-"""Settings of the service: who may ask, how long clients may take, and the address.
+"""Settings of the service: access, limits of requests, and the address.
 
-All of it is checked before jax, a web framework or the bundle is loaded, and needs none of them.
+All are checked before jax, a web framework or the bundle is loaded, and need none of them.
 """
 
 import dataclasses
@@ -14,48 +14,54 @@ import socket
 from collections.abc import Sequence
 from pathlib import Path
 
-EVERY = "*"  # of allowed hosts or origins
+EVERY = "*"  # allows every host or origin
 LOCALHOST = "localhost"
 MOST_TOKEN_LETTERS = 4096  # the head of a request has at most 16 KiB
-BACKLOG = 512  # connections that the system accepts before the service sees them
-SPARE_FILES = BACKLOG + 64  # open files of the process that are no connections of the service
+BACKLOG = 512  # connections that the system holds until the service accepts them
+SPARE_FILES = BACKLOG + 64  # open files of the process beside the service's connections
+# What to do where an address cannot be used.
+REMEDIES = {
+    errno.EADDRINUSE: "another process uses it; give another port",
+    errno.EACCES: "ports below 1024 are the system's; give a higher one",
+    errno.EPERM: "ports below 1024 are the system's; give a higher one",
+}
 
+# A name; the value of a Host header, with a port; and of an Origin header.
 HOST_NAME = re.compile(r"[\w.-]+", re.ASCII)
 HOST_HEADER = re.compile(r"(?:\[([0-9a-f:.]+)\]|([\w.-]+))(?::\d*)?", re.IGNORECASE | re.ASCII)
 ORIGIN = re.compile(r"https?://(?:\[[0-9a-f:.]+\]|[\w.-]+)(?::\d+)?", re.ASCII)
 
 
+# --- limits and access ---
+
+
 def check_number(
     name: str, value: float, low: float, high: float = math.inf, whole: bool = False
 ) -> None:
-    """Raises ValueError unless `value` is a finite number, or a whole one, in [low, high]."""
+    """Raises ValueError unless `value` is a finite number in [low, high], and whole if asked."""
     kind = int if whole else int | float
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, kind)
-        or not low <= value <= high
-        or value == math.inf
-    ):
+    is_number = isinstance(value, kind) and not isinstance(value, bool)
+    if not is_number or not low <= value <= high or value == math.inf:
         limits = f"from {low:g} to {high:g}" if high < math.inf else f"of {low:g} or more"
         raise ValueError(f"{name}={value!r} must be a {'whole ' if whole else ''}number {limits}")
 
 
 @dataclasses.dataclass(frozen=True)
 class ServiceLimits:
-    """Time and room that the service gives its clients.
+    """Limits of requests, connections and times.
 
     Attributes:
-      waiting_clips: clips that may wait, 1 or more; beyond, a request is answered 429.
-      piece_seconds: longest piece; 0 is four times the bundle's clips. A piece longer than a clip
-        goes on from half of one (MusicLM 5.5: a stride of 15 s).
-      candidates: clips that a request may have drawn to choose from, 1 or more.
-      connections: open connections, 1 or more. When one more opens, the one whose client has not
-        sent a whole request for the longest time is closed; else one whose client does not read.
-      request_seconds: time to send a request, its head and its body, above 0.
-      idle_seconds: time that a connection may stay open between two requests, above 0.
+      waiting_clips: most clips that wait, 1 or more; a request for more is answered 429.
+      piece_seconds: longest piece; 0 means four times the bundle's clips. A piece longer than a
+        clip continues half of one (MusicLM 5.5: a stride of 15 s).
+      candidates: most clips that a request may choose from, 1 or more.
+      connections: most open connections, 1 or more. One more closes the one that has waited longest
+        for a whole request, or else one whose client does not read.
+      request_seconds: time to send a request, head and body, above 0.
+      idle_seconds: time that a connection may be idle between two requests, above 0.
       answer_seconds: time to read an answer, above 0.
-      grace_seconds: time to finish requests once the service is told to stop, 0 or more.
-      window_ms: time that a clip waits for others to be drawn in its batch, 0 or more.
+      grace_seconds: time to finish requests when the service stops, 0 or more.
+      window_ms: time that a clip waits for others of its batch, 0 or more.
     """
 
     waiting_clips: int = 64
@@ -69,7 +75,7 @@ class ServiceLimits:
     window_ms: float = 5.0
 
     def __post_init__(self) -> None:
-        """Raises ValueError where a limit is out of its range."""
+        """Raises ValueError if a limit is out of its range."""
         for name in ("waiting_clips", "candidates", "connections"):
             check_number(f"ServiceLimits.{name}", getattr(self, name), 1, whole=True)
         for name in ("request_seconds", "idle_seconds", "answer_seconds"):
@@ -80,16 +86,15 @@ class ServiceLimits:
 
 @dataclasses.dataclass(frozen=True)
 class Access:
-    """Who may ask the service.
+    """Rules for who may use the service.
 
     Attributes:
-      token: bearer token that requests must carry; '' asks for none.
-      hosts: names that a Host header may hold beside localhost, in lower case; '*' allows every
-        name.
-      only_loopback: whether the service listens on loopback alone. Otherwise a Host header may hold
-        every IP address, since only names can be rebound.
-      origins: origins of web pages that may read answers (CORS), as 'https://music.example'; '*'
-        allows every page.
+      token: bearer token that requests must have; '' needs none.
+      hosts: names allowed in a Host header beside localhost, in lower case; '*' allows every name.
+      only_loopback: whether the service listens on loopback only. Otherwise a Host header may have
+        any IP address, since only names can be rebound.
+      origins: origins of web pages that may read answers (CORS), such as 'https://music.example';
+        '*' allows every page.
       public_status: whether /metrics and /v1/model answer without the token.
     """
 
@@ -100,11 +105,12 @@ class Access:
     public_status: bool = False
 
     def serves(self, host: str) -> bool:
-        """Returns whether a request with this Host header is answered."""
+        """Returns whether requests with this Host header are answered."""
         header = HOST_HEADER.fullmatch(host)
         if not header:
             return False
         name = (header[1] or header[2]).lower().removesuffix(".")
+        # Names can be rebound by DNS, addresses cannot.
         try:
             address = ipaddress.ip_address(name)
         except ValueError:
@@ -112,111 +118,66 @@ class Access:
         return address.is_loopback or not self.only_loopback or name in self.hosts
 
     def admits(self, credentials: bytes) -> bool:
-        """Returns whether the bytes of a bearer token are those of `token`, in UTF-8 or Latin-1.
+        """Returns whether a bearer token is `token`, in UTF-8 or Latin-1.
 
         Clients differ in letters outside ASCII: curl sends UTF-8, Python's requests Latin-1.
         """
+        # compare_digest takes the same time for any wrong token.
         spellings = [self.token.encode()]
         if all(ord(letter) < 256 for letter in self.token):
             spellings.append(self.token.encode("latin-1"))
         return any([hmac.compare_digest(credentials, spelling) for spelling in spellings])
 
 
+# --- address ---
+
+
 def only_loopback(sockets: Sequence[socket.socket]) -> bool:
-    """Returns whether this machine alone reaches what listens at these sockets."""
+    """Returns whether these sockets listen on loopback only."""
     return all(ipaddress.ip_address(each.getsockname()[0]).is_loopback for each in sockets)
 
 
 def url(host: str, port: int) -> str:
-    """Returns the service's address as a browser takes it."""
+    """Returns the service's address for a browser."""
     return f"http://[{host}]:{port}/" if ":" in host else f"http://{host}:{port}/"
-
-
-def read_token(path: str) -> str:
-    """Returns the token in a file, without white space around it and without a byte order mark.
-
-    Raises:
-      FileNotFoundError: there is no such file.
-      ValueError: the file is no regular file, not UTF-8, empty, too long, or holds what no HTTP
-        header can.
-    """
-    name = f"serve.token_file={path!r}"
-    if not Path(path).exists():
-        raise FileNotFoundError(f"{name} does not exist: write a token into it")
-    if not Path(path).is_file():
-        raise ValueError(f"{name} is no regular file: write the token into one")
-    content = Path(path).read_bytes()
-    try:
-        token = content.decode("utf-8-sig").strip(" \t\r\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{name} is not UTF-8 (byte {error.start}): save it as UTF-8") from error
-    if not token:
-        raise ValueError(f"{name} is empty: write a token into it")
-    if len(token.encode()) > MOST_TOKEN_LETTERS:
-        raise ValueError(
-            f"{name} has more than {MOST_TOKEN_LETTERS} bytes: write a shorter token into it"
-        )
-    if "\n" in token or "\r" in token:
-        raise ValueError(f"{name} has more than one line: leave the token alone in it")
-    if control := re.search(r"[\x00-\x1f\x7f]", token):
-        raise ValueError(
-            f"{name} has the control character {control[0]!r} at place {control.start() + 1}, "
-            "which no HTTP header can hold: write another token into it"
-        )
-    return token
-
-
-def check_files(connections: int) -> None:
-    """Raises the process's limit of open files to what so many connections need.
-
-    Raises ValueError where the system does not allow it.
-    """
-    try:
-        import resource
-    except ImportError:  # Windows has no such limit
-        return
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = connections + SPARE_FILES
-    if soft == resource.RLIM_INFINITY or soft >= needed:
-        return
-    if hard != resource.RLIM_INFINITY and hard < needed:
-        raise ValueError(
-            f"ServiceLimits.connections={connections} needs {needed} open files, and this process may "
-            f"have {hard}: raise `ulimit -n` or give fewer connections"
-        )
-    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 def listen(host: str, port: int) -> list[socket.socket]:
     """Returns sockets that listen at every address of `host`.
 
-    They listen at once, so that a second service at the same port is refused before it loads its
-    bundle. Raises ValueError where there is no such address, or it is in use.
+    They listen at once, so a second service at the same port stops before it loads its bundle.
+    Raises ValueError if there is no such address, or it is in use.
     """
+    # The addresses of the host.
     where = f"serve: host={host!r}, port={port}"
     if not isinstance(host, str) or not host or re.search(r"\s", host):
         raise ValueError(
-            f"serve.host={host!r} must be a name or an address, as 127.0.0.1, or 0.0.0.0 for all"
+            f"serve.host={host!r} must be a name, an address such as 127.0.0.1, or 0.0.0.0 for all"
         )
     try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        infos = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (socket.gaierror, UnicodeError) as error:
         raise ValueError(
-            f"serve.host={host!r} is no name or address that this machine knows ({error})"
+            f"serve.host={host!r} is unknown to this machine ({error}): give another"
         ) from error
+
+    # A socket for each. All share the port of the first, which the system chooses for port 0.
     sockets: list[socket.socket] = []
     missing: OSError | None = None
-    for family, address in sorted({(family, address) for family, *_, address in found}):
+    for family, address in sorted({(family, address) for family, *_, address in infos}):
         try:
-            sockets.append(_listening(family, (address[0], port or _port(sockets), *address[2:])))
+            address = (address[0], port, *address[2:])
+            sockets.append(socket.create_server(address, family=family, backlog=BACKLOG))
+            port = sockets[0].getsockname()[1]
         except OSError as error:
-            if error.errno in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):  # as ::1 where IPv6 is off
+            if error.errno in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):  # ::1 if IPv6 is off
                 missing = error
                 continue
             for opened in sockets:
                 opened.close()
+            remedy = REMEDIES.get(error.errno, "give another host or port")
             raise ValueError(
-                f"{where} cannot be listened at ({os.strerror(error.errno)}): {_remedy(error)}"
+                f"{where} cannot be used ({os.strerror(error.errno)}): {remedy}"
             ) from error
     if not sockets:
         raise ValueError(
@@ -225,50 +186,83 @@ def listen(host: str, port: int) -> list[socket.socket]:
     return sockets
 
 
-def _port(sockets: list[socket.socket]) -> int:
-    """Returns the port of the first socket, which all addresses of a host share; 0 before that."""
-    return sockets[0].getsockname()[1] if sockets else 0
+# --- token and files ---
 
 
-def _listening(family: int, address: tuple) -> socket.socket:
-    """Returns a socket that listens; raises OSError where it cannot."""
-    opened = socket.socket(family, socket.SOCK_STREAM)
+def read_token(path: str) -> str:
+    """Returns the token in a file, without white space around it or a byte order mark.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: the file is not a regular file, not UTF-8, empty or too long, or has characters
+        that an HTTP header cannot have.
+    """
+    # The file.
+    name = f"serve.token_file={path!r}"
+    if not Path(path).exists():
+        raise FileNotFoundError(f"{name} does not exist: write a token into it")
+    if not Path(path).is_file():
+        raise ValueError(f"{name} is not a regular file: write the token into one")
     try:
-        opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6:
-            opened.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        opened.bind(address)
-        opened.listen(BACKLOG)
-    except OSError:
-        opened.close()
-        raise
-    return opened
+        token = Path(path).read_text("utf-8-sig").strip(" \t\r\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} is not UTF-8 (byte {error.start}): save it as UTF-8") from error
+
+    # The token.
+    if not token:
+        raise ValueError(f"{name} is empty: write a token into it")
+    if len(token.encode()) > MOST_TOKEN_LETTERS:
+        raise ValueError(
+            f"{name} has more than {MOST_TOKEN_LETTERS} bytes: write a shorter token into it"
+        )
+    if "\n" in token:
+        raise ValueError(f"{name} has more than one line: write only the token into it")
+    if control := re.search(r"[\x00-\x1f\x7f]", token):
+        raise ValueError(
+            f"{name} has the control character {control[0]!r} at place {control.start() + 1}, "
+            "which an HTTP header cannot have: write another token into it"
+        )
+    return token
 
 
-def _remedy(error: OSError) -> str:
-    if error.errno == errno.EADDRINUSE:
-        return "another process uses it; give another port"
-    if error.errno in (errno.EACCES, errno.EPERM):
-        return "ports below 1024 are the system's; give a higher one"
-    return "give another host or port"
+def check_files(connections: int) -> None:
+    """Raises the process's limit of open files to the need of so many connections.
+
+    Raises ValueError if the system does not allow it.
+    """
+    try:
+        import resource
+    except ImportError:  # Windows has no such limit
+        return
+    # The soft limit may be raised to the hard one.
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = connections + SPARE_FILES
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        raise ValueError(
+            f"ServiceLimits.connections={connections} needs {needed} open files, and this process "
+            f"may have {hard}: raise `ulimit -n` or give fewer connections"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+
+
+# --- names in headers ---
 
 
 def read_hosts(text: str) -> frozenset[str]:
-    """Returns names and addresses as Host headers hold them; raises ValueError for others."""
-    names = [
-        name.removeprefix("[").removesuffix("]") for name in _parts("serve.allowed_hosts", text)
-    ]
-    for name in names:
-        if (
-            name != EVERY
-            and not HOST_HEADER.fullmatch(f"[{name}]")
-            and not HOST_NAME.fullmatch(name)
-        ):
+    """Returns names and addresses as in Host headers; raises ValueError for others."""
+    hosts = set()
+    for part in _parts("serve.allowed_hosts", text):
+        name = part.removeprefix("[").removesuffix("]")
+        is_host = HOST_HEADER.fullmatch(f"[{name}]") or HOST_NAME.fullmatch(name)
+        if name != EVERY and not is_host:
             raise ValueError(
-                f"serve.allowed_hosts={text!r}: {name!r} is no host; give names without scheme and "
-                "port, as music.example, or * for every name"
+                f"serve.allowed_hosts={text!r}: {name!r} is not a host; give names without scheme "
+                "and port, such as music.example, or * for every name"
             )
-    return frozenset(name.removesuffix(".") for name in names)
+        hosts.add(name.removesuffix("."))
+    return frozenset(hosts)
 
 
 def read_origins(text: str) -> tuple[str, ...]:
@@ -277,10 +271,10 @@ def read_origins(text: str) -> tuple[str, ...]:
     for origin in origins:
         if origin != EVERY and not ORIGIN.fullmatch(origin):
             raise ValueError(
-                f"serve.allowed_origins={text!r}: {origin!r} is no origin; give scheme, host and port "
-                "alone, as https://music.example, or * for every page"
+                f"serve.allowed_origins={text!r}: {origin!r} is not an origin; give only scheme, "
+                "host and port, such as https://music.example, or * for every page"
             )
-    # Browsers leave out the port that a scheme has by itself.
+    # Browsers leave out the default port of a scheme.
     return tuple(re.sub(r"^(http:.*):80$|^(https:.*):443$", r"\1\2", origin) for origin in origins)
 
 
@@ -289,6 +283,6 @@ def _parts(setting: str, text: str) -> list[str]:
     if not isinstance(text, str) or not text.isascii():
         raise ValueError(
             f"{setting}={text!r} must be a text with commas between its parts; write a name with "
-            "other letters than a to z as xn--..., as browsers send it"
+            "letters other than a to z as xn--..., as browsers send it"
         )
     return [part.strip().lower() for part in text.split(",") if part.strip()]

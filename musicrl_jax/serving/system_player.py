@@ -46,7 +46,7 @@ class SystemPlayer:
         self._player = Player(loaded.system, mesh, self.rows, seconds, sampling)
         with jax.set_mesh(mesh):
             self._weights = self._player.place(loaded.policy, loaded.frozen)
-        self.about: dict[str, Any] = {
+        self.manifest: dict[str, Any] = {
             "clip_seconds": seconds,
             "frames": loaded.system.length(seconds) // loaded.system.frame_tokens,
             "places": loaded.system.frame_tokens,
@@ -72,7 +72,7 @@ class SystemPlayer:
         beginning_frames: Sequence[int],
     ) -> Clips:
         """Draws clips as `Bundle.draw` does, on all hosts together."""
-        length = np.asarray(beginning_frames, np.int32) * self.about["places"]
+        length = np.asarray(beginning_frames, np.int32) * self.manifest["places"]
         start = Beginning(beginnings.reshape(len(beginnings), -1).astype(np.int32), length)
         with jax.set_mesh(self._player.mesh):
             rollout = self._player.draw_by_seed(

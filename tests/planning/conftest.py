@@ -1,4 +1,4 @@
-"""A tiny run as a planner sees it: its stages, and nothing on disk."""
+"""Builds the stages of a tiny run, with nothing on disk."""
 
 import dataclasses
 
@@ -27,6 +27,7 @@ from musicrl_jax.objectives.policy import PolicyObjective
 from musicrl_jax.objectives.preference import PreferenceObjective
 from musicrl_jax.objectives.quality import QualityObjective
 from musicrl_jax.objectives.semantic import SemanticObjective
+from musicrl_jax.planning.models import PlannedModels
 from musicrl_jax.planning.stages import Stage
 from musicrl_jax.rl.config import RLConfig
 from musicrl_jax.rl.rewards import Mixture
@@ -42,8 +43,8 @@ SECONDS = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
-class Drawing:
-    """The settings of `collect` and `evaluate` that a plan reads."""
+class GenerationConfig:
+    """Settings of `collect` and `evaluate` that a plan reads."""
 
     clip_seconds: float = SECONDS
     sampling: Sampling = dataclasses.field(default_factory=Sampling)
@@ -55,12 +56,12 @@ class Drawing:
 
     @property
     def counts(self):
-        """Pairs of each split, as of `CollectConfig`."""
+        """Pairs of each split, as in `CollectConfig`."""
         return {"train": 12, "validation": 8}
 
 
 def train(folder, objective, **settings):
-    """A stage that trains."""
+    """Returns a stage that trains."""
     optimiser = {"optimiser": Optimiser(1e-3), "seed": 0, "fsdp": 2, "tensor": 1}
     arguments = {"model_dir": folder, "objective": objective, "steps": 4, "batch_size": 8}
     return Stage("train", arguments | optimiser | settings)
@@ -68,9 +69,12 @@ def train(folder, objective, **settings):
 
 @pytest.fixture(scope="session")
 def stages():
-    """The stages of the tiny run by name; folders are relative."""
+    """Returns the stages of the tiny run by name; folders are relative."""
+    # Data.
     clips = Clips({"set": 1.0}, "data", 16000)
     tokens, votes = Tokens("tokens", {"codec": "hash"}), Votes("votes")
+
+    # Models.
     conformer = ConformerConfig(layers=2, heads=2, embed=16, mlp=32)
     resnet = ResNetConfig(mels=16, widths=(8, 16), blocks=1)
     bert = BertConfig(layers=1, heads=2, embed=16, mlp=32, positions=64, pieces=512)
@@ -85,6 +89,8 @@ def stages():
         mulan_codes=8,
     )
     fine = SoundStormConfig(conformer, levels=6, coarse_levels=4, codes=16, first_passes=4)
+
+    # Rewards and settings.
     rewards = Mixture(
         (TextAdherence("mulan", "mine"), AcousticQuality("quality", "mine")),
         {"text_adherence": 1.0, "acoustic_quality": 1.0},
@@ -94,6 +100,8 @@ def stages():
     parts = {"soundstream": "codec", "mulan": "mulan", "semantic": "semantic"}
     playing = parts | {"policy": "policy", "soundstorm": "fine"}
     words = dataclasses.replace(clips, vocabulary="vocabulary.model")
+
+    # Stages, in order.
     return {
         "codec": train(
             "codec", CodecObjective(codec, dataclasses.replace(clips, crop_seconds=0.5))
@@ -109,7 +117,9 @@ def stages():
         "r": Stage(
             "train_rl", {"model_dir": "r", "system": "base", "rewards": rewards, "config": config}
         ),
-        "votes": Stage("collect", {"votes_dir": "votes", "system": "r", "config": Drawing()}),
+        "votes": Stage(
+            "collect", {"votes_dir": "votes", "system": "r", "config": GenerationConfig()}
+        ),
         "preference": train(
             "preference", PreferenceObjective(PreferenceConfig(policy), votes, "policy")
         ),
@@ -124,7 +134,13 @@ def stages():
                 "systems": {"MusicLM": "base", "RU": "ru", "DPO": "dpo"},
                 "rewards": rewards,
                 "features": SemanticFeatures("semantic"),
-                "config": Drawing(),
+                "config": GenerationConfig(),
             },
         ),
     }
+
+
+@pytest.fixture(scope="session")
+def models(stages):
+    """Returns the models of the tiny run; each is traced once for all tests."""
+    return PlannedModels(stages, SECONDS)

@@ -1,8 +1,7 @@
-"""Against sums by hand over small programs in the compilers' notation, and programs that XLA compiles here."""
+"""Compares counts with sums by hand over small programs, and with programs that XLA compiles."""
 
 import json
 import math
-import os
 import sys
 
 import jax
@@ -24,14 +23,17 @@ SCALAR = "s32[]{:T(128)S(6)}"
 
 
 def config(cycles: int) -> str:
-    return f'metadata={{op_name="jit(f)/dot"}}, backend_config={{"window_config":{{"estimated_cycles":"{cycles}"}}}}'
+    return f'backend_config={{"window_config":{{"estimated_cycles":"{cycles}"}}}}'
 
 
 def program(*lines: str, before: str = "", head: str = HEAD) -> hlo.Program:
-    """Of an entry with these instructions, the last its root."""
+    """Reads a program whose entry has these instructions; the last is the root."""
     *most, last = lines
     body = "".join(f"  {line}\n" for line in [*most, f"ROOT {last}"])
     return hlo.read(f"{head}{before}ENTRY %main (p: f32[]) -> f32[] {{\n{body}}}\n")
+
+
+# --- loops and conditionals ---
 
 
 def loop(
@@ -42,7 +44,8 @@ def loop(
     body: str = "",
     attributes: str = "",
 ) -> hlo.Program:
-    """Of a loop over (counter, limit, matrix), whose condition's %n is a constant."""
+    """Reads a loop over (counter, limit, matrix); %n of its condition is a constant."""
+    # The computations: a body, a comparison that a condition may call, and a condition.
     state = f"({SCALAR}, {SCALAR}, {MATRIX})"
     before = f"""%body (s: (s32[], s32[], bf16[1024,512])) -> (s32[], s32[], bf16[1024,512]) {{
   %s = {state} parameter(0)
@@ -69,6 +72,8 @@ def loop(
 }}
 
 """
+
+    # The entry.
     return program(
         f"%c = {SCALAR} {start}",
         f"%from = {SCALAR} copy(%c)",
@@ -81,6 +86,7 @@ def loop(
 
 
 DOWN = "compare(%i.1, %n), direction=GE"
+KNOWN_ROUNDS = ', backend_config={"known_trip_count":{"n":"7"}}'
 
 
 @pytest.mark.parametrize(
@@ -95,30 +101,50 @@ DOWN = "compare(%i.1, %n), direction=GE"
         ({"test": "compare(%i.1, %l.1), direction=LT"}, 30),
         ({"test": "fusion(%i.1, %n), kind=kLoop, calls=%compared"}, 24),
         ({"start": "constant(24)"}, 0),
-        ({"step": "multiply(%i, %i)", "attributes": ', backend_config={"known_trip_count":{"n":"7"}}'}, 7),
+        ({"step": "multiply(%i, %i)", "attributes": KNOWN_ROUNDS}, 7),
         ({"step": "multiply(%i, %i)"}, None),
         ({"start": "parameter(1)"}, None),
         ({"step": "subtract(%i, %one)"}, None),
     ],
-)  # fmt: skip
-def test_a_loop_goes_round_as_often_as_its_counter_says(changes, rounds):
-    found = loop(**changes)
-    assert found.unknown_loops == (("while",) if rounds is None else ())
+)
+def test_a_loop_runs_as_often_as_its_counter_says(changes, rounds, monkeypatch):
+    monkeypatch.setattr(hlo, "MOST_ROUNDS", 100)  # the last loop does not end
+    module = loop(**changes)
+    assert module.unknown_loops == (("while",) if rounds is None else ())
     rounds = 1 if rounds is None else rounds
-    assert found.executions == {"main": 1, "body": rounds, "condition": rounds + 1}
+    assert module.executions == {"main": 1, "body": rounds, "condition": rounds + 1}
 
 
-def test_what_is_in_a_loop_counts_as_often_as_it_goes_round():
-    axes = "mesh['axis_0'=1,'axis_1'=2,'axis_2'=2,'axis_3'=4], device_ids=([4,4]T(1,0)) {'axis_1','axis_2'}"
-    found = loop(
-        body=f"  %g = bf16[4096,512]{{1,0:T(8,128)(2,1)}} all-gather(%x), replica_groups={axes}, dimensions={{0}}\n"
+def test_a_loop_body_counts_once_for_each_round():
+    axes = "mesh['a'=1,'b'=2,'c'=2,'d'=4], device_ids=([4,4]T(1,0)) {'b','c'}"
+    gathered = "bf16[4096,512]{1,0:T(8,128)(2,1)}"
+    module = loop(
+        body=f"  %g = {gathered} all-gather(%x), replica_groups={axes}, dimensions={{0}}\n"
         f"  %d = {FAST} copy(%x), {config(500)}\n"
     )
-    assert hlo.collectives(found) == [
-        hlo.Collective("all-gather", 4, False, 24, 24 * 3 * IN_MATRIX)
-    ]
-    assert hlo.scheduled_cycles(found) == 24 * 500
-    assert hlo.memory_bytes(found) == 24 * (5 * IN_MATRIX + IN_MATRIX)
+    assert hlo.sent_bytes(module) == ({"all-gather": 24 * 3 * IN_MATRIX}, 0)
+    assert hlo.scheduled_cycles(module) == 24 * 500
+    assert hlo.memory_bytes(module) == 24 * (5 * IN_MATRIX + IN_MATRIX)
+
+
+def test_a_conditional_counts_as_its_branch_of_most_cycles():
+    before = "".join(
+        f"%{name} (p: bf16[1024,512]) -> bf16[1024,512] {{\n  %p = {MATRIX} parameter(0)\n"
+        f"  ROOT %c = {MATRIX} copy(%p), {config(cycles)}\n}}\n\n"
+        for name, cycles in (("one", 10), ("two", 30), ("three", 20))
+    )
+    module = program(
+        f"%p = {MATRIX} parameter(0)",
+        f"%i = {SCALAR} parameter(1)",
+        f"%c = {MATRIX} conditional(%i, %p, %p, %p), branch_computations={{%one, %two, %three}}",
+        f"%d = {MATRIX} conditional(%i, %p, %p), true_computation=%one, false_computation=%three",
+        before=before,
+    )
+    assert module.executions == {"main": 1, "two": 1, "three": 1}
+    assert hlo.scheduled_cycles(module) == 50
+
+
+# --- network ---
 
 
 @pytest.mark.parametrize(
@@ -136,70 +162,68 @@ def test_what_is_in_a_loop_counts_as_often_as_it_goes_round():
     ("kind", "moved"),
     [("all-reduce", 2), ("reduce-scatter", 1), ("all-to-all", 1), ("all-gather", 1)],
 )
-def test_a_ring_sends_what_it_must(groups, size, kind, moved):
+def test_a_ring_sends_the_share_of_its_collective(groups, size, kind, moved):
     out = MATRIX if kind != "reduce-scatter" else f"bf16[{1024 // size},512]{{1,0:T(8,128)(2,1)}}"
-    found = program(
+    module = program(
         f"%p = {MATRIX} parameter(0)",
-        f"%r = {out} {kind}(%p), channel_id=1, replica_groups={groups}, dimensions={{0}}, to_apply=%add",
+        f"%r = {out} {kind}(%p), replica_groups={groups}, dimensions={{0}}, to_apply=%add",
     )
     expected = moved * IN_MATRIX * (size - 1) // size
-    assert hlo.collectives(found) == [hlo.Collective(kind, size, False, 1, expected)]
+    assert hlo.sent_bytes(module) == ({kind: expected}, 0)
 
 
-def test_what_starts_and_is_done_counts_once():
+def test_a_start_and_its_done_count_once():
     flags, pairs = "u32[]{:S(2)}", "source_target_pairs={{0,2},{2,0}}"
     quarter = "bf16[256,512]{1,0:T(8,128)(2,1)S(1)}"
-    found = program(
+    double = "bf16[2048,512]{1,0:T(8,128)(2,1)}"
+    module = program(
         f"%p = {MATRIX} parameter(0)",
         f"%s = ({MATRIX}, {FAST}, {flags}, {flags}) collective-permute-start(%p), {pairs}",
         f"%d = {FAST} collective-permute-done(%s)",
-        f"%g = ({MATRIX}, bf16[2048,512]{{1,0:T(8,128)(2,1)}}) all-gather-start(%p), replica_groups=[8,2]<=[16]",
-        "%e = bf16[2048,512]{1,0:T(8,128)(2,1)} all-gather-done(%g)",
+        f"%g = ({MATRIX}, {double}) all-gather-start(%p), replica_groups=[8,2]<=[16]",
+        f"%e = {double} all-gather-done(%g)",
         f"%c = ({FAST}, {MATRIX}, {flags}) copy-start(%p)",
         f"%f = {FAST} copy-done(%c)",
         f"%a = (({MATRIX}), {quarter}, {flags}) slice-start(%p), slice={{[0:256], [0:512]}}",
         f"%z = {quarter} slice-done(%a)",
     )
-    assert hlo.collectives(found) == [
-        hlo.Collective("collective-permute", 2, False, 1, IN_MATRIX),
-        hlo.Collective("all-gather", 2, False, 1, IN_MATRIX),
-    ]
-    assert hlo.memory_bytes(found) == IN_MATRIX + 3 * IN_MATRIX + IN_MATRIX + IN_MATRIX // 4
+    sent = {"collective-permute": IN_MATRIX, "all-gather": IN_MATRIX}
+    assert hlo.sent_bytes(module) == (sent, 0)
+    assert hlo.memory_bytes(module) == IN_MATRIX + 3 * IN_MATRIX + IN_MATRIX + IN_MATRIX // 4
 
 
-def test_an_all_reduce_of_which_a_chip_takes_its_share_is_a_reduce_scatter():
-    """Libtpu's fusion of two halves with 48 rows of padding."""
+def test_an_all_reduce_fused_with_a_slice_is_a_reduce_scatter():
+    """The fusion is libtpu's: two halves, with 48 rows of padding."""
     before = """%all-reduce-scatter (input: f32[4096,2048]) -> f32[2072,2048] {
   %input = f32[4096,2048]{1,0:T(8,128)} parameter(0)
   %zero = f32[] constant(0)
   %pad = f32[4144,2048]{1,0:T(8,128)} pad(%input, %zero), padding=0_48x0_0
-  %all-reduce.1 = f32[4144,2048]{1,0:T(8,128)} all-reduce(%pad), replica_groups={{0,2},{1,3}}, to_apply=%add
+  %sum = f32[4144,2048]{1,0:T(8,128)} all-reduce(%pad), replica_groups={{0,2},{1,3}}, to_apply=%add
   %id = u32[] partition-id()
-  ROOT %mine = f32[2072,2048]{1,0:T(8,128)S(1)} dynamic-slice(%all-reduce.1, %id, %id), dynamic_slice_sizes={2072,2048}
+  ROOT %shard = f32[2072,2048]{1,0:T(8,128)S(1)} dynamic-slice(%sum, %id, %id)
 }
 
 """
-    found = program(
+    module = program(
         "%p = f32[4096,2048]{1,0:T(8,128)} parameter(0)",
         "%f = f32[2072,2048]{1,0:T(8,128)S(1)} fusion(%p), kind=kCustom, calls=%all-reduce-scatter",
         before=before,
     )
-    assert hlo.collectives(found) == [
-        hlo.Collective("reduce-scatter", 2, False, 1, 4144 * 2048 * 4 // 2)
-    ]
-    assert hlo.memory_bytes(found) == 4096 * 2048 * 4
+    assert hlo.sent_bytes(module) == ({"reduce-scatter": 4144 * 2048 * 4 // 2}, 0)
+    assert hlo.memory_bytes(module) == 4096 * 2048 * 4
 
 
 def test_an_all_gather_spread_over_fusions_counts_where_it_starts():
-    gather = 'all-gather(%x), channel_id=15, replica_groups=[8,2]<=[16], frontend_attributes={chain_id="0"}'
-    whole = "bf16[2048,512]{1,0:T(8,128)(2,1)S(1)}"
+    # The three fusions: the first starts it, the second computes meanwhile, the third ends it.
+    gather = 'all-gather(%x), replica_groups=[8,2]<=[16], frontend_attributes={chain_id="0"}'
+    whole, alias = "bf16[2048,512]{1,0:T(8,128)(2,1)S(1)}", "output_to_operand_aliasing"
     before = f"""%starts (x: bf16[1024,512]) -> (bf16[1024,512], bf16[2048,512]) {{
   %x = {MATRIX} parameter(0)
   %g = bf16[2048,512]{{1,0:T(8,128)(2,1)}} {gather}
   ROOT %c = ({MATRIX}, {whole}) custom-call(%g), custom_call_target="AsyncCollectiveStart"
 }}
 
-%computes (x: bf16[1024,512], y: bf16[2048,512], z: bf16[1024,512]) -> (bf16[1024,512], bf16[1024,512]) {{
+%computes (x: bf16[1024,512], y: bf16[2048,512], z: bf16[1024,512]) -> (bf16[1024,512]) {{
   %x = {MATRIX} parameter(0)
   %y = {whole} parameter(1)
   %z = {MATRIX} parameter(2)
@@ -216,45 +240,41 @@ def test_an_all_gather_spread_over_fusions_counts_where_it_starts():
 }}
 
 """
-    found = program(
+
+    # The entry hands the shard and the buffer from fusion to fusion.
+    module = program(
         f"%p = {MATRIX} parameter(0)",
         f"%z = {MATRIX} parameter(1)",
-        f"%s = ({MATRIX}, {whole}) fusion(%p), output_to_operand_aliasing={{{{0}}: (0, {{}})}}, calls=%starts",
+        f"%s = ({MATRIX}, {whole}) fusion(%p), {alias}={{{{0}}: (0, {{}})}}, calls=%starts",
         f"%s.0 = {MATRIX} get-tuple-element(%s), index=0",
         f"%s.1 = {whole} get-tuple-element(%s), index=1",
         f"%m = ({MATRIX}, {MATRIX}, {whole}) fusion(%s.0, %s.1, %z), kind=kLoop, "
-        f"output_to_operand_aliasing={{{{1}}: (0, {{}}), {{2}}: (1, {{}})}}, calls=%computes, {config(70)}",
+        f"{alias}={{{{1}}: (0, {{}}), {{2}}: (1, {{}})}}, calls=%computes, {config(70)}",
         f"%m.0 = {MATRIX} get-tuple-element(%m), index=1",
         f"%m.1 = {whole} get-tuple-element(%m), index=2",
-        f"%d = {whole} fusion(%m.0, %m.1), kind=kCustom, output_to_operand_aliasing={{{{}}: (1, {{}})}}, calls=%ends",
+        f"%d = {whole} fusion(%m.0, %m.1), {alias}={{{{}}: (1, {{}})}}, calls=%ends",
         before=before,
     )
-    assert hlo.collectives(found) == [hlo.Collective("all-gather", 2, False, 1, IN_MATRIX)]
-    assert hlo.scheduled_cycles(found) == 70
-    assert hlo.memory_bytes(found) == IN_MATRIX + 2 * IN_MATRIX  # the shard; what is computed
+    assert hlo.sent_bytes(module) == ({"all-gather": IN_MATRIX}, 0)
+    assert hlo.scheduled_cycles(module) == 70
+    assert hlo.memory_bytes(module) == IN_MATRIX + 2 * IN_MATRIX  # the shard, and %computes
 
 
 @pytest.mark.parametrize(
-    ("transfer", "target", "kind", "group", "sent"),
+    ("transfer", "target", "sent"),
     [
-        ("ALL_REDUCE", '"{1,2}x{0:7}"', "all-reduce", 2, IN_MATRIX),
-        ("ALL_REDUCE", '"{1:4}x{0:7}"', "all-reduce", 4, IN_MATRIX * 3 // 2),
-        ("ALL_GATHER", '"{1,2,3,4}x{0:3}"', "all-gather", 4, 3 * IN_MATRIX),
-        ("REDUCE_SCATTER", '"{1,2,3,4}x{0:3}"', "reduce-scatter", 4, IN_MATRIX * 3 // 4),
-        (
-            "ALL_TO_ALL",
-            "{{100000,100004,200000,200004},{100001,200001}}",
-            "all-to-all",
-            2,
-            IN_MATRIX // 2,
-        ),
-        ("ONE_TO_ONE", "{{100004->200000},{200004->100000}}", "collective-permute", 2, IN_MATRIX),
+        ("ALL_REDUCE", '"{1,2}x{0:7}"', IN_MATRIX),
+        ("ALL_REDUCE", '"{1:4}x{0:7}"', IN_MATRIX * 3 // 2),
+        ("ALL_GATHER", '"{1,2,3,4}x{0:3}"', 3 * IN_MATRIX),
+        ("REDUCE_SCATTER", '"{1,2,3,4}x{0:3}"', IN_MATRIX * 3 // 4),
+        ("ALL_TO_ALL", "{{100000,100004,200000,200004},{100001,200001}}", IN_MATRIX // 2),
+        ("ONE_TO_ONE", "{{100004->200000},{200004->100000}}", IN_MATRIX),
     ],
 )
-def test_what_goes_from_slice_to_slice_is_sent_by_the_host(transfer, target, kind, group, sent):
+def test_a_host_send_counts_as_bytes_between_slices(transfer, target, sent):
     how = f"is_host_transfer=true, frontend_attributes={{_xla_megascale_target={target},"
     how += f'_xla_megascale_transfer_type="{transfer}"}}'
-    found = program(
+    module = program(
         f"%p = {MATRIX} parameter(0)",
         "%token = token[] after-all()",
         f"%s = ({MATRIX}, u32[], token[]) send(%p, %token), channel_id=2, {how}",
@@ -262,25 +282,11 @@ def test_what_goes_from_slice_to_slice_is_sent_by_the_host(transfer, target, kin
         "%e = token[] send-done(%s), channel_id=2, is_host_transfer=true",
         f"%d = ({MATRIX}, token[]) recv-done(%r), channel_id=1, is_host_transfer=true",
     )
-    assert hlo.collectives(found) == [hlo.Collective(kind, group, True, 1, sent)]
-    assert hlo.memory_bytes(found) == 2 * IN_MATRIX
+    assert hlo.sent_bytes(module) == ({}, sent)
+    assert hlo.memory_bytes(module) == 2 * IN_MATRIX
 
 
-def test_of_a_choice_the_branch_of_most_cycles_counts():
-    before = "".join(
-        f"%{name} (p: bf16[1024,512]) -> bf16[1024,512] {{\n  %p = {MATRIX} parameter(0)\n"
-        f"  ROOT %c = {MATRIX} copy(%p), {config(cycles)}\n}}\n\n"
-        for name, cycles in (("one", 10), ("two", 30), ("three", 20))
-    )
-    found = program(
-        f"%p = {MATRIX} parameter(0)",
-        f"%i = {SCALAR} parameter(1)",
-        f"%c = {MATRIX} conditional(%i, %p, %p, %p), branch_computations={{%one, %two, %three}}",
-        f"%d = {MATRIX} conditional(%i, %p, %p), true_computation=%one, false_computation=%three",
-        before=before,
-    )
-    assert found.executions == {"main": 1, "two": 1, "three": 1}
-    assert hlo.scheduled_cycles(found) == 50
+# --- memory ---
 
 
 def test_an_update_of_a_new_array_writes_all_of_it():
@@ -293,16 +299,16 @@ def test_an_update_of_a_new_array_writes_all_of_it():
 }}
 
 """
-    found = program(
+    module = program(
         "%x = bf16[256,512]{1,0:T(8,128)(2,1)} parameter(0)",
         f"%i = {SCALAR} parameter(1)",
         f"%f = {MATRIX} fusion(%x, %i), kind=kLoop, calls=%fused",
         before=before,
     )
-    assert hlo.memory_bytes(found) == IN_MATRIX // 4 + IN_MATRIX
+    assert hlo.memory_bytes(module) == IN_MATRIX // 4 + IN_MATRIX
 
 
-def test_a_fusion_reads_the_slice_it_takes_and_writes_the_one_it_puts():
+def test_a_fusion_reads_only_its_slice_and_writes_only_its_update():
     many, one = "bf16[24,1024,512]{2,1,0:T(8,128)(2,1)}", "bf16[1,1024,512]{2,1,0:T(8,128)(2,1)}"
     before = f"""%inner (a: bf16[24,1024,512], i: s32[]) -> bf16[1024,512] {{
   %a = {many} parameter(0)
@@ -311,7 +317,7 @@ def test_a_fusion_reads_the_slice_it_takes_and_writes_the_one_it_puts():
   ROOT %b = {MATRIX} bitcast(%s)
 }}
 
-%outer (a: bf16[24,1024,512], b: bf16[24,1024,512], x: bf16[1024,512], i: s32[]) -> (bf16[24,1024,512]) {{
+%outer (a: bf16[24,1024,512], b: bf16[24,1024,512], x: bf16[1024,512]) -> (bf16[24,1024,512]) {{
   %a = {many} parameter(0)
   %b = {many} parameter(1)
   %x = {MATRIX} parameter(2)
@@ -324,7 +330,7 @@ def test_a_fusion_reads_the_slice_it_takes_and_writes_the_one_it_puts():
 }}
 
 """
-    found = program(
+    module = program(
         f"%a = {many} parameter(0)",
         f"%b = {many} parameter(1)",
         f"%x = {MATRIX} parameter(2)",
@@ -332,16 +338,16 @@ def test_a_fusion_reads_the_slice_it_takes_and_writes_the_one_it_puts():
         f"%f = ({many}, {FAST}) fusion(%a, %b, %x, %i), kind=kLoop, calls=%outer, {config(9)}",
         before=before,
     )
-    assert hlo.memory_bytes(found) == 3 * IN_MATRIX  # of a its slice, x, and into b
-    assert hlo.scheduled_cycles(found) == 9
-    found = program(
+    assert hlo.memory_bytes(module) == 3 * IN_MATRIX  # a's slice, x, and b's update
+    assert hlo.scheduled_cycles(module) == 9
+    module = program(
         f"%a = {many} parameter(0)",
         f"%x = {one} parameter(1)",
         f"%i = {SCALAR} parameter(2)",
         f"%s = {one} dynamic-slice(%a, %i, %i, %i), dynamic_slice_sizes={{1,1024,512}}",
         f"%u = {many} dynamic-update-slice(%a, %x, %i, %i, %i)",
     )
-    assert hlo.memory_bytes(found) == 4 * IN_MATRIX
+    assert hlo.memory_bytes(module) == 4 * IN_MATRIX
 
 
 @pytest.mark.parametrize(
@@ -358,57 +364,48 @@ def test_a_fusion_reads_the_slice_it_takes_and_writes_the_one_it_puts():
         ("(c64[3]{0}, (f32[2]{0}, token[]))", 32),
     ],
 )
-def test_arrays_are_as_large_as_their_tiles(type_, size):
-    found = program(
+def test_arrays_are_padded_to_their_tiles(type_, size):
+    module = program(
         f"%p = {type_} parameter(0)", f"%n = {SCALAR} custom-call(%p), custom_call_target='X'"
     )
-    assert hlo.memory_bytes(found) == size
+    assert hlo.memory_bytes(module) == size
+
+
+# --- refusals ---
 
 
 @pytest.mark.parametrize(
-    ("lines", "message"),
+    ("line", "message"),
     [
-        (["%p = f32[2]{0} parameter(0)", "%q == nonsense"], "%q == nonsense"),
-        (["%p = f32[2]{0} copy(%x)"], "x is not there"),
-        (["%p = f32[2]{0} parameter(0)", "%q = f32[2]{0} copy(p)"], "without names"),
-        (["%p = f32[2]{0} parameter(0)", "%q = f32[2]{0} call(%p), to_apply=%gone"], "gone"),
-        (
-            [
-                "%p = f32[2]{0} parameter(0)",
-                "%q = f32[2]{0} while(%p), condition=%gone, body=%gone",
-            ],
-            "not a loop",
-        ),
-        (
-            ["%p = f32[2]{0} parameter(0)", "%q = f32[2]{0} all-reduce(%p), replica_groups=odd"],
-            "not understood",
-        ),
-        (
-            [
-                "%p = f32[2]{0} parameter(0)",
-                "%q = f32[2]{0} all-reduce(%p), replica_groups={{0,1},{2}}",
-            ],
-            "several sizes",
-        ),
-        (["%p = what[2]{0} parameter(0)", "%q = what[2]{0} copy(%p)"], "unknown type"),
+        ("%q == nonsense", "%q == nonsense"),
+        ("%q = f32[2]{0} copy(%x)", "uses x, but does not define it"),
+        ("%q = f32[2]{0} copy(p)", "without names"),
+        ("%q = f32[2]{0} call(%p), to_apply=%gone", "uses gone"),
+        ("%q = f32[2]{0} while(%p), condition=%gone, body=%gone", "uses gone"),
+        ("%q = f32[2]{0} all-reduce(%p), replica_groups=odd", "unknown notation"),
+        ("%q = f32[2]{0} all-reduce(%p), replica_groups={{0,1},{2}}", "several sizes"),
+        ("%q = what[2]{0} copy(%p)", "unknown type"),
     ],
 )
-def test_what_is_not_understood_is_named(lines, message):
+def test_text_that_cannot_be_read_is_named(line, message):
     with pytest.raises(ValueError, match=message):
-        found = program(*lines)
-        hlo.collectives(found)
-        hlo.memory_bytes(found)
+        module = program("%p = f32[2]{0} parameter(0)", line)
+        hlo.sent_bytes(module)
+        hlo.memory_bytes(module)
 
 
-def test_a_program_has_an_entry():
+def test_a_text_without_a_whole_entry_is_refused():
     with pytest.raises(ValueError, match="no ENTRY"):
         hlo.read(HEAD)
-    with pytest.raises(ValueError, match="does not end"):
+    with pytest.raises(ValueError, match="ENTRY computation"):
         hlo.read(HEAD + "ENTRY %main (p: f32[]) -> f32[] {\n  ROOT %p = f32[] parameter(0)\n")
 
 
-def test_a_program_compiled_here():
-    """XLA's CPU compiler: three times a scan over 24 weights that are split over 4, gathered one by one."""
+# --- compiled programs ---
+
+
+def test_a_program_compiled_for_cpus_is_read():
+    """It scans three times over 24 weights that are sharded over 4, and gathers them one by one."""
     mesh = Mesh(np.asarray(jax.devices()).reshape(2, 4), ("data", "fsdp"))
 
     def layer(x, w):
@@ -422,24 +419,22 @@ def test_a_program_compiled_here():
     def layers(x, w):
         return jax.lax.scan(lambda x, _: (jax.lax.scan(layer, x, w)[0], None), x, length=3)[0]
 
-    found = hlo.read(jax.jit(layers).lower(x, w).compile().as_text())
-    assert found.unknown_loops == () and found.devices == 8
-    assert hlo.collectives(found) == [
-        hlo.Collective("all-gather", 4, False, 72, 72 * 128 * 128 * 4 * 3 // 4)
-    ]
-    assert hlo.memory_bytes(found) > 72 * 128 * 128 * 4
+    module = hlo.read(jax.jit(layers).lower(x, w).compile().as_text())
+    assert module.unknown_loops == () and module.devices == 8
+    assert hlo.sent_bytes(module) == ({"all-gather": 72 * 128 * 128 * 4 * 3 // 4}, 0)
+    assert hlo.memory_bytes(module) > 72 * 128 * 128 * 4
 
 
 FOR_TPU = """
 import json, sys
-import jax, jax.numpy as jnp, numpy as np
-from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
-from musicrl_jax.planning import hlo
+import jax, jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec as P
+from musicrl_jax.planning import hlo, slices
 
-devices = topologies.get_topology_desc("v5e:4x4", platform="tpu").devices
-mesh = Mesh(np.array(devices).reshape(4, 4), ("data", "fsdp"))
-array = lambda shape, *axes: jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, P(*axes)))
+mesh = slices.describe("v5e:4x4", 1)[0](4, 1)
+
+def array(shape, *axes):
+    return jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, P(*axes)))
 
 def layer(x, w):
     return jnp.tanh(x @ jax.lax.with_sharding_constraint(w, NamedSharding(mesh, P()))), None
@@ -448,9 +443,8 @@ def measured(function, *arrays):
     compiled = jax.jit(function).trace(*arrays).lower().compile()
     program = hlo.read(compiled.as_text())
     return {
-        "kind": devices[0].device_kind,
         "unknown": program.unknown_loops,
-        "sent": [[c.kind, c.group, c.crosses, c.count, c.bytes] for c in hlo.collectives(program)],
+        "sent": hlo.sent_bytes(program),
         "cycles": hlo.scheduled_cycles(program),
         "moved": hlo.memory_bytes(program),
         "by_xla": compiled.cost_analysis()["bytes accessed"],
@@ -463,25 +457,18 @@ print(json.dumps([scan, large]))
 """
 
 
-def test_a_program_compiled_for_tpus(processes):
-    """24 matmuls of 2048 rows a chip on gathered weights, and one of 8192 cubed, none of which fits into VMEM."""
+def test_a_program_compiled_for_tpus_is_read(processes):
+    """One scans over 24 gathered weights, with 2048 rows a chip; one is a matmul of 8192 cubed."""
     pytest.importorskip("libtpu")
-    env = {
-        **os.environ,
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "TPU_LOG_DIR": "disabled",
-        "TPU_ACCELERATOR_TYPE": "v5litepod-16",
-        "TPU_SKIP_MDS_QUERY": "1",
-    }
-    done = processes.run([sys.executable, "-c", FOR_TPU], env=env, capture_output=True, timeout=300)
+    command = [sys.executable, "-c", FOR_TPU]
+    done = processes.run(command, capture_output=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     scan, large = json.loads(done.stdout.splitlines()[-1])
     assert scan["unknown"] == []
-    assert scan["sent"] == [["all-gather", 4, False, 24, 24 * 1024 * 1024 * 2 * 3 // 4]]
-    a_cycle = 4 * 128 * 128 * 2  # a v5e's matrix units
+    assert scan["sent"] == [{"all-gather": 24 * 1024 * 1024 * 2 * 3 // 4}, 0]
+    a_cycle = 4 * 128 * 128 * 2  # operations of a v5e's matrix units
     least = 24 * 2 * 2048 * 1024 * 1024 / a_cycle
-    assert least < scan["cycles"] < 4 * least  # it transposes what it gathers
+    assert least < scan["cycles"] < 4 * least  # the compiler transposes the gathered weights
     assert scan["moved"] >= 24 * 1024 * 1024 * 2 / 4 + 2 * 2048 * 1024 * 2
     assert large["moved"] == large["by_xla"] == 3 * 8192 * 8192 * 2
     clock = CHIPS["v5e"].flops / a_cycle

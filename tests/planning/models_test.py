@@ -1,4 +1,4 @@
-"""Models and systems as shapes: of stages, of packs and of folders on disk."""
+"""Checks models and systems as shapes: of stages, of packs and of folders on disk."""
 
 import dataclasses
 from pathlib import Path
@@ -17,22 +17,21 @@ PACK = Path(__file__).parents[2] / "data/pretrained/demo"
 
 
 def unpacking(out):
-    """A stage that unpacks the models that ship."""
+    """Returns a stage that unpacks the shipped models."""
     return {"shipped": Stage("unpack", {"source": str(PACK), "out": str(out)})}
 
 
-def test_a_model_has_the_shapes_of_the_stage_that_trains_it(stages):
-    model = PlannedModels(stages, 1.0).read("policy", MusicLMConfig)
+def test_a_model_has_the_shapes_of_the_stage_that_trains_it(stages, models):
+    model = models.read("policy", MusicLMConfig)
     config = stages["policy"].arguments["objective"].model
-    real = config.init(jax.random.key(0))
+    real = jax.jit(config.init)(jax.random.key(0))
     assert model.config == config
     assert jax.tree.map(np.shape, jax.tree.leaves(real)) == [
         leaf.shape for leaf in jax.tree.leaves(model.variables)
     ]
 
 
-def test_a_finetuned_system_has_the_shapes_and_the_parts_of_its_base(stages):
-    models = PlannedModels(stages, 1.0)
+def test_a_finetuned_system_has_the_shapes_and_the_parts_of_its_base(models):
     base, finetuned, dpo = (models.system(name) for name in ("base", "ru", "dpo"))
     assert finetuned.system == base.system == dpo.system
     shapes = [jax.tree.map(lambda x: x.shape, each.policy) for each in (base, finetuned, dpo)]
@@ -41,8 +40,7 @@ def test_a_finetuned_system_has_the_shapes_and_the_parts_of_its_base(stages):
     assert base.system.read([PROMPT])["pieces"].shape == (1, 64)
 
 
-def test_tokens_have_the_shapes_that_their_system_writes(stages):
-    models = PlannedModels(stages, 1.0)
+def test_tokens_have_the_shapes_that_their_system_writes(stages, models):
     expected = {"semantic": (25,), "acoustic": (50, 6), "mulan": (12,)}
     assert models.tokens("tokens") == models.tokens("votes") == expected
     longer = dataclasses.replace(stages["votes"].arguments["config"], clip_seconds=2.0)
@@ -50,8 +48,8 @@ def test_tokens_have_the_shapes_that_their_system_writes(stages):
     assert PlannedModels({**stages, "votes": stage}, 1.0).tokens("votes")["semantic"] == (50,)
 
 
-def test_models_that_ship_are_planned_from_their_headers(tmp_path):
-    """A finetuned one beside them too; no weights, towers or vocabulary are read."""
+def test_shipped_models_are_planned_from_their_headers(tmp_path):
+    """A finetuned model beside them is planned too. Weights, towers and vocabulary are not read."""
     models = PlannedModels(unpacking(tmp_path), 5.0)
     base, finetuned = (models.system(str(tmp_path / name)) for name in ("policy", "ru"))
     assert finetuned.system == base.system
@@ -70,12 +68,12 @@ def test_a_model_on_disk_is_read_without_its_weights(stages, tmp_path, monkeypat
         models.read(tmp_path, MusicLMConfig)
 
 
-def test_what_no_stage_makes_is_named(stages, tmp_path):
-    models = PlannedModels({"r": stages["r"], **unpacking(tmp_path)}, 1.0)
+def test_a_model_that_no_stage_makes_is_named(stages, models, tmp_path):
+    partial = PlannedModels({"r": stages["r"], **unpacking(tmp_path)}, 1.0)
     for place in ("policy", tmp_path / "other"):
         with pytest.raises(ValueError, match="no stage of the run makes a MusicLMConfig in"):
-            models.read(place, MusicLMConfig)
+            partial.read(place, MusicLMConfig)
     with pytest.raises(ValueError, match="no stage of the run makes base, and no system in base"):
-        models.system("r")
+        partial.system("r")
     with pytest.raises(ValueError, match="makes a MusicLMConfig in codec"):
-        PlannedModels(stages, 1.0).read("codec", MusicLMConfig)
+        models.read("codec", MusicLMConfig)

@@ -1,4 +1,4 @@
-"""The verb `plan`: what it compiles, prints and refuses; and the base size's budgets."""
+"""Checks what the verb `plan` compiles, prints and refuses, and the budgets of the base size."""
 
 import importlib.util
 import json
@@ -19,7 +19,7 @@ from musicrl_jax.planning.chips import CHIPS
 ROOT = Path(__file__).parents[2]
 BUDGETS = ROOT / "tests/plan_budgets.json"  # by version of jax: what the base size takes on v5e:4x4
 FUNCTION = {"name": "step", "clips": 8, "once": False, "fits": True, "seconds": 2.0, "needed": 1}
-# A run of two stages, whose folders, data and tokenizers' models are not there.
+# A run of two stages. Their folders, data and tokenizers do not exist.
 RUN = """
 plan.stages = ({'codec': @codec/train, 'policy': @policy/train},)
 plan.clip_seconds = 1.0
@@ -50,7 +50,7 @@ Optimiser.learning_rate = 0.1
 
 @pytest.fixture
 def planned(monkeypatch):
-    """(the stages that were planned, with what they were given), without a compiler."""
+    """Plans without a compiler; yields (stage, batch size) of each plan."""
     calls = []
 
     def plan_stage(models, name, stage, mesh_of, chip):
@@ -64,17 +64,17 @@ def planned(monkeypatch):
 
 
 def described(stages):
-    """Stages as gin gives them."""
+    """Returns stages as gin passes them."""
     return [{name: lambda describe, stage=stage: stage for name, stage in stages.items()}]
 
 
-def test_all_that_computes_is_planned_and_only_what_is_wanted(stages, planned, tmp_path):
+def test_every_stage_that_computes_is_planned_or_only_those_named(stages, planned, tmp_path):
     plan.plan(described(stages), 1.0, "v5e:4x4", json_file=str(tmp_path / "plan.json"))
     assert [name for name, _ in planned] == [
         name for name in stages if name not in ("tokenizer", "encode", "base")
     ]
-    told = json.loads((tmp_path / "plan.json").read_text())
-    assert told["topology"] == "v5e:4x4" and len(told["functions"]) == len(planned)
+    file = json.loads((tmp_path / "plan.json").read_text())
+    assert file["topology"] == "v5e:4x4" and len(file["functions"]) == len(planned)
     planned.clear()
     plan.plan(described(stages), 1.0, "v5e:4x4", only="votes,r")
     assert [name for name, _ in planned] == ["r", "votes"]
@@ -85,26 +85,26 @@ def test_all_that_computes_is_planned_and_only_what_is_wanted(stages, planned, t
 def test_a_search_doubles_the_batch_until_it_does_not_fit(stages, planned, capsys):
     plan.plan(described(stages), 1.0, "v5e:4x4", only="r,codec", search=True)
     assert planned == [(name, size) for name in ("codec", "r") for size in (8, 16, 32)]
-    assert "r: of batches doubled, 16 is the largest that fits" in capsys.readouterr().out
+    assert "r: the largest doubled batch that fits is 16" in capsys.readouterr().out
 
 
-def test_what_does_not_fit_is_an_error(stages, planned):
+def test_a_function_that_does_not_fit_is_an_error(stages, planned):
     large = {"codec": stages["codec"].with_batch(32)}
     with pytest.raises(ValueError, match=r"codec/step need more than the 15\.75 GiB of a chip"):
         plan.plan(described(large), 1.0, "v5e:4x4")
 
 
-def test_a_summary_says_how_long_a_stage_takes(stages):
+def test_a_summary_has_the_time_of_a_stage(stages):
     rows = [{**FUNCTION, "name": "compute copy", "once": True}, {**FUNCTION, "clips": 8}]
-    told = plan._summary("votes", stages["votes"], rows, chips=4)
-    assert told == (
-        "votes: 2.00 s a step of 8 clips, 4.00 clips a second, 3600 a chip-hour, where nothing "
+    summary = plan._summary("votes", stages["votes"], rows, chips=4)
+    assert summary == (
+        "votes: 2.00 s a step of 8 clips, 4.00 clips a second, 3600 a chip-hour, if nothing "
         "overlaps; 20 pairs in 0.00 hours\n"
     )
 
 
 def test_gin_files_are_planned_without_models_and_data(planned, tmp_path, monkeypatch):
-    """Also where tokens name the hashes of models that nobody has trained."""
+    """This holds although the tokens name hashes of models that are not trained yet."""
     monkeypatch.chdir(tmp_path)
     Path("run.gin").write_text(RUN)
     assert cli.main(("plan", "--gin_file=run.gin", "--topology=v5e:2x4")) == 0
@@ -114,8 +114,8 @@ def test_gin_files_are_planned_without_models_and_data(planned, tmp_path, monkey
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the extra 'plan'")
-def test_the_base_size_keeps_its_budget_on_sixteen_chips(tmp_path, processes):
-    """Memory, traffic of the decoding and the compiler's cycles, within 5 % of plan_budgets.json."""
+def test_the_base_size_stays_within_its_budget_on_sixteen_chips(tmp_path, processes):
+    """Memory, bytes sent and the compiler's cycles stay within 5 % of plan_budgets.json."""
     budget = json.loads(BUDGETS.read_text()).get(jax.__version__)
     if budget is None:
         pytest.skip(f"plan_budgets.json has none for the compiler of jax {jax.__version__}")

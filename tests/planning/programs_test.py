@@ -1,4 +1,4 @@
-"""Every function of a run as it would be compiled, without data, vocabulary or checkpoints."""
+"""Checks the functions of a run, without data, vocabulary or checkpoints."""
 
 import dataclasses
 
@@ -6,7 +6,6 @@ import jax
 import pytest
 
 from musicrl_jax.core import sharding
-from musicrl_jax.planning.models import PlannedModels
 from musicrl_jax.planning.programs import VERBS, amount, programs
 from musicrl_jax.planning.stages import Stage
 
@@ -20,9 +19,9 @@ FUNCTIONS = {
 }
 
 
-def test_every_function_of_a_run_lowers_on_a_mesh(stages):
-    """Shapes fit and are where they say; `ru` stands for `r` too, which has no other functions."""
-    models, mesh, planned = PlannedModels(stages, 1.0), sharding.make_mesh(2, 2), {}
+def test_every_function_of_a_run_lowers_on_a_mesh(stages, models):
+    """`ru` has the functions of `r` too."""
+    mesh, planned, lowered = sharding.make_mesh(2, 2), {}, set()
     for name, stage in stages.items():
         if stage.verb in VERBS and name != "r":
             planned[name] = programs(models, stage, mesh)
@@ -30,14 +29,18 @@ def test_every_function_of_a_run_lowers_on_a_mesh(stages):
         assert [program.name for program in functions] == FUNCTIONS[stages[name].verb], name
         for program in functions:
             assert {x.sharding.mesh for x in jax.tree.leaves(program.beside)} <= {mesh}
-            program.function.trace(*program.arguments).lower()
+            # Verbs share the functions of a rollout and its reward: those of one verb are lowered.
+            key = program.name if program.name in ROLLOUT + REWARD else (name, program.name)
+            if key not in lowered:
+                program.function.trace(*program.arguments).lower()
+                lowered.add(key)
     clips = {name: functions[0].clips for name, functions in planned.items()}
     assert (clips["votes"], clips["evaluate"], clips["ru"]) == (16, 8, 8)
 
 
-def test_what_a_rollout_leaves_alive_is_counted_beside_it(stages):
-    """Sampling holds the training state, the frozen parts at rest and their copies."""
-    functions = programs(PlannedModels(stages, 1.0), stages["r"], sharding.make_mesh(2, 1))
+def test_arrays_in_memory_during_a_rollout_are_beside_it(stages, models):
+    """While sampling, memory holds the training state, the frozen parts and their copies."""
+    functions = programs(models, stages["r"], sharding.make_mesh(2, 1))
     by_name = {program.name: program for program in functions}
     (state, anchor, frozen, scorers), copies = by_name["sample"].beside
     assert set(frozen) == set(copies) == {"soundstorm", "soundstream", "mulan"}
@@ -48,7 +51,7 @@ def test_what_a_rollout_leaves_alive_is_counted_beside_it(stages):
     assert by_name["update"].arguments[0] == state
 
 
-def test_how_much_a_stage_computes(stages):
+def test_the_amount_of_a_stage_is_its_batches(stages):
     assert amount(stages["votes"], 16) == (1 + 2, "20 pairs")  # 8 of validation, 12 of train
     assert amount(stages["votes"], 8) == (2 + 3, "20 pairs")
     assert amount(stages["evaluate"], 8) == (10, "5 x 16 clips")  # 3 systems and 2 candidates
@@ -57,8 +60,8 @@ def test_how_much_a_stage_computes(stages):
     assert [stage.settings["batch_size"] for stage in larger] == [16, 16]
 
 
-def test_data_that_tell_no_shapes_are_named(stages):
+def test_data_without_shapes_are_refused_by_name(stages, models):
     objective = dataclasses.replace(stages["codec"].arguments["objective"], data=object())
     stage = Stage("train", {**stages["codec"].arguments, "objective": objective})
-    with pytest.raises(ValueError, match="object does not tell the shapes of its batches"):
-        programs(PlannedModels(stages, 1.0), stage, sharding.make_mesh())
+    with pytest.raises(ValueError, match="object does not have the shapes of its batches"):
+        programs(models, stage, sharding.make_mesh())

@@ -1,4 +1,4 @@
-"""Slices that are not there: their names, and which chips stand next to each other."""
+"""Checks the names of TPU slices, and which of their chips are neighbours."""
 
 import importlib.util
 import json
@@ -12,7 +12,7 @@ from musicrl_jax.planning import slices
 
 
 @pytest.mark.parametrize("topology", ["v5e", "v7x:4x4", "v5e:4", "v5e:4x4x4x4", "v5e:axb"])
-def test_a_topology_that_is_none_is_refused(topology):
+def test_an_unknown_topology_is_refused(topology):
     with pytest.raises(ValueError, match=r"plan\.topology=.*give one such as v5e:4x4"):
         slices.describe(topology, 1)
 
@@ -30,20 +30,22 @@ def test_a_topology_that_is_none_is_refused(topology):
     ],
 )
 def test_four_chips_of_any_slice_share_a_weight(topology, count, chips, processes):
-    """As the base size asks; the four are next to each other, in one slice."""
+    """The base size shards over four chips; they must be neighbours in one slice."""
     code = f"""
 import json
 from musicrl_jax.planning import slices
 mesh = slices.describe({topology!r}, {count})[0](4, 1)
-near = [[(getattr(d, "slice_index", 0), d.coords) for d in group.flat] for group in mesh.devices[:, :, 0]]
-print("RESULT", json.dumps([dict(mesh.shape), near]))
+groups = []
+for group in mesh.devices[:, :, 0]:
+    groups.append([(getattr(each, "slice_index", 0), each.coords) for each in group.flat])
+print("RESULT", json.dumps([dict(mesh.shape), groups]))
 """
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     done = processes.run([sys.executable, "-c", code], env=environment, capture_output=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    shape, near = json.loads(done.stdout.partition("RESULT ")[2])
+    shape, groups = json.loads(done.stdout.partition("RESULT ")[2])
     assert shape == {"data": chips // 4, "fsdp": 4, "tensor": 1}
-    for group in near:
+    for group in groups:
         assert len({place for place, _ in group}) == 1
         spans = np.ptp([coords for _, coords in group], axis=0)
         assert spans.sum() <= 3

@@ -1,4 +1,4 @@
-"""Verbs as stages: done when called, and described when asked to."""
+"""Checks that a describable verb runs when called, and is described on request."""
 
 import inspect
 
@@ -12,7 +12,7 @@ def draw(folder, count=2):
     return [folder] * count
 
 
-def test_a_verb_is_described_only_where_that_is_asked_for():
+def test_a_verb_is_described_only_on_request():
     stage = describable(draw)
     assert stage("a") == ["a", "a"]
     assert stage("a", describe=True) == ("draw", {"folder": "a", "count": 2})

@@ -1,4 +1,4 @@
-"""A bundle of models that were never trained, over which a preference for some of their codes reigns."""
+"""Exports a bundle of untrained models, and fakes of a bundle and its queue."""
 
 import contextlib
 import io
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.linen import meta
+from jax.experimental.compilation_cache import compilation_cache as jax_cache
 
 from musicrl_jax import export
 from musicrl_jax.core import checkpoint
@@ -30,7 +31,7 @@ from musicrl_jax.objectives.mulan import VOCABULARY
 from musicrl_jax.rl.rewards import Mixture
 from musicrl_jax.serving import edge
 from musicrl_jax.serving.app import Limits, create
-from musicrl_jax.serving.batcher import Drawn
+from musicrl_jax.serving.batcher import Clip
 from musicrl_jax.serving.bundle import Bundle
 from musicrl_jax.serving.settings import Access, ServiceLimits, listen
 from musicrl_jax.systems.scorers import AcousticQuality, TextAdherence
@@ -63,9 +64,24 @@ CONFIGS = {
 }
 
 
+@pytest.fixture(scope="session", autouse=True)
+def compilation_cache(tmp_path_factory):
+    """Shares compiled functions among these tests and the processes that they start."""
+    folder = str(tmp_path_factory.mktemp("compiled"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", folder)
+        before = jax.config.jax_compilation_cache_dir
+        jax.config.update("jax_compilation_cache_dir", folder)
+        jax_cache.reset_cache()  # JAX decides at its first compilation whether it uses a cache
+        yield
+        jax.config.update("jax_compilation_cache_dir", before)
+        jax_cache.reset_cache()
+
+
 @pytest.fixture(scope="session")
 def run(tmp_path_factory, vocabulary):
-    """A run's folder with the five models."""
+    """Returns the folder of a run with five models."""
+    # An input of each model, for its shapes.
     folder = tmp_path_factory.mktemp("run")
     key, wav = jax.random.key(1), jnp.zeros((1, RATE))
     tokens, mulan = jnp.zeros((1, 1, 3), jnp.int32), jnp.zeros((1, 3), jnp.int32)
@@ -77,10 +93,12 @@ def run(tmp_path_factory, vocabulary):
         "fine": (SoundStorm, (codes, codes > 0, 1)),
         "quality": (Quality, (wav,)),
     }
+
+    # The models, each with the hashes of those before it.
     hashes = {"semantic": "of no model"}
     (folder / "config.gin").write_text("import a_module_that_nothing_may_import\n")
-    for name, (module, given) in inputs.items():
-        variables = meta.unbox(jax.jit(module(CONFIGS[name]).init)(key, *given))
+    for name, (module, arrays) in inputs.items():
+        variables = meta.unbox(jax.jit(module(CONFIGS[name]).init)(key, *arrays))
         assets = {VOCABULARY: Path(vocabulary).read_bytes()} if name == "mulan" else {}
         if name in ("policy", "fine"):
             assets = {checkpoint.LINEAGE: json.dumps(hashes).encode()}
@@ -97,11 +115,11 @@ def rewards(run):
 
 @pytest.fixture(scope="session")
 def exported(run, rewards, tmp_path_factory):
-    """(the bundle's folder, what `musicrl export` printed)."""
-    told, folder = io.StringIO(), tmp_path_factory.mktemp("exported") / "bundle"
-    with contextlib.redirect_stdout(told):
+    """Returns (the bundle's folder, the output of `musicrl export`)."""
+    output, folder = io.StringIO(), tmp_path_factory.mktemp("exported") / "bundle"
+    with contextlib.redirect_stdout(output):
         export.export(str(run / "policy"), str(folder), SECONDS, rewards, licence="CC0-1.0")
-    return folder, told.getvalue()
+    return folder, output.getvalue()
 
 
 @pytest.fixture(scope="session")
@@ -110,19 +128,16 @@ def bundle(exported):
 
 
 class FakeBundle:
-    """A bundle that draws nothing, of clips of one second."""
+    """A bundle that cannot draw; its clips have one second."""
 
     def __init__(self):
-        names = {
+        self.manifest = {
             "version": "0",
             "sha256": "0" * 64,
             "licence": "CC0-1.0",
             "models": {},
             "rewards": {},
-        }
-        names["golden"] = {"prompts": ["jazz"]}
-        self.about = {
-            **names,
+            "golden": {"prompts": ["jazz"]},
             "clip_seconds": 1.0,
             "frames": 25,
             "sample_rate_hz": RATE,
@@ -134,32 +149,32 @@ class FakeBundle:
 
 
 class FakeQueue:
-    """A queue that answers at once, with silence."""
+    """A queue that answers at once with silence."""
 
     waiting = 0
 
-    def __init__(self, told):
-        self.closed = False
+    def __init__(self, on_batch):
+        pass
 
-    def submit(self, *wanted, begun=False):
-        futures = [Future() for _ in wanted]
+    def submit(self, *rows, begun=False):
+        futures = [Future() for _ in rows]
         for future in futures:
-            future.set_result(Drawn(np.zeros((25, 1), np.int32), np.zeros(RATE, np.float32), {}))
+            future.set_result(Clip(np.zeros((25, 1), np.int32), np.zeros(RATE, np.float32), {}))
         return futures
 
     def close(self):
-        self.closed = True
+        pass
 
 
 @pytest.fixture
 def fake_app():
-    """The application over a bundle that draws nothing: `fake_app(token=..., ...)`, as `Access`."""
+    """Returns `fake_app(**access)`: the application with a fake bundle, and `Access(**access)`."""
     return lambda **access: create(FakeBundle(), FakeQueue, Limits(4.0, 2), Access(**access))
 
 
 @pytest.fixture
 def on_loopback():
-    """`with on_loopback(app, limits) as (host, port):` runs a server of any ASGI application in a thread."""
+    """Returns `on_loopback(app, limits)`, which serves an ASGI application while its block runs."""
 
     @contextlib.contextmanager
     def running(app, limits=None):

@@ -1,4 +1,4 @@
-"""Time limits and checks before the application, over real sockets."""
+"""Checks time limits and refusals before the application, over real sockets."""
 
 import asyncio
 import contextlib
@@ -21,7 +21,7 @@ HEALTH = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
 @contextlib.contextmanager
 def sent(address, *parts):
-    """A socket that has sent these bytes."""
+    """Yields a socket that has sent these bytes."""
     with socket.create_connection(address, timeout=20) as opened:
         for part in parts:
             opened.sendall(part)
@@ -29,7 +29,7 @@ def sent(address, *parts):
 
 
 def received(opened):
-    """All that comes until the service closes the connection."""
+    """Returns all bytes until the service closes the connection."""
     content = bytearray()
     with contextlib.suppress(ConnectionResetError):
         while part := opened.recv(1 << 20):
@@ -38,13 +38,13 @@ def received(opened):
 
 
 def answers(address, *parts):
-    """The status of each answer on one connection that is then closed by the service."""
+    """Returns the status of each answer until the service closes the connection."""
     with sent(address, *parts) as opened:
         return [int(status) for status in re.findall(rb"HTTP/1\.1 (\d+) ", received(opened))]
 
 
 def answer_of(opened):
-    """The answer to HEALTH."""
+    """Returns the answer to HEALTH."""
     content = b""
     while not content.endswith(b"}"):
         content += opened.recv(1 << 16)
@@ -56,9 +56,12 @@ def healthy(address):
         return opened.recv(1 << 16).startswith(b"HTTP/1.1 200 ")
 
 
+# --- time ---
+
+
 @pytest.mark.parametrize("connections", [100, 1000])
 def test_health_answers_while_500_clients_hold_half_requests(fake_app, on_loopback, connections):
-    """With room for all of them, which time ends, and without."""
+    """They are all held until their time ends, or some make room for others."""
     check_files(2000)
     limits = ServiceLimits(connections=connections, request_seconds=1.0)
     halves = HALF_HEAD, HALF_BODY, HALF_CHUNKS, b"", b"G"
@@ -71,9 +74,8 @@ def test_health_answers_while_500_clients_hold_half_requests(fake_app, on_loopba
         assert time.monotonic() - start < 10
         timed_out = [reply.startswith(b"HTTP/1.1 408 ") for reply in replies]
         if connections > 500:
-            assert timed_out == [
-                bool(halves[i % 5]) for i in range(500)
-            ]  # one that said nothing hears nothing
+            # A client that sent nothing gets no answer.
+            assert timed_out == [bool(halves[i % 5]) for i in range(500)]
         else:
             assert 0 < sum(timed_out) <= connections
         assert healthy(address)
@@ -82,8 +84,8 @@ def test_health_answers_while_500_clients_hold_half_requests(fake_app, on_loopba
 @pytest.mark.parametrize(
     "dripped", [HALF_HEAD, HALF_BODY, HEALTH + HALF_HEAD, HEALTH + HALF_BODY], ids=range(4)
 )
-def test_a_request_that_drips_in_ends_in_time(fake_app, on_loopback, dripped):
-    """Also the second of a connection."""
+def test_a_slow_request_is_closed_in_time(fake_app, on_loopback, dripped):
+    """This holds for the second request of a connection too."""
     limits = ServiceLimits(request_seconds=0.5, idle_seconds=0.2)
     with on_loopback(fake_app(), limits) as address, sent(address, dripped) as opened:
         start = time.monotonic()
@@ -94,10 +96,10 @@ def test_a_request_that_drips_in_ends_in_time(fake_app, on_loopback, dripped):
         assert 0.3 < time.monotonic() - start < 2
 
 
-def test_time_runs_for_one_request_and_not_between_two(fake_app, on_loopback):
+def test_each_request_has_its_own_time(fake_app, on_loopback):
     limits = ServiceLimits(request_seconds=0.5, idle_seconds=1.0)
     with on_loopback(fake_app(), limits) as address, sent(address) as opened:
-        for _ in range(3):  # each of them in time, all of them not
+        for _ in range(3):  # together they take longer than one may
             opened.sendall(HEALTH[:30])
             time.sleep(0.25)
             opened.sendall(HEALTH[30:])
@@ -125,7 +127,7 @@ def test_a_stop_does_not_wait_for_half_requests(fake_app, on_loopback):
 
 
 async def large(scope, receive, send):
-    """An application that answers 16 MB, more than a loopback connection holds by itself."""
+    """Answers 16 MB, more than the buffers of a loopback connection."""
     if scope["type"] != "http":
         return
     await send({"type": "http.response.start", "status": 200, "headers": []})
@@ -134,17 +136,17 @@ async def large(scope, receive, send):
     await send({"type": "http.response.body"})
 
 
-def test_an_answer_that_nobody_reads_ends_in_time(on_loopback):
+def test_an_unread_answer_is_closed_in_time(on_loopback):
     limits = ServiceLimits(answer_seconds=0.5, idle_seconds=0.1)
     with on_loopback(large, limits) as address:
         with sent(address, HEALTH) as opened:
             time.sleep(1)
             assert len(received(opened)) < 16 << 20
         with sent(address, HEALTH) as opened:
-            assert len(received(opened)) > 16 << 20  # who reads gets all
+            assert len(received(opened)) > 16 << 20  # a client that reads gets all
 
 
-def test_answers_that_nobody_reads_make_room(on_loopback):
+def test_unread_answers_make_room_for_new_connections(on_loopback):
     limits = ServiceLimits(connections=3)
     with on_loopback(large, limits) as address, contextlib.ExitStack() as stack:
         held = [stack.enter_context(sent(address, HEALTH)) for _ in range(3)]
@@ -153,7 +155,10 @@ def test_answers_that_nobody_reads_make_room(on_loopback):
         assert len(received(held[0])) < 16 << 20
 
 
-def test_what_is_not_http_is_refused_in_json(fake_app, on_loopback, caplog):
+# --- odd requests ---
+
+
+def test_bytes_that_are_not_http_are_refused_in_json(fake_app, on_loopback, caplog):
     chunk = b"4000\r\n" + b"a" * 16384 + b"\r\n"
     with on_loopback(fake_app(), ServiceLimits(request_seconds=0.5)) as address:
         with sent(address, b"nonsense\r\n\r\n") as opened:
@@ -167,21 +172,16 @@ def test_what_is_not_http_is_refused_in_json(fake_app, on_loopback, caplog):
     assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
-def test_a_request_that_is_answered_keeps_its_connection(on_loopback):
-    """Where all connections wait for answers, one more is refused."""
+def test_a_connection_with_a_request_in_progress_is_not_closed(on_loopback):
+    """If all connections wait for answers, one more is refused."""
     go = threading.Event()
 
     async def slow(scope, receive, send):
         while scope["type"] == "http" and not go.is_set():
             await asyncio.sleep(0.01)
         if scope["type"] == "http":
-            await send(
-                {
-                    "type": "http.response.start",
-                    "status": 200,
-                    "headers": [(b"content-length", b"0")],
-                }
-            )
+            headers = [(b"content-length", b"0")]
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
             await send({"type": "http.response.body"})
 
     with (
@@ -239,7 +239,7 @@ def test_odd_requests_get_their_answers(fake_app, on_loopback, parts, statuses):
         assert answers(address, *parts) == statuses
 
 
-def test_a_body_without_end_is_refused_and_ends(fake_app, on_loopback):
+def test_an_endless_body_is_refused_and_closed(fake_app, on_loopback):
     chunk = b"1000\r\n" + b"a" * 4096 + b"\r\n"
     closed = contextlib.suppress(BrokenPipeError, ConnectionResetError)
     with on_loopback(fake_app(), ServiceLimits(request_seconds=0.5)) as address:
@@ -287,7 +287,7 @@ def test_a_body_without_end_is_refused_and_ends(fake_app, on_loopback):
         ({"hosts": frozenset("*")}, ["rebound.example", "localhost"], ["192.168.1.5", "a/b"]),
     ],
 )
-def test_only_hosts_of_the_service_are_answered(fake_app, access, served, refused):
+def test_only_allowed_hosts_are_answered(fake_app, access, served, refused):
     with TestClient(fake_app(**access)) as client:
         for host in served:
             assert client.get("/healthz", headers={"Host": host}).status_code == 200, host

@@ -1,4 +1,4 @@
-"""Every setting of `serve` is checked before jax, a web framework or a bundle is loaded."""
+"""Checks settings of `serve`, before jax, a web framework or a bundle is loaded."""
 
 import socket
 import subprocess
@@ -13,17 +13,17 @@ from musicrl_jax.serving.settings import ServiceLimits
 
 @pytest.fixture
 def refused(tmp_path):
-    """`refused(error, why, **settings)`: that `serve` names what is wrong, and reads no bundle."""
+    """Returns `refused(error, why, **settings)`, which expects an error of `serve`."""
 
-    def refused(error, why, **given):
+    def refused(error, why, **changes):
         with pytest.raises(error, match=why):
-            serving.serve(str(tmp_path), **given)
+            serving.serve(str(tmp_path), **changes)
 
     return refused
 
 
 @pytest.mark.parametrize(
-    ("given", "why"),
+    ("changes", "why"),
     [
         ({"port": 70000}, r"serve.port=70000 must be a whole number from 0 to 65535"),
         ({"port": -1}, "serve.port=-1"),
@@ -37,28 +37,28 @@ def refused(tmp_path):
             "connections=256 must be more than waiting_clips=250 and serve.rows=8 together",
         ),
         ({"public_status": "yes"}, "serve.public_status='yes' must be True or False"),
-        ({"host": ""}, "serve.host='' must be a name or an address"),
+        ({"host": ""}, "serve.host='' must be a name, an address"),
         ({"host": "no such host"}, "serve.host='no such host'"),
-        ({"host": "a" * 70}, "serve.host='aaa.*' is no name or address that this machine knows"),
+        ({"host": "a" * 70}, "serve.host='aaa.*' is unknown to this machine"),
         ({"host": "198.51.100.7"}, "198.51.100.7.*no such address on this machine"),
         (
             {"allowed_hosts": "https://music.example"},
-            "'https://music.example' is no host; give names without scheme",
+            "'https://music.example' is not a host; give names without scheme",
         ),
-        ({"allowed_hosts": "music.example:80"}, "'music.example:80' is no host"),
-        ({"allowed_hosts": "*.example"}, "is no host"),
-        ({"allowed_hosts": "müsik.example"}, "write a name with other letters than a to z as xn--"),
+        ({"allowed_hosts": "music.example:80"}, "'music.example:80' is not a host"),
+        ({"allowed_hosts": "*.example"}, "is not a host"),
+        ({"allowed_hosts": "müsik.example"}, "write a name with letters other than a to z as xn--"),
         ({"allowed_hosts": 3}, "serve.allowed_hosts=3 must be a text"),
         (
             {"allowed_origins": "music.example"},
-            "'music.example' is no origin; give scheme, host and port alone",
+            "'music.example' is not an origin; give only scheme, host and port",
         ),
-        ({"allowed_origins": "https://music.example/"}, "is no origin"),
-        ({"allowed_origins": "null"}, "is no origin"),
+        ({"allowed_origins": "https://music.example/"}, "is not an origin"),
+        ({"allowed_origins": "null"}, "is not an origin"),
     ],
 )
-def test_a_setting_out_of_range_is_named(refused, given, why):
-    refused(ValueError, why, **given)
+def test_a_setting_out_of_range_is_named(refused, changes, why):
+    refused(ValueError, why, **changes)
 
 
 @pytest.mark.parametrize(
@@ -98,9 +98,9 @@ def test_more_connections_than_files_are_refused(monkeypatch, refused):
 
 
 def test_an_address_in_use_is_refused(refused):
-    with socket.create_server(("127.0.0.1", 0)) as taken:
+    with socket.create_server(("127.0.0.1", 0)) as other:
         refused(
-            ValueError, "Address already in use.*give another port", port=taken.getsockname()[1]
+            ValueError, "Address already in use.*give another port", port=other.getsockname()[1]
         )
 
 
@@ -134,7 +134,7 @@ def test_a_missing_bundle_is_refused(tmp_path):
         ("ключ".encode(), "ключ"),
     ],
 )
-def test_a_token_is_read_as_it_is_sent(tmp_path, content, token):
+def test_a_token_is_read_without_white_space(tmp_path, content, token):
     (tmp_path / "token").write_bytes(content)
     assert settings.read_token(str(tmp_path / "token")) == token
 
@@ -147,21 +147,21 @@ def test_a_token_is_read_as_it_is_sent(tmp_path, content, token):
         ("sesame".encode("utf-16"), r"is not UTF-8 \(byte 0\): save it as UTF-8"),
         ("schlüssel".encode("latin-1"), r"is not UTF-8 \(byte 4\)"),
         (b"sesame\nother\n", "has more than one line"),
-        (b"ses\x00ame", r"control character '\\x00' at place 4, which no HTTP header can hold"),
+        (b"ses\x00ame", r"control character '\\x00' at place 4, which an HTTP header cannot have"),
         (b"a" * 5000, "more than 4096 bytes"),
     ],
 )
-def test_a_token_that_cannot_be_sent_is_refused(tmp_path, refused, content, why):
+def test_a_token_that_no_header_can_have_is_refused(tmp_path, refused, content, why):
     (tmp_path / "token").write_bytes(content)
     refused(ValueError, f"serve.token_file=.*{why}", token_file=str(tmp_path / "token"))
 
 
-def test_a_token_is_read_from_a_regular_file_alone(tmp_path, refused):
+def test_a_token_is_read_only_from_a_regular_file(tmp_path, refused):
     refused(
         FileNotFoundError, "serve.token_file=.* does not exist", token_file=str(tmp_path / "token")
     )
-    refused(ValueError, "is no regular file", token_file=str(tmp_path))
-    refused(ValueError, "is no regular file", token_file="/dev/zero")
+    refused(ValueError, "is not a regular file", token_file=str(tmp_path))
+    refused(ValueError, "is not a regular file", token_file="/dev/zero")
 
 
 def test_hosts_and_origins_are_read_as_browsers_send_them():
@@ -183,7 +183,7 @@ def test_hosts_and_origins_are_read_as_browsers_send_them():
 
 
 def test_nothing_heavy_is_loaded_before_the_settings_are_checked(tmp_path):
-    """In a process of its own, since this one has them."""
+    """It runs in another process, since this one has loaded them."""
     code = """if True:
         import sys
         from musicrl_jax.serve import serve

@@ -1,4 +1,4 @@
-"""What makes clips and moves models does without the libraries that read data, in a process of its own."""
+"""Checks that verbs that make clips or move models do not import libraries that read data."""
 
 import json
 import os
@@ -34,7 +34,7 @@ print(json.dumps(sorted(sys.modules)))
 
 
 def imported(*words):
-    """The modules that a process has imported once it did this."""
+    """Returns the modules that a process has imported after running a verb."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", SCRIPT, *words]
     done = subprocess.run(
@@ -45,7 +45,7 @@ def imported(*words):
 
 
 @pytest.mark.parametrize("verb", ["system", "bundle", "serve", "pack", "export"])
-def test_it_imports_nothing_that_reads_data(verb, run, exported, tmp_path):
+def test_a_verb_imports_no_library_that_reads_data(verb, run, exported, tmp_path):
     words = {
         "system": ["generate", f"--system={run}/policy", "--prompt=a reel"],
         "bundle": ["generate", f"--system={exported[0]}", "--prompt=a reel"],
