@@ -25,6 +25,7 @@ setup(
     entry_points={"console_scripts": ["musicrl=musicrl_jax.cli:main"]},
     # T5X is on no package registry; its contracts (logical axes, SeqIO tasks, gin) are followed without it.
     install_requires=[
+        "argcomplete>=3.5",
         "array_record>=0.8",
         "filelock>=4.2",  # also for JAX, where its cache of compiled functions has a limit
         "flatbuffers>=25.1",
