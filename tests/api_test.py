@@ -38,7 +38,7 @@ def test_the_examples_of_the_page_generate_score_and_finetune(page):
     samples = round(system.clip_seconds * system.sample_rate_hz)
     assert wav.shape == (2, 1, samples) and wav.dtype == np.float32
     assert set(scores) == {"bright", "reward"} and scores["reward"].shape == (2,)
-    np.testing.assert_allclose(scores["bright"], np.abs(np.diff(wav[:, 0])).mean(axis=1), rtol=1e-5)
+    np.testing.assert_allclose(scores["bright"], brightness(wav[:, 0]), rtol=1e-5)
     assert page["finetuned"].clip_seconds == 1.0
     assert "quickstart" in repr(system)
 
@@ -58,6 +58,28 @@ def test_a_clip_is_the_one_that_the_verb_writes(settings, page, tmp_path):
     assert rate == system.sample_rate_hz
     np.testing.assert_allclose(wav[1], written.T, atol=1 / 2**15)
     np.testing.assert_array_equal(wav[1:], system.generate(PROMPTS[1], **settings))
+
+
+def brightness(wav):
+    return np.abs(np.diff(wav)).mean(axis=-1)
+
+
+def score_brightness(clips):
+    return {"total": brightness(np.asarray(clips.wav))}
+
+
+def test_the_best_of_several_candidates_is_returned(page, monkeypatch):
+    player = page["system"]._player
+    with monkeypatch.context() as patch:
+        patch.setitem(player.about, "rewards", {"total": {}})
+        patch.setattr(player, "score", score_brightness, raising=False)
+        best = page["system"].generate(PROMPTS, seed=1, candidates=4)
+        patch.setattr(player, "score", lambda clips: {"total": np.full(len(clips.wav), np.nan)})
+        with pytest.raises(ValueError, match="not finite: train its decoder again"):
+            page["system"].generate(PROMPTS, candidates=4)
+    first = page["system"].generate(PROMPTS, seed=1)  # candidate 0
+    assert (brightness(best) >= brightness(first)).all()
+    assert (brightness(best) > brightness(first)).any()
 
 
 def test_a_rollout_scores_as_its_waveforms(page):
