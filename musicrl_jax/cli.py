@@ -238,8 +238,8 @@ def _located(name: str) -> str:
             return path
     places = ", ".join(prefix or "." for prefix in prefixes)
     raise FileNotFoundError(
-        f"no gin file {name!r} in {places}{did_you_mean(name, shipped_files())}; correct the name, "
-        "or add --gin_search_paths=FOLDER"
+        f"no gin file {name!r} in {places}: correct the name, or add --gin_search_paths=FOLDER"
+        f"{did_you_mean(name, shipped_files())}"
     )
 
 
@@ -335,15 +335,15 @@ def check_bindings(text: str, files: Sequence[Source] = ()) -> None:
     for macro in sorted(readers.keys() - macros):
         if "." not in macro:  # gin.REQUIRED, a constant
             raise ValueError(
-                f"gin: {readers[macro]} reads the macro {macro}, which nothing binds"
-                f"{did_you_mean(macro, macros)}: give --gin.{macro}=VALUE, or a --gin_file that "
-                "binds it: sizes are in gin/sizes, whole runs in gin/runs"
+                f"gin: {readers[macro]} reads the macro {macro}, which nothing binds: give "
+                f"--gin.{macro}=VALUE, or a --gin_file that binds it: sizes are in gin/sizes, "
+                f"whole runs in gin/runs{did_you_mean(macro, macros)}"
             )
     read = here.macros.union(*(file.references.macros for file in files))
     for macro in sorted(macros - read):
         raise ValueError(
-            f"gin: nothing reads the macro {macro}{did_you_mean(macro, read - macros | read)}; "
-            "remove it, or correct its name"
+            f"gin: nothing reads the macro {macro}: remove it, or correct its name"
+            f"{did_you_mean(macro, read)}"
         )
 
     # Scopes. The scope of a folder has no reader if its macro names a folder elsewhere:
@@ -355,8 +355,8 @@ def check_bindings(text: str, files: Sequence[Source] = ()) -> None:
     for places, known in ((scoped, scopes), (folders, named)):
         for scope in sorted(set(places) - known):
             raise ValueError(
-                f"gin: nothing reads {places[scope]}: no @{scope}/... is in the config"
-                f"{did_you_mean(scope, known)}; correct the scope's name"
+                f"gin: nothing reads {places[scope]}: no @{scope}/... is in the config, correct "
+                f"the scope's name{did_you_mean(scope, known)}"
             )
 
 
@@ -416,8 +416,8 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         print(helps.of(verb, _bound_by_recipes(verb)) if verb else helps.overview())
         raise SystemExit(0)
     if verb not in VERBS:
-        problem = f"{verb!r} is no verb{did_you_mean(verb, VERBS)}" if verb else "name a verb"
-        parser.error(f"{problem} (`musicrl --help` lists the verbs)")
+        problem = f"{verb!r} is no verb: " if verb else "name a verb: "
+        parser.error(f"{problem}`musicrl --help` lists them{did_you_mean(verb, VERBS)}")
 
     # What this verb takes.
     parameters = {each.name: each for each in signatures.read(VERBS[verb].place).parameters}

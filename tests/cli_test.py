@@ -221,7 +221,7 @@ def test_a_word_that_is_no_flag_is_refused(arguments):
 def test_an_unknown_verb_is_refused(arguments, capsys):
     with pytest.raises(SystemExit, match="2"):
         cli.parse(arguments)
-    assert "`musicrl --help` lists the verbs" in capsys.readouterr().err
+    assert "`musicrl --help` lists them" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", ["runs/x", "'runs/x'", '"runs/x"'])
@@ -259,32 +259,31 @@ def test_a_gin_value_keeps_its_type_and_any_other_word_is_a_text(text, value):
 
 
 @pytest.mark.parametrize(
-    ("command", "nearest"),
+    ("command", "wrong", "nearest"),
     [
-        ("trian --dry_run", "'trian' is no verb; did you mean train?"),
-        ("evalute --gin_file=tiny", "did you mean evaluate?"),
-        ("generate --prmopt=x", "--prmopt is no parameter of generate; did you mean --prompt?"),
-        ("run --gin_fil=tiny", "--gin_fil is no parameter of run; did you mean --gin_file?"),
-        ("run --dry_rnu", "did you mean --dry_run?"),
-        ("run --gin_file=quikstart", "no gin file 'quikstart' in .*; did you mean quickstart?"),
-        ("run --gin_file=tiny --gin.train.stpes=3", "did you mean steps?"),
-        ("run --gin_file=tiny --gin.RLConfg.steps=3", "did you mean RLConfig?"),
-        ("run --gin_file=tiny --gin.trian.steps=3", "did you mean train?"),
-        ("run --gin_file=tiny --gin.BASE=@base/foldr()", "did you mean folder?"),
-        ("run --gin_file=tiny --gin.MODLE_DIR=x", "macro MODLE_DIR; did you mean MODEL_DIR?"),
-        ("run --gin_file=tiny --gin.train.steps=%SCHEDUL", "did you mean SCHEDULE?"),
-        ("run --gin_file=tiny --gin.codek/train.steps=3", "did you mean codec?"),
-        ("config --verb=exprot", "verb='exprot' is no verb; did you mean export?"),
+        ("trian --dry_run", "'trian' is no verb", "train"),
+        ("evalute --gin_file=tiny", "'evalute' is no verb", "evaluate"),
+        ("config --verb=exprot", "'exprot' is no verb", "export"),
+        ("generate --prmopt=x", "--prmopt is no parameter of generate", "--prompt"),
+        ("run --gin_fil=tiny", "--gin_fil is no parameter of run", "--gin_file"),
+        ("run --dry_rnu", "'--dry_rnu' is not of the form", "--dry_run"),
+        ("run --gin_file=quikstart", "no gin file 'quikstart'", "quickstart"),
+        ("run --gin_file=tiny --gin.train.stpes=3", "'stpes'", "steps"),
+        ("run --gin_file=tiny --gin.RLConfg.steps=3", "'RLConfg'", "RLConfig"),
+        ("run --gin_file=tiny --gin.trian.steps=3", "'trian'", "train"),
+        ("run --gin_file=tiny --gin.BASE=@base/foldr()", "foldr", "folder"),
+        ("run --gin_file=tiny --gin.MODLE_DIR=x", "the macro MODLE_DIR", "MODEL_DIR"),
+        ("run --gin_file=tiny --gin.train.steps=%SCHEDUL", "the macro SCHEDUL", "SCHEDULE"),
+        ("run --gin_file=tiny --gin.codek/train.steps=3", "nothing reads codek/", "codec"),
     ],
 )
-def test_a_misspelt_name_is_answered_with_the_nearest(command, nearest, capsys):
+def test_a_misspelt_name_is_answered_with_the_nearest(command, wrong, nearest, capsys):
     try:
         assert musicrl(*command.split()) == 1
     except SystemExit as error:
         assert error.code == 2
     printed = capsys.readouterr()
-    pattern = nearest if ".*" in nearest else re.escape(nearest)
-    assert re.search(pattern.replace("?", r"\?") if ".*" in nearest else pattern, printed.err)
+    assert wrong in printed.err and f"; did you mean {nearest}?" in printed.err
     assert "Traceback" not in printed.err and not printed.out
 
 
