@@ -419,7 +419,7 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         problem = f"{verb!r} is no verb: " if verb else "name a verb: "
         parser.error(f"{problem}`musicrl --help` lists them{did_you_mean(verb, VERBS)}")
 
-    # What this verb takes.
+    # What this verb takes: all other flags, as gin bindings.
     parameters = {each.name: each for each in signatures.read(VERBS[verb].place).parameters}
     values: dict[str, list[str]] = {}
     while rest:
@@ -726,6 +726,7 @@ def config(verb: str = "run", json: bool = False) -> None:
         raise ValueError(f"verb={verb!r} is no verb{did_you_mean(verb, VERBS)}")
     listed = []
     for (scope, selector), bound in gin_config._CONFIG.items():
+        # Macros first: they are what most recipes leave to set.
         if selector == MACRO:
             listed.append(_setting(Parameter(scope, "macro", None, ""), scope, bound, "value"))
     for name, called, bound in _configurables(verb):
@@ -772,7 +773,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     As a command, without `arguments`, this is one process of a run.
     """
-    if "_ARGCOMPLETE" in os.environ and arguments is None:  # a shell asks for completions
+    # Before anything else, since a shell waits for the completions at each key press.
+    if "_ARGCOMPLETE" in os.environ and arguments is None:
         from musicrl_jax.command import completion
 
         completion.complete(shipped_files())
@@ -785,6 +787,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_settings(flags.verb, bindings if flags.verb != "config" else ())
         if flags.dry_run:
             print(gin.config_str())
+    # Mistakes of the user.
     except WRONG_SETTING as error:
         verb = next((word for word in words if word in VERBS), "")
         print(f"musicrl {verb}: {_sentence(error)}", file=sys.stderr)

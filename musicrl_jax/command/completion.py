@@ -29,6 +29,7 @@ def complete(gin_files: Sequence[str], **how: Any) -> None:
 
 def parser(gin_files: Sequence[str]) -> argparse.ArgumentParser:
     """Returns a parser of all verbs and their flags, for completion alone."""
+    # argcomplete reads argparse's parsers. The command's own parser knows no flags of verbs.
     parser = argparse.ArgumentParser("musicrl", add_help=False)
     verbs = parser.add_subparsers()
     files = argcomplete.completers.FilesCompleter(["gin"])
@@ -36,6 +37,7 @@ def parser(gin_files: Sequence[str]) -> argparse.ArgumentParser:
     def complete_gin_file(prefix: str, **_: Any) -> list[str]:
         return [*(name for name in gin_files if name.startswith(prefix)), *files(prefix)]
 
+    # Flags come from source, so that a key press does not wait for jax.
     for name, verb in VERBS.items():
         flags = verbs.add_parser(name, help=verb.purpose, add_help=False)
         for flag in SHARED:

@@ -40,6 +40,7 @@ def of(name: str, bound: Mapping[str, Sequence[str]]) -> str:
       name: of the verb or the config.
       bound: the gin files that bind a name, such as {'r/train_rl.system': ['runs/tiny.gin']}.
     """
+    # What it is for, and how it is called.
     verb = VERBS.get(name)
     signature = signatures.read(place_of(name))
     parts = [signature.doc]
@@ -67,6 +68,7 @@ def of(name: str, bound: Mapping[str, Sequence[str]]) -> str:
 
 def _configs_of(parameters: Sequence[Parameter], listed: set[str]) -> Iterator[str]:
     """Yields the configs that annotations name, and those of their fields, each once."""
+    # By name, since annotations are source here.
     for parameter in parameters:
         for name in re.findall(r"\w+", parameter.type):
             if name in CONFIGS and name not in listed:
@@ -91,6 +93,7 @@ def _parameters(title: str, parameters: Sequence[Parameter], form: str) -> str:
     for parameter in parameters:
         default = "required" if parameter.default is None else f"default {parameter.default}"
         lines.append(f"{form.format(parameter.name)}: {parameter.type}, {default}")
+        # A base class, such as an objective, is no config: name those that derive from it.
         doc = parameter.doc
         if derived := _derived(parameter):
             doc += f" One of {', '.join(derived)}; `musicrl NAME --help` prints its fields."

@@ -74,6 +74,9 @@ def parents(place: str) -> set[str]:
     return bases.union(*map(parents, bases))
 
 
+# --- docstrings -----------------------------------------------------------------------------------
+
+
 def documented(docstring: str) -> dict[str, str]:
     """Returns the entries of a docstring's Args or Attributes, {name: text}, in google's style."""
     entries: dict[str, str] = {}
@@ -97,9 +100,13 @@ def _prose(docstring: str) -> str:
     return "\n".join(lines[: min(ends, default=len(lines))]).strip()
 
 
+# --- source ---------------------------------------------------------------------------------------
+
+
 @functools.cache
 def _tree(module: str) -> ast.Module:
     """Parses a module's source."""
+    # Finding a module imports the packages that it is in, and they are light.
     spec = importlib.util.find_spec(module)
     if spec is None or not spec.has_location:
         raise LookupError(f"no source of {module}")
@@ -136,6 +143,7 @@ def _bases(node: ast.ClassDef, module: str) -> Iterator[str]:
 def _arguments(node: ast.FunctionDef) -> Iterator[tuple[str, ast.expr, ast.expr | None]]:
     """Yields (name, annotation, default) of a function's arguments."""
     arguments = node.args
+    # Defaults belong to the last arguments.
     missing = [None] * (len(arguments.args) - len(arguments.defaults))
     yield from _annotated(arguments.args, [*missing, *arguments.defaults])
     yield from _annotated(arguments.kwonlyargs, arguments.kw_defaults)

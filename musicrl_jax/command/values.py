@@ -30,6 +30,9 @@ class Reference(str):
         return str(self)
 
 
+# --- values ---------------------------------------------------------------------------------------
+
+
 def fits(value: Any, annotation: Any) -> bool:
     """Tells whether a value is of an annotation's type; True for a type that cannot be checked.
 
@@ -40,6 +43,7 @@ def fits(value: Any, annotation: Any) -> bool:
         return True
     if kind in UNIONS:
         return any(fits(value, part) for part in parts)
+    # Nothing is known of what a function returns, so a reference to one fits.
     if isinstance(value, Reference):
         return value.target is None or not is_class(kind) or issubclass(value.target, kind)
     if kind is typing.Literal:
@@ -50,6 +54,7 @@ def fits(value: Any, annotation: Any) -> bool:
         return isinstance(value, Mapping) and all(
             fits(key, parts[0]) and fits(each, parts[1]) for key, each in value.items() if parts
         )
+    # To Python a bool is an int.
     if kind in (int, float):
         return isinstance(value, (int, kind)) and not isinstance(value, bool)
     return not is_class(kind) or isinstance(value, kind)
@@ -68,6 +73,9 @@ def is_class(kind: Any) -> bool:
     """Tells whether isinstance can check a type: it is a class, and neither a protocol nor Any."""
     missing = kind in (inspect.Parameter.empty, Any)
     return isinstance(kind, type) and not missing and not getattr(kind, "_is_protocol", False)
+
+
+# --- annotations ----------------------------------------------------------------------------------
 
 
 def described(annotation: Any) -> str:
