@@ -6,6 +6,7 @@ command <- cli
 """
 
 import ast
+import functools
 from pathlib import Path
 
 import pytest
@@ -53,15 +54,17 @@ HOMES = {
 }
 
 
+@functools.cache
 def imports(path):
-    """Yields each module that a file imports; `from a.b import c` as both a.b and a.b.c."""
+    """Returns each module that a file imports; `from a.b import c` as both a.b and a.b.c."""
+    modules = []
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            modules += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            yield node.module
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            modules += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+    return modules
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
