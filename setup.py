@@ -3,7 +3,7 @@
 from setuptools import find_packages, setup
 
 # gin/ and data/ go into the package: at the top level they would hide gin-config and other people's
-# `data`. With the models of data/pretrained/demo a wheel has 21 MB; without them, 0.4.
+# `data`. A wheel has 21 MB with the models of data/pretrained/demo, and 0.4 MB without them.
 SHIPPED = "musicrl_jax.shipped"
 shipped = [f"{SHIPPED}.{name}" for name in ("gin", *find_packages(include=["data", "data.*"]))]
 
@@ -23,8 +23,9 @@ setup(
         f"{SHIPPED}.data": ["**/*.md", "pretrained/**"],
     },
     entry_points={"console_scripts": ["musicrl=musicrl_jax.cli:main"]},
-    # T5X is on no package registry; its contracts (logical axes, SeqIO tasks, gin) are followed without it.
+    # T5X is on no package registry. Its contracts (logical axes, SeqIO tasks, gin) are followed.
     install_requires=[
+        "argcomplete>=3.5",
         "array_record>=0.8",
         "filelock>=4.2",  # also for JAX, where its cache of compiled functions has a limit
         "flatbuffers>=25.1",
@@ -55,7 +56,8 @@ setup(
         ],
         "report": ["jinja2>=3.1", "matplotlib>=3.10"],
         "listeners": ["librosa>=0.11", "scikit-learn>=1.7"],
-        # FastAPI 0.132 refuses what any web page may post without asking; fastapi-offline has Swagger UI's files.
+        # FastAPI 0.132 refuses what any web page may post without asking; fastapi-offline has the
+        # files of Swagger UI.
         "serve": [
             "fastapi>=0.132",
             "fastapi-offline>=1.7",

@@ -12,7 +12,7 @@ import numpy as np
 import pyloudnorm
 from scipy import signal
 
-from musicrl_jax.core.audio import encoded
+from musicrl_jax.core.audio import encode
 
 TARGET_LUFS = -20.0
 # Sample peak of -1 dB full scale.
@@ -117,7 +117,7 @@ def flac(wav: np.ndarray, sample_rate_hz: int) -> bytes:
 
     Chromium, Firefox and Safari (11 and newer) play it. 4 s at 16 kHz are about 90 kB.
     """
-    return encoded(wav, sample_rate_hz, "flac")
+    return encode(wav, sample_rate_hz, "flac")
 
 
 # --- Measurement ---

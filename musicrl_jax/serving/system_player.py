@@ -26,7 +26,7 @@ class SystemPlayer:
     """A system on all devices of all hosts, with the interface of a `Bundle` that has no rewards.
 
     Attributes:
-      about: as `Bundle.about`.
+      manifest: as `Bundle.manifest`.
       rows: B of each batch.
     """
 

@@ -1,0 +1,1 @@
+"""The parts of the `musicrl` command that need neither gin nor jax."""
