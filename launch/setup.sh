@@ -1,11 +1,15 @@
 #!/usr/bin/env bash
-# Makes .venv with the package, its extras and the versions that CI uses; does nothing where that is done already.
-#   launch/setup.sh                     takes `python3`; PYTHON=python3.12 launch/setup.sh another, 3.11 or newer
-#   launch/setup.sh parity benchmark    further extras of setup.py
-# Files are checked against the hashes in launch/requirements-PYTHON.txt, which launch/lock.py writes; PyTorch, of parity,
-# is not. A Python without such a file gets the newest versions, unchecked.
+# Makes .venv with the package, its extras and the versions that CI uses. Does nothing if that is done.
+#   launch/setup.sh                      takes `python3`; PYTHON=python3.12 launch/setup.sh takes another
+#   launch/setup.sh parity benchmark     installs further extras of setup.py
+#   VENV=/opt/musicrl launch/setup.sh    installs there, the package as a wheel: no checkout is needed
+# Files are checked against the hashes in launch/requirements-PYTHON.txt, which launch/lock.py writes;
+# PyTorch, of the extra parity, is not. A Python without such a file gets the newest versions, unchecked.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+venv=${VENV:-.venv}
+editable=--editable
+[ -z "${VENV:-}" ] || editable=
 python=${PYTHON:-python3}
 version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
@@ -15,14 +19,14 @@ version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 pinned=launch/requirements-$version.txt
 what=(setup.py pyproject.toml)
 [ ! -e "$pinned" ] || what+=("$pinned")
-stamp=.venv/installed-$version-$(cat "${what[@]}" | sha256sum | cut -c1-16)
+stamp=$venv/installed-$version-$(cat "${what[@]}" | sha256sum | cut -c1-16)
 
 for extra in "$@"; do
   grep -q "\"$extra\": \[" setup.py || { echo "setup.sh: setup.py has no extra '$extra'" >&2 && exit 1; }
 done
 
 install() {
-  .venv/bin/python -m pip install --quiet "$@"
+  "$venv/bin/python" -m pip install --quiet "$@"
 }
 
 # What comes as source is built by the pinned setuptools: a build of its own would fetch another, unchecked.
@@ -32,30 +36,30 @@ install_pinned() {
 
 install_extra() {
   if [ ! -e "$pinned" ]; then
-    install --editable ".[$1]"
+    install ${editable:+"$editable"} ".[$1]"
     return
   fi
   # pip leaves out what an extra alone needs, unless the marker holds.
-  sed "s/extra == '$1'/python_version > '3'/" "$pinned" > ".venv/requirements-$1.txt"
-  install_pinned ".venv/requirements-$1.txt"
+  sed "s/extra == '$1'/python_version > '3'/" "$pinned" > "$venv/requirements-$1.txt"
+  install_pinned "$venv/requirements-$1.txt"
   if [ "$1" = parity ]; then
-    grep -o '^[A-Za-z0-9._-]*==[^ ]*' "$pinned" > .venv/versions.txt
-    install --constraint .venv/versions.txt torch
+    grep -o '^[A-Za-z0-9._-]*==[^ ]*' "$pinned" > "$venv/versions.txt"
+    install --constraint "$venv/versions.txt" torch
   fi
 }
 
 if [ ! -e "$stamp" ]; then
-  echo "Installing into .venv ..."
-  "$python" -m venv --clear .venv
+  echo "Installing into $venv: about 3 GB, of which TensorFlow is 2; five minutes on a usual line ..."
+  "$python" -m venv --clear "$venv"
   if [ -e "$pinned" ]; then
-    sed -nE '/^(pip|setuptools)==/,/[^\]$/p' "$pinned" > .venv/requirements-tools.txt
-    install --require-hashes --requirement .venv/requirements-tools.txt
+    sed -nE '/^(pip|setuptools)==/,/[^\]$/p' "$pinned" > "$venv/requirements-tools.txt"
+    install --require-hashes --requirement "$venv/requirements-tools.txt"
     install_pinned "$pinned"
     # Apart from the others: pip refuses what is editable among hashes.
-    install --no-deps --no-build-isolation --editable .
+    install --no-deps --no-build-isolation ${editable:+"$editable"} .
   else
     install --upgrade pip setuptools
-    install --editable '.[data,listeners,report,serve,test]'
+    install ${editable:+"$editable"} ".[data,listeners,report,serve,test]"
   fi
   touch "$stamp"
 fi

@@ -16,6 +16,8 @@
 #   SLICES=2               slices of ACCELERATOR_TYPE, 1 if not set
 #   PROVISION=vm           creates the TPU at once or fails, in place of `queued`, which waits for its turn
 #   RUNTIME_VERSION        the image of the workers; if not set, that of the generation
+#   IMAGE                  an image of launch/Dockerfile in which the workers run `musicrl`; if not set, the commit is
+#                          installed on each worker. Gin files come from the commit either way
 #   CREATE_FLAGS           more flags for gcloud's create, parted by spaces
 #   TOPOLOGY=v5p:4x4x28    for the plan, where this script does not know it; SKIP_PLAN=1 starts without a plan
 #   LOG_DIR                attempt-001.log, ... for each attempt; runs/tpu_rl/TPU_NAME if not set
@@ -90,7 +92,7 @@ read_settings() {
   need MODEL_DIR "the run's folder" gs://my-bucket/rl
   PROVISION=${PROVISION:-queued} SPOT=${SPOT:-} SLICES=${SLICES:-1} SKIP_PLAN=${SKIP_PLAN:-}
   LOG_DIR=${LOG_DIR:-runs/tpu_rl/$TPU_NAME} MAX_ATTEMPTS=${MAX_ATTEMPTS:-100} PAUSE_SECONDS=${PAUSE_SECONDS:-30}
-  SHARED_DIR=${SHARED_DIR:-} SHARED_DIR=${SHARED_DIR%/} DELETE_WHEN_DONE=${DELETE_WHEN_DONE:-}
+  IMAGE=${IMAGE:-} SHARED_DIR=${SHARED_DIR:-} SHARED_DIR=${SHARED_DIR%/} DELETE_WHEN_DONE=${DELETE_WHEN_DONE:-}
   one_of PROVISION "queued vm"
   local switch
   for switch in SPOT SKIP_PLAN DELETE_WHEN_DONE; do
@@ -166,10 +168,12 @@ check_gin_file() {
     die "--gin_file=$1 is not in the commit that the workers get: git add and commit it, and name it from $PWD"
 }
 
-read_checkout() {  # sets tree, which names what the workers get
+read_checkout() {  # sets code, which names what the workers get: the commit's tree, and the image if there is one
+  local tree
   tree=$(git rev-parse --verify --quiet 'HEAD^{tree}') || die "$PWD is no git checkout with a commit: clone one"
   git diff --quiet HEAD -- || die "the checkout has changes that are not committed, and the workers get its commit:" \
     "commit or stash them ($(git diff --name-only HEAD -- | head -n 1), ...)"
+  code=$tree${IMAGE:+@$IMAGE}
 }
 
 prepare() {  # sets nodes, and the commands that differ by PROVISION
@@ -322,15 +326,15 @@ ship() {  # the commit to all workers that have another
   for node in "${nodes[@]}"; do
     call gcloud compute tpus tpu-vm scp "$archive" "$node:musicrl.tar.gz" "${where[@]}" --worker=all || return
   done
-  on_workers "mkdir -p musicrl && tar -xzf musicrl.tar.gz -C musicrl && $WORKER setup $tree"
+  on_workers "mkdir -p musicrl && tar -xzf musicrl.tar.gz -C musicrl && $(quoted "$WORKER" setup "$code")"
   [ "$dry_run" ] || have_code
 }
 
 have_code() {
   local before
-  before=$(grep -cx "musicrl-tree $tree" "$log" || true)
-  on_workers "cat musicrl/.tree || true"
-  [ $(($(grep -cx "musicrl-tree $tree" "$log" || true) - before)) = "$workers" ]
+  before=$(grep -cFx "musicrl-code $code" "$log" || true)
+  on_workers "cat musicrl/.code || true"
+  [ $(($(grep -cFx "musicrl-code $code" "$log" || true) - before)) = "$workers" ]
 }
 
 attempt() {  # sets status: the worst of the workers

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What launch/tpu_rl.sh has each worker of a TPU do, in ~/musicrl, where it unpacked a commit.
-#   launch/tpu_worker.sh setup TREE             installs what the commit needs; TREE names it
+#   launch/tpu_worker.sh setup TREE[@IMAGE]     installs what the commit needs, or pulls the image; TREE names the commit
 #   launch/tpu_worker.sh run ATTEMPT [flags]    `musicrl run`; called again for the same ATTEMPT, it joins what runs
 #   launch/tpu_worker.sh join ATTEMPT           the same, but starts nothing
 #   launch/tpu_worker.sh stop                   tells what runs to save, and waits for it
@@ -17,6 +17,11 @@ set_up() {
   local python
   stop
   remove_what_is_no_longer_shipped
+  if [[ $1 == *@* ]]; then
+    sudo docker pull --quiet "${1#*@}"
+    echo "musicrl-code $1" > .code
+    return
+  fi
   for python in python3.12 python3.11 python3 none; do new_enough "$python" && break; done
   if [ "$python" = none ]; then  # as on Google's images of Ubuntu 22.04
     python=python3.12
@@ -24,7 +29,7 @@ set_up() {
     sudo apt-get -o DPkg::Lock::Timeout=600 install --yes "$python" "$python-venv"
   fi
   PYTHON=$python launch/setup.sh tpu
-  echo "musicrl-tree $1" > .tree
+  echo "musicrl-code $1" > .code
 }
 
 remove_what_is_no_longer_shipped() {
@@ -86,8 +91,15 @@ tell() {  # the last word, since gcloud's status is that of one worker, and wher
 }
 
 start() {
-  local attempt=$1 argument mounted=()
+  local attempt=$1 argument code mounted=() musicrl=(.venv/bin/musicrl)
   shift
+  code=$(cat .code 2> /dev/null || true)
+  if [[ $code == *@* ]]; then  # as this user, who alone sees the bucket; privileged, for the TPU
+    musicrl=(sudo docker run --rm --privileged --network=host "--user=$(id -u):$(id -g)" "--env=HOME=$HOME"
+      --env=JAX_COMPILATION_CACHE_DIR --env=XDG_CACHE_HOME= "--volume=$HOME:$HOME" "--workdir=$PWD")
+    [ -z "${SHARED_DIR:-}" ] || musicrl+=("--volume=$SHARED_DIR:$SHARED_DIR")
+    musicrl+=("${code#*@}")
+  fi
   if [ "${SHARED_DIR:-}" ] && ! mountpoint --quiet "$SHARED_DIR"; then
     echo "SHARED_DIR=$SHARED_DIR is no mount point on $(hostname): have a startup script mount it, or use gs://" >&2
     exit 1
@@ -104,7 +116,7 @@ start() {
   : > "$attempt/log"  # here, lest it be followed before it is there
   export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$HOME/xla-cache} PYTHONUNBUFFERED=1
   # shellcheck disable=SC2016  # expanded by that bash
-  setsid bash -c '"${@:2}"; echo $? > "$1/status"' bash "$attempt" .venv/bin/musicrl run "${mounted[@]}" \
+  setsid bash -c '"${@:2}"; echo $? > "$1/status"' bash "$attempt" "${musicrl[@]}" run "${mounted[@]}" \
     < /dev/null >> "$attempt/log" 2>&1 9>&- &
   echo $! > "$attempt/pid"
 }

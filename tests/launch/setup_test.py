@@ -228,6 +228,5 @@ def test_licences_of_what_ships_are_listed_and_go_into_a_wheel():
     ):
         assert name in notice
     for page in ("README.md", "data/score_clips/README.md", "data/pretrained/demo/README.md"):
-        assert re.search(
-            r"contain its samples|samples of the soundfont", (ROOT / page).read_text()
-        ), page
+        words = " ".join((ROOT / page).read_text().split())
+        assert re.search("contain its samples|samples of the soundfont", words), page

@@ -30,7 +30,11 @@ COMMANDS = {
     "hostname": 'echo "$HOST"',
     "gcsfuse": 'echo "$@" >> "$FAKE/mounts"',
     "mountpoint": 'grep -qs -- " ${@: -1}$" "$FAKE/mounts"',
-    "sudo": "exit 1",
+    "sudo": '[ "$1" = docker ] && exec "$@"; exit 1',
+    "docker": """echo "$HOST $*" >> "$FAKE/docker"
+[ "$1" = run ] || exit 0
+while [ "$1" != my/image ]; do shift; done
+exec "$FAKE/musicrl" "${@:2}\"""",
 }
 SETUP = """#!/usr/bin/env bash
 set -euo pipefail
@@ -223,6 +227,29 @@ def test_a_fresh_run(cloud):
         "rl-w-1: step 1" in cloud.log(1).splitlines()
         and "musicrl-exit rl-w-1 0" in cloud.log(1).splitlines()
     )
+
+
+def test_an_image_is_pulled_once_and_runs_the_commands(cloud):
+    cloud.ends_as(75, 0)
+    assert cloud.run(IMAGE="my/image") == 0, cloud.err
+    assert cloud.calls() == [*NEW, "run", "run"] and not cloud.lines("setups")[1:]
+    pulls = [line for line in cloud.lines("docker") if " pull " in line]
+    assert sorted(pulls) == [f"rl-w-{worker} pull --quiet my/image" for worker in (0, 1)]
+    home = cloud.fake / "workers/rl-w-0"
+    runs = [line for line in cloud.lines("docker") if line.startswith("rl-w-0 run")]
+    assert len(runs) == 2
+    assert f"--volume={home}:{home} --workdir={home}/musicrl my/image run --gin_file=" in runs[0]
+    argv = next(words for worker, words in cloud.argv() if worker == "rl-w-0")
+    assert argv[:2] == ["run", f"--gin_file={GIN_FILE}"]
+
+
+def test_another_image_is_pulled_on_a_ready_tpu(cloud):
+    cloud.ends_as(0, 0, 0)
+    assert cloud.run(IMAGE="my/image") == 0
+    assert cloud.run(IMAGE="my/image") == 0
+    assert len([line for line in cloud.lines("docker") if " pull " in line]) == 2
+    assert cloud.run(IMAGE="") == 0
+    assert len(cloud.lines("setups")) == 5, "one for the plan of each, then one a worker"
 
 
 def test_a_ready_tpu_with_this_commit_is_used_as_it_is(cloud):
@@ -722,16 +749,30 @@ def test_the_job_set_restarts_as_the_launcher_does():
     assert disruption["onPodConditions"] == [{"type": "DisruptionTarget"}]
     assert codes["action"] == disruption["action"] == "FailJob"
     assert pod["terminationGracePeriodSeconds"] >= 60
-    (volume,) = pod["volumes"]
+    (volume,) = (volume for volume in pod["volumes"] if "csi" in volume)
     assert volume["csi"]["driver"] == "gcsfuse.csi.storage.gke.io"
     assert job["template"]["metadata"]["annotations"]["gke-gcsfuse/volumes"] == "true"
-    (mount,) = container["volumeMounts"]
-    assert mount["name"] == volume["name"]
-    assert any(
-        word.startswith(f"--gin.MODEL_DIR='{mount['mountPath']}/") for word in container["command"]
-    )
+    mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+    assert set(mounts) == {volume["name"] for volume in pod["volumes"]}
+    model_dir = f"--gin.MODEL_DIR='{mounts[volume['name']]}/"
+    assert any(word.startswith(model_dir) for word in container["args"])
     assert manifest["spec"]["network"]["enableDNSHostnames"]
-    files = [
-        word.partition("=")[2] for word in container["command"] if word.startswith("--gin_file=")
-    ]
-    assert files[-1:] == ["YOUR_RUN"] and all((ROOT / file).exists() for file in files[:-1])
+    files = [word.partition("=")[2] for word in container["args"] if word.startswith("--gin_file=")]
+    assert files[-1:] == ["YOUR_RUN"]
+    assert all((ROOT / "gin" / file).exists() for file in files[:-1])
+
+
+def test_the_job_set_runs_the_image_as_it_is_built():
+    """No root, a read-only root file system, and a volume where the image writes."""
+    pod = yaml.safe_load((ROOT / "launch/jobset.yaml").read_text())["spec"]["replicatedJobs"][0]
+    pod = pod["template"]["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    image = (ROOT / "launch/Dockerfile").read_text()
+    user = int(re.search(r"^USER (\d+)$", image, re.M)[1])
+    security = container["securityContext"]
+    assert security["runAsNonRoot"] and security["readOnlyRootFilesystem"]
+    assert security["runAsUser"] == pod["securityContext"]["fsGroup"] == user > 0
+    assert 'ENTRYPOINT ["musicrl"]' in image and "command" not in container
+    (volume,) = re.findall(r"^VOLUME (\S+)$", image, re.M)
+    assert volume in {mount["mountPath"] for mount in container["volumeMounts"]}
+    assert f"HOME={volume}" in image
