@@ -26,7 +26,7 @@ from musicrl_jax.command.names import CONFIGS, RENAMED, VERBS, did_you_mean, pla
 from musicrl_jax.command.settings import Setting
 from musicrl_jax.command.signatures import Parameter
 from musicrl_jax.command.values import Reference, annotations, described, element_kind, fits
-from musicrl_jax.core import shipped
+from musicrl_jax.core import extras, shipped
 
 # Macros that a run needs and a plan does not: what a plan takes for them. One macro reads models,
 # so a plan unbinds it. Every size binds the last one.
@@ -409,6 +409,7 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--gin_file", action="append", default=[])
     parser.add_argument("--gin_search_paths", action="append", default=[])
     parser.add_argument("--dry_run", action="store_true")
+    parser.add_argument("--wandb", action="store_true")
     parser.add_argument("--help", "-h", action="store_true")
     known, rest = parser.parse_known_args([_with_underscores(argument) for argument in arguments])
     verb = known.verb
@@ -785,6 +786,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not configure(flags, bindings):
             return 1
         check_settings(flags.verb, bindings if flags.verb != "config" else ())
+        if flags.wandb:
+            extras.check("--wandb", "wandb", "wandb")
+            os.environ["MUSICRL_WANDB"] = "1"
         if flags.dry_run:
             print(gin.config_str())
     # Mistakes of the user.

@@ -175,7 +175,8 @@ def _player(system: str, top_k: int | None) -> tuple[bundle.Bundle | SystemPlaye
     exported = bundle.Bundle(system)
     if top_k not in (None, exported.manifest["top_k"]):
         raise ValueError(
-            f"top_k={top_k}: the bundle was exported with {exported.manifest['top_k']}, which it keeps"
+            f"top_k={top_k}: the bundle was exported with "
+            f"{exported.manifest['top_k']}, which it keeps"
         )
     return exported, ROWS[jax.default_backend()]
 

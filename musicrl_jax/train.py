@@ -4,7 +4,7 @@ Each step is one jitted function, `objectives.step.training_step`; this file doe
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -23,8 +23,10 @@ from musicrl_jax.core.statistics import too_small
 from musicrl_jax.losses.optimiser import MOST_SKIPPED, Optimiser, TrainState
 from musicrl_jax.objectives.objective import Objective
 from musicrl_jax.objectives.step import first_state, training_step
+from musicrl_jax.report.live import CLIPS, LiveCharts, loss_curves
 
 LOG_EVERY = 10  # steps; the last step and those with a checkpoint are logged too
+SHOW_EVERY = 100  # steps between two updates of the run's page and clips
 
 
 @lock.holds("model_dir")
@@ -100,6 +102,7 @@ def train(  # noqa: PLR0913
     batches = objective.data.batches("train", batch_size, seed, start_step=start, rows=rows)
     progress = Progress(range(start, steps), directory.name, steps, start)
     with closing(checkpoints), jax.set_mesh(mesh), MetricWriter(directory, start) as writer:
+        show = _shower(objective, example, writer, directory, batch_size)
         with hosts.stopping_together() as stopping:
             for step in progress:
                 if stopping():
@@ -117,6 +120,7 @@ def train(  # noqa: PLR0913
                         _check_finite(numbers, step, directory)
                     writer.write(step, numbers)
                     progress.note(f"loss {numbers['loss']:.3f}")
+                show(step, state, step == steps - 1)
                 if saves:
                     checkpoints.save(step + 1, state)
 
@@ -145,6 +149,30 @@ def train(  # noqa: PLR0913
     print(f"{directory.name:>9}  validation  {figures}", flush=True)
     checkpoint.save_model(directory, objective.model, variables, objective.assets())
     return metrics
+
+
+def _shower(
+    objective: Objective, batch: Any, writer: MetricWriter, directory: Path, batch_size: int
+) -> Callable[[int, TrainState, bool], None]:
+    """Returns a function that shows a step, its state, and whether it is the last."""
+    make = jax.jit(objective.clips)
+    charts = LiveCharts(
+        writer,
+        directory,
+        batch_size,
+        getattr(objective.model, "sample_rate_hz", 0),
+        [f"training clip {number}" for number in range(1, min(CLIPS, batch_size) + 1)],
+        "Clips of the first training batch.",
+        loss_curves,
+    )
+
+    def show(step: int, state: TrainState, last: bool) -> None:
+        charts.end_step(step)
+        if last or (step + 1) % SHOW_EVERY == 0:
+            clips = sharding.fetch(make({"params": state.params, **state.state}, batch))
+            charts.show(step, {name: wavs[:CLIPS] for name, wavs in clips.items()})
+
+    return show
 
 
 def _initialised(objective: Objective, state: TrainState, shardings: TrainState) -> TrainState:

@@ -12,6 +12,7 @@ Each step calls jitted functions, one after the other; this file only does the b
 import dataclasses
 import itertools
 import json
+from collections.abc import Callable
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -28,7 +29,8 @@ from musicrl_jax.core.progress import Progress
 from musicrl_jax.core.run_checkpoints import RunCheckpoints
 from musicrl_jax.inputs.prompts import Prompts
 from musicrl_jax.losses.optimiser import MOST_SKIPPED
-from musicrl_jax.report.curves import read_metrics
+from musicrl_jax.report.curves import read_metrics, run_curves
+from musicrl_jax.report.live import CLIPS, LiveCharts
 from musicrl_jax.rl.config import RLConfig
 from musicrl_jax.rl.rewards import LoadedMixture, Mixture
 from musicrl_jax.rl.steps import Run, Step
@@ -111,6 +113,7 @@ def train_rl(
         if monitor is not None:
             metrics = read_metrics(directory / FILE_NAME)
             judge = monitor.load(directory, partial(run.monitor_clips, anchor), metrics)
+        show = _shower(run, anchor, prompts, mixture, writer, directory)
 
         # The loop.
         progress = Progress(range(start, config.steps), directory.name, config.steps, start)
@@ -134,6 +137,7 @@ def train_rl(
 
                 # Metrics, the judge's alarm and checkpoints.
                 metrics = log.write(step, result, judgement)
+                show(step, state.policy)
                 progress.note(f"reward {metrics['reward']:.3f}  kl {metrics['kl']:.2f}")
                 if judgement and judge.alarm(step, float(metrics["kl"]), *judgement.values()):
                     print(
@@ -172,6 +176,38 @@ def _base_units(run: Run, mixture: LoadedMixture, anchor: Tree, prompts: Prompts
     return mixture.units({name: np.concatenate([part[name] for part in parts]) for name in neutral})
 
 
+def _shower(
+    run: Run,
+    anchor: Tree,
+    prompts: Prompts,
+    mixture: LoadedMixture,
+    writer: MetricWriter,
+    directory: Path,
+) -> Callable[[int, Tree], None]:
+    """Returns a function that shows a step and its policy, beside clips of the base."""
+    config = run.config
+    if not config.show_every:
+        return lambda step, policy: None
+    texts = (prompts.unique("validation") or prompts.unique("train"))[:CLIPS]
+    charts = LiveCharts(
+        writer,
+        directory,
+        config.batch_size,
+        run.player.system.sample_rate_hz,
+        texts,
+        "Clips of the base, and of the policy after these steps, from the same random numbers.",
+        lambda log: run_curves(directory.name, log, mixture.names),
+    )
+    base = run.monitor_clips(anchor, texts)
+
+    def show(step: int, policy: Tree) -> None:
+        charts.end_step(step)
+        if (step + 1) % config.show_every == 0 or step == config.steps - 1:
+            charts.show(step, {"base": base, "policy": run.monitor_clips(policy, texts)})
+
+    return show
+
+
 @dataclasses.dataclass
 class _MetricLog:
     """Writes the metrics of each step, and ends a run whose updates are all skipped."""
@@ -196,6 +232,8 @@ class _MetricLog:
             "kl_per_second": metrics["kl"] / self.clip_seconds,
         }
         self.writer.write(step, metrics)
+        for name, scores in terms.items():
+            self.writer.histogram(step, name, scores)
 
         # A few skipped updates are no harm.
         skips = metrics["skipped"] > self.skipped

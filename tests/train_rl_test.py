@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import io
 import json
 import os
 import signal
@@ -10,11 +11,13 @@ import tempfile
 from pathlib import Path
 
 import compilation
+import events
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import soundfile
 
 from musicrl_jax import train_rl
 from musicrl_jax.arena import monitor
@@ -105,7 +108,8 @@ def loop(
     rollouts, states = [], []
     optimisers = {"policy_optimiser": Descent(), "value_optimiser": Descent()}
     settings = {"steps": 3, "kl_strength": 0.02, "batch_size": BATCH, **settings}
-    settings = {"clip_seconds": SECONDS, "save_every": settings["steps"], **optimisers, **settings}
+    settings = {"save_every": settings["steps"], "show_every": 0, **settings}
+    settings = {"clip_seconds": SECONDS, **optimisers, **settings}
 
     def save(self, step, state, record):
         states.append(state)
@@ -209,7 +213,7 @@ def read_record(run):
     return json.loads(model.assets[checkpoint.ANCHOR])
 
 
-NORMALISED = {"steps": 5, "save_every": 2, "saves": True, "normalise": True}
+NORMALISED = {"steps": 5, "save_every": 2, "saves": True, "normalise": True, "show_every": 2}
 
 
 @pytest.fixture(scope="module")
@@ -235,6 +239,22 @@ train_rl_test.loop(Path({str(tmp_path)!r}), writer=train_rl_test.Dying, **{NORMA
     assert not checkpoint.has_model(tmp_path / "run")
     loop(tmp_path, **NORMALISED)
     assert_equal_runs(tmp_path / "run", normalised, steps=5)
+    # Its charts go on as well.
+    for run in (tmp_path / "run", normalised):
+        charts = events.read(run / "tensorboard")
+        assert [step for step, _ in charts["zeros"]] == list(range(5))
+        assert [step for step, _ in charts["kl"]] == list(range(5))
+        assert [step for step, _ in charts["histogram/zeros"]] == list(range(5))
+        assert charts["histogram/zeros"][0][1].num == BATCH
+        for side in ("base", "policy"):
+            clips = charts[f"clip_1/{side}"]
+            assert [step for step, _ in clips] == [1, 3, 4]
+            wav, rate = soundfile.read(io.BytesIO(clips[0][1].encoded_audio_string))
+            assert (rate, len(wav)) == (16_000, SECONDS * 16_000) and np.ptp(wav) > 0.1
+        assert charts["clips_per_second"][-1][0] == 4 and charts["clips_per_second"][-1][1] > 0
+        page = (run / "page.html").read_text()
+        assert page.count("<audio ") == 2 and "a tune" in page and "Steps done" in page
+        assert "run: reward and its terms" in page and "KL to the anchor" in page
 
 
 def assert_equal_runs(run, expected, steps=None):

@@ -14,7 +14,7 @@ import argcomplete
 from musicrl_jax.command import signatures
 from musicrl_jax.command.names import VERBS
 
-SHARED = ("--gin_file", "--gin_search_paths", "--dry_run", "--help")
+SHARED = ("--gin_file", "--gin_search_paths", "--dry_run", "--wandb", "--help")
 
 
 def complete(gin_files: Sequence[str], **how: Any) -> None:

@@ -15,6 +15,7 @@ FLAGS = """\
 --gin.NAME=VALUE: binds a gin name: a MACRO, VERB.PARAMETER, CONFIG.FIELD or SCOPE/CONFIG.FIELD
 --gin_search_paths=DIR,DIR: folders to look for gin files in; may be repeated
 --dry_run: prints the config, checks it, and stops
+--wandb: logs training to Weights & Biases too; its own variables, as WANDB_MODE=offline, hold
 --help: prints what a verb does and takes"""
 OVERVIEW = """\
 Flags of every verb:

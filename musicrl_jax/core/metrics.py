@@ -1,14 +1,20 @@
-"""Writes a run's metrics: to TensorBoard for people, to `metrics.jsonl` for programs."""
+"""Writes a run's metrics: to `metrics.jsonl` for programs, to TensorBoard and W&B for people.
+
+Legend: n values, N samples.
+"""
 
 import contextlib
 import json
 import os
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import tensorboardX
 
-from musicrl_jax.core import hosts
+from musicrl_jax.core import extras, hosts
 from musicrl_jax.core.files import set_aside, write_text
 from musicrl_jax.core.manifest import parse_json, read_regular
 
@@ -16,11 +22,18 @@ FILE_NAME = "metrics.jsonl"
 INT_LIMIT = 2**63  # larger integers are damage: no counter gets there, and NumPy cannot hold them
 
 
-class MetricWriter(contextlib.AbstractContextManager):
-    """Appends scalars to `directory`/metrics.jsonl, one JSON object per step, and to TensorBoard.
+WANDB = "MUSICRL_WANDB"  # environment variable; if it is 1, runs are logged to W&B as well
+WANDB_ID = "wandb_id.txt"
 
-    A run that resumes at `start_step` first drops the lines from that step on, so no step appears
-    twice. A damaged file is set aside, and its valid lines are kept. Only the first host writes.
+
+class MetricWriter(contextlib.AbstractContextManager):
+    """Appends scalars to `directory`/metrics.jsonl, one JSON object per step, and to the charts.
+
+    The charts are TensorBoard's, in `directory`/tensorboard, and with MUSICRL_WANDB=1 those of
+    Weights & Biases. They also have histograms, clips, and numbers that differ between two equal
+    runs, such as times. A run that resumes at `start_step` first drops the lines from that step
+    on, so no step appears twice; its charts go on. A damaged file is set aside, and its valid lines
+    are kept. Only the first host writes.
     """
 
     def __init__(self, directory: str | Path, start_step: int = 0):
@@ -28,6 +41,7 @@ class MetricWriter(contextlib.AbstractContextManager):
         if self._writes:
             path = Path(directory) / FILE_NAME
             path.parent.mkdir(parents=True, exist_ok=True)
+            self._wandb = _wandb_run(path.parent) if os.environ.get(WANDB) == "1" else None
             _drop_from(path, start_step)
             self._file = path.open("a")
             self._board = tensorboardX.SummaryWriter(
@@ -42,17 +56,75 @@ class MetricWriter(contextlib.AbstractContextManager):
         numbers = {prefix + name: float(value) for name, value in metrics.items()}
         self._file.write(json.dumps({"step": step, **numbers}) + "\n")
         self._file.flush()
+        self.chart(step, numbers)
+
+    def chart(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Writes numbers to the charts alone."""
+        if not self._writes:
+            return
         for name, value in numbers.items():
             self._board.add_scalar(name, value, step)
+        self._log(step, numbers)
+
+    def histogram(self, step: int, name: str, values: np.ndarray) -> None:
+        """Writes the distribution of values [n]; those that are not finite are left out."""
+        finite = values[np.isfinite(values)]
+        if not self._writes or not len(finite):
+            return
+        # A name of its own: TensorBoard keeps one kind of chart for a name.
+        self._board.add_histogram(f"histogram/{name}", finite, step)
+        if self._wandb:
+            import wandb
+
+            self._log(step, {f"histogram/{name}": wandb.Histogram(finite)})
+
+    def clip(self, step: int, name: str, wav: np.ndarray, sample_rate_hz: int) -> None:
+        """Writes a clip to listen to, f32 [N] in [-1, 1]."""
+        if not self._writes:
+            return
+        self._board.add_audio(name, wav[:, None], step, sample_rate=sample_rate_hz)
+        if self._wandb:
+            import wandb
+
+            self._log(step, {name: wandb.Audio(wav, sample_rate=sample_rate_hz)})
+
+    def _log(self, step: int, values: Mapping[str, Any]) -> None:
+        if self._wandb:  # W&B ignores a step that goes back, so the step is a value like others
+            self._wandb.log({**values, "step": step})
 
     def close(self) -> None:
-        """Flushes and closes both files."""
+        """Flushes and closes the file and the charts."""
         if self._writes:
             self._file.close()
             self._board.close()
+            if self._wandb:
+                self._wandb.finish()
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _wandb_run(directory: Path) -> Any:
+    """Starts a W&B run, or continues the one of this folder.
+
+    Project, entity and mode are those of W&B's own environment variables, such as WANDB_PROJECT and
+    WANDB_MODE=offline.
+    """
+    extras.check("--wandb", "wandb", "wandb")
+    import wandb
+
+    path = directory / WANDB_ID
+    if not path.exists():
+        write_text(path, secrets.token_hex(8))
+    run = wandb.init(
+        project=os.environ.get("WANDB_PROJECT", "musicrl"),
+        name=directory.name,
+        dir=str(directory),
+        id=path.read_text(),
+        resume="allow",
+    )
+    run.define_metric("*", step_metric="step")
+    return run
 
 
 # --- Reading. ---

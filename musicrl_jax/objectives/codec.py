@@ -151,6 +151,13 @@ class CodecObjective(Objective):
         trained = {"params": discriminators}
         return codec.discriminator_hinge(apply(trained, wav), apply(trained, decoded)), losses
 
+    def clips(self, variables: Variables, batch: Batch) -> dict[str, jax.Array]:
+        """Returns the clips of a batch, original and decoded from all levels, f32 [B, N]."""
+        module = SoundStream(self.model)
+        codes = module.apply(variables, batch["audio"], method=SoundStream.encode)
+        decoded = module.apply(variables, codes, method=SoundStream.decode)
+        return {"original": batch["audio"], "decoded": decoded}
+
     def evaluate(
         self, params: Any, state: Any, frozen: Any, batch: Batch, key: jax.Array
     ) -> Metrics:

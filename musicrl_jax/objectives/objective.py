@@ -89,6 +89,10 @@ class Objective:
         """Returns metrics of a validation batch; by default those of the loss."""
         return self.loss(params, state, frozen, batch, key)[1][1]
 
+    def clips(self, variables: Variables, batch: Batch) -> dict[str, jax.Array]:
+        """Returns clips f32 [B, N] to listen to, by name; {} if the model makes no sound."""
+        return {}
+
     def frozen(self, read: checkpoint.Reader = checkpoint.load_model) -> Any:
         """Loads the weights of other models that the loss needs; they become an argument."""
         return {}

@@ -15,10 +15,9 @@ import numpy as np
 
 from musicrl_jax.core.metrics import FILE_NAME
 from musicrl_jax.report import page
-from musicrl_jax.report.curves import Curve, read_metrics
+from musicrl_jax.report.curves import TOTAL, Curve, Log, read_metrics, run_curves
 from musicrl_jax.report.page import Figure, write_page
 
-TOTAL = "reward"
 # Terms that are shown under other names.
 NAMES = {"opinion": "opinion, simulated listeners"}
 # Explanations of terms, beside their names.
@@ -31,7 +30,6 @@ LABELS = {
 
 Clips = Sequence[tuple[int, Mapping[str, np.ndarray]]]
 # Name -> (x [P], y [P]).
-Series = Mapping[str, tuple[np.ndarray, np.ndarray]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,7 +177,7 @@ def _panel(summary: Mapping[str, Any]) -> page.Panel:
 # --- Curves ---
 
 
-def _read_log(folder: str) -> Series:
+def _read_log(folder: str) -> Log:
     """Returns metric -> (steps [P], values [P]) of a run; {} for a model without metrics."""
     path = Path(folder) / FILE_NAME
     return read_metrics(path) if path.exists() else {}
@@ -210,19 +208,7 @@ def _kl_curves(summary: Mapping[str, Any], policies: Sequence[str]) -> list[Curv
 def _run(summary: Mapping[str, Any], policy: str, folder: str, terms: Sequence[str]) -> page.Run:
     """Returns an RL run: its curves, and the outcome of its alarm."""
     log, alarm = _read_log(folder), summary["watched"].get(policy) or {}
-    curves = [
-        *_step_curves(policy, log, [("reward and its terms", "reward", (TOTAL, *terms))]),
-        *_kl_against(policy, log, alarm.get("kl")),
-        *_step_curves(
-            policy,
-            log,
-            [
-                ("KL to the anchor", "nats a clip", ("kl",)),
-                ("value loss", "squared error", ("value_loss",)),
-                ("explained variance of the value", "share of Var R", ("explained_variance",)),
-            ],
-        ),
-    ]
+    curves = run_curves(policy, log, terms, alarm.get("kl"))
     # The alarm, if a held-out judge watched the run.
     if not alarm:
         return page.Run(policy, curves)
@@ -232,43 +218,3 @@ def _run(summary: Mapping[str, Any], policy: str, folder: str, terms: Sequence[s
             "raised in look {looks}; step {kept} is kept, {kl:.1f} nats a clip from its anchor."
         )
     return page.Run(policy, curves, f"Alarm for over-optimisation: {outcome.format(**alarm)}")
-
-
-def _step_curves(
-    policy: str, log: Series, charts: Sequence[tuple[str, str, Sequence[str]]]
-) -> list[Curve]:
-    """Returns a curve for each (title, unit, metrics) over steps, if the log has any metric."""
-    curves = []
-    for title, unit, names in charts:
-        if series := {name: log[name] for name in names if name in log}:
-            curves.append(Curve(f"{policy}: {title}", "step", unit, series))
-    return curves
-
-
-def _kl_against(policy: str, log: Series, alarm_kl: float | None) -> list[Curve]:
-    """Returns the reward and the held-out judge's gain over the KL to the anchor."""
-    curves = []
-    if TOTAL in log and "kl" in log:
-        series = {TOTAL: _over("kl", TOTAL, log)}
-        title, x_label = f"{policy}: reward against KL", "KL to the anchor, nats a clip"
-        curves.append(Curve(title, x_label, "reward", series))
-    if "judge_gain" in log and "kl" in log:
-        kl, gain = _over("kl", "judge_gain", log)
-        distance, error = np.sqrt(np.maximum(kl, 0.0)), _over("kl", "judge_error", log)[1]
-        series = {"gain": (distance, gain)}
-        # A vertical line at the step that the alarm chose.
-        if alarm_kl is not None:
-            ends = np.array([np.min(gain - error), np.max(gain + error)])
-            series["chosen step"] = np.full(2, np.sqrt(alarm_kl)), ends
-        title = f"{policy}: a held-out judge's gain"
-        x_label, y_label = "square root of the KL to the anchor", "gain over the base"
-        curves.append(Curve(title, x_label, y_label, series, {"gain": error}))
-    return curves
-
-
-def _over(x: str, y: str, log: Series) -> tuple[np.ndarray, np.ndarray]:
-    """Returns two metrics at the steps that have both, in the order of x: f64 [P] each."""
-    _, at_x, at_y = np.intersect1d(log[x][0], log[y][0], return_indices=True)
-    x_values, y_values = log[x][1][at_x], log[y][1][at_y]
-    order = np.argsort(x_values, kind="stable")
-    return x_values[order], y_values[order]

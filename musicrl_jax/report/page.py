@@ -12,11 +12,13 @@ import hashlib
 import math
 import pathlib
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jinja2
 import numpy as np
 from markupsafe import Markup
 
+from musicrl_jax.core.files import write_text
 from musicrl_jax.report import loudness, plots
 from musicrl_jax.report.curves import Curve
 
@@ -268,6 +270,25 @@ class Report:
                 )
 
 
+@dataclasses.dataclass(frozen=True)
+class Live:
+    """Content of the page of a run that is still going on.
+
+    Attributes:
+      title: name of the run.
+      facts: name -> value, such as the step.
+      curves: of the metrics so far.
+      trials: clips of fixed prompts.
+      rule: says in a sentence what the clips are.
+    """
+
+    title: str
+    facts: Mapping[str, str]
+    curves: Sequence[Curve]
+    trials: Sequence[Trial]
+    rule: str
+
+
 # --- Writing ---
 
 
@@ -278,6 +299,47 @@ def write_page(path: str | pathlib.Path, report: Report) -> pathlib.Path:
     (`loudness.level_match`) and are embedded as 16-bit FLAC: 24 clips of 4 s at 16 kHz make a page
     of about 4 MB. All text is escaped, since a prompt may hold anything.
     """
+    base, *others = report.policies
+    colours = {policy: f"series-{i % len(plots.SERIES)}" for i, policy in enumerate(others)}
+    seconds = [each for _, each in report.stages]
+    return _write(
+        path,
+        "page.html.j2",
+        report=report,
+        base=base,
+        others=others,
+        colours={base: "base", **colours},
+        edges=edges_over_base(report),
+        verdict=verdict(report),
+        rewards=[(reward, gain_marks(reward.gains)) for reward in report.rewards],
+        slowest=max(seconds, default=0.0),
+        whole=sum(seconds),
+        trials=[_playable(trial) for trial in report.trials],
+        regressions=[_playable(trial) for trial in report.regressions],
+        kl=_with_drawings(report.kl),
+        runs=[(run, _with_drawings(run.curves)) for run in report.runs],
+        training=_with_drawings(report.training),
+        target_lufs=loudness.TARGET_LUFS,
+    )
+
+
+def write_live_page(path: str | pathlib.Path, live: Live) -> pathlib.Path:
+    """Writes the page of a run that is still going on, and returns its path."""
+    sides = [name for trial in live.trials for name in trial.clips]
+    base, *others = dict.fromkeys(sides) or [""]
+    colours = {name: f"series-{i % len(plots.SERIES)}" for i, name in enumerate(others)}
+    return _write(
+        path,
+        "live.html.j2",
+        live=live,
+        colours={base: "base", **colours},
+        curves=_with_drawings(live.curves),
+        trials=[_playable(trial) for trial in live.trials],
+    )
+
+
+def _write(path: str | pathlib.Path, template: str, **variables: Any) -> pathlib.Path:
+    """Writes a template with its variables as one file, and returns its path."""
     # The template and its functions. StrictUndefined makes a misspelt name an error.
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent),
@@ -289,39 +351,19 @@ def write_page(path: str | pathlib.Path, report: Report) -> pathlib.Path:
     functions = (number, signed, percent, probability, duration, side_of, listed)
     environment.globals |= {function.__name__: function for function in functions}
 
-    # Its variables.
-    script_hash = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
-    base, *others = report.policies
-    colours = {policy: f"series-{i % len(plots.SERIES)}" for i, policy in enumerate(others)}
-    seconds = [each for _, each in report.stages]
-    html = environment.get_template("page.html.j2").render(
-        report=report,
-        base=base,
-        others=others,
-        colours={base: "base", **colours},
+    # The variables of all pages.
+    html = environment.get_template(template).render(
         series=len(plots.SERIES),
-        edges=edges_over_base(report),
-        verdict=verdict(report),
-        rewards=[(reward, gain_marks(reward.gains)) for reward in report.rewards],
-        slowest=max(seconds, default=0.0),
-        whole=sum(seconds),
-        trials=[_playable(trial) for trial in report.trials],
-        regressions=[_playable(trial) for trial in report.regressions],
-        kl=_with_drawings(report.kl),
-        runs=[(run, _with_drawings(run.curves)) for run in report.runs],
-        training=_with_drawings(report.training),
         colour_bar=plots.colour_bar_css(),
         range_db=plots.RANGE_DB,
         smoothed_from=plots.SMOOTHED_FROM,
-        target_lufs=loudness.TARGET_LUFS,
         script=Markup(SCRIPT),
-        script_hash=script_hash,
+        script_hash=base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode(),
+        **variables,
     )
-    # The file.
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(html, encoding="utf-8")
-    return path
+    # A reader of the page sees the old one or the new one.
+    write_text(path, html)
+    return pathlib.Path(path)
 
 
 def _with_drawings(curves: Sequence[Curve]) -> list[tuple[Curve, Markup]]:

@@ -42,6 +42,7 @@ class RLConfig:
       fsdp: size of the mesh axis that shards weights and batch.
       tensor: size of the mesh axis that shards heads and inner layers.
       save_every: steps between two checkpoints.
+      show_every: steps between two updates of the run's page and clips; 0 for none.
     """
 
     # The run.
@@ -64,12 +65,15 @@ class RLConfig:
     fsdp: int = _no_identity(1)
     tensor: int = _no_identity(1)
     save_every: int = _no_identity(10)
+    show_every: int = _no_identity(50)
 
     def __post_init__(self) -> None:
         # Ranges of single settings.
         for name in ("steps", "batch_size", "updates", "microbatches", "save_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"RLConfig.{name}={getattr(self, name)} must be 1 or more")
+        if self.show_every < 0:
+            raise ValueError(f"RLConfig.show_every={self.show_every} must be 0 or more")
         if not 0 <= self.kl_strength < 1:
             raise ValueError(f"RLConfig.kl_strength={self.kl_strength} must be in [0, 1)")
         # Settings that need each other.

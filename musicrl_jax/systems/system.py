@@ -178,7 +178,7 @@ class MusicSystem(abc.ABC):
     ) -> jax.Array:
         """Returns the log-distribution of each token given the tokens before it, f32 [B, S, V].
 
-        `sample` samples from it: the allowed tokens are `sampled.allowed`. A system whose V is large
+        `sample` samples from it: the allowed tokens are `sampled.allowed`. A system with a large V
         overrides `reference` and `scores`, so that only tests call this.
         """
 
