@@ -8,6 +8,7 @@ import re
 import shutil
 from pathlib import Path
 
+import events
 import jax
 import numpy as np
 import pytest
@@ -147,7 +148,19 @@ def test_the_page_has_clips_scores_and_notes(folder):
         assert term in page
     assert "simulated listeners" in page
     assert "a pseudo-MOS unless it learned people&#39;s ratings" in page
-    assert "<p>A test of the machinery; nothing here is music.</p>" in page
+    assert "<p>This is a test of the code. Nothing here is music.</p>" in page
+
+
+def test_stages_show_curves_and_clips(folder):
+    """The codec plays clips beside its decoded ones, R beside the base's."""
+    for stage, sides in (("codec", ("original", "decoded")), ("r", ("base", "policy"))):
+        page = (folder / f"run/{stage}/page.html").read_text()
+        assert page.count("<audio ") == 8 and all(f'aria-label="{side},' in page for side in sides)
+        charts = events.read(folder / f"run/{stage}/tensorboard")
+        clips = {f"clip_{number}/{side}" for number in range(1, 5) for side in sides}
+        assert clips | {"clips_per_second"} <= charts.keys()
+    assert "histogram/text_adherence" in charts
+    assert "<audio " not in (folder / "run/policy/page.html").read_text()
 
 
 def test_kl_starts_at_zero_to_the_bit_and_the_sampler_agrees_with_the_learner(folder):

@@ -178,6 +178,14 @@ def test_balance_and_codebooks_are_those_of_the_global_batch(adversarial):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
 
 
+def test_clips_to_listen_to_are_the_batch_and_its_decoded_clips(adversarial):
+    objective, params, state, _ = adversarial
+    clips = jax.jit(objective.clips)({"params": params, **state}, BATCH)
+    np.testing.assert_array_equal(clips["original"], BATCH["audio"])
+    assert clips["decoded"].shape == BATCH["audio"].shape and np.isfinite(clips["decoded"]).all()
+    assert not np.allclose(clips["decoded"], clips["original"])
+
+
 def test_too_little_audio_for_a_codebook_is_named_before_training():
     model = SoundStreamConfig(16000, (8, 5), 4, 8, 2, 161)
     complaint = "codes = 161, but the training clips have 160 codec frames"
