@@ -13,7 +13,13 @@ SUMMARY = "summary.json"
 Stages = Mapping[str, Callable[[], Any]]
 
 
-def run(model_dir: str, stages: Sequence[Stages], only: str = "", skip: str = "") -> None:
+def run(
+    model_dir: str,
+    stages: Sequence[Stages],
+    only: str = "",
+    skip: str = "",
+    minutes: Mapping[str, float] | None = None,
+) -> None:
     """Runs the stages in order, and writes `model_dir`/summary.json after the last one.
 
     A second run skips finished stages, and an interrupted stage goes on from its newest checkpoint.
@@ -24,6 +30,7 @@ def run(model_dir: str, stages: Sequence[Stages], only: str = "", skip: str = ""
       stages: functions by the name of their stage, in groups.
       only: names of the stages to run, separated by commas; by default all.
       skip: names of stages to leave out, separated by commas.
+      minutes: minutes that stages take on two CPU cores, by name; printed before each stage.
 
     Raises:
       ValueError: if `only` or `skip` has an unknown name, or no stage is left to run, or two stages
@@ -49,7 +56,7 @@ def run(model_dir: str, stages: Sequence[Stages], only: str = "", skip: str = ""
     directory, result = Path(model_dir), None
     for number, name in enumerate(chosen, start=1):
         hosts.stop_point()
-        print(f"\n[{number}/{len(chosen)}] {name}", flush=True)
+        print(f"\n[{number}/{len(chosen)}] {name}{_expected(name, chosen, minutes)}", flush=True)
         start = time.monotonic()
         try:
             result = functions[name]()
@@ -61,6 +68,16 @@ def run(model_dir: str, stages: Sequence[Stages], only: str = "", skip: str = ""
                 write_json(directory / SECONDS, seconds)
     if hosts.first() and chosen[-1] == names[-1]:
         write_json(directory / SUMMARY, {**(result or {}), "seconds": read_seconds(model_dir)})
+
+
+def _expected(name: str, chosen: Sequence[str], minutes: Mapping[str, float] | None) -> str:
+    """Returns words on how long a stage takes; '' if that is not known."""
+    if not minutes or name not in minutes:
+        return ""
+    whole = sum(minutes.get(each, 0.0) for each in chosen)
+    own = "under a minute" if minutes[name] < 1 else f"about {minutes[name]:.0f}"
+    of_all = f" of about {whole:.0f} minutes" if whole >= 1 else ""
+    return f": {own}{of_all} on two CPU cores"
 
 
 def read_seconds(model_dir: str) -> dict[str, float]:

@@ -44,6 +44,19 @@ def test_chosen_stages_run_in_order(stages, calls, tmp_path, only, skip, expecte
         assert json.loads(summary.read_text()) == {"from": "evaluate", "seconds": seconds}
 
 
+def test_minutes_are_printed_ahead_of_a_stage(stages, tmp_path, capsys):
+    run(str(tmp_path), [stages], skip="evaluate", minutes={"data": 0.4, "evaluate": 9.0})
+    run(str(tmp_path), [stages], minutes={"data": 2.6, "codec": 0.5, "evaluate": 3.9})
+    printed = [line for line in capsys.readouterr().out.splitlines() if line]
+    assert printed == [
+        "[1/2] data: under a minute on two CPU cores",
+        "[2/2] codec",
+        "[1/3] data: about 3 of about 7 minutes on two CPU cores",
+        "[2/3] codec: under a minute of about 7 minutes on two CPU cores",
+        "[3/3] evaluate: about 4 of about 7 minutes on two CPU cores",
+    ]
+
+
 @pytest.mark.parametrize(
     ("only", "skip", "complaint"),
     [
