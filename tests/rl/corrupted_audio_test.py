@@ -12,7 +12,6 @@ from musicrl_jax import pack
 from musicrl_jax.inputs.clips import Clips
 from musicrl_jax.models.rewards import Quality
 
-pytestmark = pytest.mark.slow
 SHIPPED = Path(__file__).parents[2] / "data/pretrained/demo"
 PIECES, RATE_HZ = 100, 16_000
 
