@@ -48,8 +48,8 @@ class System:
     def __init__(self, folder: str, top_k: int | None = None):
         self.folder = str(folder)
         self._player, self._rows = verb._player(self.folder, top_k)
-        self.sample_rate_hz: int = self._player.about["sample_rate_hz"]
-        self.clip_seconds: float = self._player.about["clip_seconds"]
+        self.sample_rate_hz: int = self._player.manifest["sample_rate_hz"]
+        self.clip_seconds: float = self._player.manifest["clip_seconds"]
         self._scorer: tuple[Mixture, LoadedMixture, Player] | None = None
 
     def __repr__(self) -> str:
@@ -92,7 +92,7 @@ class System:
         """
         # Check the settings, as the verb does.
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        manifest = self._player.about
+        manifest = self._player.manifest
         seed = int(bundle.whole("seed", seed))
         candidates = int(bundle.whole("candidates", candidates, NEXT_WINDOW - 1))
         if candidates < 1 or (candidates > 1 and not manifest["rewards"]):
@@ -140,13 +140,16 @@ class System:
 
         Raises ValueError for a bundle, which holds no model code, and for an empty prompt.
         """
+        # All devices draw the same number of rows: the last prompt fills them up.
         system, player = self.loaded.system, self._player._player
         rows = _filled(len(prompts), player.mesh)
         text = system.read([prompts[row] for row in rows])
+        # The arguments of `generate`, with no beginning.
         seeds, first = np.full(len(rows), seed, np.uint32), np.zeros(len(rows), np.uint32)
-        temperatures = np.full(len(rows), self._player.about["temperature"], np.float32)
+        temperatures = np.full(len(rows), self._player.manifest["temperature"], np.float32)
         empty = np.zeros((len(rows), system.length(self.clip_seconds)), np.int32)
         beginning = Beginning(empty, np.zeros(len(rows), np.int32))
+        # The rows of the prompts alone.
         with jax.set_mesh(player.mesh):
             rollout = player.draw_by_seed(
                 self._player._weights, text, seeds, first, temperatures, beginning

@@ -72,7 +72,7 @@ class PageConfig:
 
 
 @lock.holds("model_dir")
-def evaluate(  # noqa: PLR0913
+def evaluate(
     model_dir: str,
     systems: Mapping[str, str],
     rewards: Mixture,

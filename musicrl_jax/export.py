@@ -49,7 +49,7 @@ runpy.run_path(program, run_name="__main__")
 
 @hosts.first_alone
 @lock.holds("out", beside=True)
-def export(  # noqa: PLR0913
+def export(
     system: str,
     out: str,
     clip_seconds: float | None = None,

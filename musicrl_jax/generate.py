@@ -45,7 +45,7 @@ class _Request:
     loudness_lufs: float | None
 
 
-def generate(  # noqa: PLR0913
+def generate(
     system: str,
     prompt: str | list[str] = "",
     prompts_file: str = "",

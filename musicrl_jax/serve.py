@@ -12,7 +12,7 @@ from musicrl_jax.serving.settings import ServiceLimits
 DEFAULT_LIMITS = ServiceLimits()
 
 
-def serve(  # noqa: PLR0913
+def serve(
     bundle: str,
     host: str = "127.0.0.1",
     port: int = 8000,

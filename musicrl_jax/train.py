@@ -30,7 +30,7 @@ SHOW_EVERY = 100  # steps between two updates of the run's page and clips
 
 
 @lock.holds("model_dir")
-def train(  # noqa: PLR0913
+def train(
     objective: Objective,
     model_dir: str,
     steps: int,
@@ -155,6 +155,7 @@ def _shower(
     objective: Objective, batch: Any, writer: MetricWriter, directory: Path, batch_size: int
 ) -> Callable[[int, TrainState, bool], None]:
     """Returns a function that shows a step, its state, and whether it is the last."""
+    # Clips need all devices, while files are the first host's.
     make = jax.jit(objective.clips)
     charts = LiveCharts(
         writer,

@@ -188,6 +188,7 @@ def _shower(
     config = run.config
     if not config.show_every:
         return lambda step, policy: None
+    # Fixed prompts, of the validation split if it has any.
     texts = (prompts.unique("validation") or prompts.unique("train"))[:CLIPS]
     charts = LiveCharts(
         writer,
@@ -198,7 +199,7 @@ def _shower(
         "Clips of the base, and of the policy after these steps, from the same random numbers.",
         lambda log: run_curves(directory.name, log, mixture.names),
     )
-    base = run.monitor_clips(anchor, texts)
+    base = run.monitor_clips(anchor, texts)  # once: its clips stay the same
 
     def show(step: int, policy: Tree) -> None:
         charts.end_step(step)

@@ -50,8 +50,8 @@ def read_wandb(directory: Path) -> Iterator[Any]:
     for file in sorted(directory.glob("wandb/offline-run-*/*.wandb")):
         content, position, parts = file.read_bytes(), 7, b""
         while position + 7 <= len(content):
-            if (left := 2**15 - position % 2**15) < 7:  # padding at the end of a block
-                position += left
+            if (rest := 2**15 - position % 2**15) < 7:  # padding at the end of a block
+                position += rest
                 continue
             length, kind = struct.unpack_from("<HB", content, position + 4)
             parts += content[position + 7 : position + 7 + length]

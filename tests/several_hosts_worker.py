@@ -6,19 +6,19 @@ from pathlib import Path
 
 verb, folder, devices, dies_at = sys.argv[1], Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
-import conftest  # noqa: E402, F401  strict dtypes, no optimisation by LLVM
+import conftest  # noqa: F401  strict dtypes, no optimisation by LLVM
 
 os.environ["XLA_FLAGS"] = os.environ["XLA_FLAGS"].replace("count=8", f"count={devices}")
 
-import hashlib  # noqa: E402
-import json  # noqa: E402
-import signal  # noqa: E402
-import time  # noqa: E402
+import hashlib
+import json
+import signal
+import time
 
-import jax  # noqa: E402
+import jax
 
-from musicrl_jax.core import hosts, sharding  # noqa: E402
-from musicrl_jax.core import metrics as metric_files  # noqa: E402
+from musicrl_jax.core import hosts, sharding
+from musicrl_jax.core import metrics as metric_files
 
 STEPS = 8
 WRITE = metric_files.MetricWriter.write

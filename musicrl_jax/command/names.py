@@ -26,6 +26,7 @@ class Verb(NamedTuple):
 # --- verbs, in the order of the work --------------------------------------------------------------
 
 VERBS = {
+    # Whole runs.
     "run": Verb(
         "musicrl_jax.run:run",
         "Runs all stages of a gin file, or those that --only names.",
@@ -50,6 +51,7 @@ VERBS = {
         ("config --gin_file=quickstart", "config --gin_file=quickstart --verb=export --json"),
         needs_run=False,
     ),
+    # Data.
     "fetch": Verb(
         "musicrl_jax.inputs.pretrained:fetch",
         "Downloads the pretrained towers of MuLan.",
@@ -75,6 +77,7 @@ VERBS = {
             "run --gin_file=demo --only=data,vocabulary",
         ),
     ),
+    # Models, and their tokens.
     "train": Verb(
         "musicrl_jax.train:train",
         "Trains one model: codec, tokens, MuLan, policy, or a reward.",
@@ -103,6 +106,7 @@ VERBS = {
         ),
         on_all_hosts=True,
     ),
+    # Finetuning, votes and judging.
     "train_rl": Verb(
         "musicrl_jax.train_rl:train_rl",
         "Finetunes a system's policy on rewards.",
@@ -132,6 +136,7 @@ VERBS = {
         ),
         on_all_hosts=True,
     ),
+    # Clips, bundles and weights.
     "generate": Verb(
         "musicrl_jax.generate:generate",
         "Writes a sound file for each prompt.",
@@ -178,13 +183,16 @@ VERBS = {
 # --- configs that gin files name, by module -------------------------------------------------------
 
 CONFIGS_OF_MODULES = {
+    # Training.
     "core.checkpoint": "model_hash",
     "losses.optimiser": "Optimiser",
     "models.tokens": "TokenLayout",
+    # Data.
     "inputs.clips": "Clips Ratings",
     "inputs.prompts": "Prompts",
     "inputs.tokens": "Tokens",
     "inputs.votes": "Votes",
+    # Models.
     "models.transformer": "TransformerConfig",
     "models.conformer": "ConformerConfig",
     "models.resnet": "ResNetConfig",
@@ -197,6 +205,7 @@ CONFIGS_OF_MODULES = {
     "models.musiclm": "MusicLMConfig",
     "models.soundstorm": "SoundStormConfig",
     "models.rewards": "QualityConfig PreferenceConfig",
+    # Objectives.
     "objectives.codec": "CodecObjective",
     "objectives.semantic": "SemanticObjective",
     "objectives.mulan": "MuLanObjective",
@@ -206,14 +215,17 @@ CONFIGS_OF_MODULES = {
     "objectives.quality": "QualityObjective",
     "objectives.preference": "PreferenceObjective",
     "objectives.dpo": "DPOObjective",
+    # Listeners.
     "arena.listeners": "training_panel judging_panel monitoring_panel",
     "arena.audience": "Audience",
     "arena.monitor": "Monitor",
+    # Finetuning.
     "losses.policy_gradient": "PolicyGradient",
     "systems.sampling": "Sampling",
     "systems.scorers": "TextAdherence AcousticQuality UserPreference SemanticFeatures",
     "rl.config": "RLConfig",
     "rl.rewards": "Mixture",
+    # Verbs.
     "collect": "CollectConfig",
     "arena.bench": "EvaluationConfig",
     "evaluate": "PageConfig",

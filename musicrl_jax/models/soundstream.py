@@ -383,7 +383,10 @@ class SoundStream(nn.Module):
         self.encoder, self.decoder = Encoder(c), Decoder(c)
         sizes = (c.levels, c.codes, c.embed)
         if c.code_width is None:
-            init = lambda: rvq.init(self.make_rng("params"), *sizes)  # noqa: E731
+
+            def init() -> rvq.State:
+                return rvq.init(self.make_rng("params"), *sizes)
+
             self.rvq = self.variable("codebooks", "rvq", init)
         else:
             self.factored = self.param("rvq", rvq.init_factored, *sizes, c.code_width)

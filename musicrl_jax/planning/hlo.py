@@ -305,7 +305,9 @@ def _loop(
     condition, body = computations[parts["condition"]], computations[parts["body"]]
 
     def result(part: Computation, state: State, element: int | None = None) -> int | None:
-        carried: Inputs = lambda _, each: state.get(each)  # noqa: E731
+        def carried(_: str, each: int) -> int | None:
+            return state.get(each)
+
         return _value(computations, part, part.root.name, carried, element)
 
     def advance(state: State) -> State:

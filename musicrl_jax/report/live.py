@@ -55,6 +55,7 @@ class LiveCharts:
     def end_step(self, step: int) -> None:
         """Charts the speed; the first step after a start is not counted, since it compiles."""
         now = time.monotonic()
+        # Times differ between two equal runs, so they are no metrics.
         if self._time is not None:
             self._clips_per_second = self.clips_per_step / (now - self._time)
             self.writer.chart(step, {"clips_per_second": self._clips_per_second})
@@ -62,12 +63,14 @@ class LiveCharts:
 
     def show(self, step: int, sides: Sides) -> None:
         """Charts the clips of a step, and writes the page anew. Time for it is no step's."""
+        # The clips, numbered as the titles on the page.
         if hosts.first():
             for name, wavs in sides.items():
                 for number, wav in enumerate(wavs, start=1):
                     self.writer.clip(step, f"clip_{number}/{name}", wav, self.sample_rate_hz)
             if self._has_page:
                 self._write_page(step, sides)
+        # The next step starts now.
         if self._time is not None:
             self._time = time.monotonic()
 
@@ -77,12 +80,14 @@ class LiveCharts:
         facts = {"Steps done": f"{step + 1:,}"}
         if np.isfinite(self._clips_per_second):
             facts["Clips a second, in the last step"] = f"{self._clips_per_second:.2f}"
+        # Clips stand beside each other, one row a title.
         trials = []
         for row, title in enumerate(self.titles if sides else ()):
             clips = {
                 name: page.Clip(wavs[row], self.sample_rate_hz, {}) for name, wavs in sides.items()
             }
             trials.append(page.Trial(title, clips))
+        # Curves come from the file, so a resumed run shows those of earlier attempts too.
         curves = self.curves(read_metrics(self.directory / FILE_NAME))
         live = page.Live(self.directory.name, facts, curves, trials, self.rule)
         page.write_live_page(self.directory / PAGE, live)

@@ -22,10 +22,10 @@ from musicrl_jax.models import conformer
 torch = pytest.importorskip("torch", reason="the reference implementation is PyTorch")
 pytest.importorskip("transformers", reason="the reference implementation is transformers'")
 
-from transformers import LlamaConfig, Wav2Vec2BertConfig, Wav2Vec2ConformerConfig  # noqa: E402
-from transformers.models.llama import modeling_llama  # noqa: E402
-from transformers.models.wav2vec2_bert import modeling_wav2vec2_bert  # noqa: E402
-from transformers.models.wav2vec2_conformer import modeling_wav2vec2_conformer  # noqa: E402
+from transformers import LlamaConfig, Wav2Vec2BertConfig, Wav2Vec2ConformerConfig
+from transformers.models.llama import modeling_llama
+from transformers.models.wav2vec2_bert import modeling_wav2vec2_bert
+from transformers.models.wav2vec2_conformer import modeling_wav2vec2_conformer
 
 CONFIG = conformer.ConformerConfig(layers=2, heads=2, embed=16, mlp=24, kernel=9)
 SIZES = {

@@ -144,8 +144,8 @@ def test_joined_frames_and_blocks_of_queries_change_nothing(
 def test_scoring_has_no_dropout(params, clips):
     @jax.jit
     def logits(key):
-        apply = lambda *args: MODULE.apply({"params": params}, *clips, *args, rngs={"dropout": key})  # noqa: E731
-        return apply(), apply(False)
+        arguments, rngs = ({"params": params}, *clips), {"dropout": key}
+        return MODULE.apply(*arguments, rngs=rngs), MODULE.apply(*arguments, False, rngs=rngs)
 
     (scored, trained), (scored_again, trained_again) = (logits(jax.random.key(i)) for i in (0, 1))
     np.testing.assert_array_equal(scored, scored_again)
