@@ -127,7 +127,7 @@ def ridge(asked: argparse.Namespace, clips: Clips) -> tuple[np.ndarray, np.ndarr
     tensors, _ = pretrained.read(weights[0])
     x, y = {}, {}
     for split in ("train", "validation", "test"):
-        found = heard.found(asked.dataset, split)
+        found = heard.read(asked.dataset, split)
         pooled = found["audio"].mean(axis=1)
         x[split] = np.concatenate([pooled, penultimate(tensors, pooled)], axis=1)
         y[split] = unit(found["text"])

@@ -78,6 +78,9 @@ def main() -> None:
         truth_held_out, chosen_held_out = answers(task, attributes)
         pieces = np.array([clip["piece"] for clip in train_attributes])[chosen]
         pieces_held_out = np.array([clip["piece"] for clip in attributes])[chosen_held_out]
+        if few := too_small(len(np.unique(pieces)), LEAST_INTERVAL):
+            print(f"\n{task}: pieces to train probes {few}")
+            continue
         print(
             f"\n{task}, {score.__name__}; held out: {len(truth_held_out)} clips; across: {len(truth)} clips"
         )
@@ -119,7 +122,7 @@ def read(
         )
         lags = [
             (tokens[:, k:] == tokens[:, :-k]).astype(jnp.float32).mean(1)
-            for k in range(1, LAGS + 1)
+            for k in range(1, min(LAGS + 1, tokens.shape[1]))
         ]
         centroids = moments(variables["kmeans"]["centroids"][tokens])
         return {
