@@ -101,7 +101,7 @@ def load(
             f"--host={address}",
         ]
         spawn = max(1.0, pace * clients) if pace < 1 else clients  # a second
-        command += [f"-u{clients}", f"-r{spawn}", f"-t{seconds:.0f}s", "--stop-timeout=600"]
+        command += [f"-u{clients}", f"-r{spawn}", f"-t{max(seconds, 1):.0f}s", "--stop-timeout=600"]
         with open(f"{folder}/log", "w") as log:
             run = subprocess.Popen(command, stdout=log, stderr=log)
             resident = []
