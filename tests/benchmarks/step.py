@@ -104,6 +104,7 @@ class TimedRun:
     """
 
     def __init__(self, loaded: folder.LoadedSystem, config: RLConfig, mesh: Mesh):
+        # No rewards are loaded: `step` gives constant ones to the update.
         self.run = run = Run(loaded, LoadedMixture(None, {}), config, mesh)
         self.state, self.anchor = run.start()
         self.prompts = [PROMPT] * config.batch_size
