@@ -4,7 +4,7 @@ Every expectation is a sum over all clips, or all pairs of clips of a prompt, we
 probability; nothing is sampled. The truth is the central finite difference of the enumerated
 objective J = (1 - a) E[R] - a KL. It is compared with the library's own functions.
 
-Run as a script, it prints the table of the README.
+Run as a script, it prints the table of `musicrl_jax/rl/README.md`.
 """
 
 import argparse
