@@ -131,7 +131,8 @@ class Trunk(nn.Module):
     def start_clip(self, mulan: jax.Array, frames: int, bias: jax.Array) -> Cache:
         """Returns the temporal cache of a clip, filled with the prefix, int32 [B, M]."""
         length = self.config.mulan_levels + frames
-        cache = self.temporal.empty_cache(len(mulan), length, self.bridge.dtype)
+        # `len` would need a constant batch; an exported function has a symbolic one.
+        cache = self.temporal.empty_cache(mulan.shape[0], length, self.bridge.dtype)
         return self.temporal.extend(self.embed_mulan(mulan), cache, 0, bias)[1]
 
     def next_frame(

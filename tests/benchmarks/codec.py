@@ -1,18 +1,22 @@
-"""What the codec keeps of held-out clips at every rate, against Opus.
+r"""Measures what the codec keeps of held-out clips at each bit rate, against Opus.
 
-    python tests/benchmarks/codec.py --codec runs/demo/codec --data_dir runs/data --dataset score_clips/demo
+    python tests/benchmarks/codec.py --codec runs/demo/codec --data_dir runs/data \
+        --dataset score_clips/demo
 
-Prints three tables over the test split, whose pieces no model has seen; brackets hold 95 % bootstraps over pieces.
+Prints three tables over the test split, whose pieces no model was trained on. Brackets have 95 %
+bootstrap intervals over pieces.
 
-1. Ours with its first q levels, and Opus (as libsndfile writes it) at several settings, the first of which is the
-   lowest it can reach: kilobits a second, mel distance (mean absolute difference of natural log-mels, 80 bands), STFT
-   distance (windows 2048 and 512), SI-SDR and, over `--visqol` clips, ViSQOL's MOS-LQO in audio mode (1 to 5).
-   Lower is better, but for the last two. Rates are bits counted, not nominal: ours those of a clip's codes packed into
-   bytes, Opus's those of its packets, both without a container.
-2. By how much ours at the rates below 3 and 6 kbps beats Opus at the lowest and at about 12 kbps, paired by clip.
-3. Each level's codebook: codes in use, perplexity (the effective number of codes) and both as shares of its size.
+1. Our codec with its first q levels, and Opus (libsndfile) at several settings, the first of which
+   is its lowest bit rate: kilobits a second, mel distance (mean absolute difference of natural
+   log-mels, 80 bands), STFT distance (windows 2048 and 512), SI-SDR, and ViSQOL's MOS-LQO in audio
+   mode (1 to 5) over `--visqol` clips. Distances are better if lower, the last two if higher. Rates
+   are counted bits: of a clip's codes packed into bytes, and of Opus's packets, without containers.
+2. Our distances minus those of Opus, paired by clip: below 6 kbps against Opus's lowest rate, and
+   below 3 kbps against Opus at about 12 kbps.
+3. Codes in use and perplexity (the effective number of codes) of each level's codebook, also as
+   shares of its size.
 
-About ten minutes on two CPU cores for 300 clips of 5 s.
+It takes about ten minutes on two CPU cores for 300 clips of 5 s.
 """
 
 import argparse
@@ -48,6 +52,7 @@ LOWER_IS_BETTER = ("mel", "stft")
 
 
 def main() -> None:
+    """Prints the three tables."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -59,64 +64,70 @@ def main() -> None:
         "--visqol",
         type=int,
         default=20,
-        help="clips that ViSQOL hears, about a second each and rate",
+        help="clips for ViSQOL, which takes about a second for each clip and rate",
     )
-    asked = parser.parse_args()
-    model = checkpoint.load_model(asked.codec, SoundStreamConfig)
+    flags = parser.parse_args()
+    # The codec and the clips.
+    model = checkpoint.load_model(flags.codec, SoundStreamConfig)
     config, rate_hz = model.config, model.config.sample_rate_hz
     module = SoundStream(config)
     encode = jax.jit(lambda wav: module.apply(model.variables, wav, method=SoundStream.encode))
     decode = jax.jit(lambda codes: module.apply(model.variables, codes, method=SoundStream.decode))
-    clips = Clips({asked.dataset: 1.0}, asked.data_dir, rate_hz, with_captions=True)
-    wavs, places = held_out(clips, config.stride, asked.clips)  # [clips, N], [clips]
+    clips = Clips({flags.dataset: 1.0}, flags.data_dir, rate_hz, with_captions=True)
+    wavs, places = held_out(clips, config.stride, flags.clips)  # [clips, N], [clips]
     seconds = wavs.shape[1] / rate_hz
 
-    found = {}  # name -> figure -> [clips]
+    # Our codec with its first levels, then Opus.
+    results = {}  # name -> figure -> [clips]
     codes = np.concatenate([encode(jnp.asarray(part)) for part in batches(wavs, "encode")])
     for levels in sorted({-(-config.levels * part // 12) for part in (1, 2, 3, 4, 6, 7, 8, 12)}):
         parts = batches(codes[..., :levels], f"{levels} levels")
         decoded = np.concatenate([decode(jnp.asarray(part)) for part in parts])
-        kept = codes.shape[1] * levels * math.log2(config.codes)
-        rates = np.full(len(wavs), 8 * math.ceil(kept / 8) / seconds / 1000)
-        found[f"ours, {levels} levels"] = judged(wavs, decoded, rates, rate_hz, asked.visqol)
+        code_bits = codes.shape[1] * levels * math.log2(config.codes)
+        rates = np.full(len(wavs), 8 * math.ceil(code_bits / 8) / seconds / 1000)
+        results[f"ours, {levels} levels"] = measure(wavs, decoded, rates, rate_hz, flags.visqol)
     for level in OPUS_LEVELS:
         decoded, bits = opus(wavs, rate_hz, level)
-        found[f"Opus, compression {level}"] = judged(
-            wavs, decoded, bits / seconds / 1000, rate_hz, asked.visqol
+        results[f"Opus, compression {level}"] = measure(
+            wavs, decoded, bits / seconds / 1000, rate_hz, flags.visqol
         )
 
+    # Figures of each codec and rate.
     print(f"\n{len(wavs)} clips of {seconds:g} s")
-    for name, figures in found.items():
+    for name, figures in results.items():
         if silent := int(np.isnan(figures["visqol"]).sum()):
             print(
-                f"{name}: {silent} of {len(figures['visqol'])} clips are silent for ViSQOL, and left out of its mean"
+                f"{name}: {silent} of {len(figures['visqol'])} clips are silent for ViSQOL, and "
+                "not in its mean"
             )
     names = ("kbps", "mel", "stft", "si_sdr", "visqol")
     print("  ".join([f"{'':26}", *(f"{name:>22}" for name in names)]))
-    for name, figures in found.items():
+    for name, figures in results.items():
         print(
             "  ".join(
                 [f"{name:26}", *(f"{interval(figures[figure], places):>22}" for figure in names)]
             )
         )
 
+    # Differences at similar rates.
     print("\nours minus Opus, paired; below 0 ours is nearer to the original")
-    peers = [name for name in found if name.startswith("Opus")]
+    peers = [name for name in results if name.startswith("Opus")]
     for limit, peer in ((6.1, peers[OPUS_LOWEST]), (3.1, peers[OPUS_12])):
         ours = max(
             (
                 name
-                for name in found
-                if name.startswith("ours") and found[name]["kbps"].mean() <= limit
+                for name in results
+                if name.startswith("ours") and results[name]["kbps"].mean() <= limit
             ),
-            key=lambda name: found[name]["kbps"].mean(),
+            key=lambda name: results[name]["kbps"].mean(),
         )
         gains = "  ".join(
-            f"{f} {interval(found[ours][f] - found[peer][f], places)}" for f in LOWER_IS_BETTER
+            f"{f} {interval(results[ours][f] - results[peer][f], places)}" for f in LOWER_IS_BETTER
         )
-        rates = [found[name]["kbps"].mean() for name in (ours, peer)]
+        rates = [results[name]["kbps"].mean() for name in (ours, peer)]
         print(f"{ours} ({rates[0]:.2f} kbps) - {peer} ({rates[1]:.2f} kbps)  {gains}")
 
+    # The codebooks.
     print(f"\n{'level':>5}  {'codes in use':>14}  {'perplexity':>18}")
     perplexity = np.asarray(rvq.perplexity(jnp.asarray(codes), config.codes))
     for level, effective in enumerate(perplexity):
@@ -126,7 +137,10 @@ def main() -> None:
 
 
 def held_out(clips: Clips, stride: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Up to `count` clips of the test split [clips, N], cut to whole codec frames, and the piece of each [clips]."""
+    """Returns (up to `count` clips of the test split f32 [clips, N], the piece of each [clips]).
+
+    Clips are cut to whole codec frames.
+    """
     parts = list(clips.batches("test", min(BATCH, clips.count("test")), 0, epochs=1))
     wavs, names = (
         np.concatenate([part[field] for part in parts])[:count] for field in ("audio", "id")
@@ -138,7 +152,7 @@ def held_out(clips: Clips, stride: int, count: int) -> tuple[np.ndarray, np.ndar
 
 
 def batches(items: np.ndarray, name: str) -> Iterator[np.ndarray]:
-    """Parts of at most BATCH items, with progress."""
+    """Yields parts of at most BATCH items, and prints progress."""
     return iter(
         Progress(
             (items[i : i + BATCH] for i in range(0, len(items), BATCH)),
@@ -148,13 +162,13 @@ def batches(items: np.ndarray, name: str) -> Iterator[np.ndarray]:
     )
 
 
-def judged(
+def measure(
     wavs: np.ndarray, decoded: np.ndarray, kbps: np.ndarray, rate_hz: int, visqol_clips: int
 ) -> dict[str, np.ndarray]:
-    """Each figure of each decoded clip."""
+    """Returns each figure of each decoded clip."""
     figures = {"kbps": kbps, "mel": [], "stft": [], "si_sdr": []}
-    for wav, heard in zip(wavs, decoded, strict=True):
-        for name, value in distances(jnp.asarray(wav), jnp.asarray(heard), rate_hz).items():
+    for wav, output in zip(wavs, decoded, strict=True):
+        for name, value in distances(jnp.asarray(wav), jnp.asarray(output), rate_hz).items():
             figures[name].append(float(value))
     count = min(visqol_clips, len(wavs))
     figures["visqol"] = [
@@ -165,7 +179,7 @@ def judged(
 
 @functools.partial(jax.jit, static_argnames="rate_hz")
 def distances(wav: jax.Array, decoded: jax.Array, rate_hz: int) -> dict[str, jax.Array]:
-    """Those of one clip [N]."""
+    """Returns the distances of one clip, wav and decoded f32 [N]."""
     wav, decoded = wav[None], decoded[None]
     return {
         "mel": codec.mel_distance(wav, decoded, rate_hz),
@@ -182,20 +196,20 @@ def _visqol() -> VisqolApi:
 
 
 def visqol(wav: np.ndarray, decoded: np.ndarray, rate_hz: int) -> float:
-    """Returns a decoded clip's MOS-LQO in audio mode at 48 kHz; the original has no more bandwidth than it has here.
+    """Returns the MOS-LQO of a decoded clip in audio mode, at 48 kHz.
 
-    NaN where either clip is silent: ViSQOL divides by its level, and gives NaN with warnings.
+    Resampling adds no bandwidth. NaN if either clip is silent: ViSQOL divides by its level.
     """
     if not (np.any(wav) and np.any(decoded)):
         return math.nan
-    original, heard = (
+    original, output = (
         soxr.resample(x, rate_hz, VISQOL_HZ).astype(np.float64) for x in (wav, decoded)
     )
-    return float(_visqol().measure_from_arrays(original, heard, VISQOL_HZ).moslqo)
+    return float(_visqol().measure_from_arrays(original, output, VISQOL_HZ).moslqo)
 
 
 def opus(wavs: np.ndarray, rate_hz: int, level: float) -> tuple[np.ndarray, np.ndarray]:
-    """Clips [clips, N] through Opus at a compression level, and the bits of each one's packets [clips]."""
+    """Returns clips [clips, N] decoded from Opus, and the bits of the packets of each [clips]."""
     decoded, bits = [], []
     for wav in Progress(wavs, f"Opus {level}", len(wavs)):
         file = io.BytesIO()
@@ -205,13 +219,16 @@ def opus(wavs: np.ndarray, rate_hz: int, level: float) -> tuple[np.ndarray, np.n
             sink.write(wav)
         bits.append(8 * sum(packets(file.getvalue())[2:]))  # the first two are headers
         file.seek(0)
-        heard = soundfile.read(file, dtype="float32")[0][: len(wav)]
-        decoded.append(np.pad(heard, (0, len(wav) - len(heard))))
+        output = soundfile.read(file, dtype="float32")[0][: len(wav)]
+        decoded.append(np.pad(output, (0, len(wav) - len(output))))
     return np.stack(decoded), np.asarray(bits)
 
 
 def packets(ogg: bytes) -> list[int]:
-    """Bytes of each packet of an Ogg stream (RFC 3533): runs of segments, the last shorter than 255."""
+    """Returns the bytes of each packet of an Ogg stream (RFC 3533).
+
+    A packet is a run of segments, of which the last is shorter than 255.
+    """
     sizes, size, at = [], 0, 0
     while at < len(ogg):
         if ogg[at : at + 4] != b"OggS":
@@ -227,7 +244,7 @@ def packets(ogg: bytes) -> list[int]:
 
 
 def interval(values: np.ndarray, places: np.ndarray) -> str:
-    """Returns mean and 95 % bootstrap interval over pieces; values that are NaN do not count."""
+    """Returns the mean and its 95 % interval over pieces, without the values that are NaN."""
     known = ~np.isnan(values)
     if not known.any():
         return "-"

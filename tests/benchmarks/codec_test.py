@@ -1,4 +1,4 @@
-"""The codec's table: a clip that is decoded to silence has no ViSQOL, and does not spoil the mean of the others."""
+"""A clip that is decoded to silence has no ViSQOL, and does not change the mean of the others."""
 
 import numpy as np
 import pytest

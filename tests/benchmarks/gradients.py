@@ -4,9 +4,10 @@ Every expectation is a sum over all clips, or all pairs of clips of a prompt, we
 probability; nothing is sampled. The truth is the central finite difference of the enumerated
 objective J = (1 - a) E[R] - a KL. It is compared with the library's own functions.
 
-Run as a script, it prints the table of the README.
+Run as a script, it prints the table of `musicrl_jax/rl/README.md`.
 """
 
+import argparse
 import functools
 import itertools
 
@@ -219,6 +220,7 @@ def _cell(gradient, truth):
 
 def main():
     """Prints the table."""
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     with jax.enable_x64(True):
         inputs = problem()
         truth = finite_difference(lambda theta: objective(theta, inputs), inputs["theta"])

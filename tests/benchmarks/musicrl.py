@@ -1,11 +1,12 @@
-"""The tables of a run that `musicrl evaluate` judged, in Markdown, beside the paper's.
+"""Prints the tables of an evaluated run in Markdown, beside the paper's figures.
 
     python tests/benchmarks/musicrl.py --run runs/demo
 
-Four tables: every pair of policies by the judging panel of simulated listeners, with the paper's win rate where it has
-that pair; every policy's opinion score, rewards and distances; what independent measurements of the waveform say of
-each, in standard deviations of real clips; and the seconds of each stage, with what a held-out judge did about it.
-Intervals are 95 %, clustered by prompt and by listener for what listeners say, else over prompts.
+The four tables are: every pair of policies by the judging panel of simulated listeners, with the
+paper's win rate if it has that pair; opinion score, rewards and distances of every policy;
+independent measurements of the waveforms, in standard deviations of real clips; and the seconds of
+each stage, with the decision of a held-out judge. Intervals are 95 %, clustered by prompt and by
+listener for opinions, and over prompts for other figures.
 """
 
 import argparse
@@ -27,10 +28,12 @@ PAPER_MOS = {"MusicLM": "3.07", "R": "3.54", "U": "3.54", "RU": "3.82"}
 
 
 def plain(value: float | dict[str, Any], digits: int) -> str:
+    """Returns a number in words, with its interval if it has one."""
     return printed(value) if isinstance(value, dict) else f"{value:.{digits}f}"
 
 
 def table(head: list[str], rows: list[list[str]]) -> None:
+    """Prints a table in Markdown."""
     print(f"| {' | '.join(head)} |\n{'|---' * len(head)}|")
     for row in rows:
         print(f"| {' | '.join(row)} |")
@@ -38,15 +41,17 @@ def table(head: list[str], rows: list[list[str]]) -> None:
 
 
 def main() -> None:
+    """Prints the four tables."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--run", type=Path, required=True, help="folder of the run")
-    found = read_json(parser.parse_args().run / "summary.json")
-    policies = found["policies"]
+    summary = read_json(parser.parse_args().run / "summary.json")
+    policies = summary["policies"]
 
+    # Pairs of policies.
     rows = []
-    for pair in found["pairs"]:
+    for pair in summary["pairs"]:
         names = (pair["first"], pair["second"])
         rate = printed(pair["win_rate"], 0, 100)
         if "win" in pair:
@@ -73,21 +78,22 @@ def main() -> None:
         rows,
     )
 
-    rewards = list(found["rewards"])
+    # Policies.
+    rewards = list(summary["rewards"])
     rows = [
         [
             name,
-            printed(found["mos"][name], 2),
+            printed(summary["mos"][name], 2),
             PAPER_MOS.get(name, ""),
-            *(printed(found["rewards"][reward][name], 3) for reward in rewards),
-            printed(found["kl"][name], 1) if name in found["kl"] else "",
-            plain(found["diversity"][name], 2),
-            plain(found["frechet"][name], 1),
+            *(printed(summary["rewards"][reward][name], 3) for reward in rewards),
+            printed(summary["kl"][name], 1) if name in summary["kl"] else "",
+            plain(summary["diversity"][name], 2),
+            plain(summary["frechet"][name], 1),
         ]
         for name in policies
     ]
-    rows.append(["real clips", printed(found["real"]["mos"], 2), *[""] * (len(rewards) + 2)])
-    rows[-1] += [plain(found["diversity"]["real"], 2), "0"]
+    rows.append(["real clips", printed(summary["real"]["mos"], 2), *[""] * (len(rewards) + 2)])
+    rows[-1] += [plain(summary["diversity"]["real"], 2), "0"]
     head = [
         "",
         "MOS, simulated listeners",
@@ -96,20 +102,22 @@ def main() -> None:
     ]
     table([*head, "KL to the base, nats a clip", "diversity", "Frechet distance"], rows)
 
-    heard = found["measurements"] | {"real clips": found["real"]["measurements"]}
-    names = list(found["real"]["measurements"])
+    # Measurements of the waveforms.
+    measurements = summary["measurements"] | {"real clips": summary["real"]["measurements"]}
+    names = list(summary["real"]["measurements"])
     table(
-        ["measured", *heard],
+        ["measured", *measurements],
         [
-            [name.replace("_", " "), *(f"{each[name]:+.2f}" for each in heard.values())]
+            [name.replace("_", " "), *(f"{each[name]:+.2f}" for each in measurements.values())]
             for name in names
         ],
     )
 
-    watched = {name.lower(): watch for name, watch in found["watched"].items() if watch}
-    for stage, seconds in found["seconds"].items():
-        watch = watched.get(stage)
-        told = (
+    # Stages.
+    watches = {name.lower(): watch for name, watch in summary["watched"].items() if watch}
+    for stage, seconds in summary["seconds"].items():
+        watch = watches.get(stage)
+        verdict = (
             ""
             if not watch
             else f", {watch['looks']} looks of the held-out judge, "
@@ -119,7 +127,7 @@ def main() -> None:
                 else f"stopped by its alarm, step {watch['kept']} kept"
             )
         )
-        print(f"* {stage}: {seconds:.0f} s{told}")
+        print(f"* {stage}: {seconds:.0f} s{verdict}")
 
 
 if __name__ == "__main__":

@@ -1,16 +1,19 @@
-"""How well preference models foretell the votes on held-out pairs, beside single rewards and the raters' own agreement.
+r"""Measures how well preference models predict votes on held-out pairs.
 
-    python tests/benchmarks/preference.py --run runs/demo --data_dir runs/data --dataset score_clips/demo \\
-        --ablations scratch no_text crop_1_2 crop_1_4 crop_3_20
+    python tests/benchmarks/preference.py --run runs/demo --data_dir runs/data \
+        --dataset score_clips/demo --ablations scratch no_text crop_1_2 crop_1_4 crop_3_20
 
-For each model, and for text adherence and acoustic quality alone: accuracy over the votes that are no ties, a 95 %
-bootstrap over prompts in brackets; the expected calibration error of the foretold chance in ten bins of equal size
-(of a single reward, whose scale is not that of a probability, after a fit of that one factor to training votes);
-accuracy by the family of instruments that the prompt asks for; and Bradley-Terry's loss, in which not to know costs
-ln 2 = 0.693 nat. Below: how often two voters on one pair agree, and the ceiling that follows from who the voters are,
-where `musicrl collect` wrote it down. A model that was trained on crops is shown one random crop of each clip.
+Each row is a model, or text adherence or acoustic quality alone. Its columns are: accuracy over the
+votes that are no ties, with a 95 % bootstrap interval over prompts; the expected calibration error
+of the predicted probability, in ten bins of equal size; Bradley-Terry's loss, which is ln 2 = 0.693
+nats without knowledge; and accuracy by the instrument family of the prompt. The scale of a single
+reward is fitted to training votes first.
 
-Two minutes on two CPU cores for 300 pairs of 5 s and six models.
+Below are how often two voters agree on a pair, and the highest possible accuracy given who the
+voters are, if `musicrl collect` recorded it. A model that was trained on crops gets one random crop
+of each clip.
+
+It takes two minutes on two CPU cores for 300 pairs of 5 s and six models.
 """
 
 import argparse
@@ -57,7 +60,7 @@ class Pairs:
 
 
 def read_pairs(votes: Votes, split: str, limit: int | None = None) -> Pairs:
-    """The first `limit` pairs that have a vote, or all."""
+    """Reads the first `limit` pairs that have a vote; all if it is None."""
     records = {record["id"].decode(): record for record in tokens.read(votes.directory, split)[0]}
     cast = votes.votes(split)
     places = {
@@ -80,20 +83,23 @@ def read_pairs(votes: Votes, split: str, limit: int | None = None) -> Pairs:
 
 
 def in_batches(function: Callable, pairs: Pairs) -> np.ndarray:
-    """function(batch of pairs, its number) -> [B], over all pairs; the last batch is filled up."""
-    count, found = len(pairs.prompts), []
+    """Computes function(batch of pairs, rows, number of the batch), [B], over all pairs.
+
+    The last batch is filled up with the first pairs.
+    """
+    count, results = len(pairs.prompts), []
     for number, first in enumerate(range(0, count, BATCH)):
         rows = np.arange(first, first + BATCH) % count
-        found.append(
+        results.append(
             np.asarray(
                 function({name: part[rows] for name, part in pairs.clips.items()}, rows, number)
             )
         )
-    return np.concatenate(found)[:count]
+    return np.concatenate(results)[:count]
 
 
 def model_margin(folder: Path, votes: Votes, crop: float) -> Callable[[Pairs], np.ndarray]:
-    """The margin of a preference model, pair by pair."""
+    """Returns a function from pairs to the margins of a preference model, [P]."""
     model = checkpoint.load_model(folder, PreferenceConfig)
     objective = PreferenceObjective(model.config, votes, crop=crop)
     margin = jax.jit(objective.margin)
@@ -104,8 +110,15 @@ def model_margin(folder: Path, votes: Votes, crop: float) -> Callable[[Pairs], n
 
 
 def calibration_error(chances: np.ndarray, outcomes: np.ndarray, bins: int = 10) -> float:
-    """Expected calibration error: how far the mean of foretold chances f64 [n] is from that of what came, f64 [n] in
-    [0, 1], averaged over `bins` bins of equal size, by chance; values with the same chance fall into one bin.
+    """Returns the expected calibration error.
+
+    It is the distance between the mean chance and the mean outcome, averaged over bins of equal
+    size. Values with the same chance are in one bin.
+
+    Args:
+      chances: f64 [n], predicted.
+      outcomes: f64 [n], in [0, 1].
+      bins: number of bins.
     """
     _, place = np.unique(chances, return_inverse=True)
     ranks = np.cumsum(np.bincount(place)) - np.bincount(place)  # of the first value at each level
@@ -116,7 +129,10 @@ def calibration_error(chances: np.ndarray, outcomes: np.ndarray, bins: int = 10)
 
 
 def reward_margins(run: Path) -> Callable[[Pairs], dict[str, np.ndarray]]:
-    """How much better the first clip is by text adherence and by acoustic quality, from the decoded clips."""
+    """Returns a function from pairs to how much better the first clip is by single rewards, [P].
+
+    The rewards are text adherence and acoustic quality of the decoded clips.
+    """
     codec = checkpoint.load_model(run / "codec", SoundStreamConfig)
     mulan = checkpoint.load_model(run / "mulan", MuLanConfig)
     quality = checkpoint.load_model(run / "quality", QualityConfig)
@@ -128,30 +144,34 @@ def reward_margins(run: Path) -> Callable[[Pairs], dict[str, np.ndarray]]:
         acoustic = acoustic.reshape(-1, *acoustic.shape[2:])
         wav = SoundStream(codec.config).apply(codec_v, acoustic, method=SoundStream.decode)
         audio = MuLan(mulan.config).apply(mulan_v, wav, method=MuLan.embed_windows)
-        asked = jnp.repeat(
+        text_embedding = jnp.repeat(
             MuLan(mulan.config).apply(mulan_v, text, method=MuLan.embed_text), 2, axis=0
         )
-        adherence = jnp.sum(audio * asked[:, None], axis=-1).mean(axis=1)
+        adherence = jnp.sum(audio * text_embedding[:, None], axis=-1).mean(axis=1)
         mos = (Quality(quality.config).apply(quality_v, wav) - 1) / 4
         return jnp.stack([each[::2] - each[1::2] for each in (adherence, mos)], axis=1)
 
     def margins(pairs: Pairs) -> dict[str, np.ndarray]:
         text = pieces.encode(mulan.assets["vocabulary"], pairs.prompts, mulan.config.text_length)
         weights = codec.variables, mulan.variables, quality.variables
-        found = in_batches(
+        pair_margins = in_batches(
             lambda batch, rows, _: score(*weights, batch["acoustic"], text[rows]), pairs
         )
-        return {"text adherence alone": found[:, 0], "acoustic quality alone": found[:, 1]}
+        return {
+            "text adherence alone": pair_margins[:, 0],
+            "acoustic quality alone": pair_margins[:, 1],
+        }
 
     return margins
 
 
 def loss(margin: np.ndarray, share: np.ndarray) -> float:
-    """Bradley-Terry's, nats a vote."""
+    """Returns Bradley-Terry's loss in nats a vote."""
     return float(np.mean(np.logaddexp(0, -margin) * share + np.logaddexp(0, margin) * (1 - share)))
 
 
 def row(name: str, margin: np.ndarray, pairs: Pairs, families: np.ndarray, shown: list[str]) -> str:
+    """Returns a row of the table."""
     felt = margin[pairs.pair]
     decided = pairs.share != 0.5
     right = 0.5 * (1 + np.sign(felt) * np.sign(pairs.share - 0.5))[decided]
@@ -171,6 +191,7 @@ def row(name: str, margin: np.ndarray, pairs: Pairs, families: np.ndarray, shown
 
 
 def main() -> None:
+    """Prints the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -180,10 +201,10 @@ def main() -> None:
     parser.add_argument(
         "--ablations", nargs="*", default=[], help="names of gin/ablations/ that were trained"
     )
-    asked = parser.parse_args()
-    votes = Votes(str(asked.run / "votes"))
+    flags = parser.parse_args()
+    votes = Votes(str(flags.run / "votes"))
     pairs, fitted = read_pairs(votes, "validation"), read_pairs(votes, "train", FITTED_ON)
-    clips = Clips({asked.dataset: 1.0}, asked.data_dir, 16_000)
+    clips = Clips({flags.dataset: 1.0}, flags.data_dir, 16_000)
     known: dict[str, str] = {}
     for split in clips.splits():
         true = zip(clips.captions(split), clips.attributes(split).values(), strict=True)
@@ -193,15 +214,16 @@ def main() -> None:
     shown = list(names[np.argsort(-counts)][:5])
 
     print(
-        f"{len(pairs.pair)} votes on {len(pairs.prompts)} held-out pairs, {len(set(pairs.prompts))} prompts"
+        f"{len(pairs.pair)} votes on {len(pairs.prompts)} held-out pairs, "
+        f"{len(set(pairs.prompts))} prompts"
     )
     print(f"| | accuracy | ECE | loss, nats a vote | {' | '.join(shown)} |")
     print("|---" * (4 + len(shown)) + "|")
-    for name in ("", *asked.ablations):
-        folder = asked.run / ("preference" + f"_{name}" * bool(name))
+    for name in ("", *flags.ablations):
+        folder = flags.run / ("preference" + f"_{name}" * bool(name))
         margin = model_margin(folder, votes, CROPS.get(name, 1.0))(pairs)
         print(row(name or "preference model", margin, pairs, families, shown), flush=True)
-    score = reward_margins(asked.run)
+    score = reward_margins(flags.run)
     ours, theirs = score(pairs), score(fitted)
     for name, margin in ours.items():
         fit = scipy.optimize.minimize_scalar(
@@ -222,15 +244,17 @@ def main() -> None:
         print(f"\nhow often two voters on one pair agree: {few}")
     else:
         print(
-            f"\ntwo voters on one pair agree: {np.mean([a == b for a, b in both]):.3f} of {len(both)}"
+            f"\ntwo voters on one pair agree: {np.mean([a == b for a, b in both]):.3f} "
+            f"of {len(both)}"
         )
-    figures = asked.run / "votes/agreement.json"
+    figures = flags.run / "votes/agreement.json"
     if figures.exists():
-        found = read_json(figures, {"panel": str, "ceiling": {"validation": (float, str)}})
-        ceiling = found["ceiling"]["validation"]
+        agreement = read_json(figures, {"panel": str, "ceiling": {"validation": (float, str)}})
+        ceiling = agreement["ceiling"]["validation"]
         words = ceiling if isinstance(ceiling, str) else f"{ceiling:.3f}"
         print(
-            f"ceiling, who votes being unknown (simulated listeners of the {found['panel']}): {words}"
+            "highest possible accuracy without knowing who votes (simulated listeners of the "
+            f"{agreement['panel']}): {words}"
         )
 
 

@@ -1,22 +1,28 @@
-"""What semantic tokens know of music: linear probes on clips of held-out pieces, against averaged mels.
+r"""Probes semantic tokens for musical attributes, against averaged mels.
 
-    python tests/benchmarks/semantic.py --semantic runs/demo/semantic --data_dir runs/data --dataset score_clips/demo
+    python tests/benchmarks/semantic.py --semantic runs/demo/semantic --data_dir runs/data \
+        --dataset score_clips/demo
 
-Prints, for each representation of a clip, how well a linear model of it tells the instrument (accuracy), the tempo (R2
-of the logarithm of the beats per minute) and the mode (area under the ROC curve: minor clips are one in seven; only
-clips whose mode is known); and by how much tokens beat averaged mels, alone and with their deviation and mean step.
-Brackets hold 95 % bootstraps over pieces.
-Two columns: 'held out' are the validation and test splits, whose pieces neither probe nor encoder has seen; 'across' is
-cross-validated over the pieces of the training split, whose clips the encoder has heard, without what is asked here:
-many times the clips, so narrower.
+Prints, for each representation of a clip, how well a linear model predicts the instrument
+(accuracy), the tempo (R2 of the logarithm of the beats per minute) and the mode (area under the ROC
+curve, since one clip in seven is minor; only clips of known mode). It also prints the gain of
+tokens over averaged mels, alone and with their deviation and mean step. Brackets have 95 %
+bootstrap intervals over pieces.
 
-One protocol for all: columns are standardised; ridge regression, of the tempo or of an indicator for each class; its
-penalty is chosen by cross-validation over the pieces of the training split, once for both columns.
+The column 'held out' is over the validation and test splits, whose pieces neither probe nor encoder
+was trained on. The column 'across' is cross-validated over the pieces of the training split, which
+the encoder was trained on, without these attributes. It has many times the clips.
 
-A representation of tokens is a function of the clip's tokens and the centroids they stand for. 'bag' is the square root
-of how often each token occurs, 'repetitions' the share of frames t whose token stands at t + k again, k = 1..64,
-'centroids' the mean, the deviation and the mean absolute step in time of the tokens' centroids. Continuous features,
-which no token model sees, and a constant stand beside them. About 20 minutes on one CPU core for 6,600 clips of 5 s.
+Columns are standardised. The probe is a ridge regression of the tempo, or of an indicator for each
+class. Its penalty is chosen by cross-validation over the pieces of the training split, once for
+both columns.
+
+A representation of tokens is a function of the clip's tokens and their centroids: 'bag' is the
+square root of each token's frequency, 'repetitions' the share of frames t with the same token at
+t + k, k = 1..64, and 'centroids' the mean, deviation and mean absolute step of the centroids.
+Continuous features, which token models do not get, and a constant are shown beside them.
+
+It takes about 20 minutes on one CPU core for 6,600 clips of 5 s.
 """
 
 import argparse
@@ -49,6 +55,7 @@ TASKS = {"instrument": accuracy_score, "tempo": r2_score, "mode": roc_auc_score}
 
 
 def main() -> None:
+    """Prints the tables."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -59,10 +66,11 @@ def main() -> None:
         required=True,
         help="clips whose attributes say instrument, mode, tempo and piece",
     )
-    asked = parser.parse_args()
-    model = checkpoint.load_model(asked.semantic, SemanticConfig)
+    flags = parser.parse_args()
+    # Representations of the clips.
+    model = checkpoint.load_model(flags.semantic, SemanticConfig)
     data = Clips(
-        {asked.dataset: 1.0}, asked.data_dir, model.config.sample_rate_hz, with_captions=True
+        {flags.dataset: 1.0}, flags.data_dir, model.config.sample_rate_hz, with_captions=True
     )
     train, train_attributes = read(data, ["train"], model)
     held_out, attributes = read(data, ["validation", "test"], model)
@@ -73,38 +81,52 @@ def main() -> None:
         "  ".join(f"{name} {float(x):.4g}" for name, x in fit.usage().items()),
     )
 
+    # Probe each attribute.
     for task, score in TASKS.items():
         truth, chosen = answers(task, train_attributes)
         truth_held_out, chosen_held_out = answers(task, attributes)
         pieces = np.array([clip["piece"] for clip in train_attributes])[chosen]
         pieces_held_out = np.array([clip["piece"] for clip in attributes])[chosen_held_out]
+        if few := too_small(len(np.unique(pieces)), LEAST_INTERVAL):
+            print(f"\n{task}: pieces to train probes {few}")
+            continue
         print(
-            f"\n{task}, {score.__name__}; held out: {len(truth_held_out)} clips; across: {len(truth)} clips"
+            f"\n{task}, {score.__name__}; held out: {len(truth_held_out)} clips; "
+            f"across: {len(truth)} clips"
         )
-        found = {}
+        # Each representation alone.
+        guesses_by_name = {}
         for name in train:
             guesses = probe(
                 task, train[name][chosen], truth, pieces, held_out[name][chosen_held_out]
             )
-            found[name] = guesses
+            guesses_by_name[name] = guesses
             row = [interval(score, truth_held_out, [guesses[0]], pieces_held_out)]
             row.append(interval(score, truth, [guesses[1]], pieces))
             print(f"  {name:28}{train[name].shape[1]:6} columns  {'   '.join(row)}", flush=True)
-        for name in (name for name in found if name.startswith("tokens")):
+        # Tokens against averaged mels.
+        for name in (name for name in guesses_by_name if name.startswith("tokens")):
             for peer in (MELS, MOMENTS):
                 row = [
                     interval(
-                        score, truth_held_out, [found[name][0], found[peer][0]], pieces_held_out
+                        score,
+                        truth_held_out,
+                        [guesses_by_name[name][0], guesses_by_name[peer][0]],
+                        pieces_held_out,
                     )
                 ]
-                row.append(interval(score, truth, [found[name][1], found[peer][1]], pieces))
+                row.append(
+                    interval(
+                        score, truth, [guesses_by_name[name][1], guesses_by_name[peer][1]], pieces
+                    )
+                )
                 print(f"  {name:28} less {peer:28} {'   '.join(row)}", flush=True)
 
 
 def read(
     data: Clips, splits: list[str], model: checkpoint.Model
 ) -> tuple[dict[str, np.ndarray], list[dict[str, Any]]]:
-    """Each representation of the clips, [clips, columns], and the clips' attributes."""
+    """Returns each representation of the clips, [clips, columns], and their attributes."""
     module = SemanticEncoder(model.config)
 
     @jax.jit
@@ -119,7 +141,7 @@ def read(
         )
         lags = [
             (tokens[:, k:] == tokens[:, :-k]).astype(jnp.float32).mean(1)
-            for k in range(1, LAGS + 1)
+            for k in range(1, min(LAGS + 1, tokens.shape[1]))
         ]
         centroids = moments(variables["kmeans"]["centroids"][tokens])
         return {
@@ -136,6 +158,7 @@ def read(
             "features: mean, deviation, step": moments(features),
         }
 
+    # Read the clips batch by batch.
     parts, attributes = [], []
     for split in splits:
         known = data.attributes(split)
@@ -147,12 +170,12 @@ def read(
 
 
 def moments(x: jax.Array) -> jax.Array:
-    """[B, S, D] -> [B, 3 D]: mean, standard deviation and mean absolute step over time."""
+    """Returns mean, standard deviation and mean absolute step over time: [B, S, D] -> [B, 3 D]."""
     return jnp.concatenate([x.mean(1), x.std(1), jnp.abs(jnp.diff(x, axis=1)).mean(1)], 1)
 
 
 def answers(task: str, attributes: list[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
-    """(what is true of the clips that say it, which clips those are)."""
+    """Returns (the true values of a task, the rows of the clips for which they are known)."""
     if task == "tempo":
         return np.log2([clip["tempo_bpm"] for clip in attributes]), np.arange(len(attributes))
     chosen = np.array([at for at, clip in enumerate(attributes) if clip[task]])
@@ -163,7 +186,11 @@ def answers(task: str, attributes: list[dict[str, Any]]) -> tuple[np.ndarray, np
 def probe(
     task: str, x: np.ndarray, truth: np.ndarray, pieces: np.ndarray, held_out: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """What linear models say of the held-out clips and, cross-validated, of those of x: classes, scores or values."""
+    """Fits a linear model of a task.
+
+    Returns its predictions (for the held-out clips, cross-validated for the clips of x): classes,
+    scores or values.
+    """
     model: BaseEstimator = Ridge()
     if task != "tempo":
         model = RidgeClassifier(class_weight="balanced" if task == "mode" else None)
@@ -177,7 +204,10 @@ def probe(
 
 
 def interval(score, truth: np.ndarray, guesses: list[np.ndarray], pieces: np.ndarray) -> str:
-    """The score of the first guesses, less that of the second if there are two, and its 95 % interval over pieces."""
+    """Returns a score of predictions with its 95 % interval over pieces.
+
+    Of two predictions it is the difference, first minus second.
+    """
 
     def value(rows: np.ndarray) -> float:
         scores = [score(truth[rows], guess[rows]) for guess in guesses]
@@ -188,14 +218,14 @@ def interval(score, truth: np.ndarray, guesses: list[np.ndarray], pieces: np.nda
     if few := too_small(index.max() + 1, LEAST_INTERVAL):
         return few
     members = [np.flatnonzero(index == piece) for piece in range(index.max() + 1)]
-    drawn = []
-    while len(drawn) < RESAMPLES:
+    draws = []
+    while len(draws) < RESAMPLES:
         rows = np.concatenate(
             [members[piece] for piece in rng.integers(len(members), size=len(members))]
         )
         if len(np.unique(truth[rows])) > 1:
-            drawn.append(value(rows))
-    low, high = np.percentile(drawn, [2.5, 97.5])
+            draws.append(value(rows))
+    low, high = np.percentile(draws, [2.5, 97.5])
     return printed({"mean": value(np.arange(len(truth))), "low": low, "high": high}, sign="+")
 
 

@@ -1,11 +1,13 @@
-"""A bundle under load, by locust: batches against one clip at a time, and four times as much as it can.
+"""Measures a bundle under load: batches against single clips, and four times the load it can take.
 
-    python tests/benchmarks/serve.py --bundle=bundle             half an hour with the demo's bundle on two CPU cores
+    python tests/benchmarks/serve.py --bundle=bundle
 
-1. Clips a second, p50 and p99 of `musicrl serve` with --rows=1 and with --rows=8, in turns, with as many clients as
-   keep each busy; the ratio is what batching brings.
-2. The latter again with four times as many requests a second as it answered: what they were answered with, how long
-   the slowest took, and how the process's memory grew.
+1. Clips a second, and median and 99th percentile of the latency, of `musicrl serve` with --rows=1
+   and --rows=8 in turns, with enough clients to keep each busy. The ratio is the gain of batches.
+2. The same with --rows=8 and four times the requests a second that it answered: statuses,
+   latencies, and the growth of the process's memory.
+
+Clients are locust's. It takes half an hour with the demo's bundle on two CPU cores.
 """
 
 import argparse
@@ -35,16 +37,16 @@ class Client(FastHttpUser):
 
     @task
     def clip(self):
-        asked = {{"prompt": random.choice(["upbeat jazz", "a slow piano", "a reel on a harp"])}}
+        body = {{"prompt": random.choice(["upbeat jazz", "a slow piano", "a reel on a harp"])}}
         start = time.time()
-        answer = self.client.post("/v1/clips", json=asked)
+        answer = self.client.post("/v1/clips", json=body)
         answers.write(f"{{start}},{{time.time()}},{{answer.status_code}}\\n")
 """
 
 
 @contextmanager
 def service(bundle: str, *flags: str):
-    """(address, process) of `musicrl serve`, once it is ready."""
+    """Yields (address, process) of `musicrl serve` when it is ready."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -77,7 +79,7 @@ def service(bundle: str, *flags: str):
 
 
 def memory(process: subprocess.Popen) -> float:
-    """MB that are resident."""
+    """Returns the resident memory of a process in MB."""
     pages = int(Path(f"/proc/{process.pid}/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
 
@@ -85,8 +87,10 @@ def memory(process: subprocess.Popen) -> float:
 def load(
     address: str, clients: int, pace: float, seconds: float, process: subprocess.Popen
 ) -> tuple[np.ndarray, list[float]]:
-    """(a row an answer: when it was asked for, when it came, in seconds from the first one asked, its status, 0 where
-    none came; MB that were resident, twice a second).
+    """Sends requests to a service for some seconds.
+
+    Returns (answers f64 [n, 3], resident MB twice a second). An answer has the seconds of its
+    request and of its end, both after the first request, and its status; 0 if none came.
     """
     with tempfile.TemporaryDirectory() as folder:
         client = CLIENT.format(pace=pace, answers=f"{folder}/answers.csv")
@@ -101,7 +105,7 @@ def load(
             f"--host={address}",
         ]
         spawn = max(1.0, pace * clients) if pace < 1 else clients  # a second
-        command += [f"-u{clients}", f"-r{spawn}", f"-t{seconds:.0f}s", "--stop-timeout=600"]
+        command += [f"-u{clients}", f"-r{spawn}", f"-t{max(seconds, 1):.0f}s", "--stop-timeout=600"]
         with open(f"{folder}/log", "w") as log:
             run = subprocess.Popen(command, stdout=log, stderr=log)
             resident = []
@@ -110,18 +114,19 @@ def load(
                 time.sleep(0.5)
         if not Path(folder, "answers.csv").exists():
             raise SystemExit(f"locust asked for nothing: {Path(folder, 'log').read_text()[-2000:]}")
-        found = np.loadtxt(f"{folder}/answers.csv", delimiter=",", ndmin=2)
-    found[:, :2] -= found[:, 0].min()
-    return found, resident
+        rows = np.loadtxt(f"{folder}/answers.csv", delimiter=",", ndmin=2)
+    rows[:, :2] -= rows[:, 0].min()
+    return rows, resident
 
 
-def told(rows: np.ndarray) -> str:
-    """p50, p99 and the slowest of some answers, as cells of a table."""
+def latencies(rows: np.ndarray) -> str:
+    """Returns median, 99th percentile and maximum of the seconds of answers, as table cells."""
     seconds = rows[:, 1] - rows[:, 0]
     return " | ".join(f"{x:.2f}" for x in (*np.percentile(seconds, (50, 99)), seconds.max()))
 
 
 def main() -> None:
+    """Prints the tables."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -130,32 +135,35 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60.0, help="of each turn")
     parser.add_argument("--turns", type=int, default=2)
     parser.add_argument("--requests", type=int, default=5000, help="of the second part")
-    asked = parser.parse_args()
-    found = {1: [], asked.rows: []}
-    for _ in range(asked.turns):
-        for rows in found:
-            with service(asked.bundle, f"--rows={rows}") as (address, process):
-                answers, _ = load(address, 2 * rows, 1000.0, asked.seconds, process)
-                found[rows].append(
-                    answers[answers[:, 1] <= asked.seconds]
-                )  # what came while all clients asked
+    flags = parser.parse_args()
+
+    # One clip at a time against batches.
+    answers_by_rows = {1: [], flags.rows: []}
+    for _ in range(flags.turns):
+        for rows in answers_by_rows:
+            with service(flags.bundle, f"--rows={rows}") as (address, process):
+                answers, _ = load(address, 2 * rows, 1000.0, flags.seconds, process)
+                # Only answers of the time when all clients sent requests.
+                answers_by_rows[rows].append(answers[answers[:, 1] <= flags.seconds])
     print("| --rows | clips a second | p50 s | p99 s | slowest s |\n|---|---|---|---|---|")
     pace = {}
-    for rows, turns in found.items():
-        pace[rows] = statistics.median((turn[:, 2] == 200).sum() for turn in turns) / asked.seconds
-        print(f"| {rows} | {pace[rows]:.2f} | {told(np.concatenate(turns))} |", flush=True)
-    print(f"\nbatches over one at a time: {pace[asked.rows] / pace[1]:.2f}\n", flush=True)
-    offered = 4 * pace[asked.rows]
+    for rows, turns in answers_by_rows.items():
+        pace[rows] = statistics.median((turn[:, 2] == 200).sum() for turn in turns) / flags.seconds
+        print(f"| {rows} | {pace[rows]:.2f} | {latencies(np.concatenate(turns))} |", flush=True)
+    print(f"\nbatches over one at a time: {pace[flags.rows] / pace[1]:.2f}\n", flush=True)
+
+    # Four times the load.
+    offered = 4 * pace[flags.rows]
     clients = 400
-    with service(asked.bundle, f"--rows={asked.rows}") as (address, process):
+    with service(flags.bundle, f"--rows={flags.rows}") as (address, process):
         answers, resident = load(
-            address, clients, offered / clients, asked.requests / offered, process
+            address, clients, offered / clients, flags.requests / offered, process
         )
     print(f"{offered:.1f} requests a second, {len(answers)} in all\n")
     print("| answer | requests | p50 s | p99 s | slowest s |\n|---|---|---|---|---|")
     for status in np.unique(answers[:, 2]):
         rows = answers[answers[:, 2] == status]
-        print(f"| {status:.0f} | {len(rows)} | {told(rows)} |")
+        print(f"| {status:.0f} | {len(rows)} | {latencies(rows)} |")
     parts = [f"{statistics.mean(part):.0f}" for part in np.array_split(resident, 4)]
     print(f"\nresident memory, MB, over each quarter of the time: {', '.join(parts)}")
 

@@ -1,12 +1,12 @@
-"""SIGTERM at random moments of every verb: how each leaves, how fast, and whether anything is lost.
+"""Sends SIGTERM at random moments to every verb, and checks exits, their time and lost work.
 
-    python tests/benchmarks/signals.py FOLDER [--signals=60] [--minutes=10] [--parallel=2] [--seed=0]
+    python tests/benchmarks/signals.py FOLDER [--signals=60] [--minutes=10] [--seed=0]
 
-The tiny run (gin/runs/tiny.gin) is made once, whole, in FOLDER/whole. Then each verb does its stage
-again in a copy: it is started, gets SIGTERM at a random moment after its first progress line, and is started again in
-the same folder, until one start gets to the end. What it then has written is compared with the whole run. Every signal
-is a line of FOLDER/signals.jsonl; called again, the script goes on from there. At the end every verb that was cut off
-is run to its end once more.
+The tiny run (gin/runs/tiny.gin) is made once in FOLDER/whole. Then each verb does its stage again
+in a copy: it starts, gets SIGTERM at a random moment after its first progress line, and starts
+again in the same folder, until it finishes. Its work is then compared with the whole run. Every
+signal is a line of FOLDER/signals.jsonl; another call continues from there. At the end every
+interrupted verb is run to its end.
 """
 
 import argparse
@@ -50,7 +50,7 @@ NOISE = re.compile(r"$|WARNING|[IWEF]\d{4} ")  # of libraries, before a verb say
 
 
 def command(verb, folder):
-    """The command of a verb whose results go to `folder`/out, or for a stage to its place in `folder`."""
+    """Returns a verb's command; it writes to `folder`/out, a stage to its place in `folder`."""
     run = [sys.executable, "-u", "-m", "musicrl_jax.cli"]
     whole, out = folder.parent / "whole", folder / "out"
     places = [f"--gin.MODEL_DIR='{folder}'", f"--gin.DATA_DIR='{folder.parent / 'data'}'"]
@@ -77,7 +77,7 @@ def command(verb, folder):
 
 
 def prepare(verb, folder):
-    """A folder where nothing but the verb's own work is missing."""
+    """Makes a folder that has all inputs of a verb, and none of its outputs."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     whole = folder.parent / "whole"
@@ -95,7 +95,7 @@ def prepare(verb, folder):
 
 
 def written(verb, folder):
-    """What a verb has written to its end, so that equal work has equal text; None where it is not there."""
+    """Returns a text of a verb's finished work, equal for equal work; None if it is not there."""
     place = folder / STAGES.get(verb, "out")
     if verb in TRAINED:
         if not checkpoint.has_model(place):
@@ -112,9 +112,11 @@ def written(verb, folder):
     if verb == "evaluate":
         if not (place / "summary.json").exists():
             return None
-        told = json.loads((place / "summary.json").read_text())
-        return json.dumps({name: told[name] for name in ("rewards", "gains", "kl", "pairs", "mos")})
-    kept = {
+        summary = json.loads((place / "summary.json").read_text())
+        return json.dumps(
+            {name: summary[name] for name in ("rewards", "gains", "kl", "pairs", "mos")}
+        )
+    patterns = {
         "vocabulary": "vocabulary.model",
         "encode": "tokens/manifest.json",
         "votes": "votes/votes.jsonl",
@@ -123,7 +125,7 @@ def written(verb, folder):
         "pack": "out/*.safetensors",
         "export": "out/weights/*",
     }[verb]
-    files = sorted(path for path in folder.glob(kept) if "incomplete" not in str(path))
+    files = sorted(path for path in folder.glob(patterns) if "incomplete" not in str(path))
     return (
         json.dumps([hashlib.sha256(path.read_bytes()).hexdigest() for path in files])
         if files
@@ -132,7 +134,7 @@ def written(verb, folder):
 
 
 def start(verb, folder):
-    """(process, event of its first progress line, all lines)"""
+    """Starts a verb and returns (process, event of its first progress line, all lines)."""
     begun, lines = threading.Event(), []
     process = subprocess.Popen(
         command(verb, folder), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT
@@ -150,7 +152,7 @@ def start(verb, folder):
 
 
 def finished(verb, folder):
-    """Runs a verb to its end; its exit status, and its last words where that is not 0."""
+    """Runs a verb to its end; returns its exit status, and its last lines if that is not 0."""
     process, _, lines = start(verb, folder)
     try:
         status = process.wait(LONGEST_RUN)
@@ -160,7 +162,7 @@ def finished(verb, folder):
 
 
 def attempt(verb, folder, delay):
-    """One start with one signal: a line of the log."""
+    """Starts a verb, sends one signal, and returns a line of the log."""
     process, begun, lines = start(verb, folder)
     try:
         deadline = time.monotonic() + LONGEST_START
@@ -169,9 +171,11 @@ def attempt(verb, folder, delay):
         ends = time.monotonic() + delay
         while time.monotonic() < ends and process.poll() is None:
             time.sleep(0.02)
-        told = begun.is_set() and process.poll() is None  # before that it may die by the signal
+        signal_sent = (
+            begun.is_set() and process.poll() is None
+        )  # before that it may die by the signal
         sent = time.monotonic()
-        if told:
+        if signal_sent:
             process.send_signal(signal.SIGTERM)
         status = process.wait(LONGEST_EXIT)
     except subprocess.TimeoutExpired:
@@ -182,7 +186,7 @@ def attempt(verb, folder, delay):
     words = "" if status in (0, hosts.AGAIN, -signal.SIGTERM) else "".join(lines[-8:])
     return {
         "verb": verb,
-        "told": told,
+        "told": signal_sent,
         "status": status,
         "delay": delay,
         "seconds": seconds,
@@ -191,7 +195,7 @@ def attempt(verb, folder, delay):
 
 
 def trial(verb, folder, log, delay):
-    """One signal; where the verb got to its end, its work is compared, and the next trial begins anew."""
+    """Sends one signal. A finished verb is compared, and starts anew in the next trial."""
     if not folder.exists():
         prepare(verb, folder)
     line = attempt(verb, folder, delay)
@@ -201,9 +205,9 @@ def trial(verb, folder, log, delay):
 
 
 def compare(verb, folder):
-    """Whether the verb has written what the whole run has; the folder is emptied for the next."""
-    wanted, found = reference(verb, folder.parent), written(verb, folder)
-    equal = found == wanted
+    """Tells whether a verb has written the same as the whole run; clears the folder."""
+    expected, actual = reference(verb, folder.parent), written(verb, folder)
+    equal = actual == expected
     if equal:
         shutil.rmtree(folder)
     else:
@@ -212,7 +216,7 @@ def compare(verb, folder):
 
 
 def reference(verb, root):
-    """What the whole run has written, for a verb that is no stage by running it once."""
+    """Returns what the whole run has written; a verb that is no stage runs once for it."""
     if verb in STAGES:
         return written(verb, root / "whole")
     folder = root / f"{verb}-whole"
@@ -224,7 +228,7 @@ def reference(verb, root):
 
 
 def report(lines):
-    """A table: for each verb its exits, the seconds that they took, and whether what it made was whole."""
+    """Prints exits, their seconds and the compared work of each verb."""
     print(
         "| verb | signals | exits | seconds to exit: median, longest | work compared: equal, not |"
     )
@@ -240,7 +244,8 @@ def report(lines):
         said = ", ".join(f"{count} x {status}" for status, count in sorted(exits.items()))
         middle, longest = took[len(took) // 2], took[-1]
         print(
-            f"| {verb} | {len(signals)} | {said} | {middle:.1f}, {longest:.1f} | {sum(wholes)}, {wholes.count(False)} |"
+            f"| {verb} | {len(signals)} | {said} | {middle:.1f}, {longest:.1f} "
+            f"| {sum(wholes)}, {wholes.count(False)} |"
         )
     for line in lines:
         if line["words"]:
@@ -248,7 +253,7 @@ def report(lines):
 
 
 def main():
-    """Makes the whole run, sends the signals that are still due, finishes what was cut off, and prints the table."""
+    """Sends the signals that are still due, finishes interrupted verbs, and prints the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -260,9 +265,9 @@ def main():
     parser.add_argument("--parallel", type=int, default=2, help="verbs at a time")
     parser.add_argument("--verbs", default=",".join([*OTHERS, *STAGES]))
     parser.add_argument("--seed", type=int, default=0)
-    given = parser.parse_args()
-    root = given.folder.absolute()
-    verbs = given.verbs.split(",")
+    flags = parser.parse_args()
+    root = flags.folder.absolute()
+    verbs = flags.verbs.split(",")
     root.mkdir(parents=True, exist_ok=True)
     path = root / "signals.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
@@ -294,12 +299,12 @@ def main():
     for verb in OTHERS:
         if verb in verbs or (verb == "pack" and "unpack" in verbs):
             reference(verb, root)
-    deadline = time.monotonic() + 60 * given.minutes
-    rng = random.Random(f"{given.seed} {len(lines)}")
+    deadline = time.monotonic() + 60 * flags.minutes
+    rng = random.Random(f"{flags.seed} {len(lines)}")
 
     def work(number):
-        mine = verbs[number :: given.parallel]
-        while time.monotonic() < deadline and sum(line["told"] for line in lines) < given.signals:
+        mine = verbs[number :: flags.parallel]
+        while time.monotonic() < deadline and sum(line["told"] for line in lines) < flags.signals:
             starts = collections.Counter(line["verb"] for line in lines)
             verb = min(mine, key=lambda name: (starts[name], verbs.index(name)))
             # A verb that was done before its signal gets the next one earlier.
@@ -318,8 +323,8 @@ def main():
                 }
                 log({**line, "words": words, "whole": status == 0 and compare(verb, folder)})
 
-    with concurrent.futures.ThreadPoolExecutor(given.parallel) as pool:
-        list(pool.map(work, range(given.parallel)))
+    with concurrent.futures.ThreadPoolExecutor(flags.parallel) as pool:
+        list(pool.map(work, range(flags.parallel)))
     report(lines)
 
 

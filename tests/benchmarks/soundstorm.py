@@ -1,21 +1,23 @@
-"""SoundStorm's fine levels: how near they bring decoded audio to the original, and how fast.
+r"""Measures SoundStorm's fine levels: distance of the audio from the original, and speed.
 
-    python tests/benchmarks/soundstorm.py --run runs/quickstart --data_dir runs/data --dataset score_clips/quickstart
+    python tests/benchmarks/soundstorm.py --run runs/quickstart --data_dir runs/data \
+        --dataset score_clips/quickstart
 
-Prints three tables; a 95 % bootstrap over pieces stands in brackets.
+Prints three tables with 95 % bootstrap intervals over pieces.
 
-1. Distances of decoded held-out clips to the originals: from all true levels (what the codec allows), from the coarse
-   levels alone, and from true coarse levels with fine ones that are drawn uniformly, drawn by each level's frequencies
-   in the training tokens, or filled by SoundStorm in several numbers of passes; and with those that lie nearest to the
-   vector which SoundStorm expects at each level, the best that a guess can do in squared distance.
-2. Nats and accuracy of each fine level where all of it is hidden and the true levels below are seen, against the
-   entropy that the level's frequencies alone leave.
-3. Clips a second of SoundStorm and of an autoregressive transformer of the same width, depth and number of weights,
-   which draws the fine codes of a clip one after the other from caches; its weights are random, for speed does not
-   depend on them. They take turns in one process. The limit is the time that this machine needs for the matrix products
-   alone, and for reading the caches, at the speeds that it shows between those turns.
+1. Distances of decoded held-out clips to the originals: with all true levels (the limit of the
+   codec); with the coarse levels alone; and with true coarse levels and fine levels that are
+   sampled uniformly, sampled by the frequencies in the training tokens, or filled by SoundStorm in
+   several numbers of passes. The last row has the codes nearest to the vector that SoundStorm
+   expects at each level, the best guess in squared distance.
+2. Nats and accuracy of each fine level, when it is masked and the true levels below are given,
+   against the entropy of the level's frequencies.
+3. Clips a second of SoundStorm and of an autoregressive transformer of the same width, depth and
+   number of weights, which samples the fine codes of a clip one after the other with caches. Its
+   weights are random: speed does not depend on them. They take turns in one process. The limit is
+   the time of the matrix products and of reading the caches, at this machine's speed between turns.
 
-Ten minutes on a CPU core at the quickstart's size; `--skip_speed` leaves the third table out.
+It takes ten minutes on a CPU core at the quickstart's size. `--skip_speed` omits the third table.
 """
 
 import argparse
@@ -46,6 +48,7 @@ MARGINAL_CLIPS = 2000
 
 
 def main() -> None:
+    """Prints the three tables."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -67,47 +70,53 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=5, help="turns that each of the two takes")
     parser.add_argument("--skip_speed", action="store_true")
-    asked = parser.parse_args()
-    run = Path(asked.run)
-    codec = checkpoint.load_model(asked.codec or run / "codec", SoundStreamConfig)
-    storm = checkpoint.load_model(asked.fine or run / "fine", SoundStormConfig)
+    flags = parser.parse_args()
+    # The models.
+    run = Path(flags.run)
+    codec = checkpoint.load_model(flags.codec or run / "codec", SoundStreamConfig)
+    storm = checkpoint.load_model(flags.fine or run / "fine", SoundStormConfig)
     if (spoken := storm.json_asset("tokens.json", {"codec": str})["codec"]) != codec.hash:
         raise SystemExit(
             f"SoundStorm was trained on tokens of codec {spoken[:12]}, not of {codec.hash[:12]}"
         )
+    # Held-out clips, and their codes.
     data = Clips(
-        {asked.dataset: 1.0}, asked.data_dir, codec.config.sample_rate_hz, with_captions=True
+        {flags.dataset: 1.0}, flags.data_dir, codec.config.sample_rate_hz, with_captions=True
     )
-    count = min(asked.clips, data.count(asked.split)) // asked.batch_size * asked.batch_size
-    batches = data.batches(asked.split, asked.batch_size, seed=0)
-    found = [next(batches) for _ in range(count // asked.batch_size)]
-    wav, names = (np.concatenate([batch[field] for batch in found]) for field in ("audio", "id"))
-    known = data.attributes(asked.split)
+    count = min(flags.clips, data.count(flags.split)) // flags.batch_size * flags.batch_size
+    batches = data.batches(flags.split, flags.batch_size, seed=0)
+    examples = [next(batches) for _ in range(count // flags.batch_size)]
+    wav, names = (np.concatenate([batch[field] for batch in examples]) for field in ("audio", "id"))
+    known = data.attributes(flags.split)
     places = np.asarray([known[name]["piece"] for name in names])
     encode = jax.jit(
         lambda wav: SoundStream(codec.config).apply(codec.variables, wav, method=SoundStream.encode)
     )
-    codes = np.concatenate([encode(part) for part in parts(wav, asked.batch_size)])
-    shares = frequencies(str(asked.tokens or run / "tokens"), storm.config)
-    c = storm.config
+    codes = np.concatenate([encode(part) for part in parts(wav, flags.batch_size)])
+    shares = frequencies(str(flags.tokens or run / "tokens"), storm.config)
+    c, weights = storm.config, sum(leaf.size for leaf in jax.tree.leaves(storm.variables))
     print(
-        f"{count} clips of {wav.shape[1] / codec.config.sample_rate_hz:g} s of {asked.dataset} {asked.split}; "
-        f"{c.levels} levels of {c.codes} codes, {c.levels - c.coarse_levels} of them fine; {codes.shape[1]} codec "
-        f"frames a clip; SoundStorm: {sum(leaf.size for leaf in jax.tree.leaves(storm.variables)) / 1e6:.1f} M weights"
+        f"{count} clips of {wav.shape[1] / codec.config.sample_rate_hz:g} s of {flags.dataset} "
+        f"{flags.split}; {c.levels} levels of {c.codes} codes, {c.levels - c.coarse_levels} fine; "
+        f"{codes.shape[1]} codec frames a clip; SoundStorm: {weights / 1e6:.1f} M weights"
     )
-    distances(codec, storm, wav, codes, shares, places, asked)
-    levels(storm, codes, shares, places, asked.batch_size)
-    if not asked.skip_speed:
-        speed(storm, codes[: asked.batch_size], asked.rounds)
+    # The tables.
+    distances(codec, storm, wav, codes, shares, places, flags)
+    levels(storm, codes, shares, places, flags.batch_size)
+    if not flags.skip_speed:
+        speed(storm, codes[: flags.batch_size], flags.rounds)
 
 
 def parts(array: np.ndarray, size: int) -> Iterator[np.ndarray]:
-    """Slices of `size` along the first axis."""
+    """Yields slices of `size` along the first axis."""
     return (array[at : at + size] for at in range(0, len(array), size))
 
 
 def frequencies(tokens: str, config: SoundStormConfig) -> np.ndarray:
-    """How often each code comes up in each level of the training tokens, one added to each count: f64 [Q, C]."""
+    """Returns the share of each code in each level of the training tokens, f64 [Q, C].
+
+    One is added to each count.
+    """
     rows = read(tokens, "train")[0]
     codes = np.stack(
         [row["acoustic"] for row in rows.__getitems__(list(range(min(len(rows), MARGINAL_CLIPS))))]
@@ -126,7 +135,7 @@ def distances(
     codes: np.ndarray,
     shares: np.ndarray,
     places: np.ndarray,
-    asked: argparse.Namespace,
+    flags: argparse.Namespace,
 ) -> None:
     """Prints the first table."""
     c, coarse = storm.config, codes[:, :, : storm.config.coarse_levels]
@@ -144,50 +153,57 @@ def distances(
             wav, decoded
         )
 
-    def judged(codes: np.ndarray) -> np.ndarray:
+    def distances_of(codes: np.ndarray) -> np.ndarray:
         # Mel and STFT distance of each clip, [B, 2].
-        pairs = zip(parts(wav, asked.batch_size), parts(codes, asked.batch_size), strict=True)
+        pairs = zip(parts(wav, flags.batch_size), parts(codes, flags.batch_size), strict=True)
         return np.concatenate([np.stack(measure(x, decode(code)), axis=1) for x, code in pairs])
 
     random = np.random.default_rng(0)
-    uniform, drawn = codes.copy(), codes.copy()
+    uniform, by_frequency = codes.copy(), codes.copy()
     for q in range(c.coarse_levels, c.levels):
         uniform[:, :, q] = random.integers(c.codes, size=codes.shape[:2])
-        drawn[:, :, q] = random.choice(c.codes, size=codes.shape[:2], p=shares[q])
+        by_frequency[:, :, q] = random.choice(c.codes, size=codes.shape[:2], p=shares[q])
     rows = {
-        "all true levels": judged(codes),
-        "coarse levels alone": judged(coarse),
-        "fine levels uniform": judged(uniform),
-        "fine levels by frequency": judged(drawn),
+        "all true levels": distances_of(codes),
+        "coarse levels alone": distances_of(coarse),
+        "fine levels uniform": distances_of(uniform),
+        "fine levels by frequency": distances_of(by_frequency),
     }
-    for first in asked.first_passes:
+    for first in flags.first_passes:
         fill = filler(dataclasses.replace(c, first_passes=first))
         keys = row_keys(jax.random.key(0), len(codes))
-        both = zip(parts(coarse, asked.batch_size), parts(keys, asked.batch_size), strict=True)
+        both = zip(parts(coarse, flags.batch_size), parts(keys, flags.batch_size), strict=True)
         filled = np.concatenate([fill(storm.variables, x, key) for x, key in both])
-        rows[f"SoundStorm, {first + c.levels - c.coarse_levels - 1} passes"] = judged(filled)
+        rows[f"SoundStorm, {first + c.levels - c.coarse_levels - 1} passes"] = distances_of(filled)
     guess = jax.jit(functools.partial(nearest_to_expected, c))
     books = SoundStream(codec.config).apply(codec.variables, method=SoundStream.codebooks)
-    rows["nearest to what is expected"] = judged(
+    rows["nearest to what is expected"] = distances_of(
         np.concatenate(
-            [guess(storm.variables, books, part) for part in parts(codes, asked.batch_size)]
+            [guess(storm.variables, books, part) for part in parts(codes, flags.batch_size)]
         )
     )
     print(
-        f"\n{'':28} {'mel distance, nat':>24} {'STFT distance':>24} {'mel, less than coarse alone':>30}"
+        f"\n{'':28} {'mel distance, nat':>24} {'STFT distance':>24} "
+        f"{'mel, less than coarse alone':>30}"
     )
-    for name, found in rows.items():
-        gain = interval(rows["coarse levels alone"][:, 0] - found[:, 0], places)
+    for name, figures in rows.items():
+        gain = interval(rows["coarse levels alone"][:, 0] - figures[:, 0], places)
         print(
-            f"{name:28} {interval(found[:, 0], places):>24} {interval(found[:, 1], places):>24} {gain:>30}"
+            f"{name:28} {interval(figures[:, 0], places):>24} "
+            f"{interval(figures[:, 1], places):>24} {gain:>30}"
         )
 
 
 def nearest_to_expected(
     config: SoundStormConfig, variables: Any, books: jax.Array, codes: jax.Array
 ) -> jax.Array:
-    """Level after level, the code nearest to the mean of the codebook under SoundStorm's distribution: books f32
-    [Q, C, D], codes int32 [B, T, Q] of which the coarse levels are kept.
+    """Returns, level after level, the code nearest to the expected vector of the codebook.
+
+    Args:
+      config: SoundStorm's sizes.
+      variables: SoundStorm's weights.
+      books: f32 [Q, C, D].
+      codes: int32 [B, T, Q], of which the coarse levels stay.
     """
     for level in range(config.coarse_levels, config.levels):
         masked = jnp.broadcast_to(jnp.arange(config.levels)[None, None, :] >= level, codes.shape)
@@ -203,7 +219,7 @@ def nearest_to_expected(
 
 
 def filler(config: SoundStormConfig) -> Callable[..., jax.Array]:
-    """`fill_fine` of that config, compiled: (variables, coarse codes, keys) -> all codes."""
+    """Compiles `fill_fine`: (variables, coarse codes, keys) -> all codes."""
     return jax.jit(functools.partial(fill_fine, SoundStorm(config)))
 
 
@@ -223,7 +239,9 @@ def levels(
     c = storm.config
 
     @jax.jit
-    def judged(variables: Any, codes: jax.Array, level: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def nats_and_hits(
+        variables: Any, codes: jax.Array, level: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
         # Nats and hits of each code of a level, [B, T] both.
         masked = jnp.broadcast_to(jnp.arange(c.levels)[None, None, :] >= level, codes.shape)
         scores = jax.nn.log_softmax(SoundStorm(c).apply(variables, codes, masked, level))
@@ -233,17 +251,20 @@ def levels(
         ) == truth
 
     print(
-        f"\n{'level':>5} {'nats a code':>24} {'by frequency':>14} {'accuracy':>9}   (uniform: {np.log(c.codes):.3f})"
+        f"\n{'level':>5} {'nats a code':>24} {'by frequency':>14} {'accuracy':>9}   "
+        f"(uniform: {np.log(c.codes):.3f})"
     )
     for q in range(c.coarse_levels, c.levels):
-        both = [judged(storm.variables, part, jnp.int32(q)) for part in parts(codes, batch_size)]
-        nats, hits = (np.concatenate(found) for found in zip(*both, strict=True))
+        both = [
+            nats_and_hits(storm.variables, part, jnp.int32(q)) for part in parts(codes, batch_size)
+        ]
+        nats, hits = (np.concatenate(parts_of_both) for parts_of_both in zip(*both, strict=True))
         chance = -np.log(shares[q])[codes[:, :, q]].mean()
         print(f"{q:5} {interval(nats.mean(axis=1), places):>24} {chance:14.3f} {hits.mean():9.3f}")
 
 
 class Autoregressive(nn.Module):
-    """The fine codes of a clip one after the other, frame by frame and level by level, after its coarse frames."""
+    """Samples the fine codes of a clip one after the other, after its coarse frames."""
 
     config: SoundStormConfig
     transformer: TransformerConfig
@@ -261,7 +282,7 @@ class Autoregressive(nn.Module):
         )
 
     def __call__(self, coarse: jax.Array, key: jax.Array) -> jax.Array:
-        """Coarse int32 [B, T, coarse_levels] -> fine codes int32 [B, T, Q - coarse_levels]."""
+        """Samples fine codes int32 [B, T, Q - coarse_levels] from coarse [B, T, coarse_levels]."""
         c, (batch, frames, _) = self.config, coarse.shape
         fine = c.levels - c.coarse_levels
         x = sum(self.table[q][coarse[:, :, q]] for q in range(c.coarse_levels))  # [B, T, D]
@@ -334,13 +355,18 @@ def speed(storm: checkpoint.Model, codes: np.ndarray, rounds: int) -> None:
     cached = (
         4 * 2 * net.embed * (frames + steps / 2)
     )  # bytes of a clip's and layer's keys and values, halfway through
-    drawn = steps * batch * (2 * (net.layers * own + head) / few + net.layers * cached / read_speed)
-    limits = [2 * passed * passes / many for passes in (c.first_passes + fine - 1, fine)] + [drawn]
+    sampling_seconds = (
+        steps * batch * (2 * (net.layers * own + head) / few + net.layers * cached / read_speed)
+    )
+    limits = [2 * passed * passes / many for passes in (c.first_passes + fine - 1, fine)] + [
+        sampling_seconds
+    ]
     slowest = np.median(times[next(reversed(runs))])
     print(
-        f"\nbatches of {batch} clips on {jax.devices()[0].device_kind}: products at {many / 1e9:.0f} GFLOP/s with "
-        f"{batch * frames} rows, {few / 1e9:.0f} with {batch}, reading at {read_speed / 1e9:.0f} GB/s; "
-        f"blocks of {net.layers} x {block / 1e6:.2f} M weights and of {net.layers} x {own / 1e6:.2f} M"
+        f"\nbatches of {batch} clips on {jax.devices()[0].device_kind}: products at "
+        f"{many / 1e9:.0f} GFLOP/s with {batch * frames} rows, {few / 1e9:.0f} with {batch}, "
+        f"reading at {read_speed / 1e9:.0f} GB/s; blocks of {net.layers} x {block / 1e6:.2f} M "
+        f"weights and of {net.layers} x {own / 1e6:.2f} M"
     )
     print(f"{'':42} {'clips/s':>9} {'range':>17} {'times faster':>13} {'limit':>9} {'of it':>7}")
     for name, limit in zip(runs, limits, strict=True):
@@ -352,7 +378,10 @@ def speed(storm: checkpoint.Model, codes: np.ndarray, rounds: int) -> None:
 
 
 def products(rows: int, width: int, hidden: int) -> tuple[Callable[[], jax.Array], float]:
-    """A hundred float32 products [rows, width] x [width, hidden] and back, and their FLOPs."""
+    """Returns a function of a hundred float32 products, and its FLOPs.
+
+    The products are [rows, width] x [width, hidden] and back.
+    """
     up, down = (
         jax.random.normal(jax.random.key(n), shape)
         for n, shape in enumerate([(width, hidden), (hidden, width)])
@@ -366,7 +395,7 @@ def products(rows: int, width: int, hidden: int) -> tuple[Callable[[], jax.Array
 
 
 def reading(count: int = 2**26) -> tuple[Callable[[], jax.Array], float]:
-    """A pass over memory too large for a CPU's caches, and its bytes."""
+    """Returns a function that reads memory too large for a CPU's caches, and the bytes."""
     x = jnp.ones(count)
     total = jax.jit(jnp.sum)
     return lambda: total(x), 4.0 * count

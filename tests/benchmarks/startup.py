@@ -50,6 +50,7 @@ def make_models(folder: Path) -> None:
     from musicrl_jax.models.transformer import TransformerConfig
     from musicrl_jax.objectives.mulan import VOCABULARY
 
+    # A tokenizer of few words.
     captions = SimpleNamespace(
         captions=lambda split: ["a slow piano", "a fast reel on a harp"] * 20
     )
@@ -57,6 +58,7 @@ def make_models(folder: Path) -> None:
     vocabulary.build(captions, str(folder / "words.model"), 300)
     rate, key = 16_000, jax.random.key(0)
     wav, codes = jnp.zeros((1, rate)), jnp.zeros((1, 4, 8), jnp.int32)
+    # Sizes as those of the demo.
     text = BertConfig(layers=1, heads=4, embed=64, mlp=128, positions=64, pieces=1024)
     hearing = ResNetConfig(mels=64, widths=(16, 32, 64, 128), blocks=1)
     temporal = TransformerConfig(4, 160, 4, 448, 0.0)
@@ -85,6 +87,7 @@ def make_models(folder: Path) -> None:
             (codes, codes > 0, 4),
         ),
     }
+    # Random weights, with the lineage that systems check.
     hashes = {"semantic": "of no model"}
     for name, (module, inputs) in models.items():
         variables = meta.unbox(
@@ -112,16 +115,18 @@ def checkout(name: str, folder: Path) -> Path:
 
 
 def environment(root: Path, cache: Path) -> dict[str, str]:
-    """Returns an environment in which `root` is imported, and compiled functions are kept in
-    `cache`.
-    """
-    left = {
+    """Returns an environment that imports `root` and caches compiled functions in `cache`."""
+    inherited = {
         name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_"))
     }
-    return left | {"PYTHONPATH": str(root), "XDG_CACHE_HOME": str(cache), "JAX_PLATFORMS": "cpu"}
+    return inherited | {
+        "PYTHONPATH": str(root),
+        "XDG_CACHE_HOME": str(cache),
+        "JAX_PLATFORMS": "cpu",
+    }
 
 
-def measured(
+def processor_seconds(
     root: Path, cache: Path, *arguments: str, until: Callable[[], bool] | None = None
 ) -> float:
     """Returns the processor seconds of a command of that checkout; ended once `until` is true."""
@@ -150,7 +155,7 @@ def measured(
 
 
 def is_ready(port: int) -> bool:
-    """Whether a service answers that it is ready."""
+    """Tells whether a service answers that it is ready."""
     try:
         urlopen(f"http://127.0.0.1:{port}/readyz", timeout=5).close()
     except (URLError, OSError):
@@ -160,7 +165,7 @@ def is_ready(port: int) -> bool:
 
 def one_turn(root: Path, models: Path) -> Iterator[tuple[str, float]]:
     """Yields what was measured of one checkout, with caches of its own."""
-    yield "--help", measured(root, models, "--help")
+    yield "--help", processor_seconds(root, models, "--help")
     with tempfile.TemporaryDirectory() as folder:
         # A checkout reads no bundle of a later one.
         flag, seconds, bundle = system_flag(root), f"--clip_seconds={SECONDS}", f"{folder}/bundle"
@@ -171,7 +176,7 @@ def one_turn(root: Path, models: Path) -> Iterator[tuple[str, float]]:
             "--platforms=cpu",
             f"--out={bundle}",
         )
-        measured(root, Path(folder, "export"), *flags)
+        processor_seconds(root, Path(folder, "export"), *flags)
         for number, (kind, source) in enumerate(
             {"system": models / "policy", "bundle": bundle}.items()
         ):
@@ -180,7 +185,7 @@ def one_turn(root: Path, models: Path) -> Iterator[tuple[str, float]]:
                 out = f"--out={folder}/{kind}_{state}"
                 yield (
                     f"generate by a {kind}, {state}",
-                    measured(root, Path(folder, f"{number}"), *flags, out),
+                    processor_seconds(root, Path(folder, f"{number}"), *flags, out),
                 )
         for state in ("cold", "warm"):
             with socket.socket() as free:
@@ -190,7 +195,7 @@ def one_turn(root: Path, models: Path) -> Iterator[tuple[str, float]]:
             ready = partial(is_ready, port)
             yield (
                 f"serve until ready, {state}",
-                measured(root, Path(folder, "serve"), *flags, until=ready),
+                processor_seconds(root, Path(folder, "serve"), *flags, until=ready),
             )
 
 
@@ -200,13 +205,15 @@ def report(names: list[str], seconds: Mapping[str, Mapping[str, list[float]]]) -
         medians = [statistics.median(seconds[name][what]) for name in names]
         if len(names) == 2:
             print(
-                f"{what}: {medians[0] / medians[1]:.2f} times as much in {names[0]} as in {names[1]}"
+                f"{what}: {medians[0] / medians[1]:.2f} times as much in {names[0]} "
+                f"as in {names[1]}"
             )
     for what in seconds[names[0]]:
         for name in names:
             each = seconds[name][what]
             print(
-                f"{what}, {name}: {statistics.median(each):.2f} s [{min(each):.2f}, {max(each):.2f}]"
+                f"{what}, {name}: {statistics.median(each):.2f} s "
+                f"[{min(each):.2f}, {max(each):.2f}]"
             )
 
 
