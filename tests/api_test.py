@@ -71,7 +71,7 @@ def score_brightness(clips):
 def test_the_best_of_several_candidates_is_returned(page, monkeypatch):
     player = page["system"]._player
     with monkeypatch.context() as patch:
-        patch.setitem(player.about, "rewards", {"total": {}})
+        patch.setitem(player.manifest, "rewards", {"total": {}})
         patch.setattr(player, "score", score_brightness, raising=False)
         best = page["system"].generate(PROMPTS, seed=1, candidates=4)
         patch.setattr(player, "score", lambda clips: {"total": np.full(len(clips.wav), np.nan)})

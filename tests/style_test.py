@@ -17,8 +17,8 @@ PACKAGE = [path for path in FILES if path.is_relative_to(ROOT / "musicrl_jax")]
 BANNED = set(
     re.findall(
         r"\w+",
-        "found asked told heard drawn seen given kept about watched hear know knows made taken wanted "
-        "left lies stands",
+        "found asked told heard drawn seen given kept about watched hear know knows made taken "
+        "wanted left lies stands",
     )
 )
 # A verb in the third person, as 'Returns'; nouns in the plural are none.
@@ -26,8 +26,9 @@ VERB = re.compile(r"[A-Z][a-z]+s")
 NOUNS = set(
     re.findall(
         r"\w+",
-        "Arrays As Bytes Clips Codes Figures Files Frames Has Is Its Keys Lines Losses Metrics Models "
-        "Names Paths Prompts Rewards Rows Scores Settings Stages Steps This Tokens Values Weights",
+        "Arrays As Bytes Clips Codes Figures Files Frames Has Is Its Keys Lines Losses Metrics "
+        "Models Names Paths Prompts Rewards Rows Scores Settings Stages Steps This Tokens Values "
+        "Weights",
     )
 )
 VERB_SHARE, COMMENT_SHARE = 0.95, 0.05

@@ -55,7 +55,7 @@ def error(choice, problem, truth, **options):
 
 
 def test_the_readme_shows_this_table(truth, problem):
-    readme = Path(__file__).parents[2] / "README.md"
+    readme = Path(__file__).parents[2] / "musicrl_jax/rl/README.md"
     assert oracle.table(problem, truth) in readme.read_text(encoding="utf-8")
 
 
