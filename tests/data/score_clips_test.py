@@ -74,6 +74,14 @@ def _bytes(folder: str | pathlib.Path) -> dict[str, str]:
     }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def small_waves():
+    """Lets builds parse eight pieces at a time. Data sets do not depend on the number."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(score_clips_dataset_builder, "_WAVE", 8)
+        yield
+
+
 @pytest.fixture(scope="module")
 def built(tmp_path_factory) -> Builder:
     return _build(_config("built"), tmp_path_factory.mktemp("built"))
@@ -445,7 +453,9 @@ def test_bytes_are_the_same_in_another_process_with_one_worker(built, tmp_path, 
 import sys, joblib
 sys.path.insert(0, {str(pathlib.Path(score_clips_dataset_builder.__file__).parents[2])!r})
 joblib.cpu_count = lambda: 1
+from data.score_clips import score_clips_dataset_builder
 from data.score_clips.score_clips_dataset_builder import Builder, ScoreClipsConfig
+score_clips_dataset_builder._WAVE = 8
 config = ScoreClipsConfig(name="built", **{built.info.metadata!r})
 Builder(config=config, data_dir={str(tmp_path)!r}).download_and_prepare(file_format="array_record")
 """
