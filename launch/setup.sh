@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
 # Makes .venv with the package, its extras and the versions of CI. Does nothing if it is up to date.
-#   launch/setup.sh                      uses `python3`; PYTHON=python3.12 launch/setup.sh uses another one
+#   launch/setup.sh                      uses `python3`
+#   PYTHON=python3.12 launch/setup.sh    uses another Python
 #   launch/setup.sh parity benchmark     installs more extras of setup.py
-#   VENV=/opt/musicrl launch/setup.sh    installs there, and the package as a wheel that needs no checkout
-# Checks files against the hashes in launch/requirements-PYTHON.txt, which launch/lock.py writes, except
-# PyTorch in the extra parity. A Python without such a file gets the newest versions, unchecked.
+#   VENV=/opt/musicrl launch/setup.sh    installs there, with the package as a wheel
+# Checks files against the hashes in launch/requirements-PYTHON.txt, which launch/lock.py writes.
+# Does not check PyTorch, of the extra parity. A Python without such a file gets the newest
+# versions, unchecked.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 venv=${VENV:-.venv}
@@ -29,7 +31,7 @@ install() {
   "$venv/bin/python" -m pip install --quiet "$@"
 }
 
-# The pinned setuptools builds source packages. An isolated build would fetch another one, unchecked.
+# The pinned setuptools builds source packages: an isolated build would fetch another, unchecked.
 install_pinned() {
   install --require-hashes --no-build-isolation --requirement "$1"
 }

@@ -1,39 +1,45 @@
 #!/usr/bin/env bash
-# Runs `musicrl run` on a Google Cloud TPU, through its pre-emptions. Creates or reuses the TPU, copies the checked-out
-# commit to all workers, and resumes in the same MODEL_DIR until the run is done.
+# Runs `musicrl run` on a Google Cloud TPU, through its pre-emptions. Creates or reuses the TPU,
+# copies the checked-out commit to all workers, and resumes in the same MODEL_DIR until the run is
+# done.
 #
-#   PROJECT=my-project ZONE=us-west4-a TPU_NAME=rl ACCELERATOR_TYPE=v5litepod-16 MODEL_DIR=gs://my-bucket/rl \
-#     launch/tpu_rl.sh [--dry-run] --gin_file=gin/experiments/musicrl_r.gin --gin_file=gin/sizes/base.gin \
+#   PROJECT=my-project ZONE=us-west4-a TPU_NAME=rl ACCELERATOR_TYPE=v5litepod-16 \
+#     MODEL_DIR=gs://my-bucket/rl launch/tpu_rl.sh [--dry-run] \
+#     --gin_file=gin/experiments/musicrl_r.gin --gin_file=gin/sizes/base.gin \
 #     --gin_file=YOUR_RUN.gin --gin.DATA_DIR="'gs://my-bucket/data'" [more flags for `musicrl run`]
 #
 #   --dry-run              prints the commands of a new run, ready to paste, and does nothing
 #   PROJECT ZONE TPU_NAME  name the TPU
 #   ACCELERATOR_TYPE       v5litepod-16, v5p-128, v6e-64, v4-32, ... as in gcloud
-#   MODEL_DIR              the run's folder: gs://BUCKET/..., or under SHARED_DIR. With one host, any other folder too, but
-#                          it is lost with the TPU. Workers mount the buckets that MODEL_DIR and flags name
-#   SHARED_DIR             where all workers have mounted a shared disk, for example by a startup script in CREATE_FLAGS
+#   MODEL_DIR              the run's folder: gs://BUCKET/..., or under SHARED_DIR. One host may have
+#                          any other folder, but it is lost with the TPU. Workers mount the buckets
+#                          that MODEL_DIR and flags name
+#   SHARED_DIR             where all workers have mounted a shared disk, for example by a startup
+#                          script in CREATE_FLAGS
 #   SPOT=1                 creates a TPU that may be pre-empted
 #   SLICES=2               number of slices of ACCELERATOR_TYPE; default 1
-#   PROVISION=vm           creates the TPU at once or fails; the default, `queued`, waits until one is free
+#   PROVISION=vm           creates the TPU at once or fails; default `queued`: waits for a free one
 #   RUNTIME_VERSION        software version of the workers; by default that of the TPU generation
-#   IMAGE                  image of launch/Dockerfile that runs `musicrl` on the workers; by default each worker installs
-#                          the commit. Gin files always come from the commit
+#   IMAGE                  image of launch/Dockerfile that runs `musicrl` on the workers; by default
+#                          each worker installs the commit. Gin files always come from the commit
 #   CREATE_FLAGS           more flags for gcloud's create, separated by spaces
-#   TOPOLOGY=v5p:4x4x28    shape for the plan, if this script does not know it. SKIP_PLAN=1 starts without a plan
-#   LOG_DIR                folder of attempt-001.log, ..., one for each attempt; default runs/tpu_rl/TPU_NAME
+#   TOPOLOGY=v5p:4x4x28    shape for the plan, if this script does not know it
+#   SKIP_PLAN=1            starts without a plan
+#   LOG_DIR                folder of attempt-001.log, ...: a log for each attempt; default
+#                          runs/tpu_rl/TPU_NAME
 #   MAX_ATTEMPTS           default 100; then exits with status 75
 #   PAUSE_SECONDS          between two looks at a state, and before the next attempt; default 30
 #   DELETE_WHEN_DONE=1     deletes the TPU when the run is done
 #
-# Ctrl-C or SIGTERM stops the run: the workers save, and the same command resumes. nohup, cron and & in a script start
-# this script with SIGINT ignored: then only SIGTERM stops it, by kill -TERM and its process id.
+# Ctrl-C or SIGTERM stops the run: the workers save, and the same command resumes. nohup, cron and &
+# in a script start this script with SIGINT ignored: then only SIGTERM stops it, by kill -TERM and
+# its process id.
 #
 # The worst exit status of the workers decides what follows an attempt:
-#   0                             done
-#   75                            saved: resumes on the same TPU
-#   134, 137, 143, 255, or a TPU that is no longer READY
-#                                 lost: resumes on a new TPU
-#   any other                     a mistake: three of them, without a 75 in between, end this script with that status
+#   0                   done
+#   75                  saved: resumes on the same TPU
+#   134, 137, 143, 255  lost: resumes on a new TPU, also if the TPU is no longer READY
+#   any other           a mistake: three, without a 75 in between, end this script with that status
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -146,7 +152,7 @@ check_model_dir() {
   fi
 }
 
-read_arguments() {  # sets arguments, of `musicrl run`, and planned, those that `musicrl plan` takes too
+read_arguments() {  # sets arguments, of `musicrl run`, and planned, of `musicrl plan`
   [ $# != 0 ] || die "say what to run: --gin_file=gin/experiments/musicrl_r.gin, and more flags of \`musicrl run\`"
   local argument flag=
   planned=()
@@ -168,7 +174,7 @@ check_gin_file() {
     die "--gin_file=$1 is not in the commit that the workers get: git add and commit it, and name it from $PWD"
 }
 
-read_checkout() {  # sets code, which identifies what the workers run: TREE of the commit, or TREE@IMAGE
+read_checkout() {  # sets code, which identifies what workers run: the commit's TREE or TREE@IMAGE
   local tree
   tree=$(git rev-parse --verify --quiet 'HEAD^{tree}') || die "$PWD is no git checkout with a commit: clone one"
   git diff --quiet HEAD -- || die "the checkout has changes that are not committed, and the workers get its commit:" \
@@ -207,8 +213,8 @@ pause() {
   wait $!
 }
 
-# COMMAND...: starts it in the background, so that bash handles signals while it runs, and in its own session, so
-# that all its processes can be stopped.
+# COMMAND...: starts it in the background, so that bash handles signals while it runs, and in its
+# own session, so that all its processes can be stopped.
 start() {
   if [ "$dry_run" ]; then
     quoted "$@"
@@ -223,7 +229,7 @@ call() {
   [ "$dry_run" ] || wait $!
 }
 
-# COMMAND: runs it on all workers of all slices at once. The exit status means nothing: callers read the log.
+# COMMAND: runs it on all workers of all slices at once. Ignore the exit status: read the log.
 on_workers() {
   local node
   for node in "${nodes[@]}"; do
@@ -368,8 +374,8 @@ connect_again() {  # to workers that have not reported an exit status: their run
   done
 }
 
-# Prints the worst status of the workers. A mistake of one worker makes the others lose it, so it counts more than
-# theirs. A worker without a status is lost.
+# Prints the worst status of the workers. A mistake of one worker makes the others lose it: it
+# counts more than their statuses. A worker without a status is lost.
 worst() {
   local statuses mistake='' lost='' again=''
   mapfile -t statuses < <(awk '/^musicrl-exit / {last[$2] = $3} END {for (worker in last) print last[worker]}' "$log")
@@ -410,7 +416,7 @@ interrupted() {  # SIGNAL
   exit $((128 + $(kill -l "$1")))
 }
 
-next_log() {  # sets log, and token, which differs from the tokens of all earlier attempts on a worker
+next_log() {  # sets log, and token, which no earlier attempt on a worker has
   local number=1
   while log=$LOG_DIR/$(printf 'attempt-%03d.log' "$number") && [ -e "$log" ]; do number=$((number + 1)); done
   token=$(basename "$log" .log)-$(date +%s)

@@ -1,10 +1,13 @@
 #!/usr/bin/env bash
 # Runs on each worker of a TPU, in ~/musicrl, where launch/tpu_rl.sh has unpacked a commit.
-#   launch/tpu_worker.sh setup TREE[@IMAGE]     installs the commit's requirements, or pulls the image. TREE is its git tree
-#   launch/tpu_worker.sh run ATTEMPT [flags]    starts `musicrl run` and prints its log; called again, only prints the log
-#   launch/tpu_worker.sh join ATTEMPT           prints the log of an attempt that was started
-#   launch/tpu_worker.sh stop                   makes running attempts save and stop, and waits for them
-# A run does not depend on the connection that started it: if one breaks, gcloud repeats the command over another.
+#   launch/tpu_worker.sh setup TREE[@IMAGE]   installs the requirements of a commit, by its git tree,
+#                                             or pulls the image
+#   launch/tpu_worker.sh run ATTEMPT [flags]  starts `musicrl run` and prints its log. If ATTEMPT was
+#                                             started before, only prints the log
+#   launch/tpu_worker.sh join ATTEMPT         prints the log of an attempt that was started
+#   launch/tpu_worker.sh stop                 lets running attempts save and end, and waits for them
+# A run does not depend on the connection that started it: if one breaks, gcloud repeats the command
+# over another.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 attempts=${TMPDIR:-/tmp}/musicrl-attempts  # empty after a boot, when its process ids are invalid
@@ -78,14 +81,14 @@ join() {
   follow "$attempts/$1" 10
 }
 
-follow() {  # ATTEMPT_FOLDER LINE: prints its log from that line to its end, and exits with its status
+follow() {  # ATTEMPT_FOLDER LINE: prints its log from that line on, and exits with its status
   tail --pid="$(cat "$1/pid")" --sleep-interval=0.2 --lines="$2" --follow "$1/log" |
     sed --unbuffered "s/^/$(hostname): /"
   exit "$(cat "$1/status" 2> /dev/null || echo 255)"
 }
 
-# Prints the exit status. The launcher reads it from the log: gcloud returns the status of one worker only, and 255
-# for a broken connection too.
+# Prints the exit status. The launcher reads it from the log: gcloud returns the status of one
+# worker only, and 255 for a broken connection too.
 report_status() {
   local status=$?
   printf '\nmusicrl-exit %s %s\n' "$(hostname)" "$status"
@@ -96,7 +99,8 @@ start() {
   local attempt=$1 argument code mounted=() musicrl=(.venv/bin/musicrl)
   shift
   code=$(cat .code 2> /dev/null || true)
-  if [[ $code == *@* ]]; then  # as this user, who alone can read the mounted bucket; privileged, for the TPU
+  if [[ $code == *@* ]]; then
+    # As this user, who alone can read the mounted bucket. Privileged, for the TPU.
     musicrl=(sudo docker run --rm --privileged --network=host "--user=$(id -u):$(id -g)" "--env=HOME=$HOME"
       --env=JAX_COMPILATION_CACHE_DIR --env=XDG_CACHE_HOME= "--volume=$HOME:$HOME" "--workdir=$PWD")
     [ -z "${SHARED_DIR:-}" ] || musicrl+=("--volume=$SHARED_DIR:$SHARED_DIR")
