@@ -62,6 +62,8 @@ class Builder(RepeatableBuilder):
     VERSION = tfds.core.Version("1.0.0")
     RELEASE_NOTES = {"1.0.0": "First."}  # noqa: RUF012
 
+    # --- TFDS's interface ---
+
     def download_and_prepare(self, **options) -> None:
         """Builds the data set if it does not exist. Takes TFDS's options.
 
@@ -148,6 +150,8 @@ class Builder(RepeatableBuilder):
                 }
                 yield name, example
 
+    # --- checks before a build ---
+
     def _progress(self, items: Iterable, label: str, total: int) -> Progress:
         return Progress(items, f"audio_folder/{self.builder_config.name} {label}", total)
 
@@ -210,7 +214,7 @@ class Builder(RepeatableBuilder):
 
     def _splits(self, usable: dict[str, recordings.Recording]) -> dict[str, str]:
         """Returns the split of each file. Copies of a recording share a split."""
-        firsts = {}
+        firsts = {}  # by digest: the first name of a recording
         for file in sorted(usable):
             firsts.setdefault(usable[file].digest, file)
         names = self._progress(firsts.values(), "recordings split", len(firsts))
@@ -256,6 +260,8 @@ class Builder(RepeatableBuilder):
             print(f"{name}: {clips} {reason} ({_named(files)})", file=sys.stderr)
             report[reason] = {"count": clips, "files": files}
         (self.data_path / "skipped.json").write_text(json.dumps(report, indent=2))
+
+    # --- reading ---
 
     def _clips(self, path: pathlib.Path, peak: np.float32) -> Iterator[np.ndarray]:
         """Returns an iterator over a file's clips. Reads the first ones at once."""

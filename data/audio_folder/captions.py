@@ -37,6 +37,7 @@ def read_captions(path: pathlib.Path, allow_outside: bool = False) -> list[Row]:
     """
     rows, lines = [], {}
     for row in tables.read_rows(path, _COLUMNS):
+        # Its texts.
         file, caption = (row.values[column] for column in _COLUMNS)
         for column in _COLUMNS:
             if not row.values[column].strip():
@@ -48,6 +49,8 @@ def read_captions(path: pathlib.Path, allow_outside: bool = False) -> list[Row]:
         if not allow_outside and _leads_outside(file):
             remedy = "put it there, or build with allow_outside=True"
             raise row.error("file", f"{file!r} is not inside the folder: {remedy}")
+
+        # Its id, which no other row may have.
         identity = _identity(row)
         if identity in lines:
             remedy = "give each row another id"

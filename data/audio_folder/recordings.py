@@ -65,10 +65,11 @@ class _Forward(soundfile.SoundFile):
 
 def examine(path: pathlib.Path, clip_seconds: float, sample_rate_hz: int) -> Recording:
     """Measures a file, which it reads to the end. Raises Unusable for an unusable file."""
+    # Silence is measured in whole windows of each clip.
     length = round(clip_seconds * sample_rate_hz)
     window = min(length, max(1, round(_WINDOW_SECONDS * sample_rate_hz)))
     peak, count, digest = np.float32(0.0), 0, hashlib.blake2b()
-    rest, silence = np.zeros(0, np.float32), []
+    rest, silence = np.zeros(0, np.float32), []  # samples behind the last whole clip; shares
     for samples in _blocks(path, sample_rate_hz):
         count += len(samples)
         peak = np.maximum(peak, np.abs(samples).max(initial=0.0))  # propagates NaN, unlike max
@@ -77,6 +78,8 @@ def examine(path: pathlib.Path, clip_seconds: float, sample_rate_hz: int) -> Rec
         whole = len(rest) // length * length
         silence += [_silent_share(clip, window) for clip in rest[:whole].reshape(-1, length)]
         rest = rest[whole:]
+
+    # Faults of a whole file. `not <` is true for NaN too.
     if not peak < _GREATEST:
         raise Unusable("samples far beyond full scale: export it again", f"{peak:.3g} times")
     if count < _ENOUGH * length:
@@ -98,6 +101,9 @@ def _silent_share(samples: np.ndarray, window: int) -> float:
     """Returns the share of windows that are silent. `window` is their number of samples."""
     windows = samples[: len(samples) // window * window].reshape(-1, window)
     return float(np.mean(np.ptp(windows, axis=1) < _QUIET)) if len(windows) else 0.0
+
+
+# --- clips ---
 
 
 def read_clips(
@@ -126,6 +132,9 @@ def read_clips(
         yield np.resize(rest, length)
 
 
+# --- decoding ---
+
+
 def _blocks(path: pathlib.Path, sample_rate_hz: int) -> Iterator[np.ndarray]:
     """Yields a file as blocks of mono float32 that join to the whole file."""
     try:
@@ -135,6 +144,7 @@ def _blocks(path: pathlib.Path, sample_rate_hz: int) -> Iterator[np.ndarray]:
             raise Unusable("not a regular file, but a folder, a pipe or a device: give a file")
         if path.stat().st_size == 0:
             raise Unusable("zero bytes long: copy the file again")
+        # A file may have several streams with different rates: each has its own resampler.
         for stream in streams(path):
             with StreamFile(path, stream) as raw:
                 yield from _resampled(raw, stream, sample_rate_hz)

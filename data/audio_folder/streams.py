@@ -26,6 +26,8 @@ _TAIL = 2**16  # bytes behind the last frame or page that may be anything; more 
 _MPEG_SUFFIXES = (".mp3", ".mp2", ".mpga", ".mpa")
 _SIZE_MARGIN = 4096  # writers into a pipe state sizes up to this far below 2^31 or 2^32
 
+# --- a stream as a file ---
+
 Piece = bytes | tuple[int, int]  # bytes, or start and stop of a part of the file
 
 
@@ -77,6 +79,7 @@ class StreamFile(io.RawIOBase):
     def readinto(self, buffer: memoryview) -> int:
         """Fills the buffer, or a part of it at the end. Returns the number of bytes."""
         view, count = memoryview(buffer).cast("B"), 0
+        # A piece in each round: callers expect a full buffer unless the stream ends.
         while count < len(view) and self._position < self._starts[-1]:
             number = bisect.bisect_right(self._starts, self._position) - 1
             piece, inner = self._pieces[number], self._position - self._starts[number]
@@ -112,6 +115,9 @@ class StreamFile(io.RawIOBase):
         super().close()
 
 
+# --- all formats ---
+
+
 def streams(path: pathlib.Path) -> list[Stream]:
     """Returns the streams of a file. Files other than wav, flac, ogg and mp3 are one stream.
 
@@ -128,6 +134,7 @@ def streams(path: pathlib.Path) -> list[Stream]:
             return list(_flac_streams(content, start, stop))
         if kind == b"OggS":
             return list(_ogg_streams(content, start, stop))
+        # In other files, MPEG audio must start at once: odd bytes may look like a frame.
         search = _SEARCH if path.suffix.lower() in _MPEG_SUFFIXES else 1
         if (first := _first_frame(content, start, min(start + search, stop))) is not None:
             return list(_mpeg_streams(content, first, stop))
@@ -327,6 +334,7 @@ def _ogg_streams(content: mmap.mmap, position: int, stop: int) -> Iterator[Strea
     """Yields the links of a chain. The first pages of a link are those that start its streams."""
     start, beginning = position, True
     while position < stop:
+        # A page: its header, a table with the sizes of its segments, the segments.
         if content[position : position + 4] != b"OggS":
             if stop - position > _TAIL or content.find(b"OggS", position, stop) >= 0:
                 raise _damaged(f"no pages from byte {position} on")
@@ -336,6 +344,7 @@ def _ogg_streams(content: mmap.mmap, position: int, stop: int) -> Iterator[Strea
         end = position + 27 + segments + sum(table)
         if position + 27 > stop or len(table) < segments or end > stop:
             raise Unusable("truncated: copy or fetch the file again", "its last page is cut")
+        # Behind other pages, a page that starts a stream starts the next link.
         first_page = bool(content[position + 5] & 2)
         if first_page and not beginning:
             yield Stream(((start, position),))
@@ -348,6 +357,7 @@ def _ogg_streams(content: mmap.mmap, position: int, stop: int) -> Iterator[Strea
 
 _V1, _V2 = 3, 2  # two bits of the header; 0 is version 2.5
 _LAYER_1, _LAYER_2, _LAYER_3 = 3, 2, 1
+# Kilobits a second by version and layer, for the numbers 1 to 14 of a header. Version 2.5 is as 2.
 _KILOBITS = {
     (_V1, _LAYER_1): range(32, 449, 32),
     (_V1, _LAYER_2): (32, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384),
@@ -382,10 +392,13 @@ class _Kind(NamedTuple):
 @functools.cache
 def _header(second: int, third: int, mono: bool) -> tuple[_Kind, int] | None:
     """Returns kind and length in bytes of a frame by its header, or None if it is no header."""
+    # Bit fields. Several values are reserved: a header with one is none.
     version, layer = second >> 3 & 3, second >> 1 & 3
     bit_rate, rate, padding = third >> 4, third >> 2 & 3, third >> 1 & 1
     if second < 0xE0 or version == 1 or layer == 0 or bit_rate in (0, 15) or rate == 3:
         return None
+
+    # Sample rate, bits a second and length. Layer 1 counts in slots of four bytes.
     rate_hz = (44100, 48000, 32000)[rate] // {_V1: 1, _V2: 2, 0: 4}[version]
     bits = 1000 * _KILOBITS[_V1 if version == _V1 else _V2, layer][bit_rate - 1]
     kind = _Kind(version, layer, rate_hz, 1 if mono else 2)
@@ -467,6 +480,8 @@ def _mpeg_streams(content: mmap.mmap, position: int, stop: int) -> Iterator[Stre
         if frame is None:
             position = _next_frame(content, position, stop)
             continue
+
+        # A whole frame, and whether it is an Info frame, which has no audio.
         kind, end = frame[0], position + frame[1]
         if end > stop:
             break  # half a frame, as a stopped encoder leaves
@@ -474,6 +489,8 @@ def _mpeg_streams(content: mmap.mmap, position: int, stop: int) -> Iterator[Stre
         is_info = kind.layer == _LAYER_3 and (
             name in (b"Xing", b"Info") or content[position + 36 : position + 40] == b"VBRI"
         )
+
+        # A new stream, or the next frame of this one.
         if frames is None or is_info or kind != frames.kind:
             if frames is not None and frames.count:
                 yield frames.stream(content)

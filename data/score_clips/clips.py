@@ -49,6 +49,7 @@ def draw_clip(
     choices = suitable(instruments, len(parts), lowest, highest)
     instrument = choices[rng.integers(len(choices))]
     shift = _draw_transposition(lowest, highest, instrument.low, instrument.high, rng)
+    # Only sustained instruments can play staccato and legato differently.
     articulation = (
         str(rng.choice(list(LENGTHS), p=(0.3, 0.4, 0.3))) if instrument.sustained else "natural"
     )
@@ -66,6 +67,8 @@ def draw_clip(
     whole_piece = [(onset, time, pitch + shift, part) for onset, time, pitch, part in piece.notes]
     agreed = key and key == analysis.likely_key(whole_piece)
     notes = tuple(_as_played(note, LENGTHS[articulation]) for note in written)
+
+    # Everything that a caption may say, and where the notes come from.
     attributes = {
         "instrument": instrument.name,
         "family": instrument.family,
@@ -91,6 +94,9 @@ def draw_clip(
     return Clip(f"{split}-{index:06d}", notes, hits, attributes)
 
 
+# --- tempo ---
+
+
 def beat(metre: str | None) -> float:
     """Returns the quarter notes of a beat: 1.5 in 3/8, 6/8, 9/8 and 12/8, else 1, also in 2/2."""
     return 1.5 if metre in ("3/8", "6/8", "9/8", "12/8") else 1.0
@@ -111,6 +117,9 @@ def _draw_tempo(piece: Piece, rng: np.random.Generator) -> int:
     slowest = max(_SLOWEST, _ONSETS[0] * 60 / onsets_per_beat)
     fastest = max(min(_FASTEST, _ONSETS[1] * 60 / onsets_per_beat), slowest)
     return round(float(np.exp(rng.uniform(np.log(slowest), np.log(fastest)))))
+
+
+# --- notes ---
 
 
 def _draw_excerpt(

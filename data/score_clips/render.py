@@ -33,6 +33,7 @@ def render(clip: Clip, seconds: float, sample_rate_hz: int) -> np.ndarray:
     sound = midirenderer.render_wave_from(_soundfont(), _midi(clip, seconds))
     stereo, rendered_rate_hz = soundfile.read(io.BytesIO(sound), dtype="float32", always_2d=True)
     mono = soxr.resample(stereo.mean(axis=1), rendered_rate_hz, sample_rate_hz)
+    # The synthesiser's length differs a little: pad or cut.
     samples = np.zeros(round(seconds * sample_rate_hz), np.float64)  # [N]
     samples[: len(mono)] = mono[: len(samples)]
     level = 10 ** (LEVELS[clip.attributes["dynamics"]] / 20)
@@ -49,6 +50,7 @@ def loudest_moment(samples: np.ndarray, sample_rate_hz: int) -> float:
 
 def _midi(clip: Clip, seconds: float) -> bytes:
     """Returns the clip as a MIDI file, one track for each part and one for the drums."""
+    # Parts.
     programs = INSTRUMENTS[clip.attributes["instrument"]].programs
     velocity = _VELOCITIES[clip.attributes["dynamics"]]
     score = pretty_midi.PrettyMIDI(resolution=960)
@@ -60,6 +62,8 @@ def _midi(clip: Clip, seconds: float) -> bytes:
                 end = round(onset + duration, 4)
                 player.notes.append(pretty_midi.Note(velocity, pitch, onset, end))
         score.instruments.append(player)
+
+    # Drums.
     if clip.drums:
         kit = pretty_midi.Instrument(0, is_drum=True)
         kit.notes = [

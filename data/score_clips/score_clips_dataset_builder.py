@@ -131,6 +131,8 @@ class Builder(RepeatableBuilder):
         ),
     ]
 
+    # --- TFDS's interface ---
+
     def download_and_prepare(self, **options) -> None:
         """Builds the data set if it does not exist. Takes TFDS's options.
 
@@ -170,6 +172,7 @@ class Builder(RepeatableBuilder):
 
     def _generate_examples(self, split: str, pieces: list[scores.Piece]):
         config = self.builder_config
+        # Clips take the pieces of the split in turn.
         total = getattr(config, split)
         jobs = [(index, pieces[index % len(pieces)]) for index in range(total)]
         clips = self._in_parallel(
@@ -191,6 +194,8 @@ class Builder(RepeatableBuilder):
                 "notes": json.dumps(clip.notes),
             }
             yield clip.id, example
+
+    # --- pieces and parallel work ---
 
     def _pieces(self) -> dict[str, list[scores.Piece]]:
         """Returns the pieces of each split."""

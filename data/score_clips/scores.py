@@ -74,6 +74,9 @@ class Piece:
         return max(offset + duration for offset, duration, _, _ in self.notes)
 
 
+# --- the corpus ---
+
+
 def candidates(collections: tuple[str, ...], seed: int) -> list[str]:
     """Returns the names of all pieces, in a seeded order that mixes the collections by weight.
 
@@ -111,6 +114,9 @@ def parse(name: str) -> Piece | None:
     return _piece(name, text, score)
 
 
+# --- splits ---
+
+
 def opening(piece: Piece) -> tuple[int, ...]:
     """Returns the first 20 intervals of the top line, in semitones: equal for a tune in any key."""
     line = {}
@@ -136,15 +142,19 @@ def quotas(pieces: int) -> dict[str, int]:
     return {split: max(1, round(share * pieces)) for split, share in _SHARES.items()}
 
 
+# --- from a parsed score to a piece ---
+
+
 def _piece(name: str, text: str, score) -> Piece | None:
     """Returns the piece of a parsed score and its ABC text, or None if it is unusable."""
     from music21 import stream
 
-    notes, lowest_part = [], 0
+    # Parts without notes get no number.
+    notes, next_part = [], 0
     for part in score.getElementsByClass(stream.Part):
         lines = struck_anew(_untied(part))
-        notes += [(offset, duration, pitch, lowest_part) for offset, duration, pitch in lines]
-        lowest_part += bool(lines)
+        notes += [(offset, duration, pitch, next_part) for offset, duration, pitch in lines]
+        next_part += bool(lines)
     metre, pickup, bar = _bars(score)
     collection, dance = name.partition("/")[0], _dance(text, metre)
     piece = Piece(name, collection, dance, metre, pickup, bar, tuple(sorted(notes)))
@@ -187,8 +197,10 @@ def struck_anew(notes: list[tuple[float, float, int]]) -> list[tuple[float, floa
     played, last = [], {}  # last: index in `played` of the latest note of each pitch
     for offset, duration, pitch in sorted(notes):
         before = played[last[pitch]] if pitch in last else None
+        # It starts while `before` sounds.
         if before is not None and offset < before[0] + before[1] - _SHORTEST:
             duration = max(offset + duration, before[0] + before[1]) - offset
+            # Both start at once: one longer note.
             if offset - before[0] < _SHORTEST:
                 played[last[pitch]] = (before[0], duration, pitch)
                 continue
@@ -207,6 +219,7 @@ def _bars(score) -> tuple[str | None, float, float]:
     metres = {signature.ratioString for signature in signatures}
     metre = metres.pop() if len(metres) == 1 else None
     bar = float(signatures[0].barDuration.quarterLength) if signatures else 4.0
+    # A first measure that is shorter than a bar is a pickup.
     measures = part.getElementsByClass(stream.Measure)
     first = float(measures[1].offset) if len(measures) > 1 else 0.0
     return metre, (first if first < bar else 0.0), bar
@@ -218,6 +231,9 @@ def _dance(text: str, metre: str | None) -> str | None:
     rhythm = " ".join(fields).lower().replace("slipjig", "slip jig")
     named = next((dance for dance in _DANCES if re.search(rf"\b{dance}\b", rhythm)), None)
     return named if named and metre in _DANCES[named] else None
+
+
+# --- files, names and hashes ---
 
 
 def _corpus() -> pathlib.Path:
