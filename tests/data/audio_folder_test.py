@@ -105,7 +105,8 @@ def test_every_format_gives_the_samples_that_were_written(tmp_path, ending, floo
     assert first.dtype == second.dtype == np.int16 and len(first) == len(second) == RATE_HZ
     expected = 0.75 * _music(2.0) * 32767
     for clip, there in ((first, expected[:RATE_HZ]), (second, expected[RATE_HZ:])):
-        inner = slice(500, -500)  # codecs and resamplers blur a file's ends
+        # Codecs and resamplers blur a file's ends.
+        inner = slice(500, -500)
         error = np.mean((clip[inner] - there[inner]) ** 2)
         assert 10 * np.log10(np.mean(there[inner] ** 2) / error) > floor_db
 
@@ -136,6 +137,7 @@ def test_a_tag_behind_the_audio_changes_no_sample(tmp_path, name, tail):
     path = DATA_FILES / name
     if not path.exists():
         path = _write(tmp_path / f"a.{name}", _music(2.0))
+    # The tags. Those of APEv2 contain what looks like frames.
     fields = struct.pack("<8sIII", b"APETAGEX", 2000, 72, 1)
     ape = fields + struct.pack("<IQ", 0xA0000000, 0) + b"\xff\xfb\x90\x40" * 10
     ape += fields + struct.pack("<IQ", 0x80000000, 0)
@@ -150,6 +152,8 @@ def test_a_tag_behind_the_audio_changes_no_sample(tmp_path, name, tail):
         "Lyrics3 and ID3v1": lyrics + id3,
     }
     tails |= {"zeros": bytes(4000), "text": b"not a sound " * 333}
+
+    # The file with a tag behind it.
     tagged = tmp_path / f"tagged{path.suffix}"
     tagged.write_bytes(path.read_bytes() + tails[tail])
     np.testing.assert_array_equal(_samples(tagged), _samples(path))
@@ -231,14 +235,19 @@ def test_chunks_behind_the_audio_of_a_wav_are_not_audio(tmp_path):
 
 def test_the_file_of_a_dead_recorder_is_read_to_its_end(tmp_path):
     """FLAC and MP3 of unknown length end in half a frame, Ogg without its last page."""
+    # FLAC.
     whole = (DATA_FILES / "piped.flac").read_bytes()
     (tmp_path / "a.flac").write_bytes(whole[: len(whole) * 6 // 10])
     sound, actual = _samples(DATA_FILES / "piped.flac"), _samples(tmp_path / "a.flac")
     assert len(actual) > 0.55 * len(sound)
     np.testing.assert_array_equal(actual, sound[: len(actual)])
+
+    # MP3.
     whole = (DATA_FILES / "cbr_piped.mp3").read_bytes()
     (tmp_path / "a.mp3").write_bytes(whole[: len(whole) // 2])
     assert _seconds(tmp_path / "a.mp3") == pytest.approx(4.0, abs=0.06)
+
+    # Ogg.
     noise = 0.1 * np.random.default_rng(0).standard_normal(20 * RATE_HZ)
     whole = _write(tmp_path / "b.ogg", noise).read_bytes()
     (tmp_path / "a.ogg").write_bytes(whole[: whole.index(b"OggS", len(whole) // 2)])
@@ -570,6 +579,7 @@ def _damaged(path: pathlib.Path, fault: str) -> pathlib.Path:
 
 
 LONG_NAME = "n" * 300  # longer than file systems allow
+# Reasons. Their remedies are behind the colon.
 TRUNCATED = "truncated: copy or fetch the file again"
 UNREADABLE = "not readable as audio, or damaged: replace it, or convert it to wav or flac"
 NO_ACCESS = "not readable: look at its name, its permissions and its disk"
@@ -579,6 +589,7 @@ IRREGULAR = "not a regular file, but a folder, a pipe or a device: give a file"
 BAD_RATE = "a sample rate that no recording has: mend its header, or export it again"
 NOT_FINITE = "NaN or infinite samples: export it again"
 SHORT = "shorter than a clip of 1 s: give longer files, or build with shorter clip_seconds"
+# By fault and format: reason, and a pattern of the value.
 FAULTS = {
     ("missing", "wav"): ("missing: put the file there, or mend its name in the captions", ""),
     ("zero bytes", "wav"): ("zero bytes long: copy the file again", ""),
@@ -633,6 +644,7 @@ def test_an_unusable_file_raises_reason_remedy_and_value(tmp_path, fault, ending
 
 def test_unusable_files_are_named_counted_and_skipped(tmp_path, capsys):
     """The folder has a file with each fault and three good ones."""
+    # The folder.
     bad = {}
     for fault, ending in FAULTS:
         bad[_damaged(tmp_path / f"{fault}.{ending}", fault).name] = FAULTS[fault, ending]
@@ -642,6 +654,8 @@ def test_unusable_files_are_named_counted_and_skipped(tmp_path, capsys):
     builder = _build(tmp_path)
     built = [example["caption"].decode() for example in _examples(builder)]
     assert built == [f"this is {name}.wav" for name in "abc"]
+
+    # What the data set and stderr say of the others.
     skipped = _skipped(builder)
     assert {file for fault in skipped.values() for file in fault["files"]} == set(bad)
     for reason, fault in skipped.items():
@@ -684,6 +698,8 @@ def test_silent_clips_are_left_out_and_counted(tmp_path, capsys):
     _write(tmp_path / "c.wav", 0.8 * _music(1.0))
     _write(tmp_path / "d.wav", np.zeros(3 * RATE_HZ))
     _write_captions(tmp_path, *(f"{name}.wav" for name in "abcd"))
+
+    # The default limit, 0.9.
     builder = _build(tmp_path)
     names = [example["id"].decode() for example in _examples(builder)]
     assert names == ["a.wav-0000", "a.wav-0004", "b.wav-0000", "c.wav-0000"]
@@ -698,6 +714,8 @@ def test_silent_clips_are_left_out_and_counted(tmp_path, capsys):
     printed = capsys.readouterr().err
     assert f"mine: 1 files skipped: 1 {whole}" in printed
     assert f"mine: 3 {clips} (a.wav: 3 of 5 clips)" in printed
+
+    # Other limits.
     shutil.rmtree(tmp_path / "built")
     assert len(_examples(_build(tmp_path, silence_share_limit=1.0))) == 10
     with pytest.raises(ValueError, match=r"another silence_share_limit \(1.0, now 0.4\): give"):
@@ -840,8 +858,12 @@ def test_files_outside_the_folder_need_allow_outside_but_links_do_not(tmp_path):
     for number, place in enumerate(("music/a.wav", "far/b.wav", "far/c.wav"), start=1):
         _write(tmp_path / place, number / 4 * _music(1.0))
     (tmp_path / "music/link").symlink_to(tmp_path / "far")
+
+    # By a symbolic link.
     _write_captions(tmp_path, "a.wav", "link/b.wav", "link/c.wav")
     assert len(_examples(_build(tmp_path, inside="music"))) == 3
+
+    # By `..` and by an absolute path.
     shutil.rmtree(tmp_path / "built")
     _write_captions(tmp_path, "a.wav", "../far/b.wav", str(tmp_path / "far/c.wav"))
     message = r"line 2, column 'file': '../far/b.wav' .* or build with allow_outside=True"
@@ -913,7 +935,8 @@ def _remove(folder):
     ],
 )
 def test_a_changed_source_under_an_old_name_raises(three, change, config, message):
-    _build(three, inside="music")  # nothing changed
+    # An unchanged source builds nothing and raises nothing.
+    _build(three, inside="music")
     if change:
         change(three)
     with pytest.raises(ValueError, match=rf"1.0.0 was built from {message}") as raised:

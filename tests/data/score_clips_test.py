@@ -26,6 +26,7 @@ from musicrl_jax.inputs import content
 from musicrl_jax.inputs.clips import Clips
 
 SECONDS, RATE_HZ = 4.0, 16000
+# Of several books and metres, with one part and with four.
 PIECES = (
     "ryansMammoth/MorpethHornpipe.abc#0",
     "oneills1850/0732-0758_mh.abc#15",
@@ -138,6 +139,8 @@ def test_tempo_and_metre_agree_with_the_score(sampled_clips, name):
         score = music21.converter.parse(tune, format="abc")
     else:
         score = music21.converter.parseFile(corpus / path, forceSource=True, storePickle=False)
+
+    # Its offsets, in quarter notes.
     offsets = {round(float(note.getOffsetInHierarchy(score)), 2) for note in score.recurse().notes}
     metre = score.recurse().getElementsByClass(music21.meter.TimeSignature)[0]
     first_bar = score.parts[0].getElementsByClass(music21.stream.Measure)[1].offset
@@ -381,12 +384,15 @@ def _sounding(clip: clips.Clip) -> list[tuple[int, float, float, int]]:
     As in MIDI, the first end of a pitch ends all its notes.
     """
     events, sounding, notes = [], {}, []
+    # Note events of all parts, without the drums of channel 9.
     for track in mido.MidiFile(file=io.BytesIO(render._midi(clip, SECONDS))).tracks[1:]:
         at = 0.0
         for message in track:
             at += message.time / 1920  # 960 ticks a beat at 120 beats a minute
             if message.type in ("note_on", "note_off") and message.channel != 9:
                 events.append((at, message))
+
+    # Notes, from an event that starts a pitch to the next event of it.
     for at, message in events:
         key = message.channel, message.note
         if key in sounding:
@@ -439,6 +445,7 @@ def test_random_access_gives_the_clip_of_its_index(source):
     counts = {split: len(source[split]) for split in source}
     assert counts == {"train": 20, "validation": 3, "test": 3}
     example = source["train"][7]
+    # The clip of the same index, drawn anew.
     facts = json.loads(example["attributes"])
     index = int(example["id"].decode().removeprefix("train-"))
     clip = clips.draw_clip(scores.parse(facts["piece"]), "train", index, 0, 0.5, FEW)

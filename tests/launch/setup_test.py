@@ -28,6 +28,9 @@ esac
 """
 
 
+# --- requirements files ---
+
+
 def entries(path):
     """Returns {name: (requirement, number of hashes)} of a requirements file."""
     text = re.sub(r" \\\n +", " ", path.read_text())
@@ -110,6 +113,9 @@ def test_an_entry_for_an_extra_keeps_its_marker_and_hashes():
     assert entry.startswith("a==1 ; extra == 'plan' \\\n")
 
 
+# --- setup.sh and test.sh ---
+
+
 @pytest.fixture
 def checkout(tmp_path, processes):
     """Returns (folder, run) of a checkout with a fake Python.
@@ -121,6 +127,7 @@ def checkout(tmp_path, processes):
     (folder / "launch").mkdir(parents=True)
     for name in ("launch/setup.sh", "launch/test.sh", "setup.py", "pyproject.toml"):
         shutil.copy(ROOT / name, folder / name)
+    # The fake says that it is Python 3.11.
     shutil.copy(HERE, folder / "launch/requirements-3.11.txt")
     for name in ("python3", "apt-get", "chromedriver", "faketime"):
         path = tmp_path / "bin" / name
@@ -196,6 +203,9 @@ def test_a_failed_half_of_the_tests_does_not_hide_the_other(fails, status, check
     assert len(halves) == 2 and "not slow" in halves[0] and halves[1] == "-m pytest -m slow"
     _, calls, _ = run("launch/test.sh", "fast")
     assert len([call for call in calls if call.startswith("-m pytest")]) == 1
+
+
+# --- licences ---
 
 
 def test_notice_lists_the_licences_of_shipped_files():

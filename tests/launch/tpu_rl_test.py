@@ -28,7 +28,9 @@ SETTINGS = {
     "PAUSE_SECONDS": "0",
     "MAX_ATTEMPTS": "9",
 }
-# Fake commands on the PATH, and their scripts.
+# --- fakes ---
+
+# Commands on the PATH, and their scripts.
 COMMANDS = {
     "hostname": 'echo "$HOST"',
     "gcsfuse": 'echo "$@" >> "$FAKE/mounts"',
@@ -39,6 +41,7 @@ COMMANDS = {
 while [ "$1" != my/image ]; do shift; done
 exec "$FAKE/musicrl" "${@:2}\"""",
 }
+# launch/setup.sh: installs `musicrl`.
 SETUP = """#!/usr/bin/env bash
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -46,6 +49,7 @@ echo "$PWD $*" >> "$FAKE/setups"
 mkdir -p .venv/bin
 cp "$FAKE/musicrl" .venv/bin/musicrl
 """
+# `musicrl`: records its arguments, and ends as $END says.
 MUSICRL = """#!/usr/bin/env bash
 case "$1 ${@: -1}" in
   plan*)
@@ -194,6 +198,8 @@ def cloud(template, tmp_path, processes):
     return Cloud(shutil.copytree(template, tmp_path / "cloud", symlinks=True), processes)
 
 
+# --- runs ---
+
 NEW = ["queued-resources create", "tpu-vm scp", "setup"]
 
 
@@ -261,6 +267,9 @@ def test_a_ready_tpu_with_this_commit_is_reused(cloud):
     files = (cloud.fake / "workers/rl-w-1/musicrl/gin").iterdir()
     assert [path.name for path in files] == ["other.gin"]  # others are not in the commit
     assert [len(cloud.log(number)) > 0 for number in (1, 2, 3)] == [True] * 3
+
+
+# --- states of the TPU, lost workers and mistakes ---
 
 
 @pytest.mark.parametrize(
@@ -385,6 +394,9 @@ def test_a_run_whose_launcher_died_is_stopped_before_another(cloud):
     assert "saved" in (attempt / "log").read_text()
 
 
+# --- signals and other launchers ---
+
+
 def wait_for(path):
     deadline = time.monotonic() + 20
     while not path.exists():
@@ -478,6 +490,8 @@ def test_a_run_on_several_slices(cloud):
     assert planned[-2:] == ["--topology=v5p:2x2x2", "--slices=2"]
 
 
+# --- arguments and the dry run ---
+
 ODD = ["--gin.A='it''s'", '--gin.B="$HOME `id` \\n"', "--gin.C={'x  y': 1}"]
 ODD += ["--skip=a b", "--gin.D", "'*'", "--gin.E=\n", ""]
 
@@ -501,8 +515,11 @@ def test_arguments_reach_the_workers_unchanged(cloud, tmp_path):
 
 def test_a_line_of_the_dry_run_pasted_into_a_shell_is_the_call_of_the_run(cloud):
     assert cloud.run("--dry-run", f"--gin_file={GIN_FILE}", *ODD) == 0
+    # The line.
     text = cloud.out[cloud.out.index("gcloud compute tpus tpu-vm ssh") :]
     pasted = text[text.rindex("gcloud compute tpus tpu-vm ssh") : text.index("# Repeat")]
+
+    # The workers, as the launcher would have set them up.
     cloud.ends_as(0)
     cloud.has()
     for home in cloud.fake.glob("workers/*"):
@@ -537,12 +554,19 @@ def test_a_dry_run_prints_commands_and_does_nothing(name, cloud):
     assert printed == path.read_text(), "UPDATE_GOLDEN=1 updates it"
 
 
+# --- errors before anything is created ---
+
+
+def assert_refused(cloud, complaint, *arguments, **settings):
+    assert cloud.run(*arguments, **settings) == 1
+    assert complaint in cloud.err
+    assert cloud.lines("calls.jsonl") == []
+
+
 @pytest.mark.parametrize("name", ["PROJECT", "ZONE", "TPU_NAME", "ACCELERATOR_TYPE", "MODEL_DIR"])
 def test_a_missing_setting_is_named(name, cloud):
-    assert cloud.run(**{name: None}) == 1
-    assert f"{name} is not set: give the" in cloud.err or f"{name} is not set: give a" in cloud.err
-    assert cloud.run("--dry-run", f"--gin_file={GIN_FILE}", **{name: ""}) == 1
-    assert cloud.lines("calls.jsonl") == []
+    assert_refused(cloud, f"{name} is not set: give ", **{name: None})
+    assert_refused(cloud, f"{name} is not set: give ", "--dry-run", "--gin.A=1", **{name: ""})
 
 
 # Settings, and a part of the error.
@@ -569,9 +593,9 @@ BAD_SETTINGS = [
 
 @pytest.mark.parametrize(("settings", "complaint"), BAD_SETTINGS)
 def test_an_invalid_setting_is_named_with_value_and_remedy(settings, complaint, cloud):
-    assert cloud.run(**dict(word.split("=", 1) for word in settings.split(", "))) == 1
-    assert complaint in cloud.err and settings.split("=")[0] in cloud.err
-    assert cloud.lines("calls.jsonl") == []
+    settings = dict(word.split("=", 1) for word in settings.split(", "))
+    assert_refused(cloud, complaint, **settings)
+    assert next(iter(settings)) in cloud.err
 
 
 @pytest.mark.parametrize(
@@ -585,32 +609,26 @@ def test_an_invalid_setting_is_named_with_value_and_remedy(settings, complaint, 
     ],
 )
 def test_invalid_arguments_end_the_launcher(arguments, complaint, cloud):
-    assert cloud.run(*arguments) == 1
-    assert complaint in cloud.err
-    assert cloud.lines("calls.jsonl") == []
+    assert_refused(cloud, complaint, *arguments)
 
 
 def test_a_checkout_with_changes_ends_the_launcher(cloud):
     (cloud.checkout / GIN_FILE).write_text("A = 1\n")
-    assert cloud.run() == 1
-    assert "changes that are not committed" in cloud.err and "(gin/a run.gin, ...)" in cloud.err
+    assert_refused(cloud, "changes that are not committed")
+    assert "(gin/a run.gin, ...)" in cloud.err
 
 
 def test_a_run_that_does_not_fit_ends_before_anything_is_created(cloud):
     (cloud.fake / "plan_status").write_text("1")
-    assert cloud.run() == 1
+    assert_refused(cloud, "does not fit ACCELERATOR_TYPE=v5p-16")
     assert "4 functions of train_rl" in cloud.out
-    assert "does not fit ACCELERATOR_TYPE=v5p-16" in cloud.err
-    assert cloud.lines("calls.jsonl") == []
     assert cloud.run(SKIP_PLAN="1") == 0
     assert "No plan: SKIP_PLAN=1" in cloud.out
 
 
 def test_flags_that_musicrl_rejects_end_the_launcher_before_anything_is_created(cloud):
     (cloud.fake / "config_status").write_text("1")
-    assert cloud.run() == 1
-    assert "rejects these flags: what is wrong with it" in cloud.err
-    assert cloud.lines("calls.jsonl") == []
+    assert_refused(cloud, "rejects these flags: what is wrong with it")
 
 
 def test_help_names_every_setting(cloud):
@@ -618,6 +636,8 @@ def test_help_names_every_setting(cloud):
     for name in set(re.findall(r"\$\{([A-Z_]+):-", (ROOT / "launch/tpu_rl.sh").read_text())):
         assert name in cloud.out, f"the head of the script does not explain {name}"
 
+
+# --- files: shapes, scripts and the job set ---
 
 LAUNCHER = (ROOT / "launch/tpu_rl.sh").read_text()
 SHAPES = re.search(r'TOPOLOGIES="\n(.*?)\n"', LAUNCHER, flags=re.DOTALL)[1].splitlines()
