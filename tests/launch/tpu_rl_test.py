@@ -19,6 +19,7 @@ import yaml
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 GIN_FILE = "gin/a run.gin"
+ONE_HOST = {"ACCELERATOR_TYPE": "v5litepod-8"}  # for `ends_as(hosts=1)`
 SETTINGS = {
     "PROJECT": "my-project",
     "ZONE": "us-west4-a",
@@ -245,26 +246,26 @@ def test_an_image_is_pulled_once_and_runs_the_commands(cloud):
 
 
 def test_another_image_is_pulled_on_a_ready_tpu(cloud):
-    cloud.ends_as(0, 0, 0)
-    assert cloud.run(IMAGE="my/image") == 0
-    assert cloud.run(IMAGE="my/image") == 0
-    assert len(cloud.pulls()) == 2
-    assert cloud.run(IMAGE="") == 0
-    assert len(cloud.lines("setups")) == 5, "one for each plan, then one for each worker"
+    cloud.ends_as(0, 0, 0, hosts=1)
+    assert cloud.run(IMAGE="my/image", **ONE_HOST) == 0
+    assert cloud.run(IMAGE="my/image", **ONE_HOST) == 0
+    assert len(cloud.pulls()) == 1
+    assert cloud.run(IMAGE="", **ONE_HOST) == 0
+    assert len(cloud.lines("setups")) == 4, "one for each plan, then one on the worker"
 
 
 def test_a_ready_tpu_with_this_commit_is_reused(cloud):
-    cloud.ends_as(0, 0, 0)
+    cloud.ends_as(0, 0, 0, hosts=1)
     cloud.has()
-    assert cloud.run() == 0
+    assert cloud.run(**ONE_HOST) == 0
     assert cloud.calls() == ["tpu-vm scp", "setup", "run"]
-    assert cloud.run() == 0
+    assert cloud.run(**ONE_HOST) == 0
     assert cloud.calls()[3:] == ["run"]
     (cloud.checkout / GIN_FILE).rename(cloud.checkout / "gin/other.gin")
     cloud.commit()
-    assert cloud.run("--gin_file", "gin/other.gin") == 0
+    assert cloud.run("--gin_file", "gin/other.gin", **ONE_HOST) == 0
     assert cloud.calls()[4:] == ["tpu-vm scp", "setup", "run"]
-    files = (cloud.fake / "workers/rl-w-1/musicrl/gin").iterdir()
+    files = (cloud.fake / "workers/rl-w-0/musicrl/gin").iterdir()
     assert [path.name for path in files] == ["other.gin"]  # others are not in the commit
     assert [len(cloud.log(number)) > 0 for number in (1, 2, 3)] == [True] * 3
 
@@ -285,7 +286,7 @@ def test_a_ready_tpu_with_this_commit_is_reused(cloud):
 def test_a_tpu_in_another_state_is_brought_up(state, queued, expected, cloud):
     cloud.ends_as(0, hosts=1)
     cloud.has(state, queued)
-    assert cloud.run(ACCELERATOR_TYPE="v5litepod-8") == 0, cloud.out + cloud.err
+    assert cloud.run(**ONE_HOST) == 0, cloud.out + cloud.err
     assert cloud.calls()[: len(expected)] == expected
     assert f"rl is {state.split()[0] if queued == 'ACTIVE' else queued}" in cloud.out
 
@@ -330,21 +331,22 @@ def test_three_mistakes_end_the_run(cloud):
 
 def test_an_attempt_that_saves_resets_the_count_of_mistakes(cloud):
     cloud.ends_as(1, 139, 75, 1, 0, hosts=1)
-    assert cloud.run(ACCELERATOR_TYPE="v5litepod-8") == 0, cloud.out + cloud.err
+    assert cloud.run(**ONE_HOST) == 0, cloud.out + cloud.err
 
 
 def test_workers_that_cannot_be_set_up_are_a_mistake(cloud):
+    cloud.ends_as(hosts=1)
     script = SETUP.replace("mkdir", '[ "$HOST" = here ] || exit 5\nmkdir')
     cloud.write(cloud.checkout / "launch/setup.sh", script)
     cloud.commit()
-    assert cloud.run() == 1
+    assert cloud.run(**ONE_HOST) == 1
     assert cloud.calls() == [*NEW, "tpu-vm scp", "setup", "tpu-vm scp", "setup"]
     assert cloud.out.count("The workers could not be set up") == 3
 
 
 def test_attempts_end_at_their_maximum(cloud):
     cloud.ends_as(75, 75, hosts=1)
-    assert cloud.run(MAX_ATTEMPTS="2", ACCELERATOR_TYPE="v5litepod-8") == 75
+    assert cloud.run(MAX_ATTEMPTS="2", **ONE_HOST) == 75
     assert "MAX_ATTEMPTS=2 are over" in cloud.out
 
 
@@ -384,11 +386,11 @@ def test_a_lost_connection_is_opened_again(cloud):
 
 def test_a_run_whose_launcher_died_is_stopped_before_another(cloud):
     cloud.ends_as("waits", 0, hosts=1)
-    first = cloud.start(ACCELERATOR_TYPE="v5litepod-8")
+    first = cloud.start(**ONE_HOST)
     wait_for(cloud.fake / "waits-rl-w-0")
     os.killpg(first.pid, signal.SIGKILL)
     first.communicate()
-    assert cloud.run(ACCELERATOR_TYPE="v5litepod-8") == 0, cloud.out + cloud.err
+    assert cloud.run(**ONE_HOST) == 0, cloud.out + cloud.err
     (attempt,) = (cloud.fake / "workers/rl-w-0/tmp/musicrl-attempts").glob("*-001-*")
     assert (attempt / "status").read_text() == "75\n"
     assert "saved" in (attempt / "log").read_text()
