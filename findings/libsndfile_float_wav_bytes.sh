@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
-# libsndfile 1.2.2 (in soundfile 0.13.1) writes other bytes for the same samples in each second: a float WAV carries a
-# PEAK chunk with the time of writing, and an Ogg Vorbis stream a new serial number. A 16-bit WAV and a FLAC are stable.
-# So a hash of a float WAV or Ogg file says nothing of its sound. Remedy: hash the samples, not the file.
+# libsndfile 1.2.2 (in soundfile 0.13.1) writes different bytes for the same samples in each second:
+# a float WAV has a PEAK chunk with the time of writing, and an Ogg Vorbis stream a new serial
+# number. A 16-bit WAV and a FLAC are stable. So a hash of a float WAV or Ogg file does not identify
+# its audio.
+# Remedy: hash the samples, not the file.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
@@ -34,7 +36,7 @@ for (file_format, subtype), equal in zip(kinds, same):
 print(soundfile.__libsndfile_version__)
 sys.exit(same != [False, False, True, True])
 PYTHON
-# Output seen:
+# Output:
 #   WAV FLOAT: other bytes two seconds later
 #   OGG VORBIS: other bytes two seconds later
 #   WAV PCM_16: same bytes two seconds later

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# libsndfile 1.2.2 (in soundfile 0.13.1) writes the texts of a WAV (title, artist, comment) into one chunk of limited
-# size. A text of more than 2045 bytes is dropped without an error, and so is each text that is set after it. FLAC and
-# Ogg keep both. A prompt or a JSON of settings as a title can be that long.
-# Remedy: cut each text before it is set. Seen with NumPy 2.3.5 on Python 3.11.
+# libsndfile 1.2.2 (in soundfile 0.13.1) writes the texts of a WAV (title, artist, comment) into one
+# chunk of limited size. It drops a text of more than 2045 bytes, and each text set after it,
+# without an error. FLAC and Ogg have no such limit. A prompt or JSON settings in the title can be
+# that long.
+# Remedy: cut each text before setting it. NumPy 2.3.5, Python 3.11.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
@@ -32,7 +33,7 @@ for file_format, title_bytes in (("WAV", 2045), ("WAV", 2046), ("FLAC", 2046), (
     print(f"{file_format}, title of {title_bytes} bytes: read {outcomes[-1][0]} bytes and artist {outcomes[-1][1]!r}")
 sys.exit(outcomes != [(2045, "someone"), (0, ""), (2046, "someone"), (2046, "someone")])
 PYTHON
-# Output seen:
+# Output:
 #   WAV, title of 2045 bytes: read 2045 bytes and artist 'someone'
 #   WAV, title of 2046 bytes: read 0 bytes and artist ''
 #   FLAC, title of 2046 bytes: read 2046 bytes and artist 'someone'

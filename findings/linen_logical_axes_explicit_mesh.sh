@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Where flax 0.12.8 and jax 0.10.2 meet: jax.make_mesh makes axes of type Explicit by default, and a Linen module with
-# logical axis names (flax.linen.with_logical_constraint) refuses such a mesh with an assertion of JAX. A mesh that is
-# made the way JAX's own guide shows cannot run the module that Flax's own guide shows.
+# flax 0.12.8 with jax 0.10.2: jax.make_mesh makes axes of type Explicit by default, and a Linen
+# module with logical axis names (flax.linen.with_logical_constraint) fails on them with an
+# assertion of JAX. So the mesh of JAX's guide cannot run the module of Flax's guide.
 # Remedy: jax.make_mesh(..., axis_types=(AxisType.Auto, ...)).
 set -euo pipefail
 folder=$(mktemp -d)
@@ -28,7 +28,7 @@ for name, types in {"as made by default": None, "Auto": (AxisType.Auto,)}.items(
     print(f"axes {name} ({mesh.axis_types[0]}): {outcomes[name]}")
 sys.exit(not (outcomes["Auto"] == "runs" and outcomes["as made by default"] != "runs"))
 PYTHON
-# Output seen:
+# Output:
 #   axes as made by default (AxisType.Explicit): AssertionError: `with_sharding_constraint` acts as an assert when all
 #   axes of mesh are of type `Explicit`. The array sharding:
 #   axes Auto (AxisType.Auto): runs

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# pyloudnorm 0.2.0 turns silence into NaN when it normalises its loudness: the loudness of silence is -inf, the gain
-# is +inf, and infinity times zero is not a number. A batch of generated clips with one silent clip is enough.
-# Remedy: leave a clip alone where the measured loudness is not finite. Seen with NumPy 2.3.5 on Python 3.11.
+# pyloudnorm 0.2.0 turns silence into NaN when it normalises the loudness: the loudness of silence
+# is -inf, the gain +inf, and infinity times zero is NaN. One silent clip in a batch is enough.
+# Remedy: do not change clips whose loudness is not finite. NumPy 2.3.5, Python 3.11.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
@@ -20,5 +20,5 @@ normalised = pyloudnorm.normalize.loudness(silence, loudness, -16.0)
 print(f"loudness of silence: {loudness} LUFS; normalised to -16: {np.isnan(normalised).mean():.0%} of samples are NaN")
 sys.exit(not (np.isneginf(loudness) and np.isnan(normalised).all()))
 PYTHON
-# Output seen:
+# Output:
 #   loudness of silence: -inf LUFS; normalised to -16: 100% of samples are NaN

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# safetensors 0.8.0 writes the bytes of a NumPy array as they lie in memory, whatever its strides.
-# An array that is not row-major (a transpose, a slice with a step) comes back with other numbers, without an error.
-# Weights are often transposed between PyTorch's layout and Flax's, so this meets them on the way to disk.
-# Remedy: numpy.ascontiguousarray before each save. Seen with NumPy 2.3.5 on Python 3.11.
+# safetensors 0.8.0 writes the bytes of a NumPy array in memory order and ignores its strides. An
+# array that is not row-major (a transpose, a slice with a step) is read back with other numbers,
+# without an error. Weights are often transposed between PyTorch's layout and Flax's.
+# Remedy: numpy.ascontiguousarray before each save. NumPy 2.3.5, Python 3.11.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
@@ -23,7 +23,7 @@ for name, array in {"row-major": weights, "transposed": weights.T, "every second
         changed.append(name)
 sys.exit(changed != ["transposed", "every second"])
 PYTHON
-# Output seen:
+# Output:
 #   row-major: wrote [[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]], read [[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]]
 #   transposed: wrote [[0.0, 3.0], [1.0, 4.0], [2.0, 5.0]], read [[0.0, 1.0], [2.0, 3.0], [4.0, 5.0]]
 #   every second: wrote [[0.0, 2.0], [3.0, 5.0]], read [[0.0, 1.0], [2.0, 3.0]]

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# soundfile 0.13.1 (libsndfile 1.2.2) reads an MP3 in blocks to other samples than in one piece: after each read it seeks
-# to the place where it already is, and the decoder then lacks the overlap of the frame before. The start of each block
-# but the first is wrong. Reading hours of MP3 in blocks, to save memory, so puts a click into each block's start.
-# Remedy: tell soundfile that the file cannot seek, or read it whole. Seen with NumPy 2.3.5 on Python 3.11.
+# soundfile 0.13.1 (libsndfile 1.2.2) reads different samples from an MP3 in blocks than at once.
+# After each read it seeks to its current position. This resets the decoder, which then lacks the
+# overlap with the last frame. So each block but the first starts with wrong samples, which click.
+# Remedy: make the file report that it cannot seek, or read it at once. NumPy 2.3.5, Python 3.11.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
@@ -34,6 +34,6 @@ for name, reader in {"by blocks": soundfile.SoundFile, "by blocks, not seekable"
     print(f"{name}: {len(joined)} of {len(whole)} samples, largest error {errors[name]:.3f} of full scale")
 sys.exit(not (errors["by blocks"] > 0.05 and errors["by blocks, not seekable"] < 1e-6))
 PYTHON
-# Output seen:
+# Output:
 #   by blocks: 64000 of 64000 samples, largest error 0.595 of full scale
 #   by blocks, not seekable: 64000 of 64000 samples, largest error 0.000 of full scale

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# tensorflow-datasets 4.9.10 serialises one and the same example to other bytes in each process: its record is a
-# protobuf map without a fixed order of keys, and PYTHONHASHSEED does not change that (protobuf 6.33.2, TensorFlow 2.21).
-# So two builds of one data set differ byte for byte, and a hash of the files does not name the data.
-# Remedy: hash decoded features in sorted order, or write records with protobuf's deterministic serialisation.
+# tensorflow-datasets 4.9.10 serialises the same example to different bytes in each process. A
+# record is a protobuf map, which has no fixed order of keys, and PYTHONHASHSEED does not change
+# that (protobuf 6.33.2, TensorFlow 2.21). So two builds of a data set differ byte for byte, and a
+# hash of the files does not identify the data.
+# Remedy: hash decoded features in sorted order, or use protobuf's deterministic serialisation.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
@@ -24,7 +25,7 @@ for _ in 1 2 3 4; do "$folder/venv/bin/python" "$folder/example.py" 2> /dev/null
 different=$(sort -u "$folder/hashes" | wc -l)
 echo "$different different records in 4 processes with PYTHONHASHSEED=0"
 [ "$different" -gt 1 ]
-# Output seen, with other hashes each time:
+# Output, with other hashes each time:
 #   d912a5254a62
 #   f6873ca07e2a
 #   ad61fc6fe7b9

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Writes launch/requirements-PYTHON.txt anew: what launch/setup.sh installs, each version with the hashes of its files.
+"""Writes launch/requirements-PYTHON.txt: the versions that launch/setup.sh installs, with hashes.
 
-    launch/lock.py                     keeps the versions that are there, as far as setup.py allows
-    launch/lock.py --upgrade           takes the newest ones
-    launch/lock.py --only=3.12         one Python's file
+    launch/lock.py                     keeps the pinned versions that setup.py still allows
+    launch/lock.py --upgrade           pins the newest versions
+    launch/lock.py --only=3.12         writes the file of one Python
 
-Needs `uv` on PATH (`pip install uv`). A line without `extra ==` is always installed; one with it only for that extra,
-and pip leaves it out otherwise.
+Needs `uv` on PATH (`pip install uv`). A line without `extra ==` is always installed. A line with it
+is installed only for that extra: pip skips it otherwise.
 """
 
 import argparse
@@ -14,16 +14,18 @@ import re
 import runpy
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from unittest import mock
 
 ROOT = Path(__file__).parents[1]
 PYTHONS = ("3.11", "3.12")
 ALWAYS = ("data", "listeners", "report", "serve", "test")
-OPTIONAL = ("benchmark", "cuda", "parity", "plan", "tpu")
-TOOLS = ("pip", "setuptools")  # what installs the rest and builds the project
-# PyTorch's wheel is another one on each platform and brings CUDA, 3 GB, where none is on the machine. It is pinned
-# without a hash, for the Python whose tests need it; what it needs besides is pinned with the others.
+OPTIONAL = ("benchmark", "cuda", "parity", "plan", "tpu", "wandb")
+TOOLS = ("pip", "setuptools")  # they install the rest and build the project
+# PyTorch has another wheel on each platform, and one of them brings 3 GB of CUDA. It is therefore
+# pinned without a hash, only for the Python whose tests need it. Its own requirements are pinned
+# with hashes, like all others.
 TORCH_PYTHONS = ("3.11",)
 TORCH = "torch"
 TORCH_NEEDS = ("filelock", "fsspec", "jinja2", "networkx", "sympy", "typing-extensions")
@@ -34,8 +36,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--upgrade", action="store_true", help="take the newest versions")
-    parser.add_argument("--only", choices=PYTHONS, help="one Python")
+    parser.add_argument("--upgrade", action="store_true", help="pin the newest versions")
+    parser.add_argument("--only", choices=PYTHONS, help="write the file of this Python only")
     flags = parser.parse_args()
     for python in [flags.only] if flags.only else PYTHONS:
         path = ROOT / "launch" / f"requirements-{python}.txt"
@@ -50,97 +52,80 @@ def pins(text: str) -> dict[str, str]:
 
 
 def locked(python: str, before: str) -> str:
-    """Returns the requirements file of a Python, with the versions of `before` where they still do."""
-    torch = python in TORCH_PYTHONS
-    old = {name: version for name, version in pins(before).items() if name != TORCH}
-    whole = compiled(python, [*ALWAYS, *OPTIONAL], old, hashes=True)
-    new = pins(whole)
-    of_extra = {extra: set(pins(compiled(python, [*ALWAYS, extra], new))) for extra in OPTIONAL}
-    always = set(pins(compiled(python, ALWAYS, new)))
+    """Returns the requirements file of a Python.
 
-    # Each package is an entry of several lines, its hashes behind its version and marker.
-    entries = re.split(r"(?m)^(?=[A-Za-z0-9])", whole)
+    Keeps the versions of `before`, an earlier file or "", where setup.py still allows them.
+    """
+    # All packages in one resolution, so that every extra gets the same versions.
+    old = {name: version for name, version in pins(before).items() if name != TORCH}
+    everything = resolved(python, [*ALWAYS, *OPTIONAL], old, "--generate-hashes")
+    new = pins(everything)
+    always = pins(resolved(python, ALWAYS, new))
+    by_extra = {extra: pins(resolved(python, [*ALWAYS, extra], new)) for extra in OPTIONAL}
+
+    # An entry is several lines: its version and marker, then its hashes.
     lines = [
-        f"# Written by launch/lock.py, for Python {python}. `pip install --require-hashes -r` takes what the package\n"
-        f"# and the extras {', '.join(ALWAYS)} need; `launch/setup.sh EXTRA` takes lines with `extra ==` too.\n"
+        f"# Written by launch/lock.py for Python {python}.\n"
+        "# `pip install --require-hashes -r` takes the lines without `extra ==`: the package and\n"
+        f"# the extras {', '.join(ALWAYS)}.\n"
+        "# `launch/setup.sh EXTRA` also takes the lines of that extra.\n"
     ]
-    for entry in filter(str.strip, entries):
+    for entry in filter(str.strip, re.split(r"(?m)^(?=[A-Za-z0-9])", everything)):
         (name,) = pins(entry)
-        extras = sorted(extra for extra, names in of_extra.items() if name in names)
+        extras = sorted(extra for extra, names in by_extra.items() if name in names)
         lines.append(entry if name in always else for_extras(entry, extras))
-    if torch:
+    if python in TORCH_PYTHONS:
         version = pins(before).get(TORCH) or latest_torch(python)
         lines.append(f"{TORCH}=={version} ; extra == 'parity-without-hash'\n")
     return "".join(lines)
 
 
 def for_extras(entry: str, extras: list[str]) -> str:
-    """Returns an entry that only the given extras install."""
-    asked = " or ".join(f"extra == '{extra}'" for extra in extras)
+    """Returns an entry that is installed only for the given extras."""
+    condition = " or ".join(f"extra == '{extra}'" for extra in extras)
     head, hashes = entry.split(" \\\n", 1)
     pin, _, marker = head.partition(" ; ")
-    marker = f"({marker}) and ({asked})" if marker else asked
+    marker = f"({marker}) and ({condition})" if marker else condition
     return f"{pin} ; {marker} \\\n{hashes}"
 
 
-def compiled(
-    python: str, extras: list[str] | tuple[str, ...], versions: dict[str, str], hashes: bool = False
-) -> str:
-    """Returns what `uv pip compile` says of setup.py with some extras, for all platforms; `versions` are preferred."""
+def resolved(python: str, extras: Sequence[str], versions: dict[str, str], *flags: str) -> str:
+    """Returns the pins that uv chooses for setup.py with some extras, on all platforms.
+
+    Prefers `versions`: uv keeps the pins that it reads in its output file.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        wanted, output = Path(folder) / "wanted.in", Path(folder) / "locked.txt"
-        wanted.write_text("\n".join([*TOOLS, *requirements(extras)]) + "\n")
-        output.write_text(
-            "".join(f"{name}=={version}\n" for name, version in versions.items())
-        )  # uv keeps these
-        command = [
-            "uv",
-            "pip",
-            "compile",
-            str(wanted),
-            f"--output-file={output}",
-            f"--python-version={python}",
-        ]
-        command += [
-            "--universal",
-            "--fork-strategy=fewest",
-            "--no-header",
-            "--no-annotate",
-            "--quiet",
-        ]
-        command += ["--generate-hashes"] if hashes else []
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        source, output = Path(folder) / "requirements.in", Path(folder) / "locked.txt"
+        source.write_text("\n".join([*TOOLS, *requirements(extras)]) + "\n")
+        output.write_text("".join(f"{name}=={version}\n" for name, version in versions.items()))
+        options = ["--universal", "--fork-strategy=fewest", "--no-annotate"]
+        uv_compile(python, str(source), f"--output-file={output}", *options, *flags)
         return output.read_text()
 
 
-def requirements(extras: list[str] | tuple[str, ...]) -> list[str]:
-    """Returns the requirements of setup.py with some extras; what PyTorch needs in its place."""
+def requirements(extras: Sequence[str]) -> list[str]:
+    """Returns the requirements of setup.py with some extras, PyTorch's in place of PyTorch."""
     with mock.patch("setuptools.setup") as setup:
         runpy.run_path(str(ROOT / "setup.py"))
-    told = setup.call_args.kwargs
-    asked = [
-        *told["install_requires"],
-        *(each for extra in extras for each in told["extras_require"][extra]),
-    ]
-    without = [each for each in asked if not each.startswith(TORCH)]
-    return without + list(TORCH_NEEDS if without != asked else ())
+    lines = list(setup.call_args.kwargs["install_requires"])
+    for extra in extras:
+        lines += setup.call_args.kwargs["extras_require"][extra]
+    without_torch = [line for line in lines if not line.startswith(TORCH)]
+    return without_torch + list(TORCH_NEEDS if without_torch != lines else ())
 
 
 def latest_torch(python: str) -> str:
     """Returns the newest version of PyTorch for a Python."""
-    command = [
-        "uv",
-        "pip",
-        "compile",
-        "-",
-        f"--python-version={python}",
-        "--no-deps",
-        "--no-header",
-        "--quiet",
-    ]
-    return pins(
-        subprocess.run(command, input=TORCH, check=True, stdout=subprocess.PIPE, text=True).stdout
-    )[TORCH]
+    return pins(uv_compile(python, "-", "--no-deps", stdin=TORCH))[TORCH]
+
+
+def uv_compile(python: str, *arguments: str, stdin: str = "") -> str:
+    """Runs `uv pip compile` and returns its standard output."""
+    command = ["uv", "pip", "compile", f"--python-version={python}", "--no-header", "--quiet"]
+    done = subprocess.run(
+        [*command, *arguments], input=stdin, check=True, stdout=subprocess.PIPE, text=True
+    )
+    return done.stdout
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
-# RL finetuning of the models that ship, in ten minutes on two cores: a finetuned model and a page to listen to.
+# Finetunes the shipped models with RL, in ten minutes on two cores. Writes a model and a page with
+# its audio.
 #   launch/quickstart.sh [more flags for `musicrl run`]
-#   launch/quickstart.sh --from_scratch [more flags]    trains everything first, small, from real music
+#   launch/quickstart.sh --from_scratch [more flags]   first trains small models on real music
 set -euo pipefail
 cd "$(dirname "$0")/.."
 launch/setup.sh
-export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}  # XLA buffers on huge pages: fewer page faults
+# XLA buffers on huge pages have fewer page faults.
+export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
 run=quickstart
 if [ "${1:-}" = --from_scratch ]; then
   run=from_scratch

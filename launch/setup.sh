@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
-# Makes .venv with the package, its extras and the versions that CI uses. Does nothing if that is done.
-#   launch/setup.sh                      takes `python3`; PYTHON=python3.12 launch/setup.sh takes another
-#   launch/setup.sh parity benchmark     installs further extras of setup.py
-#   VENV=/opt/musicrl launch/setup.sh    installs there, the package as a wheel: no checkout is needed
-# Files are checked against the hashes in launch/requirements-PYTHON.txt, which launch/lock.py writes;
-# PyTorch, of the extra parity, is not. A Python without such a file gets the newest versions, unchecked.
+# Makes .venv with the package, its extras and the versions of CI. Does nothing if it is up to date.
+#   launch/setup.sh                      uses `python3`
+#   PYTHON=python3.12 launch/setup.sh    uses another Python
+#   launch/setup.sh parity benchmark     installs more extras of setup.py
+#   VENV=/opt/musicrl launch/setup.sh    installs there, with the package as a wheel
+# Checks files against the hashes in launch/requirements-PYTHON.txt, which launch/lock.py writes.
+# Does not check PyTorch, of the extra parity. A Python without such a file gets the newest
+# versions, unchecked.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 venv=${VENV:-.venv}
@@ -29,7 +31,7 @@ install() {
   "$venv/bin/python" -m pip install --quiet "$@"
 }
 
-# What comes as source is built by the pinned setuptools: a build of its own would fetch another, unchecked.
+# The pinned setuptools builds source packages: an isolated build would fetch another, unchecked.
 install_pinned() {
   install --require-hashes --no-build-isolation --requirement "$1"
 }
@@ -39,7 +41,7 @@ install_extra() {
     install ${editable:+"$editable"} ".[$1]"
     return
   fi
-  # pip leaves out what an extra alone needs, unless the marker holds.
+  # pip skips lines with `extra ==`. Give the lines of this extra a marker that is always true.
   sed "s/extra == '$1'/python_version > '3'/" "$pinned" > "$venv/requirements-$1.txt"
   install_pinned "$venv/requirements-$1.txt"
   if [ "$1" = parity ]; then
@@ -49,13 +51,13 @@ install_extra() {
 }
 
 if [ ! -e "$stamp" ]; then
-  echo "Installing into $venv: about 3 GB, of which TensorFlow is 2; five minutes on a usual line ..."
+  echo "Installing into $venv: about 3 GB, 2 of them TensorFlow. Takes about five minutes ..."
   "$python" -m venv --clear "$venv"
   if [ -e "$pinned" ]; then
     sed -nE '/^(pip|setuptools)==/,/[^\]$/p' "$pinned" > "$venv/requirements-tools.txt"
     install --require-hashes --requirement "$venv/requirements-tools.txt"
     install_pinned "$pinned"
-    # Apart from the others: pip refuses what is editable among hashes.
+    # Separately, because pip accepts no editable package with --require-hashes.
     install --no-deps --no-build-isolation ${editable:+"$editable"} .
   else
     install --upgrade pip setuptools

@@ -1,39 +1,45 @@
 #!/usr/bin/env bash
-# A run on a Google Cloud TPU, from this machine, through its pre-emptions: creates or reuses the TPU, copies the commit
-# that is checked out, runs `musicrl run` on all its workers, and goes on in the same MODEL_DIR until that is done.
+# Runs `musicrl run` on a Google Cloud TPU, through its pre-emptions. Creates or reuses the TPU,
+# copies the checked-out commit to all workers, and resumes in the same MODEL_DIR until the run is
+# done.
 #
-#   PROJECT=my-project ZONE=us-west4-a TPU_NAME=rl ACCELERATOR_TYPE=v5litepod-16 MODEL_DIR=gs://my-bucket/rl \
-#     launch/tpu_rl.sh [--dry-run] --gin_file=gin/experiments/musicrl_r.gin --gin_file=gin/sizes/base.gin \
+#   PROJECT=my-project ZONE=us-west4-a TPU_NAME=rl ACCELERATOR_TYPE=v5litepod-16 \
+#     MODEL_DIR=gs://my-bucket/rl launch/tpu_rl.sh [--dry-run] \
+#     --gin_file=gin/experiments/musicrl_r.gin --gin_file=gin/sizes/base.gin \
 #     --gin_file=YOUR_RUN.gin --gin.DATA_DIR="'gs://my-bucket/data'" [more flags for `musicrl run`]
 #
-#   --dry-run              prints the commands of a fresh run, ready to paste, and does nothing
-#   PROJECT ZONE TPU_NAME  where the TPU is, or will be
-#   ACCELERATOR_TYPE       v5litepod-16, v5p-128, v6e-64, v4-32, ... as gcloud says it
-#   MODEL_DIR              the run's folder: gs://BUCKET/..., or under SHARED_DIR, or where there is one host any other,
-#                          which is lost with the TPU. Workers mount a bucket that MODEL_DIR or a flag names
-#   SHARED_DIR             where all workers have mounted a disk that they share, as by a startup script in CREATE_FLAGS
-#   SPOT=1                 takes a TPU that may be pre-empted
-#   SLICES=2               slices of ACCELERATOR_TYPE, 1 if not set
-#   PROVISION=vm           creates the TPU at once or fails, in place of `queued`, which waits for its turn
-#   RUNTIME_VERSION        the image of the workers; if not set, that of the generation
-#   IMAGE                  an image of launch/Dockerfile in which the workers run `musicrl`; if not set, the commit is
-#                          installed on each worker. Gin files come from the commit either way
-#   CREATE_FLAGS           more flags for gcloud's create, parted by spaces
-#   TOPOLOGY=v5p:4x4x28    for the plan, where this script does not know it; SKIP_PLAN=1 starts without a plan
-#   LOG_DIR                attempt-001.log, ... for each attempt; runs/tpu_rl/TPU_NAME if not set
-#   MAX_ATTEMPTS           100 if not set; then exits with 75
-#   PAUSE_SECONDS          between two looks at a state, and before another attempt; 30 if not set
-#   DELETE_WHEN_DONE=1     deletes the TPU after a run that is done
+#   --dry-run              prints the commands of a new run, ready to paste, and does nothing
+#   PROJECT ZONE TPU_NAME  name the TPU
+#   ACCELERATOR_TYPE       v5litepod-16, v5p-128, v6e-64, v4-32, ... as in gcloud
+#   MODEL_DIR              the run's folder: gs://BUCKET/..., or under SHARED_DIR. One host may have
+#                          any other folder, but it is lost with the TPU. Workers mount the buckets
+#                          that MODEL_DIR and flags name
+#   SHARED_DIR             where all workers have mounted a shared disk, for example by a startup
+#                          script in CREATE_FLAGS
+#   SPOT=1                 creates a TPU that may be pre-empted
+#   SLICES=2               number of slices of ACCELERATOR_TYPE; default 1
+#   PROVISION=vm           creates the TPU at once or fails; default `queued`: waits for a free one
+#   RUNTIME_VERSION        software version of the workers; by default that of the TPU generation
+#   IMAGE                  image of launch/Dockerfile that runs `musicrl` on the workers; by default
+#                          each worker installs the commit. Gin files always come from the commit
+#   CREATE_FLAGS           more flags for gcloud's create, separated by spaces
+#   TOPOLOGY=v5p:4x4x28    shape for the plan, if this script does not know it
+#   SKIP_PLAN=1            starts without a plan
+#   LOG_DIR                folder of attempt-001.log, ...: a log for each attempt; default
+#                          runs/tpu_rl/TPU_NAME
+#   MAX_ATTEMPTS           default 100; then exits with status 75
+#   PAUSE_SECONDS          between two looks at a state, and before the next attempt; default 30
+#   DELETE_WHEN_DONE=1     deletes the TPU when the run is done
 #
-# Ctrl-C or SIGTERM stops the run: the workers save, and the same command goes on. Started by nohup, cron or & of a
-# script, where SIGINT is ignored, it stops by SIGTERM alone: kill -TERM and its process id.
+# Ctrl-C or SIGTERM stops the run: the workers save, and the same command resumes. nohup, cron and &
+# in a script start this script with SIGINT ignored: then only SIGTERM stops it, by kill -TERM and
+# its process id.
 #
-# By the worst exit status of its workers an attempt is: 0 done; 75 it saved and is resumed on the same TPU; 134, 137,
-# 143, 255 or a TPU that is not READY any more: lost, resumed on a new one; anything else a mistake, three of which end
-# this script with that status, unless an attempt in between got as far as 75.
-#
-# SIGTERM or Ctrl-C has the workers save and ends this script; started by nohup, cron or `&`, which ignore SIGINT, it
-# stops by SIGTERM.
+# The worst exit status of the workers decides what follows an attempt:
+#   0                   done
+#   75                  saved: resumes on the same TPU
+#   134, 137, 143, 255  lost: resumes on a new TPU, also if the TPU is no longer READY
+#   any other           a mistake: three, without a 75 in between, end this script with that status
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -42,10 +48,10 @@ v5litepod v5e 4=2x2 8=2x4 16=4x4 32=4x8 64=8x8 128=8x16 256=16x16
 v6e v6e 4=2x2 8=2x4 16=4x4 32=4x8 64=8x8 128=8x16 256=16x16
 v4 v4 8=2x2x1 16=2x2x2 32=2x2x4 64=2x4x4 128=4x4x4 256=4x4x8 512=4x8x8 1024=8x8x8 2048=8x8x16 4096=8x16x16
 v5p v5p 8=2x2x1 16=2x2x2 32=2x2x4 64=2x4x4 128=4x4x4 256=4x4x8 512=4x8x8 1024=8x8x8 2048=8x8x16 4096=8x16x16
-"  # accelerator type, what jax.experimental.topologies calls it, and Google's shape for each of its sizes
-readonly WORKER=musicrl/launch/tpu_worker.sh  # on a worker, from its home
+"  # accelerator type, its name in jax.experimental.topologies, and Google's shape of each size
+readonly WORKER=musicrl/launch/tpu_worker.sh  # on a worker, relative to its home
 
-# What it says
+# --- messages ---
 
 say() {
   if [ "$dry_run" ]; then echo "# $*"; else printf '%(%F %T)T %s\n' -1 "$*"; fi
@@ -56,7 +62,7 @@ die() {
   exit 1
 }
 
-quoted() {  # a command as it can be pasted
+quoted() {  # COMMAND...: prints it, ready to paste
   local word line=
   for word in "$@"; do
     [[ $word =~ ^[A-Za-z0-9_./:=@%+,-]+$ ]] || word=${word@Q}
@@ -65,22 +71,22 @@ quoted() {  # a command as it can be pasted
   echo "${line# }"
 }
 
-how_to_go_on() {
-  say "The same command goes on with this run. The TPU stays, and costs, until it is deleted:"
+say_how_to_resume() {
+  say "The same command resumes this run. The TPU stays, and costs, until it is deleted:"
   quoted "${delete[@]}"
 }
 
-# What is asked for
+# --- settings ---
 
-need() {  # a setting and what it is
+need() {  # SETTING DESCRIPTION EXAMPLE
   [ "${!1:-}" ] || die "$1 is not set: give $2, as in $1=$3"
 }
 
-one_of() {  # a setting and its values
+one_of() {  # SETTING VALUES
   [[ " $2 " == *" ${!1} "* ]] || die "$1=${!1} must be one of: $2"
 }
 
-number() {  # a setting and its smallest value
+number() {  # SETTING LEAST
   [[ ${!1} =~ ^(0|[1-9][0-9]*)$ && ${!1} -ge $2 ]] || die "$1=${!1} must be a whole number of at least $2"
 }
 
@@ -104,7 +110,7 @@ read_settings() {
   [[ $TPU_NAME =~ ^[a-z]([a-z0-9-]*[a-z0-9])?$ ]] ||
     die "TPU_NAME=$TPU_NAME must be of a-z, 0-9 and hyphens, with a letter first and no hyphen last"
   [ "$SLICES" = 1 ] || [ "$PROVISION" = queued ] ||
-    die "SLICES=$SLICES with PROVISION=vm: only a queued resource holds several slices; leave PROVISION out"
+    die "SLICES=$SLICES with PROVISION=vm: only a queued resource has several slices; leave PROVISION out"
   read_accelerator_type
   check_model_dir
 }
@@ -114,7 +120,7 @@ read_accelerator_type() {  # sets workers, RUNTIME_VERSION and TOPOLOGY
   case $generation in
     v5litepod) chips=$size runtime=v2-alpha-tpuv5-lite ;;
     v6e) chips=$size runtime=v2-alpha-tpuv6e ;;
-    v4) chips=$size/2 runtime=tpu-ubuntu2204-base ;;  # named by its cores, two a chip
+    v4) chips=$size/2 runtime=tpu-ubuntu2204-base ;;  # its name counts cores, two a chip
     v5p) chips=$size/2 runtime=v2-alpha-tpuv5 ;;
     *) die "ACCELERATOR_TYPE=$ACCELERATOR_TYPE must be v4-N, v5litepod-N, v5p-N or v6e-N: no other is supported" ;;
   esac
@@ -130,7 +136,7 @@ read_accelerator_type() {  # sets workers, RUNTIME_VERSION and TOPOLOGY
       [ "${row%=*}" != "$size" ] || TOPOLOGY=${TOPOLOGY:-$jax:${row#*=}}
     done
     [ "${TOPOLOGY:-}" ] || [ "$SKIP_PLAN" ] ||
-      die "ACCELERATOR_TYPE=$ACCELERATOR_TYPE is none of those whose shape is known ($known ):" \
+      die "ACCELERATOR_TYPE=$ACCELERATOR_TYPE is none of the types whose shape is known ($known ):" \
         "set TOPOLOGY=$jax:AxB or AxBxC, or SKIP_PLAN=1 to start without a plan"
   done <<< "$TOPOLOGIES"
 }
@@ -140,20 +146,20 @@ check_model_dir() {
     [[ $MODEL_DIR =~ ^gs://[a-z0-9][a-z0-9._-]+/.+$ ]] ||
       die "MODEL_DIR=$MODEL_DIR must be of the form gs://BUCKET/FOLDER"
   elif [ -z "$SHARED_DIR" ] || [[ $MODEL_DIR != "$SHARED_DIR"/* ]]; then
-    [ "$workers" = 1 ] || die "MODEL_DIR=$MODEL_DIR is a folder of each of the $workers hosts, who need one in" \
-      "common: set MODEL_DIR=gs://BUCKET/FOLDER, or SHARED_DIR to a folder above it that all of them have mounted"
-    say "MODEL_DIR=$MODEL_DIR lies on the TPU's own disk: where the TPU is lost, the run starts from nothing"
+    [ "$workers" = 1 ] || die "MODEL_DIR=$MODEL_DIR is on the own disk of each of the $workers hosts, which need one" \
+      "in common: set MODEL_DIR=gs://BUCKET/FOLDER, or SHARED_DIR to a folder above it that all of them have mounted"
+    say "MODEL_DIR=$MODEL_DIR is on the TPU's own disk: if the TPU is lost, the run starts from nothing"
   fi
 }
 
-read_arguments() {  # sets arguments, for `musicrl run`, and planned, those of them that `musicrl plan` takes
+read_arguments() {  # sets arguments, of `musicrl run`, and planned, of `musicrl plan`
   [ $# != 0 ] || die "say what to run: --gin_file=gin/experiments/musicrl_r.gin, and more flags of \`musicrl run\`"
   local argument flag=
   planned=()
   for argument in "$@"; do
-    [[ $argument != --* ]] || flag=${argument%%=*}  # its value may follow, without dashes
+    [[ $argument != --* ]] || flag=${argument%%=*}  # its value may be the next argument
     case $flag in
-      --gin.MODEL_DIR) die "$argument: the run's folder is a setting here; set MODEL_DIR=..." ;;
+      --gin.MODEL_DIR) die "$argument: the run's folder is a setting of this script: set MODEL_DIR=..." ;;
       --dry-run | --dry_run) die "$argument must come first" ;;
       --gin* | --only) planned+=("$argument") ;;
     esac
@@ -168,7 +174,7 @@ check_gin_file() {
     die "--gin_file=$1 is not in the commit that the workers get: git add and commit it, and name it from $PWD"
 }
 
-read_checkout() {  # sets code, which names what the workers get: the commit's tree, and the image if there is one
+read_checkout() {  # sets code, which identifies what workers run: the commit's TREE or TREE@IMAGE
   local tree
   tree=$(git rev-parse --verify --quiet 'HEAD^{tree}') || die "$PWD is no git checkout with a commit: clone one"
   git diff --quiet HEAD -- || die "the checkout has changes that are not committed, and the workers get its commit:" \
@@ -176,7 +182,7 @@ read_checkout() {  # sets code, which names what the workers get: the commit's t
   code=$tree${IMAGE:+@$IMAGE}
 }
 
-prepare() {  # sets nodes, and the commands that differ by PROVISION
+prepare() {  # sets nodes, where, create and delete
   local kind=(gcloud compute tpus tpu-vm) shape=("--accelerator-type=$ACCELERATOR_TYPE") flags number
   where=("--project=$PROJECT" "--zone=$ZONE" --quiet)
   nodes=("$TPU_NAME")
@@ -200,14 +206,16 @@ prepare() {  # sets nodes, and the commands that differ by PROVISION
   create=("${kind[@]}" create "$TPU_NAME" "${where[@]}" "${shape[@]}" ${flags[@]+"${flags[@]}"})
 }
 
-# What it does
+# --- commands ---
 
 pause() {
   setsid sleep "$PAUSE_SECONDS" &
   wait $!
 }
 
-start() {  # a command in the background, so that signals are heard meanwhile, in a session that can be stopped whole
+# COMMAND...: starts it in the background, so that bash handles signals while it runs, and in its
+# own session, so that all its processes can be stopped.
+start() {
   if [ "$dry_run" ]; then
     quoted "$@"
   else
@@ -221,17 +229,18 @@ call() {
   [ "$dry_run" ] || wait $!
 }
 
-on_workers() {  # a command on all workers of all slices at once; its status says nothing, what they print does
+# COMMAND: runs it on all workers of all slices at once. Ignore the exit status: read the log.
+on_workers() {
   local node
   for node in "${nodes[@]}"; do
-    # A worker that does not answer for two minutes is lost, which TCP itself may never notice.
+    # A worker that does not answer for two minutes is lost. TCP alone may never notice.
     start gcloud compute tpus tpu-vm ssh "$node" "${where[@]}" --worker=all --ssh-flag=-oServerAliveInterval=30 \
       --ssh-flag=-oServerAliveCountMax=4 "--command=$1"
   done
   wait
 }
 
-check() {  # the plan and the gin config; ends the script where the run does not fit or cannot start
+check() {  # ends the script if the run does not fit the TPU or its flags are wrong
   exec 3>&1
   call launch/setup.sh tpu
   if [ "$SKIP_PLAN" ]; then
@@ -241,15 +250,17 @@ check() {  # the plan and the gin config; ends the script where the run does not
     [ "$SLICES" = 1 ] || slices=("--slices=$SLICES")
     say "Plan of the run on $SLICES x $TOPOLOGY"
     call .venv/bin/musicrl plan ${planned[@]+"${planned[@]}"} "--topology=$TOPOLOGY" ${slices[@]+"${slices[@]}"} ||
-      die "the plan above says that this run does not fit ACCELERATOR_TYPE=$ACCELERATOR_TYPE: mend what it names," \
-        "take a larger type, or set SKIP_PLAN=1 to start regardless"
+      die "the plan above says that this run does not fit ACCELERATOR_TYPE=$ACCELERATOR_TYPE: change what it names," \
+        "take a larger type, or set SKIP_PLAN=1 to start without a plan"
   fi
   [ "$dry_run" ] || exec 3> "$LOG_DIR/config.txt"
   call .venv/bin/musicrl run "${arguments[@]}" --dry_run ||
-    die "\`musicrl run\` does not take these flags: $(tail -n 1 "$LOG_DIR/config.txt")"
+    die "\`musicrl run\` rejects these flags: $(tail -n 1 "$LOG_DIR/config.txt")"
 }
 
-describe() {  # sets state, of a resource that may be MISSING
+# --- the TPU ---
+
+describe() {  # KIND NAME FIELD: sets state, MISSING if there is no such resource
   local try error=$LOG_DIR/describe.txt
   for try in 1 2 3; do
     if state=$(gcloud compute tpus "$1" describe "$2" "${where[@]}" "--format=value($3)" 2> "$error"); then
@@ -265,7 +276,7 @@ describe() {  # sets state, of a resource that may be MISSING
   die "gcloud cannot say in which state $2 is: $(tail -n 5 "$error")"
 }
 
-look() {  # sets state: READY where all is, else what is not
+look() {  # sets state: READY if all resources are, else the state of one that is not
   local node
   if [ "$PROVISION" = queued ]; then
     describe queued-resources "$TPU_NAME" state.state
@@ -273,7 +284,7 @@ look() {  # sets state: READY where all is, else what is not
   fi
   for node in "${nodes[@]}"; do
     describe tpu-vm "$node" state
-    [ "$state" != MISSING ] || [ "$PROVISION" = vm ] || state=GONE  # from a queued resource that is still there
+    [ "$state" != MISSING ] || [ "$PROVISION" = vm ] || state=GONE  # but its queued resource exists
     [ "$state" = READY ] || return 0
   done
 }
@@ -295,9 +306,9 @@ bring_up() {  # returns once the TPU is READY
         ;;
       FAILED)
         failed_to_create
-        give_back
+        delete_tpu
         ;;
-      PREEMPTED | TERMINATED | SUSPENDED | GONE | UNKNOWN | HIDDEN) give_back ;;
+      PREEMPTED | TERMINATED | SUSPENDED | GONE | UNKNOWN | HIDDEN) delete_tpu ;;
       *) pause ;;
     esac
   done
@@ -308,17 +319,19 @@ failed_to_create() {
   failures=$((failures + 1))
   if [ "$failures" -ge 3 ]; then
     tail -n 5 "$log" >&2
-    die "$TPU_NAME could not be created in three tries: gcloud says why above, and $log has it all"
+    die "$TPU_NAME could not be created in three tries: see gcloud's errors above, and $log"
   fi
   pause
 }
 
-give_back() {
-  say "Deleting $TPU_NAME, for a new one"
+delete_tpu() {
+  say "Deleting $TPU_NAME, to create a new one"
   call "${delete[@]}" || pause
 }
 
-ship() {  # the commit to all workers that have another
+# --- an attempt ---
+
+ship() {  # copies the commit to the workers, unless all have it
   local archive=$LOG_DIR/musicrl.tar.gz node
   [ "$dry_run" ] || ! have_code || return 0
   say "Copying the commit to the workers, and installing what it needs"
@@ -330,14 +343,14 @@ ship() {  # the commit to all workers that have another
   [ "$dry_run" ] || have_code
 }
 
-have_code() {
+have_code() {  # succeeds if all workers have the commit
   local before
   before=$(grep -cFx "musicrl-code $code" "$log" || true)
   on_workers "cat musicrl/.code || true"
   [ $(($(grep -cFx "musicrl-code $code" "$log" || true) - before)) = "$workers" ]
 }
 
-attempt() {  # sets status: the worst of the workers
+attempt() {  # sets status: the worst one of the workers
   status=1
   ship || { say "The workers could not be set up"; return 0; }
   say "Running, workers: $workers, log: $log"
@@ -348,24 +361,26 @@ attempt() {  # sets status: the worst of the workers
   [ "$dry_run" ] || status=$(worst)
 }
 
-connect_again() {  # where a worker told no end of its run, which may well go on there
-  local try heard
+connect_again() {  # to workers that have not reported an exit status: their runs may still go on
+  local try reported
   for try in 1 2 3; do
-    heard=$(awk '/^musicrl-exit / {print $2}' "$log" | sort -u | wc -l)
-    [ "$heard" -lt "$workers" ] || return 0
+    reported=$(awk '/^musicrl-exit / {print $2}' "$log" | sort -u | wc -l)
+    [ "$reported" -lt "$workers" ] || return 0
     look
     [ "$state" = READY ] || return 0
-    say "Told how they ended: $heard of $workers workers. Connecting again"
+    say "Workers that reported their end: $reported of $workers. Connecting again"
     pause
     on_workers "$WORKER join $token"
   done
 }
 
-worst() {  # a mistake of one is what the others were lost by; who said nothing is lost
-  local found mistake='' lost='' again=''
-  mapfile -t found < <(awk '/^musicrl-exit / {last[$2] = $3} END {for (worker in last) print last[worker]}' "$log")
-  [ "${#found[@]}" -ge "$workers" ] || lost=255
-  for status in ${found[@]+"${found[@]}"}; do
+# Prints the worst status of the workers. A mistake of one worker makes the others lose it: it
+# counts more than their statuses. A worker without a status is lost.
+worst() {
+  local statuses mistake='' lost='' again=''
+  mapfile -t statuses < <(awk '/^musicrl-exit / {last[$2] = $3} END {for (worker in last) print last[worker]}' "$log")
+  [ "${#statuses[@]}" -ge "$workers" ] || lost=255
+  for status in ${statuses[@]+"${statuses[@]}"}; do
     case $status in
       0) ;;
       75) again=75 ;;
@@ -376,30 +391,32 @@ worst() {  # a mistake of one is what the others were lost by; who said nothing 
   echo "${mistake:-${lost:-${again:-0}}}"
 }
 
-done_with() {
+# --- the run ---
+
+finish() {
   say "Done: $MODEL_DIR"
   if [ "$DELETE_WHEN_DONE" ]; then
-    call "${delete[@]}" || die "$TPU_NAME could not be deleted, and costs until it is: $log says why"
+    call "${delete[@]}" || die "$TPU_NAME could not be deleted, and costs until it is: see $log"
   else
     say "The TPU stays, and costs, until it is deleted:"
     quoted "${delete[@]}"
   fi
 }
 
-interrupted() {  # by a signal
+interrupted() {  # SIGNAL
   local group
   trap - INT TERM
   for group in $(jobs -p); do kill -TERM -- "-$group" 2> /dev/null || true; done
   wait 2> /dev/null || true
   if [ "$running" ]; then
-    say "Told to stop by SIG$1: the workers save, which takes up to a minute"
+    say "Stopping by SIG$1: the workers save, which takes up to a minute"
     on_workers "$WORKER stop"
   fi
-  [ -z "$state" ] || how_to_go_on
+  [ -z "$state" ] || say_how_to_resume
   exit $((128 + $(kill -l "$1")))
 }
 
-next_log() {  # sets log, and token, which is no earlier attempt's on a worker that was there before
+next_log() {  # sets log, and token, which no earlier attempt on a worker has
   local number=1
   while log=$LOG_DIR/$(printf 'attempt-%03d.log' "$number") && [ -e "$log" ]; do number=$((number + 1)); done
   token=$(basename "$log" .log)-$(date +%s)
@@ -412,7 +429,7 @@ dry_run() {
   say "Create, and wait until it is READY"
   call "${create[@]}"
   attempt
-  say "Until this is done, again: on the same TPU after 75, on a new one where it is lost. In the end"
+  say "Repeat until done: on the same TPU after status 75, on a new one if it is lost. At the end"
   call "${delete[@]}"
 }
 
@@ -423,7 +440,7 @@ main() {
     bring_up
     attempt
     if [ "$status" = 0 ]; then
-      done_with
+      finish
       return
     fi
     look
@@ -438,14 +455,14 @@ main() {
         ;;
       134 | 137 | 143 | 255)
         say "Lost: a worker left with status $status"
-        give_back
+        delete_tpu
         ;;
       *)
         mistakes=$((mistakes + 1))
         say "A mistake, $mistakes of 3: status $status"
         if [ "$mistakes" = 3 ]; then
           tail -n 20 "$log" >&2
-          how_to_go_on
+          say_how_to_resume
           exit "$status"
         fi
         ;;
@@ -453,7 +470,7 @@ main() {
     pause
   done
   say "MAX_ATTEMPTS=$MAX_ATTEMPTS are over"
-  how_to_go_on
+  say_how_to_resume
   exit 75
 }
 
@@ -474,10 +491,10 @@ fi
 command -v gcloud > /dev/null || die "gcloud is not on the PATH: install the Google Cloud CLI, cloud.google.com/sdk"
 mkdir -p "$LOG_DIR"
 exec 4> "$LOG_DIR/lock"
-flock --nonblock 4 || die "LOG_DIR=$LOG_DIR is another launcher's, which runs: end that, or set another TPU_NAME"
+flock --nonblock 4 || die "another launcher runs with LOG_DIR=$LOG_DIR: end it, or set another TPU_NAME"
 trap 'interrupted INT' INT
 trap 'interrupted TERM' TERM
-[[ $(trap -p INT) == *interrupted* ]] ||  # bash cannot trap what was ignored when it started
-  say "SIGINT is ignored here, as nohup, cron and & have it: stop with kill -TERM $$"
+[[ $(trap -p INT) == *interrupted* ]] ||  # bash cannot trap a signal that was ignored at its start
+  say "nohup, cron or & ignores SIGINT: stop with kill -TERM $$"
 check
 main

@@ -1,13 +1,16 @@
 #!/usr/bin/env bash
-# What launch/tpu_rl.sh has each worker of a TPU do, in ~/musicrl, where it unpacked a commit.
-#   launch/tpu_worker.sh setup TREE[@IMAGE]     installs what the commit needs, or pulls the image; TREE names the commit
-#   launch/tpu_worker.sh run ATTEMPT [flags]    `musicrl run`; called again for the same ATTEMPT, it joins what runs
-#   launch/tpu_worker.sh join ATTEMPT           the same, but starts nothing
-#   launch/tpu_worker.sh stop                   tells what runs to save, and waits for it
-# The run does not hang on the connection that started it: where one breaks, gcloud repeats the command over another.
+# Runs on each worker of a TPU, in ~/musicrl, where launch/tpu_rl.sh has unpacked a commit.
+#   launch/tpu_worker.sh setup TREE[@IMAGE]   installs the requirements of a commit, by its git tree,
+#                                             or pulls the image
+#   launch/tpu_worker.sh run ATTEMPT [flags]  starts `musicrl run` and prints its log. If ATTEMPT was
+#                                             started before, only prints the log
+#   launch/tpu_worker.sh join ATTEMPT         prints the log of an attempt that was started
+#   launch/tpu_worker.sh stop                 lets running attempts save and end, and waits for them
+# A run does not depend on the connection that started it: if one breaks, gcloud repeats the command
+# over another.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-attempts=${TMPDIR:-/tmp}/musicrl-attempts  # empty after a boot, as the process ids in it have no meaning then
+attempts=${TMPDIR:-/tmp}/musicrl-attempts  # empty after a boot, when its process ids are invalid
 
 new_enough() {
   "$1" -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null
@@ -23,7 +26,7 @@ set_up() {
     return
   fi
   for python in python3.12 python3.11 python3 none; do new_enough "$python" && break; done
-  if [ "$python" = none ]; then  # as on Google's images of Ubuntu 22.04
+  if [ "$python" = none ]; then  # Google's images of Ubuntu 22.04
     python=python3.12
     sudo add-apt-repository --yes ppa:deadsnakes/ppa
     sudo apt-get -o DPkg::Lock::Timeout=600 install --yes "$python" "$python-venv"
@@ -38,11 +41,11 @@ remove_what_is_no_longer_shipped() {
   mv .shipped.new .shipped
 }
 
-mount_bucket() {  # as ~/gcs/BUCKET
+mount_bucket() {  # BUCKET: mounts it as ~/gcs/BUCKET
   mkdir -p "$HOME/gcs/$1"
   ! mountpoint --quiet "$HOME/gcs/$1" || return 0
   command -v gcsfuse > /dev/null || install_gcsfuse
-  # Checkpoints are written beside and renamed; what one worker wrote, the others must see at once.
+  # Checkpoints are renamed after writing. Other workers must see a worker's files at once.
   gcsfuse --implicit-dirs --rename-dir-limit=100000 --metadata-cache-ttl-secs=0 "$1" "$HOME/gcs/$1"
 }
 
@@ -58,7 +61,7 @@ install_gcsfuse() {
 run() {
   local attempt=$attempts/$1
   shift
-  trap tell EXIT
+  trap report_status EXIT
   mkdir -p "$attempts"
   exec 9> "$attempts/lock"
   flock 9
@@ -73,18 +76,20 @@ run() {
 }
 
 join() {
-  trap tell EXIT
+  trap report_status EXIT
   [ -e "$attempts/$1/pid" ] || exit 255
   follow "$attempts/$1" 10
 }
 
-follow() {  # to its end, from that line of its log
+follow() {  # ATTEMPT_FOLDER LINE: prints its log from that line on, and exits with its status
   tail --pid="$(cat "$1/pid")" --sleep-interval=0.2 --lines="$2" --follow "$1/log" |
     sed --unbuffered "s/^/$(hostname): /"
   exit "$(cat "$1/status" 2> /dev/null || echo 255)"
 }
 
-tell() {  # the last word, since gcloud's status is that of one worker, and where it is 255 of a connection
+# Prints the exit status. The launcher reads it from the log: gcloud returns the status of one
+# worker only, and 255 for a broken connection too.
+report_status() {
   local status=$?
   printf '\nmusicrl-exit %s %s\n' "$(hostname)" "$status"
   exit 0
@@ -94,14 +99,15 @@ start() {
   local attempt=$1 argument code mounted=() musicrl=(.venv/bin/musicrl)
   shift
   code=$(cat .code 2> /dev/null || true)
-  if [[ $code == *@* ]]; then  # as this user, who alone sees the bucket; privileged, for the TPU
+  if [[ $code == *@* ]]; then
+    # As this user, who alone can read the mounted bucket. Privileged, for the TPU.
     musicrl=(sudo docker run --rm --privileged --network=host "--user=$(id -u):$(id -g)" "--env=HOME=$HOME"
       --env=JAX_COMPILATION_CACHE_DIR --env=XDG_CACHE_HOME= "--volume=$HOME:$HOME" "--workdir=$PWD")
     [ -z "${SHARED_DIR:-}" ] || musicrl+=("--volume=$SHARED_DIR:$SHARED_DIR")
     musicrl+=("${code#*@}")
   fi
   if [ "${SHARED_DIR:-}" ] && ! mountpoint --quiet "$SHARED_DIR"; then
-    echo "SHARED_DIR=$SHARED_DIR is no mount point on $(hostname): have a startup script mount it, or use gs://" >&2
+    echo "SHARED_DIR=$SHARED_DIR is no mount point on $(hostname): mount it in a startup script, or use gs://" >&2
     exit 1
   fi
   for argument in "$@"; do
@@ -113,9 +119,9 @@ start() {
   done
   stop
   mkdir -p "$attempt"
-  : > "$attempt/log"  # here, lest it be followed before it is there
+  : > "$attempt/log"  # before the run starts, so that `follow` finds it
   export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$HOME/xla-cache} PYTHONUNBUFFERED=1
-  # shellcheck disable=SC2016  # expanded by that bash
+  # shellcheck disable=SC2016  # the inner bash expands it
   setsid bash -c '"${@:2}"; echo $? > "$1/status"' bash "$attempt" "${musicrl[@]}" run "${mounted[@]}" \
     < /dev/null >> "$attempt/log" 2>&1 9>&- &
   echo $! > "$attempt/pid"
@@ -126,7 +132,7 @@ stop() {
   for attempt in "$attempts"/*; do
     [ -e "$attempt/pid" ] && [ ! -e "$attempt/status" ] || continue
     pid=$(cat "$attempt/pid")
-    pkill -TERM --parent "$pid" || continue  # gone
+    pkill -TERM --parent "$pid" || continue  # it has ended
     timeout 60 tail --pid="$pid" --sleep-interval=0.2 --follow /dev/null || pkill -KILL --session "$pid" || true
   done
 }
@@ -136,5 +142,5 @@ case ${1:-} in
   run) run "${@:2}" ;;
   join) join "$2" ;;
   stop) stop ;;
-  *) echo "tpu_worker.sh: '${1:-}' is none of setup, run, join and stop" >&2 && exit 2 ;;
+  *) echo "tpu_worker.sh: '${1:-}' is none of setup, run, join, stop" >&2 && exit 2 ;;
 esac

@@ -1,1 +1,1 @@
-"""A user's own recordings with captions."""
+"""Builds a data set from a user's own recordings and captions."""

@@ -1,4 +1,4 @@
-"""The table of captions: which recording says what, and the split of each recording."""
+"""Reads the table of captions and assigns each recording to a split."""
 
 import hashlib
 import heapq
@@ -12,7 +12,7 @@ from musicrl_jax.core import tables
 Row = dict[str, str]
 
 _COLUMNS = {"file": str, "caption": str}
-# A line of a caption that is a row of its own: an open quote took it in, and a quote further down closed it.
+# A caption with a line that is a row itself: a quote opened above it is closed somewhere below.
 _ROW_INSIDE = re.compile(
     r"[\r\n][^,\r\n]*\.(wav|wave|flac|ogg|oga|opus|mp3|aif|aiff|au|caf|w64)\"?,", re.IGNORECASE
 )
@@ -22,19 +22,22 @@ LEAST_RECORDINGS = 3
 
 
 def read_captions(path: pathlib.Path, allow_outside: bool = False) -> list[Row]:
-    """Reads `file`, `caption` and `id` of each row of a .jsonl or .csv file, in its order.
+    """Reads `file`, `caption` and `id` of each row of a .jsonl or .csv file, in order.
 
-    The id of a row is its `id`, be it 0 or "". Where that is missing or null, or an empty cell of a .csv, it is the
-    name of the file.
+    A row without `id` (missing, null, or an empty cell of a .csv) gets the name of its file as id.
+    The ids 0 and "" are ids.
 
     Args:
       path: the table.
-      allow_outside: whether a `file` may be an absolute path, or lead out of the folder by `..`.
+      allow_outside: whether a `file` may be an absolute path, or leave the folder by `..`.
 
-    Raises FileNotFoundError, or ValueError with file, line and column of the first row that is not as it should be.
+    Raises:
+      FileNotFoundError: the table does not exist.
+      ValueError: a row is invalid. Names file, line and column of the first such row.
     """
     rows, lines = [], {}
     for row in tables.read_rows(path, _COLUMNS):
+        # Its texts.
         file, caption = (row.values[column] for column in _COLUMNS)
         for column in _COLUMNS:
             if not row.values[column].strip():
@@ -44,22 +47,22 @@ def read_captions(path: pathlib.Path, allow_outside: bool = False) -> list[Row]:
         if "\0" in file:
             raise row.error("file", f"{file!r} holds a NUL character: mend the name")
         if not allow_outside and _leads_outside(file):
-            raise row.error(
-                "file",
-                f"{file!r} is not inside the folder: put it there, or build with allow_outside=True",
-            )
+            remedy = "put it there, or build with allow_outside=True"
+            raise row.error("file", f"{file!r} is not inside the folder: {remedy}")
+
+        # Its id, which no other row may have.
         identity = _identity(row)
         if identity in lines:
-            raise row.error(
-                "id", f"{identity!r} is also on line {lines[identity]}: give each row another id"
-            )
+            remedy = "give each row another id"
+            raise row.error("id", f"{identity!r} is also on line {lines[identity]}: {remedy}")
         lines[identity] = row.line
-        # One name for one recording: ./a.wav is a.wav.
+        # Each recording has one name: ./a.wav is a.wav.
         rows.append({"file": os.path.normpath(file), "caption": caption, "id": identity})
     return rows
 
 
 def _identity(row: tables.Row) -> str:
+    """Returns the id of a row."""
     identity = row.values.get("id")
     if identity is None or (identity == "" and row.path.suffix.lower() == ".csv"):
         return row.values["file"]
@@ -69,36 +72,38 @@ def _identity(row: tables.Row) -> str:
 
 
 def _leads_outside(file: str) -> bool:
-    """Returns whether a path, by its text alone, is absolute or leaves the folder that it is relative to.
+    """Returns whether the text of a path is absolute or leaves its folder.
 
-    Symbolic links are not looked at: who may put a link into the folder may put a recording there.
+    Ignores symbolic links: whoever can put a link into the folder can put a recording there.
     """
     inner = os.path.normpath(file)
     return os.path.isabs(inner) or inner.split("/")[0] == ".."
 
 
 def splits_of(files: Iterable[str]) -> dict[str, str]:
-    """Returns the split of each file, by a hash of its name: 90 % train, 5 % validation, 5 % test.
+    """Returns the split of each file by a hash of its name: 90 % train, 5 % validation, 5 % test.
 
-    Few files do not come out so by a hash alone, so validation and test each hold at least a tenth of the files or 8,
-    whichever is less, and at most a tenth: 32, 4 and 4 of 40. With fewer than 20 files each holds one.
+    A hash alone gives unreliable shares for few files. So validation and test each get at least
+    min(8, a tenth of the files) and at most a tenth, but at least one: of 40 files 4 each.
 
-    The hash puts the files on a circle. Test goes up from a fixed point of it, validation down. So a file that is added
-    moves at most one other file between train and validation, and one between train and test, and none at all
-    where the hash alone keeps the limits, as it nearly always does from 400 files on.
+    The hash places files on a circle. Test extends upwards from a fixed point, validation
+    downwards. So a new file moves at most one other file between train and validation, and one
+    between train and test. From about 400 files on the hash alone decides, and no file moves.
 
     Raises ValueError for fewer than three files, one for each split.
     """
-    points = {
-        file: int.from_bytes(hashlib.sha256(file.encode()).digest()[:8], "big") / 2**64
-        - (1 - HELD_OUT_SHARE)
-        for file in files
-    }
+    # Position on the circle, relative to the fixed point.
+    points = {}
+    for file in files:
+        digest = hashlib.sha256(file.encode()).digest()
+        points[file] = int.from_bytes(digest[:8], "big") / 2**64 - (1 - HELD_OUT_SHARE)
     if len(points) < LEAST_RECORDINGS:
         raise ValueError(
-            f"{len(points)} recordings can be used, and {LEAST_RECORDINGS} are needed, one for each of train, "
-            "validation and test: add some, or cut a long one into several files"
+            f"{len(points)} recordings can be used, and {LEAST_RECORDINGS} are needed, one for "
+            "each of train, validation and test: add some, or cut a long one into several files"
         )
+
+    # The nearest files in each direction.
     most = max(1, len(points) // 10)
     least = min(8, most)
     splits = dict.fromkeys(points, "train")

@@ -1,1 +1,1 @@
-"""Real scores from music21's corpus, played by real instruments, with captions that are true."""
+"""Builds a data set from scores of music21's corpus, rendered with captions true of their notes."""

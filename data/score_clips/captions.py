@@ -1,6 +1,6 @@
-"""Captions: from the attributes of a clip to a sentence that says some of them, in varied words, and nothing else.
+"""Writes a sentence about a clip: some of its attributes, in varied words, and nothing else.
 
-Every word comes from an attribute: a caption never says what a listener may feel.
+Every word comes from an attribute. Captions do not claim what a listener may feel.
 """
 
 import numpy as np
@@ -8,6 +8,8 @@ import numpy as np
 from .instruments import INSTRUMENTS
 
 Attributes = dict[str, object]
+
+# --- wordings of each attribute value ---
 
 TEMPO = {
     "very slow": ("very slow", "extremely slow", "largo"),
@@ -97,7 +99,7 @@ DRUMS = (
 
 _GROUPS = ("choir", "ensemble", "quartet", "strings", "orchestra", "section")
 
-# How often a caption mentions what.
+# Probability that a caption mentions an attribute.
 _CHANCES = {
     "instrument": 0.92,
     "sound": 0.25,
@@ -116,54 +118,63 @@ _CHANCES = {
 }
 
 
+# --- sentences ---
+
+
 def caption(attributes: Attributes, rng: np.random.Generator) -> str:
-    """One sentence, true of the clip. The same attributes give other words with another `rng`."""
-    said = {name for name, chance in _CHANCES.items() if rng.random() < chance}
-    noun = _noun(attributes, said, rng)
-    player = _player(attributes, rng) if "instrument" in said else ""
-    details = _details(attributes, said, rng)
-    order = rng.permutation(len(details))
-    details = [details[at] for at in order]
+    """Returns one sentence, true of the clip. Its words and their order depend on `rng`."""
+    mentioned = {name for name, chance in _CHANCES.items() if rng.random() < chance}
+    noun = _noun(attributes, mentioned, rng)
+    player = _player(attributes, rng) if "instrument" in mentioned else ""
+    details = _details(attributes, mentioned, rng)
+    details = [details[at] for at in rng.permutation(len(details))]
     frames = [_noun_first, _details_last] + ([_player_first, _solo] if player else [])
-    text = frames[rng.integers(len(frames))](noun, player, details)
+    text = frames[rng.integers(len(frames))](noun, player) + _listed(details)
     return text[0].upper() + text[1:] + ("." if rng.random() < 0.7 else "")
 
 
-def _noun_first(noun: str, player: str, details: list[str]) -> str:
-    if player:
-        noun = f"{noun} played {'by' if player.endswith(_GROUPS) else 'on'} {_article(player)}"
-    return f"{_article(noun)}{_listed(details)}"
+def _noun_first(noun: str, player: str) -> str:
+    if not player:
+        return _article(noun)
+    return _article(
+        f"{noun} played {'by' if player.endswith(_GROUPS) else 'on'} {_article(player)}"
+    )
 
 
-def _details_last(noun: str, player: str, details: list[str]) -> str:
-    return f"{noun}{f', {player}' if player else ''}{_listed(details)}"
+def _details_last(noun: str, player: str) -> str:
+    return f"{noun}, {player}" if player else noun
 
 
-def _player_first(noun: str, player: str, details: list[str]) -> str:
-    return f"{_article(player)} plays {_article(noun)}{_listed(details)}"
+def _player_first(noun: str, player: str) -> str:
+    return f"{_article(player)} plays {_article(noun)}"
 
 
-def _solo(noun: str, player: str, details: list[str]) -> str:
-    return f"{player} playing {_article(noun)}{_listed(details)}"
+def _solo(noun: str, player: str) -> str:
+    return f"{player} playing {_article(noun)}"
 
 
-def _noun(attributes: Attributes, said: set[str], rng: np.random.Generator) -> str:
+def _noun(attributes: Attributes, mentioned: set[str], rng: np.random.Generator) -> str:
+    """Returns the noun with its adjectives. Removes from `mentioned` what the adjectives say."""
     adjectives = []
-    if "dynamics" in said and rng.random() < 0.5:
-        adjectives += [word for word in DYNAMICS[attributes["dynamics"]] if " " not in word][:2]
-        said.discard("dynamics")
-    adjectives = [_pick(adjectives, rng)] if adjectives else []
-    if "tempo_word" in said:
+
+    # Dynamics and number of parts: half of the time as adjectives, otherwise as details.
+    if "dynamics" in mentioned and rng.random() < 0.5:
+        words = [word for word in DYNAMICS[attributes["dynamics"]] if " " not in word][:2]
+        adjectives += [_pick(words, rng)] if words else []
+        mentioned.discard("dynamics")
+    if "tempo_word" in mentioned:
         adjectives.append(_pick(TEMPO[attributes["tempo_word"]], rng))
-    if "parts" in said and attributes["parts"] in COUNTS and rng.random() < 0.5:
+    if "parts" in mentioned and attributes["parts"] in COUNTS and rng.random() < 0.5:
         adjectives.append(COUNTS[attributes["parts"]][0])
-        said.discard("parts")
+        mentioned.discard("parts")
+
+    # The kind of music: any word, or a word of the collection, or the dance.
     styles, kinds = STYLE[attributes["collection"]]
     kind = _pick(ANY_MUSIC, rng)
-    if "style" in said:
+    if "style" in mentioned:
         adjectives.append(_pick(styles, rng))
         kind = _pick(kinds, rng)
-    if "dance" in said and attributes["dance"]:
+    if "dance" in mentioned and attributes["dance"]:
         kind = attributes["dance"]
     return " ".join([*adjectives, kind])
 
@@ -175,13 +186,13 @@ def _player(attributes: Attributes, rng: np.random.Generator) -> str:
     return solo + _pick(instrument.names, rng)
 
 
-def _details(attributes: Attributes, said: set[str], rng: np.random.Generator) -> list[str]:
+def _details(attributes: Attributes, mentioned: set[str], rng: np.random.Generator) -> list[str]:
+    """Returns one wording for each mentioned attribute that has wordings."""
     key, mode, bpm = attributes["key"], attributes["mode"], attributes["tempo_bpm"]
-    forms = {
-        "sound": INSTRUMENTS[attributes["instrument"]].sounds if "instrument" in said else (),
-        "key": (f"in {key} {mode}", f"in the key of {key} {mode}", f"in a {mode} key")
-        if key
-        else (),
+    keys = (f"in {key} {mode}", f"in the key of {key} {mode}", f"in a {mode} key")
+    wordings = {
+        "sound": INSTRUMENTS[attributes["instrument"]].sounds if "instrument" in mentioned else (),
+        "key": keys if key else (),
         "tempo_bpm": (f"at {bpm} BPM", f"at {bpm} beats per minute", f"tempo {bpm}"),
         "metre": METRE.get(attributes["metre"], ()),
         "register": REGISTER[attributes["register"]],
@@ -191,7 +202,7 @@ def _details(attributes: Attributes, said: set[str], rng: np.random.Generator) -
         "drums": DRUMS if attributes["drums"] else (),
         "parts": _texture(attributes),
     }
-    return [_pick(choices, rng) for name, choices in forms.items() if name in said and choices]
+    return [_pick(words, rng) for name, words in wordings.items() if name in mentioned and words]
 
 
 def _texture(attributes: Attributes) -> tuple[str, ...]:
@@ -203,7 +214,7 @@ def _texture(attributes: Attributes) -> tuple[str, ...]:
 
 
 def _listed(details: list[str]) -> str:
-    """Details that begin with a preposition follow without a comma, until one that does not."""
+    """Returns the details as a continuation. A first one with a preposition needs no comma."""
     text = ""
     for number, detail in enumerate(details):
         joined = number == 0 and detail.split()[0] in ("in", "with", "at", "over", "like")

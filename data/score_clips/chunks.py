@@ -1,14 +1,14 @@
-"""What a worker process does at once. It imports no TFDS, so that workers start quickly."""
+"""Jobs of the worker processes. Imports no TFDS, so that workers start quickly."""
 
 import numpy as np
 
 from . import captions, clips, render, scores
 
-_WORDS = 1  # a clip's words are drawn apart from its music
+_WORDS = 1  # the random stream of a clip's words, apart from that of its music
 
 
 def parsed(names: list[str]) -> list[scores.Piece | None]:
-    """The pieces of those names; None for those that are not fit."""
+    """Returns the pieces with these names, None for each unusable one."""
     return [scores.parse(name) for name in names]
 
 
@@ -20,16 +20,11 @@ def rendered(
     sample_rate_hz: int,
     instruments: tuple[str, ...],
 ) -> list[tuple[clips.Clip, np.ndarray, str]]:
-    """(clip, audio int16 [N], caption) for each (index in the split, piece)."""
-    made = []
+    """Returns (clip, audio int16 [N], caption) for each job (index in the split, piece)."""
+    results = []
     for index, piece in jobs:
         clip = clips.draw_clip(piece, split, index, seed, seconds, instruments)
+        audio = render.render(clip, seconds, sample_rate_hz)
         words = np.random.default_rng([seed, *split.encode(), index, _WORDS])
-        made.append(
-            (
-                clip,
-                render.render(clip, seconds, sample_rate_hz),
-                captions.caption(clip.attributes, words),
-            )
-        )
-    return made
+        results.append((clip, audio, captions.caption(clip.attributes, words)))
+    return results

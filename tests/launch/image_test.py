@@ -1,4 +1,4 @@
-"""launch/Dockerfile: linted, and its steps run in empty folders, without Docker."""
+"""Tests of launch/Dockerfile without Docker: its lint, and its steps in empty folders."""
 
 import os
 import re
@@ -13,7 +13,7 @@ IMAGE = ROOT / "launch/Dockerfile"
 
 
 def instructions() -> list[tuple[str, str]]:
-    """Returns the Dockerfile's instructions, (name, words), lines joined."""
+    """Returns (name, words) of each instruction of the Dockerfile."""
     text = re.sub(r"^#.*\n", "", IMAGE.read_text(), flags=re.M)
     lines = re.sub(r"\\\n\s*", "", text).splitlines()
     return [tuple(line.split(" ", 1)) for line in lines if line.strip()]
@@ -27,14 +27,14 @@ def test_hadolint_finds_nothing():
     assert linted.returncode == 0, linted.stdout
 
 
-def test_both_stages_have_the_python_of_a_requirements_file():
+def test_both_stages_have_a_python_with_pinned_requirements():
     images = [words.split(" ")[0] for name, words in instructions() if name == "FROM"]
     (version,) = {re.match(r"python:(\d+\.\d+)-slim", image)[1] for image in images}
     assert (ROOT / f"launch/requirements-{version}.txt").is_file()
 
 
 @pytest.mark.parametrize(("platform", "extra"), [("cpu", ""), ("tpu", "tpu"), ("cuda", "cuda")])
-def test_a_platform_names_an_extra(platform, extra):
+def test_a_platform_installs_its_extra(platform, extra):
     (step,) = (words for name, words in instructions() if name == "RUN" and "setup.sh" in words)
     script = step.replace("launch/setup.sh", "printf '%s\\n' setup.sh")
     printed = subprocess.run(
@@ -50,7 +50,7 @@ def test_a_platform_names_an_extra(platform, extra):
 
 @pytest.mark.slow
 def test_the_steps_make_an_environment_that_runs_without_the_checkout(tmp_path):
-    # What `COPY . .` takes.
+    # The files of `COPY . .`.
     tracked = subprocess.run(
         ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout.splitlines()
@@ -61,7 +61,7 @@ def test_the_steps_make_an_environment_that_runs_without_the_checkout(tmp_path):
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, source / name)
 
-    # The step that installs, in another place.
+    # The installation, in another folder.
     (step,) = (words for name, words in instructions() if name == "RUN" and "setup.sh" in words)
     environment = {"PLATFORM": "cpu", "PATH": os.environ["PATH"], "HOME": str(tmp_path)}
     opt, cache = tmp_path / "opt", tmp_path / "cache"
@@ -74,7 +74,7 @@ def test_the_steps_make_an_environment_that_runs_without_the_checkout(tmp_path):
     )
     shutil.rmtree(source)
 
-    # The entry point, which may write to its volume alone.
+    # The entry point. It may write to its volume only.
     cache.mkdir()
     for folder in (opt, *opt.rglob("*")):
         if folder.is_dir():
