@@ -1,29 +1,45 @@
 #!/usr/bin/env bash
-# The tests: lint, the fast ones, then the slow ones. `launch/test.sh fast` leaves the slow ones out.
+# The tests.
+#   launch/test.sh         lint, and the tests of a change: a quarter of an hour on two cores
+#   launch/test.sh unit    lint, and the tests that compile no model: two minutes
+#   launch/test.sh all     the slow ones as well: several hosts, whole runs, a browser, the TPU's compiler
 set -euo pipefail
 cd "$(dirname "$0")/.."
+which=${1:-change}
+case $which in
+  unit) tests=unit ;;
+  change | all) tests="not slow" ;;
+  *) echo "test.sh: '$which' is none of unit, change and all" >&2 && exit 2 ;;
+esac
 launch/setup.sh
-# Tests against PyTorch's implementations are left out where CI's versions do not name it: there it comes with CUDA, 3 GB.
+
+# What some tests need. Those that lack it are skipped.
 version=$(.venv/bin/python -c 'import sys; print("%d.%d" % sys.version_info[:2])')
-if grep -qs '^torch==' "launch/requirements-$version.txt"; then launch/setup.sh parity; fi
-[ "${1:-}" = fast ] || launch/setup.sh plan  # the TPU compiler; no test needs a TPU
-# The page of `musicrl serve` is tried in Chromium, and steps of the clock with libfaketime. On Debian as root both are
-# installed; the tests of what is missing are skipped.
-install() {
+if [ "$which" != unit ]; then
+  launch/setup.sh wandb
+  # Elsewhere PyTorch comes with CUDA, 3 GB.
+  if grep -qs '^torch==' "launch/requirements-$version.txt"; then launch/setup.sh parity; fi
+fi
+install() {  # Debian packages, as root
   apt-get update -qq &&
     DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@" > /dev/null ||
     echo "no $*: the tests that need it are skipped" >&2
 }
-if command -v apt-get > /dev/null && [ "$(id -u)" = 0 ]; then
-  command -v chromedriver > /dev/null || install chromium chromium-driver
-  command -v faketime > /dev/null || install faketime
+if [ "$which" = all ]; then
+  launch/setup.sh plan  # the TPU compiler; no test needs a TPU
+  if command -v apt-get > /dev/null && [ "$(id -u)" = 0 ]; then
+    command -v chromedriver > /dev/null || install chromium chromium-driver
+    command -v faketime > /dev/null || install faketime  # for tests of a clock that jumps
+  fi
 fi
+
 export JAX_PLATFORMS=cpu
-export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}  # XLA buffers on huge pages: fewer page faults
-trap 'exit 130' INT  # Ctrl-C ends both halves
+# XLA's buffers on huge pages: fewer page faults.
+export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
+trap 'exit 130' INT  # Ctrl-C ends all parts
 failed=0
 .venv/bin/ruff check . && .venv/bin/ruff format --check --quiet . || failed=$?
-# A file in one process: its fixtures are made once. What fails here does not hide how the slow ones end.
-.venv/bin/python -m pytest -m "not slow" --numprocesses=2 --dist=loadfile || failed=$?
-[ "${1:-}" = fast ] || .venv/bin/python -m pytest -m slow || failed=$?
+# A file runs in one process, so its fixtures are made once. A failure does not hide how the rest ends.
+.venv/bin/python -m pytest -m "$tests" --numprocesses=2 --dist=loadfile --durations=20 || failed=$?
+[ "$which" != all ] || .venv/bin/python -m pytest -m slow --durations=20 || failed=$?
 exit "$failed"

@@ -337,6 +337,7 @@ def _card(description: Mapping[str, Any], name: str) -> str:
     models = "".join(f"* {part}: `{hash_[:12]}`\n" for part, hash_ in description["models"].items())
     layout = "".join(f"; {kind}: {size}" for kind, size in description["layout"].items())
 
+    # The page.
     return f"""# {name}, a text-to-music model
 
 Exported by musicrl-jax {description["version"]} with jax {description["jax"]}, for \

@@ -541,7 +541,7 @@ def test_config_prints_a_gin_file_that_binds_the_same(capsys, tmp_path):
     assert len(re.findall(r"^[\w/.]+ = ", text, flags=re.MULTILINE)) == sum(
         each["bound"] is not None for each in settings.values()
     )
-    assert re.search(r"^# r/RLConfig.updates = 1 +# int: of each", text, flags=re.MULTILINE)
+    assert re.search(r"^# r/RLConfig.updates = 1 +# int: updates with", text, flags=re.MULTILINE)
     assert musicrl("run", f"--gin_file={path}", "--dry_run") == 0
 
 

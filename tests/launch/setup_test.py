@@ -197,12 +197,26 @@ def test_a_failed_half_of_the_tests_does_not_hide_the_other(fails, status, check
     folder, run = checkout
     assert run("launch/setup.sh")[0] == 0
     (folder / ".venv/bin/ruff").symlink_to("/bin/true")
-    actual, calls, error = run("launch/test.sh", fails=fails)
+    actual, calls, error = run("launch/test.sh", "all", fails=fails)
     assert actual == status, error
     halves = [call for call in calls if call.startswith("-m pytest")]
-    assert len(halves) == 2 and "not slow" in halves[0] and halves[1] == "-m pytest -m slow"
-    _, calls, _ = run("launch/test.sh", "fast")
-    assert len([call for call in calls if call.startswith("-m pytest")]) == 1
+    assert len(halves) == 2 and "-m not slow" in halves[0] and "-m slow" in halves[1]
+
+
+@pytest.mark.parametrize(("words", "tests"), [((), "-m not slow"), (("unit",), "-m unit")])
+def test_the_tests_of_a_change_are_one_part(words, tests, checkout):
+    folder, run = checkout
+    assert run("launch/setup.sh")[0] == 0
+    (folder / ".venv/bin/ruff").symlink_to("/bin/true")
+    status, calls, error = run("launch/test.sh", *words)
+    (call,) = (call for call in calls if call.startswith("-m pytest"))
+    assert status == 0 and tests in call, error
+
+
+def test_an_unknown_choice_of_tests_is_refused(checkout):
+    _, run = checkout
+    status, calls, error = run("launch/test.sh", "quick")
+    assert status == 2 and not calls and "'quick' is none of unit, change and all" in str(error)
 
 
 # --- licences ---
