@@ -19,7 +19,7 @@ setup(
     package_data={
         "musicrl_jax.report": ["*.j2"],
         "musicrl_jax.serving": ["*.html"],
-        f"{SHIPPED}.gin": ["**/*.gin"],
+        f"{SHIPPED}.gin": ["**/*.gin", "**/*.md"],
         f"{SHIPPED}.data": ["**/*.csv", "**/*.md", "pretrained/**"],
     },
     entry_points={"console_scripts": ["musicrl=musicrl_jax.cli:main"]},

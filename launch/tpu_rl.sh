@@ -4,9 +4,10 @@
 # done.
 #
 #   PROJECT=my-project ZONE=us-west4-a TPU_NAME=rl ACCELERATOR_TYPE=v5litepod-16 \
-#     MODEL_DIR=gs://my-bucket/rl launch/tpu_rl.sh [--dry-run] \
-#     --gin_file=gin/experiments/musicrl_r.gin --gin_file=gin/sizes/base.gin \
-#     --gin_file=YOUR_RUN.gin --gin.DATA_DIR="'gs://my-bucket/data'" [more flags for `musicrl run`]
+#     MODEL_DIR=gs://my-bucket/rl \
+#     launch/tpu_rl.sh [--dry-run] --gin_file=gin/experiments/musicrl_r.gin \
+#     --gin_file=gin/sizes/base.gin --gin_file=YOUR_RUN.gin \
+#     --gin.DATA_DIR="'gs://my-bucket/data'" [more flags for `musicrl run`]
 #
 #   --dry-run              prints the commands of a new run, ready to paste, and does nothing
 #   PROJECT ZONE TPU_NAME  name the TPU
