@@ -41,7 +41,7 @@ TOKENIZERS = "TOKENIZERS"
 MACRO = "gin.macro"  # gin's selector of a macro
 SIZE, BASE_SIZE = "SAMPLE_RATE_HZ", "gin/sizes/base.gin"
 
-# A macro or a call, in a flag of a parameter that takes texts.
+# Values of text parameters that count as gin references: a macro %NAME or a call @name().
 GIN_REFERENCE = re.compile(r"%[A-Z_]+|@[\w./]+\(\)")
 # Begins a gin value that is not a bare text, or a broken one.
 GIN_BEGINNING = tuple("([{'\"@%")
@@ -60,7 +60,7 @@ WRONG_SETTING = *WRONG_USE, ImportError
 
 
 def folder(root: str, name: str) -> str:
-    """Returns root/name. Gin files name the models of a run by it, each under its own scope."""
+    """Returns the path root/name. Gin files call it once per model of a run: @codec/folder()."""
     return str(Path(root) / name)
 
 
@@ -91,7 +91,7 @@ def load_verb(name: str) -> Callable:
 
 
 def register(names: Iterable[str]) -> None:
-    """Registers verbs and configs with gin. Any other name is left to gin to refuse."""
+    """Registers verbs and configs with gin. Ignores other names, which gin refuses later."""
     for function in (folder, scaled):
         gin.external_configurable(function, module="musicrl")
     for name in sorted(set(names)):
@@ -346,8 +346,8 @@ def check_bindings(text: str, files: Sequence[Source] = ()) -> None:
             f"{did_you_mean(macro, read)}"
         )
 
-    # Scopes. The scope of a folder has no reader if its macro names a folder elsewhere:
-    # --gin.CODEC=elsewhere.
+    # Scopes. --gin.CODEC=elsewhere replaces @codec/folder(). The bindings of the scope `codec` are
+    # then unused, which is no error.
     scopes, named = set(), {macro.lower() for macro in macros}
     for references in (here, *(file.references for file in files)):
         scopes |= references.scopes()

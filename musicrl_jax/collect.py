@@ -169,7 +169,7 @@ class _Stage:
         self._audience, self._seed, self._mesh = audience, config.seed, mesh
 
     def play(self, split: str, texts: list[str], collection: "_Collection") -> Batches:
-        """Returns batches of tokens and measurements; reads those that a killed run has stored."""
+        """Samples the pairs of a split and measures them; loads batches of an interrupted run."""
         pairs = self._player.rows // 2
         starts, batches = range(0, len(texts), pairs), []
         folder = Path(collection.votes_dir) / PLAYED
@@ -217,7 +217,7 @@ class _Collection:
     data: dict[str, Any]
 
     def complete(self, split: str) -> bool:
-        """Returns whether a split is complete."""
+        """Tells whether the folder has all tokens of a split, by these models and settings."""
         return tokens.complete(self.votes_dir, split, self.models, self.layout, self.data)
 
     def refuse_others(self) -> None:
@@ -282,7 +282,7 @@ class _Collection:
         }
         write_json(path, {**signature, **figures})
 
-        # Tokens.
+        # Write the tokens of the pairs.
         examples = _examples(split, texts, batches)
         tokens.write_tokens(self.votes_dir, split, examples, self.models, self.layout, self.data)
 

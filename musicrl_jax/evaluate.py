@@ -247,7 +247,7 @@ def _sides(
     page: PageConfig,
 ) -> tuple[Sides, Sides]:
     """Returns the clips on the page: of the first prompts, and of those whose reward fell most."""
-    # Gains over the base, of the entry that gained least.
+    # The smallest gain over the base among the other entries, for each prompt.
     base, *others = (result[TOTAL][:, 0] for result in results.values())
     gains = np.min(others, axis=0) - base
 

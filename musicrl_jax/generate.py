@@ -231,7 +231,7 @@ def _prompts(prompt: str | Sequence[str], prompts_file: str) -> list[str]:
 
 
 def _target(out: str, single: bool) -> tuple[Path, Path | None, str]:
-    """Returns (the folder, the file if `out` is one, the format); ValueError if it is neither."""
+    """Parses `out` as (folder, file or None, format); ValueError if it is no folder or sound."""
     # A folder.
     path = Path(out)
     if path.is_dir() or out.endswith("/") or not path.suffix:

@@ -210,7 +210,7 @@ def unpack(
         another model.
       FileNotFoundError: a file is missing.
     """
-    # The index.
+    # Read the index, models.json, and check the names in `changed`.
     source = str(shipped.located(source))
     fetched = FetchedTowers(audio_weights, text_weights, vocabulary)
     index = _index(source)

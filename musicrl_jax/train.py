@@ -89,7 +89,7 @@ def train(
     first = next(objective.data.batches("train", batch_size, seed, rows=rows))
     objective.check(first)
 
-    # Weights and the optimiser's state, sharded from the start; those of an interrupted run.
+    # Create weights and optimiser state, already sharded. Restore those of an interrupted run.
     transform = optimiser.build(steps)
     create = partial(first_state, objective, transform)
     example = sharding.put_batch(mesh, first, batch_size)

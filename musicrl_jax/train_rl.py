@@ -103,7 +103,8 @@ def train_rl(
         state = checkpoints.restore(state)
 
     with closing(checkpoints), jax.set_mesh(mesh), MetricWriter(directory, start) as writer:
-        # Clips of the base: the units of the rewards come from them, and the judge listens to them.
+        # Clips of the base. Each reward is centred and scaled by its scores on them, and the judge
+        # compares with them.
         if start:
             units = {name: tuple(unit) for name, unit in checkpoints.notes()["units"].items()}
         else:

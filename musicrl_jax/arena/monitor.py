@@ -86,7 +86,7 @@ class Monitor:
 
 @dataclasses.dataclass
 class Judge:
-    """A monitor during a run.
+    """State of the held-out judge during a run.
 
     Attributes:
       monitor: its settings.
@@ -136,7 +136,7 @@ class Judge:
             self.looks.append((step, kl, gain, error))
         if len(self.looks) < 4:
             return False
-        # Select the look nearest to the peak, or the base at distance 0.
+        # Select the rated policy nearest to the peak. The base, at distance 0, is a candidate too.
         steps, kls, gains, errors = map(np.array, zip(*self.looks, strict=True))
         peak = overoptimisation_peak(np.sqrt(kls), gains, errors, self.monitor.z)
         if peak is None:

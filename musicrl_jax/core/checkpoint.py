@@ -42,7 +42,7 @@ LINEAGE, CLIP = "tokens.json", "clip.json"
 ANCHOR = "anchor.json"
 # Files whose hash describes a folder of tokens, or of votes on them.
 DESCRIPTIONS = MANIFEST, "votes.jsonl"
-# The kind of a model's manifest. Manifests of older versions do not list their files.
+# Fields of a model's manifest and their types; '?' marks optional ones.
 KIND = {"config": {"kind?": str}, "hash": str, "assets": [str], "files?": FILES}
 NO_IDENTITY = {"identity": False}  # metadata of a dataclass's field that `describe` omits
 
@@ -139,7 +139,7 @@ def config_from_json(config_class: type, fields: dict[str, Any], where: str) -> 
 
 def _field_from_json(hint: Any, value: Any, field: str, where: str) -> Any:
     """Returns a field's value. Raises ValueError if its type does not match the annotation."""
-    # A nested config: of several that the field allows, the one whose name the value has.
+    # A nested config. If the field allows several classes, value['kind'] names one.
     choices = [choice for choice in (hint, *typing.get_args(hint)) if isinstance(choice, type)]
     configs = [choice for choice in choices if dataclasses.is_dataclass(choice)]
     if isinstance(value, dict) and configs:
@@ -322,7 +322,7 @@ def load_description(directory: str | Path, config_class: type) -> Model:
 
 
 def _description(directory: Path, config_class: type) -> tuple[Model, dict[str, list[Any]]]:
-    """Reads a model without its weights, and its manifest's list of files."""
+    """Reads a model's config and assets, but no weights; also returns its list of files."""
     if not (directory / MANIFEST).exists():
         name = config_class.__name__
         raise FileNotFoundError(

@@ -100,7 +100,7 @@ def read_arrays(path: str | Path) -> dict[str, np.ndarray]:
             arrays = {name: archive[name] for name in archive.files}
         if not arrays:  # zipfile takes the NUL bytes of a power cut for an empty archive
             raise ValueError("it holds no arrays")
-        # NumPy returns a member that is no array as bytes.
+        # For a member that is not an array, NumPy returns bytes.
         if odd := [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]:
             raise ValueError(f"{odd[0]} is no array")
         return arrays

@@ -84,7 +84,7 @@ def _acquire(path: Path, cleanup: contextlib.ExitStack) -> None:
     if not os.access(path.parent, os.W_OK):
         return
 
-    # The lock.
+    # Acquire the lock, or wait for its holder.
     end = functools.partial(_end_if_taken_over, path)
     lock = filelock.SoftFileLease(
         path, lease_duration=LEASE_SECONDS, thread_local=False, on_compromise=end
@@ -128,11 +128,14 @@ def _wait(lock: filelock.SoftFileLease, path: Path) -> None:
     Raises ValueError if its holder is alive.
     """
     deadline, reported = time.monotonic() + LEASE_SECONDS + 10 * POLL_SECONDS, False
-    # On another machine only an expired lock shows that a process is dead. A holder whose file is
-    # not yet there has just started.
+    # A process on another machine counts as dead only once its lock has expired. A holder that has
+    # not written its file yet has just started.
     while (holder := _holder(lock)).get("machine") != _machine() and time.monotonic() < deadline:
         if holder and not reported:
-            print(f"{path.parent} is locked by {_name(holder)}: waits whether it lives", flush=True)
+            print(
+                f"{path.parent} is locked by {_name(holder)}: waiting to see if it is alive",
+                flush=True,
+            )
             reported = True
         hosts.stop_point()
         time.sleep(POLL_SECONDS)

@@ -217,7 +217,7 @@ class RunCheckpoints:
             shutil.rmtree(aside)
 
     def _remove(self, step: int) -> None:
-        # The manifest first: the rest of a folder must not pass for a damaged step.
+        # Delete the manifest first: an interrupted removal then counts as incomplete, not damaged.
         (self._step(step) / MANIFEST).unlink(missing_ok=True)
         shutil.rmtree(self._step(step))
 

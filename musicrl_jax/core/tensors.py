@@ -34,7 +34,7 @@ def save(
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
-    """Returns the texts of a file's header, without reading its arrays."""
+    """Reads the metadata strings of a safetensors file, but not its arrays."""
     with safetensors.safe_open(path, framework="numpy") as file:
         return file.metadata() or {}
 

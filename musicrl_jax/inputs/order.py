@@ -117,10 +117,10 @@ def shuffled(seed: int, component: int, ordinal: np.ndarray, size: int) -> np.nd
 
 
 def block_counts(rates: Sequence[float]) -> tuple[int, ...]:
-    """Returns the number of each component's examples in a block, the smallest in the rates' ratio.
+    """Returns how many examples each component has in a block.
 
-    Rates 1.0 and 0.3 give 10 and 3. Raises ValueError if a rate is not positive or the block would
-    be longer than LONGEST_BLOCK.
+    They are the smallest integers in the ratio of the rates: rates 1.0 and 0.3 give 10 and 3.
+    Raises ValueError if a rate is not positive or the block would be longer than LONGEST_BLOCK.
     """
     if not all(math.isfinite(rate) and rate > 0 for rate in rates):
         raise ValueError(

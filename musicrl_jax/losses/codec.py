@@ -113,7 +113,7 @@ def discriminator_hinge(real: Features, decoded: Features) -> jax.Array:
 
 
 def generator_hinge(decoded: Features) -> jax.Array:
-    """Computes the codec's adversarial loss (equation 2), []: scores of decoded clips below 1."""
+    """Computes the generator's hinge loss (equation 2), []: mean of max(0, 1 - score)."""
     return sum(jnp.mean(jax.nn.relu(1.0 - layers[-1])) for layers in decoded) / len(decoded)
 
 

@@ -250,7 +250,7 @@ def policy_loss(
       The loss f32 [], and metrics: log_prob, the tokens' mean; clipped, the share of tokens whose
       ratio is outside 1 -+ clip.
     """
-    # The surrogate.
+    # The surrogate objective: REINFORCE, or PPO's clipped one.
     ratio = jnp.exp(current.log_probs - advantage.log_probs)
     near = jnp.clip(ratio, 1 - choice.clip, 1 + choice.clip)
     if choice.surrogate == "reinforce":

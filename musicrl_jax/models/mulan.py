@@ -166,7 +166,7 @@ class MuLan(nn.Module):
         return self.project_audio(self.towers.audio_features(wav))
 
     def embed_text(self, text: jax.Array) -> jax.Array:
-        """Embeds texts: pieces int32 [B, L] -> [B, E] float32 of length 1; ignores padding."""
+        """Embeds text pieces int32 [B, L] as unit vectors float32 [B, E]; ignores padding."""
         return self.text_projection(self.towers.text_features(text))
 
     def quantize(self, embedding: jax.Array) -> jax.Array:
@@ -174,7 +174,7 @@ class MuLan(nn.Module):
         return rvq.quantize(self.codebooks.value, embedding)
 
     def temperature(self) -> jax.Array:
-        """Returns the learned divisor of cosines in training: float32 [], at least 0.01."""
+        """Returns the learned softmax temperature of the contrastive loss: f32 [], 0.01 or more."""
         return jnp.exp(jnp.maximum(self.log_temperature, math.log(LEAST_TEMPERATURE)))
 
     def __call__(self, wav: jax.Array, text: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -231,7 +231,7 @@ class MusicLM(nn.Module):
         return jnp.concatenate([semantic, acoustic], axis=2)
 
     def _logits(self, product: str, hidden: jax.Array, head: jax.Array) -> jax.Array:
-        """Multiplies in float32 and pads to the larger codebook with NEVER: f32 [..., V]."""
+        """Computes logits f32 [..., V]; codes that this head's codebook lacks get NEVER."""
         logits = jnp.einsum(product, at_least_float32(hidden), at_least_float32(head))
         missing = self.config.layout.vocabulary - logits.shape[-1]
         return jnp.pad(logits, [(0, 0)] * (logits.ndim - 1) + [(0, missing)], constant_values=NEVER)

@@ -97,7 +97,7 @@ class SoundStorm(nn.Module):
 class TrainingMask(NamedTuple):
     """The hidden codes of a training example, and the frames of its loss."""
 
-    # [B, T, Q] bool, hidden: part of `level` and all levels above.
+    # [B, T, Q] bool, True if hidden: some frames of `level`, and all frames of finer levels.
     masked: jax.Array
     # [B] int32, the fine level of the loss.
     level: jax.Array

@@ -126,10 +126,11 @@ def expand(x: jax.Array) -> jax.Array:
 
 
 def with_past(module: nn.Module, x: jax.Array, count: int) -> jax.Array:
-    """Prepends the last `count` inputs to x [B, N, D]: [B, count + N, D].
+    """Prepends `count` past inputs to x [B, N, D]: [B, count + N, D].
 
-    They are zeros, unless the collection `stream` is mutable. Then they are the last inputs of the
-    call before, which the module stores, so a clip in parts gives the result of the whole clip.
+    The past is zeros by default. If the collection `stream` is mutable, it is the end of the
+    previous call's input, which the module stores. Decoding a clip in chunks then gives the same
+    result as decoding it whole.
     """
     zeros = jnp.zeros((x.shape[0], count, x.shape[2]), x.dtype)
     if not module.is_mutable_collection("stream") or module.is_initializing():

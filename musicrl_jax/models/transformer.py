@@ -19,8 +19,9 @@ from musicrl_jax.core import sharding
 from musicrl_jax.core.precision import LAYERS, at_least_float32
 from musicrl_jax.models.layers import BLOCK, kernel_init, named_init, scan_layers
 
-# Keys and values of one layer, [B, G, P, g E] each, and of all layers.
+# Keys and values of one layer, each [B, G, P, g * E]: G packs of g heads side by side.
 LayerCache = tuple[jax.Array, jax.Array]
+# One LayerCache per layer.
 Cache = list[LayerCache]
 
 # Lanes of a vector register, by platform. In memory an array's last axis is padded to as many.
@@ -179,13 +180,13 @@ class Block(nn.Module):
         start: jax.Array | int,
         deterministic: bool,
     ) -> tuple[jax.Array, LayerCache]:
-        """Transforms x [B, S, D]; returns y [B, S, D] and this layer's keys and values.
+        """Runs the block on x [B, S, D]; returns y [B, S, D] and this layer's keys and values.
 
         Args:
           x: [B, S, D].
-          biases: one per block of queries, as in `attend_in_blocks`; a single one with a cache.
-          cache: keys and values of P positions, filled below `start`; None for a whole clip.
-          start: position of the first of x in the cache, int32 [].
+          biases: one per block of queries, see `attend_in_blocks`; exactly one if there is a cache.
+          cache: keys and values of P positions, valid before `start`; None for a whole clip.
+          start: cache position of x[:, 0], int32 [].
           deterministic: False applies dropout.
         """
         c = self.config

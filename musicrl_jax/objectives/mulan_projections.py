@@ -124,10 +124,10 @@ class TowerOutputs:
     """Outputs of pretrained towers for clips and captions, computed once and stored in files.
 
     Attributes:
-      clips: whole clips, with a vocabulary.
+      clips: the data sets; `vocabulary` must be set, so that batches have text.
       towers: the pretrained towers.
-      folder: folder of the files, one for each split of each set. Names depend on clips and
-        weights.
+      folder: where outputs are stored, one file per set and split. File names change with clips
+        and weights.
     """
 
     clips: Clips
@@ -153,7 +153,7 @@ class TowerOutputs:
                 f"batch_size {batch_size} is more than the {self.count(split)} clips of split "
                 f"{split!r}: lower it"
             )
-        # The sets with this split, and how often each has its turn.
+        # Sets that have this split, and their sampling rates.
         clips = self.clips
         names = sorted(name for name in clips.datasets if split in clips.records(name))
         sets = [self.read(name, split) for name in names]

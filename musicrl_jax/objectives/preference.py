@@ -46,7 +46,7 @@ class PreferenceObjective(TokenObjective):
             )
 
     def check(self, batch: Batch) -> None:
-        """Raises ValueError if the clips' tokens are of another layout."""
+        """Raises ValueError if the sizes of the tokens differ from the policy's."""
         self.check_policy(self.model.policy)
 
     def init(self, key: jax.Array, batch: Batch) -> Variables:

@@ -99,7 +99,7 @@ class Computation:
 
     @functools.cached_property
     def cycles(self) -> int:
-        """Cycles of its own instructions, by the compiler's estimates."""
+        """Sum of the compiler's cycle estimates of the instructions, without called ones."""
         matches = (_CYCLES.search(each.attributes) for each in self.instructions.values())
         return sum(int(match[1]) for match in matches if match)
 
@@ -455,7 +455,7 @@ def _collectives(
         if kind in COLLECTIVES:
             yield computation, instruction, kind
         return
-    # Each fusion of a chain names the collective again; it counts in the first.
+    # In a chain of fusions, each one repeats the same collective. Count it in the first only.
     fused = program.callee(instruction)
     if _chain_part(fused) in ("middle", "done"):
         return

@@ -236,7 +236,7 @@ class Learner:
             loss, _ = value_loss(self._values(value, part.rollout), part.reward)
             return loss, {"value_loss": loss}
 
-        # The policy.
+        # Update the policy.
         gradients, metrics = self._gradients(
             actor_loss, weights.policy, batch, shardings and shardings.policy
         )
@@ -246,7 +246,7 @@ class Learner:
         )
         after = state.replace(policy=policy, policy_opt=policy_opt)
 
-        # The value function.
+        # Update the value function.
         if self.learns_values:
             gradients, value_metrics = self._gradients(
                 critic_loss, weights.value, batch, shardings and shardings.value

@@ -23,7 +23,7 @@ from musicrl_jax.systems.system import Rollout, Tree, Weights
 
 
 class Step(NamedTuple):
-    """Results of a step: the next state, rewards f32 [B], terms f32 [B] each, and metrics."""
+    """Results of a step: next state, rewards f32 [B], scores f32 [B] by reward term, metrics."""
 
     state: RLState
     reward: jax.Array

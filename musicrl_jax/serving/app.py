@@ -81,7 +81,7 @@ CLIP_PROBLEMS = _problems(
     }
 )
 UNAUTHORIZED = _problems({401: "The bearer token is missing or wrong."})
-# The answer with a clip, whose body OpenAPI cannot infer.
+# OpenAPI schema of a response with a clip, whose body FastAPI cannot infer.
 INTEGER, STRING = {"type": "integer"}, {"type": "string"}
 BINARY = {**STRING, "format": "binary"}
 SOUND = {

@@ -212,7 +212,7 @@ class Bundle:
         if not (np.isfinite(temperatures).all() and (temperatures > 0).all()):
             raise ValueError(f"temperatures={temperatures.tolist()} must be above 0 and finite")
 
-        # The function, whose outputs the manifest names.
+        # Run the draw function; the manifest has the names of its outputs.
         arrays = self._functions[DRAW](
             self.weights[DRAW],
             whole("text", text, 2**31 - 1).astype(np.int32),
@@ -341,7 +341,7 @@ class Bundle:
 
 
 def whole(name: str, numbers: Any, most: int = LARGEST_SEED) -> np.ndarray:
-    """Returns an array of whole numbers; raises ValueError if one is not in 0 to `most`."""
+    """Returns an integer array; raises ValueError if a number is no integer from 0 to `most`."""
     array = np.asarray(numbers)
     if not array.size:
         return array

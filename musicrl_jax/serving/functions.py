@@ -33,7 +33,7 @@ BACKENDS = {"cuda": "gpu"}  # JAX's name of a platform, if a bundle's folder has
 
 
 class Golden(NamedTuple):
-    """Clips as the model code draws them, by which a bundle is verified."""
+    """Reference clips from the model code, to verify a bundle against."""
 
     arguments: tuple[Any, ...]  # of the draw function, after the weights
     rollout: Rollout

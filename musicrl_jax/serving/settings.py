@@ -51,12 +51,13 @@ class ServiceLimits:
     """Limits of requests, connections and times.
 
     Attributes:
-      waiting_clips: most clips that wait, 1 or more; a request for more is answered 429.
+      waiting_clips: maximum of queued clips, 1 or more; a request beyond it gets status 429.
       piece_seconds: longest piece; 0 means four times the bundle's clips. A piece longer than a
         clip continues half of one (MusicLM 5.5: a stride of 15 s).
-      candidates: most clips that a request may choose from, 1 or more.
-      connections: most open connections, 1 or more. One more closes the one that has waited longest
-        for a whole request, or else one whose client does not read.
+      candidates: maximum of clips that a request chooses from, 1 or more.
+      connections: maximum of open connections, 1 or more. Beyond it, the service closes the
+        connection that has waited longest to complete a request, or else one whose client does
+        not read.
       request_seconds: time to send a request, head and body, above 0.
       idle_seconds: time that a connection may be idle between two requests, above 0.
       answer_seconds: time to read an answer, above 0.

@@ -183,7 +183,7 @@ def policy_hash(folder: str) -> str:
 
 
 def describe_policy(folder: str) -> str:
-    """Identifies the policy of a system, for runs that load nothing else of it."""
+    """Returns the hash of a system's policy, or a description of its folder if it has no hash."""
     policy = _policy_alone(folder)["parts"]["policy"]
     return policy["hash"] or checkpoint.describe_path(policy["folder"])
 

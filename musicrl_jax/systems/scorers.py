@@ -26,7 +26,7 @@ class _FirstAndLastWindow:
     """A term that scores both ends of a clip, and neither reads the prompt nor has a lineage."""
 
     def windows(self, model: QualityConfig | PreferenceConfig) -> str:
-        """Describes the windows that are scored."""
+        """Says which windows of a clip are scored, and how their scores are combined."""
         return f"the first and the last {model.window_seconds:g} s; the mean"
 
     def lineage(self, model: checkpoint.Model) -> dict[str, str]:
@@ -60,7 +60,7 @@ class TextAdherence:
         return read(self.mulan, MuLanConfig)
 
     def windows(self, model: MuLanConfig) -> str:
-        """Describes the windows that are scored."""
+        """Says which windows of a clip are scored, and how their scores are combined."""
         return f"windows of {model.window_seconds:g} s, one after the other; the mean"
 
     def lineage(self, model: checkpoint.Model) -> dict[str, str]:
