@@ -310,6 +310,20 @@ def _instead(prefix: str, old: str) -> str:
     return f"{prefix}{old} is gone: {new}" if " " in new else f"{prefix}{old} is now {prefix}{new}"
 
 
+def note_hidden(flags: Source) -> None:
+    """Prints which flags have no effect in a scope, as the scope has a value of its own."""
+    for each in flags.bindings:
+        name = f"{each.selector}.{each.arg_name}"
+        for (scope, selector), bound in gin_config._CONFIG.items():
+            same = selector.rpartition(".")[2] == each.selector.rpartition(".")[2]
+            if same and scope and not each.scope and each.arg_name in bound:
+                print(
+                    f"musicrl: --gin.{name} has no effect in the scope {scope!r}, where a file "
+                    f"binds {bound[each.arg_name]!r}: give --gin.{scope}/{name}",
+                    file=sys.stderr,
+                )
+
+
 def check_bindings(text: str, files: Sequence[Source] = ()) -> None:
     """Raises ValueError if a gin config has an unread macro, an unread scope or an unbound macro.
 
@@ -418,7 +432,9 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         raise SystemExit(0)
     if verb not in VERBS:
         problem = f"{verb!r} is no verb: " if verb else "name a verb: "
-        parser.error(f"{problem}`musicrl --help` lists them{did_you_mean(verb, VERBS)}")
+        parser.error(
+            f"{problem}`musicrl --help` lists them{did_you_mean(verb, [*VERBS, *CONFIGS])}"
+        )
 
     # What this verb takes: all other flags, as gin bindings.
     parameters = {each.name: each for each in signatures.read(VERBS[verb].place).parameters}
@@ -786,6 +802,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not configure(flags, bindings):
             return 1
         check_settings(flags.verb, bindings if flags.verb != "config" else ())
+        note_hidden(Source.parsed("", "\n".join(bindings)))
         if flags.wandb:
             extras.check("--wandb", "wandb", "wandb")
             os.environ["MUSICRL_WANDB"] = "1"

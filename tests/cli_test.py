@@ -498,6 +498,24 @@ def test_an_old_name_is_gone_and_the_new_one_is_there(old, new):
         assert parameter in parameters_of(name)
 
 
+def test_a_flag_that_a_scope_hides_is_noted(capsys):
+    """The value of the scope holds, as gin has it."""
+    assert musicrl("run", "--gin_file=quickstart", "--gin.RLConfig.steps=50", "--dry_run") == 0
+    error = capsys.readouterr().err
+    assert (
+        "--gin.RLConfig.steps has no effect in the scope 'r', where a file binds 24: give "
+        "--gin.r/RLConfig.steps" in error
+    )
+    assert musicrl("run", "--gin_file=quickstart", "--gin.r/RLConfig.steps=50", "--dry_run") == 0
+    assert "has no effect" not in capsys.readouterr().err
+
+
+def test_a_misspelt_config_has_a_suggestion(capsys):
+    with pytest.raises(SystemExit):
+        musicrl("RLConfg", "--help")
+    assert "did you mean RLConfig?" in capsys.readouterr().err
+
+
 # --- every setting of a run -----------------------------------------------------------------------
 
 

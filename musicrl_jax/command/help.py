@@ -31,6 +31,7 @@ def overview() -> str:
     verbs = [f"{name:<12}{verb.purpose}" for name, verb in VERBS.items()]
     flags = "\n".join(_wrapped(line, "  ", "      ") for line in FLAGS.splitlines())
     head = f"usage: {USAGE}\n\nMusicRL-JAX finetunes text-to-music models on what listeners like."
+    head += "\n\nStart with `musicrl run --gin_file=quickstart`. `musicrl VERB --help` says more."
     return f"{head}\n\n{_section('Verbs', verbs)}\n\n{OVERVIEW.format(flags=flags)}"
 
 
