@@ -18,6 +18,7 @@ RIGHT = RLConfig(3, 32, 1.0, 0.02, Optimiser(1e-3), Optimiser(1e-3))
     [
         ({"steps": 0}, "RLConfig.steps=0 must be 1 or more"),
         ({"save_every": 0}, "RLConfig.save_every=0 must be 1 or more"),
+        ({"show_every": -1}, "RLConfig.show_every=-1 must be 0 or more"),
         ({"kl_strength": -0.001}, r"RLConfig.kl_strength=-0.001 must be in \[0, 1\)"),
         ({"kl_strength": 1.0}, r"kl_strength=1.0 must be in \[0, 1\)"),
         ({"kl_strength": np.nan}, r"kl_strength=nan must be in \[0, 1\)"),
@@ -40,6 +41,6 @@ def test_wrong_settings_are_named(changes, complaint):
 
 def test_settings_without_influence_on_results_are_not_part_of_the_identity():
     """A run may continue with another mesh, other microbatches and other savings of memory."""
-    without = {"microbatches", "remat", "fsdp", "tensor", "save_every"}
+    without = {"microbatches", "remat", "fsdp", "tensor", "save_every", "show_every"}
     fields = {field.name for field in dataclasses.fields(RLConfig)}
     assert set(checkpoint.describe(RIGHT)) == fields - without
