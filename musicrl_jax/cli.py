@@ -805,7 +805,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         note_hidden(Source.parsed("", "\n".join(bindings)))
         if flags.wandb:
             extras.check("--wandb", "wandb", "wandb")
-            os.environ["MUSICRL_WANDB"] = "1"
         if flags.dry_run:
             print(gin.config_str())
     # Mistakes of the user.
@@ -813,7 +812,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         verb = next((word for word in words if word in VERBS), "")
         print(f"musicrl {verb}: {_sentence(error)}", file=sys.stderr)
         return 1
-    return 0 if flags.dry_run else _do(flags.verb, as_command=arguments is None)
+    if flags.dry_run:
+        return 0
+    if flags.wandb:
+        os.environ["MUSICRL_WANDB"] = "1"  # core.metrics reads it
+    return _do(flags.verb, as_command=arguments is None)
 
 
 def _do(name: str, as_command: bool) -> int:
