@@ -95,7 +95,7 @@ def export(
     mixture = None if rewards is None else _mixture(rewards, loaded)
     text_name, text = _text(loaded.system, mixture, [*prompts, prompts[0]])
 
-    # Functions, and room for their weights.
+    # The functions to export, and placeholders for the weights that they take.
     sizes = text_name, frames, sampling.top_k
     functions = Functions.of(loaded, mixture, dtype, chips, *sizes)
     stored, arguments = _stored(functions.trees)
@@ -205,7 +205,7 @@ def _text(
             "vocabulary, and a bundle cannot do it otherwise: use the system's own folder"
         )
 
-    # The rewards' way. {} is that of a term which reads no prompts.
+    # The prompts as the rewards read them, {} for a term that reads none. They must be equal.
     for term, read in ({} if mixture is None else mixture.read(prompts)).items():
         if read and not (read.keys() == text.keys() and np.array_equal(read[name], array)):
             raise ValueError(

@@ -179,10 +179,10 @@ def _is_instance(value: Any, choices: list[type]) -> bool:
 def describe(value: Any) -> Any:
     """Returns a setting as plain JSON, for the identity of a run.
 
-    Text is not taken for a path, whatever files the working directory has. `describe_path`
-    describes values of the type Path, and dataclass fields with `field(metadata=PATH)`. Fields with
-    `field(metadata=NO_IDENTITY)`, such as a cache's folder, are omitted. `HashedData` have, besides
-    their fields, their hashes under CONTENT, if there are any.
+    A str stays text, even if a file of that name exists. Only values of the type Path, and
+    dataclass fields with `field(metadata=PATH)`, are described by `describe_path`. Fields with
+    `field(metadata=NO_IDENTITY)`, such as a cache's folder, are omitted. The description of a
+    `HashedData` has its fields and, if it has hashes, these under CONTENT.
     """
     if dataclasses.is_dataclass(value):
         described = {}

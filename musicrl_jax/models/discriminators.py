@@ -105,7 +105,10 @@ class Wave(nn.Module):
 
 
 class STFT(nn.Module):
-    """SoundStream's: residual units that halve time, frequency or both; one score per time step."""
+    """SoundStream's STFT discriminator: gives one score per time step.
+
+    Its residual units halve time, frequency or both.
+    """
 
     channels: int
     window: int

@@ -26,7 +26,8 @@ Cache = list[LayerCache]
 
 # Lanes of a vector register, by platform. In memory an array's last axis is padded to as many.
 LANES = {"tpu": 128}
-# Queries that attend together. Blocks of queries skip the future: half of a long clip's scores.
+# Queries of a block of attention. A block computes no scores for later keys, which saves about
+# half of them in a long clip.
 QUERY_BLOCK = 256
 # A score that softmax turns into exactly 0 in float32.
 NEVER = -1e9

@@ -33,7 +33,10 @@ LEAST_STD = 1e-3  # of a feature
 
 @dataclasses.dataclass(frozen=True)
 class SemanticObjective(Objective):
-    """Cross-entropy of the random codes of masked frames; batches {'audio': f32 [B, N]}."""
+    """Masked prediction as in BEST-RQ: predicts the codes of masked frames.
+
+    A fixed random projection and codebook give the codes. Batches are {'audio': f32 [B, N]}.
+    """
 
     model: SemanticConfig
     data: Data

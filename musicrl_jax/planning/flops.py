@@ -90,7 +90,7 @@ def _jaxprs(value: Any) -> Iterator[Jaxpr | ClosedJaxpr]:
 
 
 def _jaxpr_flops(jaxpr: Jaxpr, used: list[bool]) -> Flops:
-    """Counts the equations that used outputs depend on.
+    """Counts the operations of the equations that contribute to an output in use.
 
     It goes backwards, as the compiler drops what nothing uses: for example the value of a function
     of which only the gradient is used.

@@ -134,7 +134,7 @@ class PlannedModels:
         return shipped.located(stage.arguments["source"]) / f"{Path(directory).name}.safetensors"
 
     def _describe(self, directory: str) -> dict[str, Any]:
-        """Returns the description of a system as `folder.describe` will, without hashes."""
+        """Returns the same description of a system as `folder.describe`, but without hashes."""
         stage = self._maker(directory)
         if stage is None:
             try:

@@ -248,7 +248,7 @@ def _at_rest(mesh: Mesh, weights: Tree) -> Tree:
 
 
 def _rows(player: Player, arrays: Tree) -> Tree:
-    """Returns the shapes of arrays [1 or B, ...] as those of B rows, sharded by row."""
+    """Returns the shapes with the first axis, 1 or B, set to B and sharded by row."""
     by_row = sharding.batch_sharding(player.mesh)
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct((player.rows, *x.shape[1:]), x.dtype, sharding=by_row),

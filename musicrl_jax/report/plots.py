@@ -35,7 +35,7 @@ VARIABLES = {INK: "--ink-soft", RULE: "--rule"} | {
     colour: f"--series-{i}" for i, colour in enumerate(SERIES)
 }
 
-# Points; a shorter series is drawn without a mean.
+# Series with fewer points than this are drawn without a running mean.
 SMOOTHED_FROM = 40
 # The mean is over 1 / 20 of the series.
 SMOOTHED_PART = 20
@@ -53,7 +53,7 @@ TICKS_HZ = (500, 1000, 2000, 4000, 8000)
 # Settings of Matplotlib; all colours are replaced by CSS variables later.
 STYLE = {
     "svg.fonttype": "none",
-    # Equal pages are equal bytes.
+    # A fixed salt, so that the same plot always gives the same bytes.
     "svg.hashsalt": "musicrl",
     "font.size": 8.5,
     "figure.facecolor": "none",

@@ -121,7 +121,7 @@ class Batcher:
           Closed: the batcher is closed.
         """
         with self._changed:
-            # Cancelled clips make room, and so need not be drawn to leave the queue.
+            # Drop cancelled clips now, so that they take no room in the queue.
             if self._closed:
                 raise Closed("the service stops")
             self._queue = deque(each for each in self._queue if not each[1].cancelled())

@@ -317,7 +317,7 @@ class Bundle:
             )
         clips = self.draw(text, golden["seeds"], beginning_frames=golden["given_frames"])
 
-        # Tokens and codes must be equal; `text` is an argument.
+        # Tokens and codes must equal the stored ones. `text` is an input, so it is not compared.
         equal = {"tokens": np.asarray(clips.tokens) == golden["tokens"]}
         for name, array in clips.others.items():
             if name in golden and name != "text":

@@ -22,7 +22,7 @@ MOST_BYTES = 16384  # of a request's head, and of its body
 
 
 def server(app: Any, limits: ServiceLimits) -> uvicorn.Server:
-    """Returns a server of `app` with these limits; its caller passes sockets."""
+    """Returns a server that runs `app` within these limits; the caller passes it open sockets."""
     return uvicorn.Server(
         uvicorn.Config(
             app,
@@ -112,7 +112,7 @@ class Connection(H11Protocol):
         self._writing = self.loop.call_later(self._limits.answer_seconds, self.transport.abort)
 
     def resume_writing(self) -> None:
-        """Stops the timer of reading an answer: all bytes are sent."""
+        """Stops the timer that limits how long a client may read an answer: all bytes are sent."""
         super().resume_writing()
         self._writing = _cancel(self._writing)
 

@@ -123,7 +123,7 @@ class Functions:
           scorers: the rewards' weights.
           outputs: of the draw function.
         """
-        # The rollout that these outputs were.
+        # Rebuild the rollout from the function's outputs.
         inner = _tree({"condition": like.condition, "codes": like.codes}, outputs)
         tokens = outputs["tokens"].reshape(-1, self.frames * self.system.frame_tokens)
         sampled, wav = SampledTokens(tokens, None, None), outputs["wav"]

@@ -242,7 +242,10 @@ def describe(folder: str) -> dict[str, Any]:
 
 
 def describe_neighbours(folder: str, beside: Callable[[str, str], str]) -> dict[str, Any]:
-    """Describes an older version's MusicLM: `beside(folder, name)` finds parts near the policy."""
+    """Describes a MusicLM of an older version, whose other parts lie beside the policy.
+
+    `beside(folder, name)` finds the folder of a part.
+    """
     parts = {"policy": {"folder": str(folder), "hash": ""}}
     for name, neighbour in BESIDE.items():
         parts[name] = {"folder": beside(folder, neighbour), "hash": ""}
