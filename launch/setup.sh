@@ -51,7 +51,7 @@ install_extra() {
 }
 
 if [ ! -e "$stamp" ]; then
-  echo "Installing into $venv: about 3 GB, 2 of them TensorFlow. Takes about five minutes ..."
+  echo "Installing into $venv: about 4 GB, 2 of them TensorFlow. Takes two to five minutes ..."
   "$python" -m venv --clear "$venv"
   if [ -e "$pinned" ]; then
     sed -nE '/^(pip|setuptools)==/,/[^\]$/p' "$pinned" > "$venv/requirements-tools.txt"
