@@ -1,4 +1,4 @@
-"""What the builders share: configs of clips, and record files with the same bytes in any process.
+"""Shared parts of the builders: configs of clips, and record files that are equal in any process.
 
 N is the number of samples of a clip.
 """

@@ -47,7 +47,7 @@ Sides = list[tuple[int, dict[str, np.ndarray]]]  # (number of a prompt, clip f32
 
 @dataclasses.dataclass(frozen=True)
 class PageConfig:
-    """What the page shows beside the comparison.
+    """Settings of the page, beside the comparison.
 
     Attributes:
       run_dir: folder of the whole run, for its name and the times of its stages; by default the

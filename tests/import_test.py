@@ -1,4 +1,4 @@
-"""Who may import whom, and a home for each library.
+"""Imports follow the floors of the package, and each library has one home.
 
 core <- models | losses | inputs | report <- systems <- objectives | rl | arena | serving | planning
      <- verbs <- cli | api

@@ -34,7 +34,7 @@ class Parameter(NamedTuple):
 
 
 class Signature(NamedTuple):
-    """What a function or a dataclass is for, as its docstring says, and what it takes."""
+    """The docstring and the parameters of a function or a dataclass."""
 
     doc: str
     parameters: tuple[Parameter, ...]

@@ -1,1 +1,1 @@
-"""What every run needs besides machine learning: sharding, checkpoints, locks, metrics, keys."""
+"""Shared parts without machine learning: sharding, checkpoints, locks, metrics, keys."""

@@ -1,4 +1,4 @@
-"""What a TPU chip can do, by generation: the limits that times are estimated from.
+"""Limits of TPU chips, by generation, from which times are estimated.
 
 Sources: Google's pages (docs.cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e), and the tables of
 "How to Scale Your Model", part 2 (jax-ml.github.io/scaling-book/tpus), here "the book".

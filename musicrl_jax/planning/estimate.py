@@ -1,4 +1,4 @@
-"""What a compiled program takes of one TPU chip: memory, operations, traffic and time.
+"""Estimates memory, operations, traffic and time of a compiled program on one TPU chip.
 
 All figures are the compiler's estimates, or arithmetic on the program that it compiled. None is
 measured.
