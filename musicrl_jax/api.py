@@ -33,6 +33,7 @@ def load(folder: str, top_k: int | None = None) -> "System":
       ValueError: parts of the system do not belong together, or a bundle has another top_k.
       FileNotFoundError: a model is missing.
     """
+    sharding.reserve_threads()
     return System(folder, top_k)
 
 
@@ -154,7 +155,7 @@ class System:
             rollout = player.draw_by_seed(
                 self._player._weights, text, seeds, first, temperatures, beginning
             )
-        return jax.tree.map(lambda leaf: leaf[: len(prompts)], rollout)
+        return _take(rollout, np.arange(len(prompts)))
 
     def score(
         self, prompts: Sequence[str], clips: np.ndarray | Rollout, rewards: Mixture
@@ -190,7 +191,7 @@ class System:
         texts = [prompts[row] for row in rows]
         with jax.set_mesh(player.mesh):
             if isinstance(clips, Rollout):
-                rollout = jax.tree.map(lambda leaf: leaf[rows], clips)
+                rollout = _take(clips, rows)
             else:
                 wav = player.put(_waveforms(clips, len(prompts))[rows])
                 text = player.put(player.system.read(texts))
@@ -209,6 +210,12 @@ class System:
                 raise
         scores = sharding.fetch({**terms, "reward": total})
         return {name: score[: len(prompts)] for name, score in scores.items()}
+
+
+@jax.jit
+def _take(rollout: Rollout, rows: np.ndarray) -> Rollout:
+    """Returns the given rows of a rollout, by one program instead of several for each array."""
+    return jax.tree.map(lambda leaf: leaf[rows], rollout)
 
 
 def _filled(count: int, mesh: Mesh) -> np.ndarray:

@@ -823,8 +823,9 @@ def _do(name: str, as_command: bool) -> int:
     """Runs a verb with its settings from gin, and returns the exit status."""
     import jax
 
-    from musicrl_jax.core import compilation_cache, hosts
+    from musicrl_jax.core import compilation_cache, hosts, sharding
 
+    sharding.reserve_threads()
     verb = gin.get_configurable(f"musicrl.{name}")
     if as_command and name != "plan":  # which reads what XLA says while it compiles
         compilation_cache.enable()

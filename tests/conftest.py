@@ -23,7 +23,10 @@ import pytest
 import sentencepiece
 from processes import Processes, default_signals
 
+from musicrl_jax.core import sharding
+
 default_signals()
+sharding.reserve_threads()
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

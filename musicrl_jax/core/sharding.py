@@ -5,6 +5,8 @@ shapes come from `jax.eval_shape`, shardings from the names and the table, and `
 each shard on its device.
 """
 
+import os
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -28,6 +30,20 @@ SAMPLING_RULES = tuple((name, None if axis == "fsdp" else axis) for name, axis i
 AXES = ("data", "fsdp", "tensor")
 ROWS = dict(RULES)["batch"]
 MIN_SPLIT_SIZE = 1 << 16  # elements; `spread` replicates smaller arrays
+THREADS_PER_DEVICE = 3  # of a CPU that stands for several devices
+
+
+def reserve_threads() -> None:
+    """Gives the virtual devices of a CPU enough threads. Call it before JAX's first computation.
+
+    XLA starts and runs the programs of all devices on one pool, by default of a thread per device
+    or core. With many programs in flight, starting ones occupy it, and a collective, which needs a
+    thread for each device at once, waits for ever (seen with jax 0.10). The user's NPROC wins.
+    """
+    flag = re.search(r"--xla_force_host_platform_device_count=(\d+)", os.getenv("XLA_FLAGS", ""))
+    devices = max(int(flag[1]) if flag else 1, jax.config.jax_num_cpu_devices)
+    if devices > 1:
+        os.environ.setdefault("NPROC", str(max(THREADS_PER_DEVICE * devices, os.cpu_count() or 1)))
 
 
 def make_mesh(fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:

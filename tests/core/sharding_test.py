@@ -1,5 +1,9 @@
 """Shardings of weights and batches, and the rows of each process."""
 
+import os
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -104,3 +108,38 @@ def test_large_weights_without_names_are_split_over_fsdp():
     jax.tree.map(np.testing.assert_array_equal, sharding.fetch(placed), tree)
     alone = sharding.spread(sharding.make_mesh(1, 1), tree)
     assert all(each.is_fully_replicated for each in alone.values())
+
+
+@pytest.mark.parametrize(
+    ("flags", "nproc", "threads"),
+    [
+        ("", None, None),
+        ("--xla_force_host_platform_device_count=1", None, None),
+        ("--xla_force_host_platform_device_count=40 --xla_dump_to=x", None, "120"),
+        ("--xla_force_host_platform_device_count=40", "64", "64"),
+    ],
+)
+def test_virtual_devices_get_threads_to_start_and_to_gather_at_once(
+    flags, nproc, threads, monkeypatch
+):
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    monkeypatch.delenv("NPROC", raising=False)
+    if nproc:
+        monkeypatch.setenv("NPROC", nproc)
+    sharding.reserve_threads()
+    assert os.environ.get("NPROC") == threads
+
+
+def test_xla_starts_the_reserved_threads():
+    script = (
+        "import os, jax; from musicrl_jax.core import sharding; sharding.reserve_threads(); "
+        "jax.block_until_ready(jax.numpy.zeros(3)); print(len(os.listdir('/proc/self/task')))"
+    )
+    settings = {name: value for name, value in os.environ.items() if name != "NPROC"}
+    settings["XLA_FLAGS"] = "--xla_force_host_platform_device_count=64"
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=settings, capture_output=True, text=True, check=True
+    )
+    # In each of two pools.
+    assert int(done.stdout) >= 2 * sharding.THREADS_PER_DEVICE * 64, done.stderr
