@@ -40,6 +40,9 @@ trap 'exit 130' INT  # Ctrl-C ends all parts
 failed=0
 .venv/bin/ruff check . && .venv/bin/ruff format --check --quiet . || failed=$?
 # A file runs in one process, so its fixtures are made once. A failure does not hide how the rest ends.
-.venv/bin/python -m pytest -m "$tests" --numprocesses=2 --dist=loadfile --durations=20 || failed=$?
+# A test that hangs ends its process, with all stacks, and is tried once more.
+.venv/bin/python -m pytest -m "$tests" --numprocesses=2 --dist=loadfile --durations=20 \
+  --max-worker-restart=2 -o faulthandler_timeout=600 -o faulthandler_exit_on_timeout=true ||
+  failed=$?
 [ "$which" != all ] || .venv/bin/python -m pytest -m slow --durations=20 || failed=$?
 exit "$failed"
