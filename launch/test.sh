@@ -42,7 +42,7 @@ failed=0
 # A file runs in one process, so its fixtures are made once. A failure does not hide how the rest ends.
 # A test that hangs ends its process, with all stacks, and is tried once more.
 .venv/bin/python -m pytest -m "$tests" --numprocesses=2 --dist=loadfile --durations=20 \
-  --max-worker-restart=2 -o faulthandler_timeout=600 -o faulthandler_exit_on_timeout=true ||
+  --max-worker-restart=1 -o faulthandler_timeout=600 -o faulthandler_exit_on_timeout=true ||
   failed=$?
 [ "$which" != all ] || .venv/bin/python -m pytest -m slow --durations=20 || failed=$?
 exit "$failed"

@@ -30,7 +30,8 @@ SAMPLING_RULES = tuple((name, None if axis == "fsdp" else axis) for name, axis i
 AXES = ("data", "fsdp", "tensor")
 ROWS = dict(RULES)["batch"]
 MIN_SPLIT_SIZE = 1 << 16  # elements; `spread` replicates smaller arrays
-THREADS_PER_DEVICE = 3  # of a CPU that stands for several devices
+# Of a CPU that stands for several devices: one runs a program, one starts the next, one is spare.
+THREADS_PER_DEVICE = 3
 
 
 def reserve_threads() -> None:
