@@ -42,11 +42,14 @@ def _events(file: Path) -> Iterator[Any]:
 def read_wandb(directory: Path) -> Iterator[Any]:
     """Yields the records of all offline runs of a folder, in order.
 
+    First ends W&B's service: `Run.finish` may return before the service has written the last file.
     The files are logs of LevelDB (blocks of 32 KiB; records of crc u32, length u16, type u8 and
     data) behind a header of seven bytes.
     """
+    import wandb
     from wandb.proto import wandb_internal_pb2
 
+    wandb.teardown()
     for file in sorted(directory.glob("wandb/offline-run-*/*.wandb")):
         content, position, parts = file.read_bytes(), 7, b""
         while position + 7 <= len(content):
