@@ -30,6 +30,7 @@ ROWS = {
     21: "the alarm finds where the judge's score peaks while the reward still rises",
     22: "corrupted audio ranks below the clean clip",
     23: "a reward that is not finite skips the update and is counted",
+    24: "tokens of every place have the frequencies that are scored; others' are caught",
 }
 
 

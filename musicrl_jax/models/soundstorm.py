@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from musicrl_jax.models.categorical import sample_codes
 from musicrl_jax.models.conformer import Conformer, ConformerConfig
 from musicrl_jax.models.layers import named_init
 
@@ -185,8 +186,8 @@ def fill_fine(model: SoundStorm, variables: Any, coarse: jax.Array, keys: jax.Ar
     def sample(scores: jax.Array, step: Passes) -> jax.Array:
         number = step.level * c.first_passes + step.number
         step_keys = jax.vmap(lambda key: jax.random.fold_in(key, number))(keys)
-        noise = jax.vmap(lambda key: jax.random.gumbel(key, (frames, c.codes)))(step_keys)
-        return (scores + noise).argmax(axis=-1)
+        uniforms = jax.vmap(lambda key: jax.random.uniform(key, (frames, 2)))(step_keys)
+        return sample_codes(scores, uniforms)
 
     def decode(
         state: tuple[jax.Array, jax.Array], step: Passes

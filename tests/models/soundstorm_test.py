@@ -13,6 +13,7 @@ from scipy.stats import chisquare
 
 from musicrl_jax.core.keys import row_keys
 from musicrl_jax.core.precision import in_dtype
+from musicrl_jax.models.categorical import sample_codes
 from musicrl_jax.models.conformer import ConformerConfig
 from musicrl_jax.models.soundstorm import (
     SoundStorm,
@@ -120,10 +121,17 @@ def test_schedule_is_the_papers(first, frames):
     assert first == 1 or hidden[0] < frames
 
 
-def noise(key, level, number, frames):
+def uniforms(key, level, number, frames):
     """Returns the random numbers of one clip and pass."""
     step_key = jax.random.fold_in(key, level * CONFIG.first_passes + number)
-    return np.asarray(jax.random.gumbel(step_key, (frames, 6)))
+    return np.asarray(jax.random.uniform(step_key, (frames, 2)), np.float64)
+
+
+def sample(scores, numbers):
+    """Returns one of 6 codes: a half of them by the first number, one of the half by the second."""
+    halves = np.exp(scores).reshape(2, 3)
+    half = int(halves[0].sum() <= numbers[0] * halves.sum())
+    return 3 * half + int(np.sum(halves[half].cumsum() <= numbers[1] * halves[half].sum()))
 
 
 def decode(score, coarse, keys, mistake=""):
@@ -141,18 +149,19 @@ def decode(score, coarse, keys, mistake=""):
                 masked[hidden, level] = True
                 scores = score(codes[clip], masked, level)
                 # New codes for hidden frames.
-                luck = noise(keys[clip], level, i, frames)
+                luck = uniforms(keys[clip], level, i, frames)
                 sure = dict.fromkeys(range(frames), np.inf)
                 last = {"greedy": True, "the last pass draws": False}.get(mistake, i == passes)
                 for frame in range(frames):
                     if mistake == "kept frames are ranked again":
                         sure[frame] = scores[frame, codes[clip, frame, level]]
                     if frame in hidden or mistake == "kept frames are drawn again":
-                        chosen = int(np.argmax(scores[frame] + (0 if last else luck[frame])))
+                        likeliest = int(np.argmax(scores[frame]))
+                        chosen = likeliest if last else sample(scores[frame], luck[frame])
                         codes[clip, frame, level] = chosen
                         sure[frame] = scores[frame, chosen]
-                        if mistake == "noise counts as confidence":
-                            sure[frame] += luck[frame, chosen]
+                        if mistake == "luck counts as confidence":
+                            sure[frame] += luck[frame, 0]
                 # The least confident frames stay hidden.
                 number = i - (mistake == "one pass behind")
                 stay = int(frames * np.cos(np.pi / 2 * number / passes))
@@ -174,7 +183,7 @@ MISTAKES = (
     "kept frames are drawn again",
     "greedy",
     "the last pass draws",
-    "noise counts as confidence",
+    "luck counts as confidence",
     "one pass behind",
     "a linear schedule",
     "the least sure are kept",
@@ -256,7 +265,9 @@ def test_the_network_is_compiled_once_for_any_number_of_passes(variables):
         program = jax.make_jaxpr(lambda c, k: fill_fine(module, variables, c, k))
         return str(program(CODES[:, :, :2], keys)).count("dot_general")
 
-    single = str(jax.make_jaxpr(MODULE.apply)(variables, CODES, CODES == 0, 2)).count("dot_general")
+    network = jax.make_jaxpr(MODULE.apply)(variables, CODES, CODES == 0, 2)
+    sampler = jax.make_jaxpr(sample_codes)(jnp.zeros((1, 6)), jnp.zeros((1, 2)))
+    single = sum(str(program).count("dot_general") for program in (network, sampler))
     assert products(1) == products(16) == single
 
 
