@@ -16,6 +16,7 @@ from flax import linen as nn
 
 from musicrl_jax.core import sharding
 from musicrl_jax.core.precision import LAYERS, at_least_float32
+from musicrl_jax.models.attention import attend
 from musicrl_jax.models.layers import BLOCK, kernel_init, scan_layers
 
 ROTARY_BASE = 10_000.0
@@ -119,8 +120,8 @@ class SelfAttention(nn.Module):
             for name in ("query", "key", "value")
         )
         query, key = rotary(query, positions), rotary(key, positions)
-        with jax.numpy_dtype_promotion("standard"):  # its softmax mixes in float32
-            mixed = jax.nn.dot_product_attention(query, key, value)
+        query = query * (width // heads) ** -0.5
+        mixed = attend(*(x.swapaxes(1, 2) for x in (query, key, value)))
         return _dense("out", width, mixed.reshape(x.shape), "heads", "embed")
 
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from musicrl_jax.core import sharding
 from musicrl_jax.core.precision import LAYERS, at_least_float32
+from musicrl_jax.models.attention import NEVER, attend
 from musicrl_jax.models.layers import BLOCK, kernel_init, named_init, scan_layers
 
 # Keys and values of one layer, each [B, G, P, g * E]: G packs of g heads side by side.
@@ -29,8 +30,6 @@ LANES = {"tpu": 128}
 # Queries of a block of attention. A block computes no scores for later keys, which saves about
 # half of them in a long clip.
 QUERY_BLOCK = 256
-# A score that softmax turns into exactly 0 in float32.
-NEVER = -1e9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,12 +98,6 @@ def attention_weights(scores: jax.Array, bias: jax.Array) -> jax.Array:
     """Returns softmax(scores + bias), [B, H, S, P]; the softmax is computed in float32."""
     scores = scores + bias.astype(scores.dtype)[None]
     return jax.nn.softmax(at_least_float32(scores), axis=-1).astype(scores.dtype)
-
-
-def attend(query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array) -> jax.Array:
-    """Computes attention: [B, H, S, E], [B, H, P, E] twice, [H, S, P] -> [B, S, H, E]."""
-    weights = attention_weights(jnp.einsum("bhse,bhpe->bhsp", query, key), bias)
-    return jnp.einsum("bhsp,bhpe->bshe", weights, value)
 
 
 def attend_in_blocks(

@@ -1,0 +1,39 @@
+"""Attention in a few operations that suit XLA.
+
+Legend: B rows, H heads, E width of a head, S queries, P keys.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from musicrl_jax.core.precision import at_least_float32
+
+# A score that softmax turns into exactly 0 in float32.
+NEVER = -1e9
+
+
+def attend(
+    query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array | None = None
+) -> jax.Array:
+    """Computes softmax(query key^T + bias) value.
+
+    The softmax is computed in float32. It divides the mixed values, which are fewer than the
+    weights: on a CPU that takes half the time.
+
+    Args:
+      query: [B, H, S, E], scaled.
+      key: [B, H, P, E].
+      value: [B, H, P, E].
+      bias: [H, S, P], added to the scores.
+
+    Returns:
+      [B, S, H, E], in the dtype of `query`.
+    """
+    scores = jnp.einsum("bhse,bhpe->bhsp", query, key)
+    if bias is not None:
+        scores = scores + bias.astype(scores.dtype)[None]
+    scores = at_least_float32(scores)
+    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
+    mixed = jnp.einsum("bhsp,bhpe->bhse", weights.astype(value.dtype), value)
+    total = weights.sum(axis=-1, keepdims=True)
+    return (at_least_float32(mixed) / total).astype(query.dtype).swapaxes(1, 2)
