@@ -21,6 +21,9 @@ from musicrl_jax.core.precision import LAYERS
 BLOCK = "block_"
 # For an axis that no rule of the mesh shards.
 UNNAMED = {nn.PARTITION_NAME: None}
+# Names of weights that `joined` puts side by side, and the names of their parts.
+QKV, GATE_UP = "qkv", "gate_up"
+JOINED = {QKV: ("query", "key", "value"), GATE_UP: ("gate", "up")}
 
 
 # --- initial weights ---
@@ -59,14 +62,17 @@ def stacked(weights: Any) -> Any:
     if not depth:
         return tree
 
-    def stack(*arrays: Any) -> Any:
-        first = arrays[0]
-        if _boxed(first):
-            return first.replace_boxed(stack(*map(meta.unbox, arrays))).add_axis(0, UNNAMED)
-        return (np if isinstance(first, np.ndarray) else jnp).stack(arrays)
-
     layers = [weights[f"{BLOCK}{number}"] for number in range(depth)]
-    return tree | {LAYERS: jax.tree.map(stack, *layers, is_leaf=_boxed)}
+    return tree | {LAYERS: jax.tree.map(partial(_stack, 0), *layers, is_leaf=_boxed)}
+
+
+def _stack(axis: int, *arrays: Any) -> Any:
+    """Stacks arrays, on the host or on devices; boxed ones get an axis without a name."""
+    first = arrays[0]
+    if _boxed(first):
+        unboxed = _stack(axis, *map(meta.unbox, arrays))
+        return first.replace_boxed(unboxed).add_axis(axis, UNNAMED)
+    return (np if isinstance(first, np.ndarray) else jnp).stack(arrays, axis)
 
 
 def unstacked(weights: Any) -> Any:
@@ -87,6 +93,21 @@ def unstacked(weights: Any) -> Any:
         tree[f"{BLOCK}{number}"] = jax.tree.map(
             partial(layer, number), weights[LAYERS], is_leaf=_boxed
         )
+    return tree
+
+
+def joined(weights: Any) -> Any:
+    """Returns weights whose blocks hold query, key and value as one array, and gate and up.
+
+    A block joins separate ones each time that it is applied, which takes longer than its products
+    if these have few rows.
+    """
+    if not isinstance(weights, dict):
+        return weights
+    tree = {name: joined(below) for name, below in weights.items()}
+    for name, parts in JOINED.items():
+        if all(part in tree for part in parts):
+            tree[name] = _stack(1, *[tree.pop(part) for part in parts])
     return tree
 
 

@@ -4,7 +4,7 @@ A temporal transformer runs once per 40 ms frame, a depth transformer over the K
 (MusicRL, section 3.1; the hierarchy as in RQ-Transformer, arXiv 2203.01941, and UniAudio). The
 caption's MuLan tokens are the temporal transformer's prefix.
 
-Legend: B clips, F frames, K codes in a frame, V codes at a place, M MuLan levels, D and d widths
+Legend: B clips, F frames, K codes in a frame, V_k codes at place k, M MuLan levels, D and d widths
 of the temporal and the depth transformer.
 """
 
@@ -19,7 +19,7 @@ from musicrl_jax.core import sharding
 from musicrl_jax.core.precision import at_least_float32
 from musicrl_jax.models.layers import kernel_init, named_init
 from musicrl_jax.models.tokens import TokenLayout
-from musicrl_jax.models.transformer import NEVER, Cache, Transformer, TransformerConfig
+from musicrl_jax.models.transformer import Cache, Transformer, TransformerConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,26 +97,32 @@ class Trunk(nn.Module):
 
     # --- whole clips ---
 
-    def hidden(self, tokens: jax.Array, mulan: jax.Array, deterministic: bool = True) -> jax.Array:
-        """Computes a vector for every token: int32 [B, F, K], int32 [B, M] -> [B, F, K, d].
+    def context(self, tokens: jax.Array, mulan: jax.Array, deterministic: bool = True) -> jax.Array:
+        """Computes a vector for each frame: int32 [B, F, K], int32 [B, M] -> f32 [B, F, d].
 
-        The vector at (f, k) depends on the MuLan tokens, on all frames before f and on the codes
-        before k in frame f.
+        It depends on the MuLan tokens and on all frames before.
         """
         c, dtype = self.config, self.bridge.dtype
-
-        # Over frames: the prefix, a begin vector, then all frames but the last.
+        # The prefix, a begin vector, then all frames but the last.
         begin = jnp.broadcast_to(self.begin.astype(dtype), (len(tokens), 1, c.temporal.embed))
         past = self.embed_frame(tokens[:, :-1])  # [B, F - 1, D]
         x = jnp.concatenate([self.embed_mulan(mulan), begin, past], axis=1)
         x = self.temporal(x, deterministic)
-        context = at_least_float32(x[:, c.mulan_levels :] @ self.bridge)  # [B, F, d]
+        return at_least_float32(x[:, c.mulan_levels :] @ self.bridge)
 
-        # Inside each frame: its context plus the code before each place.
-        codes = self.code_table[c.layout.flat_ids(tokens)[:, :, :-1]]  # [B, F, K - 1, d]
+    def codes(self, context: jax.Array, tokens: jax.Array, deterministic: bool = True) -> jax.Array:
+        """Computes a vector for each code: f32 [B, F, d], int32 [B, F, K] -> [B, F, K, d].
+
+        The vector at (f, k) depends on the context of frame f and on the codes before k in it.
+        """
+        codes = self.code_table[self.config.layout.flat_ids(tokens)[:, :, :-1]]  # [B, F, K - 1, d]
         codes = jnp.pad(codes, ((0, 0), (0, 0), (1, 0), (0, 0))) + self.place[None, None]
-        x = (context[:, :, None] + codes).astype(dtype)
+        x = (context[:, :, None] + codes).astype(self.bridge.dtype)
         return self.depth.independent(x, deterministic)
+
+    def hidden(self, tokens: jax.Array, mulan: jax.Array, deterministic: bool = True) -> jax.Array:
+        """Computes a vector for each token: int32 [B, F, K], int32 [B, M] -> [B, F, K, d]."""
+        return self.codes(self.context(tokens, mulan, deterministic), tokens, deterministic)
 
     # --- cached decoding ---
 
@@ -155,33 +161,32 @@ class Trunk(nn.Module):
         return x[:, 0] @ self.bridge, cache
 
     def empty_depth_cache(self, batch: int) -> Cache:
-        """Returns an empty cache for the codes of one frame."""
-        return self.depth.empty_cache(batch, self.config.layout.depth, self.bridge.dtype)
+        """Returns a cache without codes, which grows by each code of a frame."""
+        return self.depth.empty_cache(batch, 0, self.bridge.dtype)
 
     def next_code(
         self,
         context: jax.Array,
-        previous: jax.Array,
+        previous: jax.Array | None,
         cache: Cache,
-        place: jax.Array,
+        place: int,
         bias: jax.Array,
     ) -> tuple[jax.Array, Cache]:
         """Computes the hidden vector [B, d] at one place of a frame.
 
         Args:
           context: [B, d], of the frame.
-          previous: int32 [B], the code at the place before; ignored at place 0.
-          cache: the depth cache.
-          place: in 0 .. K - 1, int32 [].
+          previous: int32 [B], the code at the place before; None at place 0.
+          cache: the depth cache, with the codes before.
+          place: in 0 .. K - 1.
           bias: `depth_bias`.
 
         Returns:
           The vector, and the cache with this place.
         """
-        starts = jnp.asarray(self.config.layout.starts)
-        code = self.code_table[previous + starts[jnp.maximum(place - 1, 0)]]
-        code = jnp.where(place > 0, code, 0.0)
-        x = at_least_float32(context) + code + self.place[place][None]
+        x = at_least_float32(context) + self.place[place][None]
+        if previous is not None:
+            x += self.code_table[previous + self.config.layout.starts[place - 1]]
         x, cache = self.depth.extend(x.astype(self.bridge.dtype)[:, None], cache, place, bias)
         return x[:, 0], cache
 
@@ -214,7 +219,7 @@ class MusicLM(nn.Module):
 
     def __call__(
         self, tokens: jax.Array, mulan: jax.Array, deterministic: bool = True
-    ) -> jax.Array:
+    ) -> tuple[jax.Array, ...]:
         """Computes each token's logits, given the tokens before it.
 
         Args:
@@ -223,18 +228,37 @@ class MusicLM(nn.Module):
           deterministic: False applies dropout.
 
         Returns:
-          f32 [B, F, K, V]. Codes that a place does not have get probability 0 exactly.
+          f32 [B, F, V_k] for each place k: over the codes that it has.
         """
-        hidden = sharding.by_row(self.trunk.hidden(tokens, mulan, deterministic))
-        semantic = self._logits("bfkd,dv->bfkv", hidden[:, :, :1], self.semantic_head)
-        acoustic = self._logits("bfkd,kdv->bfkv", hidden[:, :, 1:], self.acoustic_head)
-        return jnp.concatenate([semantic, acoustic], axis=2)
+        context = self.context(tokens, mulan, deterministic)
+        return self.frame_logits(context, tokens, deterministic)
 
-    def _logits(self, product: str, hidden: jax.Array, head: jax.Array) -> jax.Array:
-        """Computes logits f32 [..., V]; codes that this head's codebook lacks get NEVER."""
-        logits = jnp.einsum(product, at_least_float32(hidden), at_least_float32(head))
-        missing = self.config.layout.vocabulary - logits.shape[-1]
-        return jnp.pad(logits, [(0, 0)] * (logits.ndim - 1) + [(0, missing)], constant_values=NEVER)
+    def context(self, tokens: jax.Array, mulan: jax.Array, deterministic: bool = True) -> jax.Array:
+        """Returns `Trunk.context`, f32 [B, F, d]; `frame_logits` maps it to logits."""
+        return sharding.by_row(self.trunk.context(tokens, mulan, deterministic))
+
+    def frame_logits(
+        self, context: jax.Array, tokens: jax.Array, deterministic: bool = True
+    ) -> tuple[jax.Array, ...]:
+        """Computes the logits of any frames, each by itself.
+
+        Args:
+          context: f32 [B, F, d], of the frames.
+          tokens: int32 [B, F, K].
+          deterministic: False applies dropout.
+
+        Returns:
+          f32 [B, F, V_k] for each place k.
+        """
+        hidden = sharding.by_row(self.trunk.codes(context, tokens, deterministic))
+        return tuple(
+            self.logits(hidden[:, :, place], place) for place in range(self.config.layout.depth)
+        )
+
+    def logits(self, hidden: jax.Array, place: int) -> jax.Array:
+        """Maps the hidden vectors of a place to its logits: [..., d] -> f32 [..., V_k]."""
+        head = self.acoustic_head[place - 1] if place else self.semantic_head
+        return at_least_float32(hidden) @ at_least_float32(head)
 
     # --- cached decoding: the trunk's functions, and logits in place of hidden vectors ---
 
@@ -263,16 +287,14 @@ class MusicLM(nn.Module):
     def next_logits(
         self,
         context: jax.Array,
-        previous: jax.Array,
+        previous: jax.Array | None,
         cache: Cache,
-        place: jax.Array,
+        place: int,
         bias: jax.Array,
     ) -> tuple[jax.Array, Cache]:
-        """Computes logits f32 [B, V] at one place and the depth cache, as `Trunk.next_code`."""
+        """Computes logits f32 [B, V_k] at one place and the depth cache, as `Trunk.next_code`."""
         hidden, cache = self.trunk.next_code(context, previous, cache, place, bias)
-        acoustic = self._logits("bd,dv->bv", hidden, self.acoustic_head[jnp.maximum(place - 1, 0)])
-        semantic = self._logits("bd,dv->bv", hidden, self.semantic_head)
-        return jnp.where(place > 0, acoustic, semantic), cache
+        return self.logits(hidden, place), cache
 
 
 class Value(nn.Module):

@@ -43,11 +43,15 @@ class TokenLayout:
         """The size of the larger codebook, V."""
         return max(self.semantic_codes, self.acoustic_codes)
 
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The size of each place's codebook, V_k."""
+        return (self.semantic_codes, *[self.acoustic_codes] * (self.depth - 1))
+
     @functools.cached_property
     def starts(self) -> np.ndarray:
         """The first flat id of each place, then the number of ids, int32 [K + 1]."""
-        sizes = [self.semantic_codes] + [self.acoustic_codes] * (self.depth - 1)
-        return np.cumsum([0, *sizes], dtype=np.int32)
+        return np.cumsum([0, *self.sizes], dtype=np.int32)
 
     @property
     def ids(self) -> int:

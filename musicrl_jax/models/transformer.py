@@ -18,7 +18,15 @@ import numpy as np
 from musicrl_jax.core import sharding
 from musicrl_jax.core.precision import LAYERS, at_least_float32
 from musicrl_jax.models.attention import NEVER, attend
-from musicrl_jax.models.layers import BLOCK, kernel_init, named_init, scan_layers
+from musicrl_jax.models.layers import (
+    BLOCK,
+    GATE_UP,
+    JOINED,
+    QKV,
+    kernel_init,
+    named_init,
+    scan_layers,
+)
 
 # Keys and values of one layer, each [B, G, P, g * E]: G packs of g heads side by side.
 LayerCache = tuple[jax.Array, jax.Array]
@@ -90,8 +98,12 @@ def relative_bucket(distance: np.ndarray, buckets: int, max_distance: int) -> np
 def rms_norm(x: jax.Array, scale: jax.Array) -> jax.Array:
     """Returns x / rms(x) * scale over the last axis (T5's layer norm), computed in float32."""
     wide = at_least_float32(x)
-    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + 1e-6)
-    return (wide * inverse * jnp.broadcast_to(at_least_float32(scale), x.shape)).astype(x.dtype)
+    # Without the barrier XLA on a CPU may sum in another order where a gradient needs the sum too:
+    # the KL of equal weights would then not be 0 to the bit.
+    mean = jax.lax.optimization_barrier(jnp.mean(jnp.square(wide), axis=-1, keepdims=True))
+    inverse = jax.lax.rsqrt(mean + 1e-6)
+    scale = at_least_float32(scale).reshape(*[1] * (x.ndim - 1), -1)
+    return (wide * inverse * scale).astype(x.dtype)
 
 
 def attention_weights(scores: jax.Array, bias: jax.Array) -> jax.Array:
@@ -114,6 +126,15 @@ def attend_in_blocks(
         mixed.append(attend(block, key[:, :, :past], value[:, :, :past], bias))
         start += queries
     return jnp.concatenate(mixed, axis=1)
+
+
+def _product(x: jax.Array, weights: jax.Array) -> jax.Array:
+    """Multiplies vectors by matrices: [B, S, D] and [D, ...] -> [B, S, ...].
+
+    One product of two matrices, whatever the axes: XLA on a CPU then needs no transposed copies.
+    """
+    flat = jnp.tensordot(x.reshape(-1, x.shape[-1]), weights, axes=1)
+    return flat.reshape(*x.shape[:-1], *weights.shape[1:])
 
 
 def heads_per_pack(config: TransformerConfig, lanes: int) -> int:
@@ -179,26 +200,31 @@ class Block(nn.Module):
         Args:
           x: [B, S, D].
           biases: one per block of queries, see `attend_in_blocks`; exactly one if there is a cache.
-          cache: keys and values of P positions, valid before `start`; None for a whole clip.
+          cache: keys and values of P positions, valid before `start`; or of fewer positions than
+            the bias has, which the new ones follow. None for a whole clip.
           start: cache position of x[:, 0], int32 [].
           deterministic: False applies dropout.
         """
         c = self.config
         ones = named_init(nn.initializers.ones, "embed")
 
-        # Attention.
-        x = sharding.by_row(x)
+        # Attention. Rows of matrices [B S, D] need no transposed copies for the products.
+        batch, length, _ = x.shape
+        x = sharding.by_row(x).reshape(batch * length, c.embed)
         h = rms_norm(x, self.param("attention_norm", ones, (c.embed,)))
         to_heads = kernel_init("embed", "heads", "kv"), (c.embed, c.heads, c.head_width)
         query, key, value = (
-            jnp.einsum("bsd,dhe->bhse", h, self.param(name, *to_heads))
-            for name in ("query", "key", "value")
+            x.reshape(batch, length, c.heads, c.head_width).swapaxes(1, 2)
+            for x in self._products(h, QKV, *to_heads)
         )
         query = query * c.head_width**-0.5
         if cache is not None:
+            packed = [pack_heads(new, self.pack) for new in (key, value)]
             key, value = (
-                jax.lax.dynamic_update_slice_in_dim(past, pack_heads(new, self.pack), start, axis=2)
-                for past, new in zip(cache, (key, value), strict=True)
+                jnp.concatenate([past, new], axis=2)
+                if past.shape[2] < biases[0].shape[-1]
+                else jax.lax.dynamic_update_slice_in_dim(past, new, start, axis=2)
+                for past, new in zip(cache, packed, strict=True)
             )
         if cache is not None and self.pack > 1:
             mixed = attend_packed(query, key, value, *biases)
@@ -206,20 +232,27 @@ class Block(nn.Module):
             mixed = attend_in_blocks(query, key, value, biases)
         from_heads = kernel_init("heads", "kv", "embed", fan_in_axes=2)
         out = self.param("out", from_heads, (c.heads, c.head_width, c.embed))
-        h = jnp.einsum("bshe,hed->bsd", mixed, out)
+        h = mixed.reshape(batch * length, c.embed) @ out.reshape(c.embed, c.embed)
         x = x + nn.Dropout(c.dropout)(h, deterministic=deterministic)
 
         # Gated feed-forward.
         h = rms_norm(x, self.param("mlp_norm", ones, (c.embed,)))
-        gate, up = (
-            jnp.einsum(
-                "bsd,dm->bsm", h, self.param(name, kernel_init("embed", "mlp"), (c.embed, c.mlp))
-            )
-            for name in ("gate", "up")
-        )
+        to_mlp = kernel_init("embed", "mlp"), (c.embed, c.mlp)
+        gate, up = self._products(h, GATE_UP, *to_mlp)  # [B S, M] each
         down = self.param("down", kernel_init("mlp", "embed"), (c.mlp, c.embed))
-        h = jnp.einsum("bsm,md->bsd", jax.nn.gelu(gate) * up, down)
-        return x + nn.Dropout(c.dropout)(h, deterministic=deterministic), (key, value)
+        h = (jax.nn.gelu(gate) * up) @ down
+        x = x + nn.Dropout(c.dropout)(h, deterministic=deterministic)
+        return x.reshape(batch, length, c.embed), (key, value)
+
+    def _products(
+        self, x: jax.Array, name: str, init: nn.initializers.Initializer, shape: tuple[int, ...]
+    ) -> list[jax.Array]:
+        """Multiplies x [N, D] by several weights [D, ...], which may be joined: [N, ...] each."""
+        parts = JOINED[name]
+        if self.has_variable("params", name):
+            weights = self.get_variable("params", name)
+            return jnp.split(x @ weights.reshape(len(weights), -1), len(parts), axis=1)
+        return [x @ self.param(part, init, shape).reshape(len(x.T), -1) for part in parts]
 
 
 class Transformer(nn.Module):
@@ -336,14 +369,16 @@ class Transformer(nn.Module):
 
         Args:
           x: [B, S, D].
-          cache: of P positions, filled below `start`.
-          start: int32 [].
+          cache: of P positions, filled below `start`; or of `start` positions.
+          start: int32 [], or a Python int for a cache that grows.
           bias: `bias(P)`, computed once outside the loop.
 
         Returns:
-          y [B, S, D], and the cache filled below start + S.
+          y [B, S, D], and the cache filled below start + S; or of start + S positions.
         """
         bias = jax.lax.dynamic_slice_in_dim(bias, start, x.shape[1], axis=1)
+        if cache[0][0].shape[2] < bias.shape[-1]:
+            bias = bias[:, :, : start + x.shape[1]]
         filled = []
         for block, layer in zip(self.blocks, cache, strict=True):
             x, layer = block(x, (bias,), layer, start, True)

@@ -78,8 +78,11 @@ class DPOObjective(TokenObjective):
         def clip_log_probs(weights: Any) -> jax.Array:
             # Returns f32 [B, 2], at the temperature of sampling.
             logits = MusicLM(self.model).apply({"params": weights}, flat, mulan)
-            scores = jax.nn.log_softmax(logits / self.temperature, axis=-1)
-            return token_log_probs(scores, flat).sum(axis=(1, 2)).reshape(-1, 2)
+            total = 0.0
+            for place, each in enumerate(logits):
+                scores = jax.nn.log_softmax(each / self.temperature, axis=-1)
+                total += token_log_probs(scores, flat[:, :, place]).sum(axis=1)
+            return total.reshape(-1, 2)
 
         # The policy's implied reward is beta log(policy / anchor).
         policy, anchor = clip_log_probs(params), clip_log_probs(frozen)

@@ -7,6 +7,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from musicrl_jax.core import checkpoint
 from musicrl_jax.core.precision import in_dtype
@@ -51,8 +52,9 @@ class PolicyObjective(TokenObjective):
             deterministic=False,
             rngs={"dropout": key},
         )
-        loss, metrics = cross_entropy(logits, tokens)
-        return loss, (state, {"loss": loss, **metrics})
+        losses, accuracies = _places(logits, tokens)
+        loss = losses.mean()
+        return loss, (state, {"loss": loss, "accuracy": accuracies.mean()})
 
     def evaluate(
         self, params: Any, state: Any, frozen: Any, batch: Batch, key: jax.Array
@@ -60,8 +62,23 @@ class PolicyObjective(TokenObjective):
         """Returns nats per token without dropout: of all, semantic and coarse tokens."""
         tokens = policy_tokens(batch, self.model)
         logits = MusicLM(self.model).apply({"params": params}, tokens, batch["mulan"])
-        loss, metrics = cross_entropy(logits, tokens)
+        losses, accuracies = _places(logits, tokens)
         # The first code of a frame is semantic, the others are coarse.
-        semantic = cross_entropy(logits[:, :, 0], tokens[:, :, 0])[0]
-        coarse = cross_entropy(logits[:, :, 1:], tokens[:, :, 1:])[0]
-        return {"loss": loss, "semantic": semantic, "coarse": coarse, **metrics}
+        return {
+            "loss": losses.mean(),
+            "semantic": losses[0],
+            "coarse": losses[1:].mean(),
+            "accuracy": accuracies.mean(),
+        }
+
+
+def _places(logits: tuple[jax.Array, ...], tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns nats per token and accuracy of each place, f32 [K] twice.
+
+    Args:
+      logits: f32 [B, F, V_k] for each place k.
+      tokens: int32 [B, F, K].
+    """
+    places = [cross_entropy(each, tokens[:, :, place]) for place, each in enumerate(logits)]
+    losses, metrics = zip(*places, strict=True)
+    return jnp.stack(losses), jnp.stack([each["accuracy"] for each in metrics])

@@ -11,17 +11,19 @@ S = F K tokens, V ids at a place, T codec frames, Q codec levels, N samples.
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from operator import attrgetter
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from musicrl_jax.core import checkpoint
 from musicrl_jax.core.precision import in_dtype
 from musicrl_jax.inputs import pieces
-from musicrl_jax.losses.policy_gradient import token_log_probs
-from musicrl_jax.models.layers import stacked, unstacked
+from musicrl_jax.losses.policy_gradient import Scores, scores, token_log_probs
+from musicrl_jax.models.categorical import sample_codes
+from musicrl_jax.models.layers import joined, stacked, unstacked
 from musicrl_jax.models.mulan import MuLan, MuLanConfig
 from musicrl_jax.models.musiclm import MusicLM, MusicLMConfig, Value
 from musicrl_jax.models.semantic import SemanticConfig, SemanticEncoder
@@ -53,6 +55,9 @@ DATA_SIZES = (
     ("mulan_levels", "mulan", "levels"),
     ("mulan_codes", "mulan", "codes"),
 )
+# Frames whose codes are scored together, by platform; others score whole clips. A gradient then
+# holds the activations of so many frames, and computes them again. On a TPU this takes longer.
+FRAME_BLOCK = {"cpu": 32}
 LOOPED = ("tpu",)  # platforms on which frozen networks scan over stacked layers
 
 
@@ -69,6 +74,22 @@ class MuLanCondition:
     tokens: jax.Array
 
 
+class FrameBlock(NamedTuple):
+    """Successive frames of all clips, and what their scores need.
+
+    Attributes:
+      context: f32 [B, F, d], of each frame.
+      tokens: int32 [B, F, K].
+      allowed: bool [B, F, V_k] for each place; None if all codes are.
+      reference: the anchor's log-distributions, f32 [B, F, V_k] for each place; () without one.
+    """
+
+    context: jax.Array
+    tokens: jax.Array
+    allowed: tuple[jax.Array | None, ...]
+    reference: tuple[jax.Array, ...]
+
+
 @dataclasses.dataclass(frozen=True)
 class MusicLMSystem(MusicSystem):
     """MuLan, MusicLM, SoundStorm and SoundStream, and the semantic encoder that reads sound.
@@ -78,6 +99,7 @@ class MusicLMSystem(MusicSystem):
       vocabulary: content of MuLan's tokenizer file.
       lanes: lanes of a vector register; see `models.transformer.Transformer`.
       looped: whether frozen networks scan over stacked layers, which compiles faster.
+      frame_block: frames whose codes are scored together, to save memory; None for whole clips.
       remat: whether gradients recompute activations, to save memory.
     """
 
@@ -100,6 +122,7 @@ class MusicLMSystem(MusicSystem):
     vocabulary: bytes = b""
     lanes: int = 1
     looped: bool = False
+    frame_block: int | None = None
     remat: bool = False
 
     frame_seconds: ClassVar[float] = 1 / FRAMES_PER_SECOND
@@ -160,16 +183,25 @@ class MusicLMSystem(MusicSystem):
         return stacked(variables["params"])
 
     def tuned(self, platform: str, remat: bool = False) -> "MusicLMSystem":
-        """Returns the system with the fastest lanes and loops for a platform."""
-        lanes, looped = LANES.get(platform, 1), platform in LOOPED
-        return dataclasses.replace(self, lanes=lanes, looped=looped, remat=remat)
+        """Returns the system with the fastest lanes, loops and blocks for a platform."""
+        return dataclasses.replace(
+            self,
+            lanes=LANES.get(platform, 1),
+            looped=platform in LOOPED,
+            frame_block=FRAME_BLOCK.get(platform),
+            remat=remat,
+        )
 
     def compute_copy(self, weights: Weights, dtype: str) -> Weights:
-        """Separates the policy's layers, casts SoundStorm, and stacks frozen layers if looped."""
+        """Separates the policy's layers and joins its weights for one-query products.
+
+        Casts SoundStorm, and stacks frozen layers if looped.
+        """
         frozen = dict(weights.frozen)
         if "soundstorm" in frozen:
             frozen["soundstorm"] = in_dtype(frozen["soundstorm"], dtype)
-        return Weights(unstacked(weights.policy), stacked(frozen) if self.looped else frozen)
+        policy = joined(unstacked(weights.policy))
+        return Weights(policy, stacked(frozen) if self.looped else frozen)
 
     def data_layout(self) -> dict[str, int]:
         """Returns the numbers of levels and codes of the loaded parts."""
@@ -214,8 +246,9 @@ class MusicLMSystem(MusicSystem):
     ) -> SampledTokens:
         """Samples frame by frame, and code by code within a frame.
 
-        Both scans carry their caches, so XLA updates these in place. The noise of a row depends on
-        its key and the frame alone.
+        The scan over frames carries the cache, so XLA updates it in place. Within a frame the codes
+        are unrolled: each sees the ones before it alone. The random numbers of a row depend on its
+        key and the frame alone.
         """
         layout, frames = self.music.layout, length // self.frame_tokens
         model, variables, batch = self._policy, {"params": policy}, condition.tokens.shape[0]
@@ -227,34 +260,26 @@ class MusicLMSystem(MusicSystem):
         temporal_bias = apply(MusicLM.temporal_bias, frames)
         depth_bias = apply(MusicLM.depth_bias)
 
-        def sample_frame(carry: Any, frame: jax.Array) -> Any:
+        def uniforms(key: jax.Array, frame: jax.Array) -> jax.Array:
+            return jax.random.uniform(jax.random.fold_in(key, frame), (layout.depth, 2))
+
+        def sample_frame(carry: Any, inputs: Any) -> Any:
             # The temporal model reads the previous frame, and gives the context of this one.
-            previous, cache = carry
+            (previous, cache), (frame, uniforms) = carry, inputs
             context, cache = apply(MusicLM.next_frame, previous, cache, frame, temporal_bias)
 
-            # Gumbel noise, so that the likeliest code of the noisy scores is a sample.
-            frame_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, frame)
-            noise = jax.vmap(
-                lambda key: jax.random.gumbel(key, (layout.depth, layout.vocabulary), jnp.float32)
-            )(frame_keys)
-
-            def sample_code(carry: Any, inputs: Any) -> Any:
-                previous, cache = carry
-                place, place_noise = inputs
-                logits, cache = apply(
-                    MusicLM.next_logits, context, previous, cache, place, depth_bias
+            # The depth model samples the codes, each given those before it in the frame.
+            places, code, depth_cache = [], None, apply(MusicLM.empty_depth_cache, batch)
+            for place in range(layout.depth):
+                logits, depth_cache = apply(
+                    MusicLM.next_logits, context, code, depth_cache, place, depth_bias
                 )
                 allowed = sampling.allowed(logits)
                 scores = sampling.log_distribution(logits, allowed)
-                code = jnp.argmax(scores.astype(jnp.float32) + place_noise, axis=-1)
-                code = code.astype(jnp.int32)
-                return (code, cache), SampledTokens(code, token_log_probs(scores, code), allowed)
-
-            # The depth model samples the codes, each given those before it in the frame.
-            start = (jnp.zeros(batch, jnp.int32), apply(MusicLM.empty_depth_cache, batch))
-            places = jnp.arange(layout.depth, dtype=jnp.int32)
-            _, sampled = jax.lax.scan(sample_code, start, (places, jnp.moveaxis(noise, 1, 0)))
-            sampled = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), sampled)  # [B, K, ...]
+                code = sample_codes(scores, uniforms[:, place])
+                allowed = None if sampling.top_k is None else self._padded(allowed, scores)
+                places.append(SampledTokens(code, token_log_probs(scores, code), allowed))
+            sampled = _stack_places(places, axis=1)
 
             # The frames of the beginning replace what was sampled, and the next ones follow them.
             if beginning is not None:
@@ -267,7 +292,9 @@ class MusicLMSystem(MusicSystem):
         # Sample the frames, each given those before it.
         cache = apply(MusicLM.start_clip, condition.tokens, frames, temporal_bias)
         start = (jnp.zeros((batch, layout.depth), jnp.int32), cache)
-        _, sampled = jax.lax.scan(sample_frame, start, jnp.arange(frames, dtype=jnp.int32))
+        index = jnp.arange(frames, dtype=jnp.int32)
+        by_frame = jax.vmap(jax.vmap(uniforms, (0, None)), (None, 0))(keys, index)  # [F, B, K, 2]
+        _, sampled = jax.lax.scan(sample_frame, start, (index, by_frame))
         return jax.tree.map(lambda x: _by_clip(jnp.moveaxis(x, 0, 1)), sampled)
 
     def distributions(
@@ -275,12 +302,101 @@ class MusicLMSystem(MusicSystem):
     ) -> jax.Array:
         """Returns the log-distributions of all tokens in one pass, f32 [B, S, V].
 
-        The anchor, too, is renormalised over the codes that the policy allowed. By its own filter
-        it could exclude some of them, and the KL would be infinite.
+        Codes that a place does not have get -inf. The anchor, too, is renormalised over the codes
+        that the policy allowed. By its own filter it could exclude some of them, and the KL would
+        be infinite.
         """
-        variables, frames = {"params": self._layers(policy)}, self._frames(sampled.tokens)
-        logits = self._policy.apply(variables, frames, condition.tokens)
-        return sampling.log_distribution(_by_clip(logits), sampled.allowed)
+        missing = self.music.layout.vocabulary - np.array(self.music.layout.sizes)
+        places = self.reference(policy, condition, sampled, sampling)
+        padded = [
+            jnp.pad(scores, ((0, 0), (0, 0), (0, count)), constant_values=-jnp.inf)
+            for scores, count in zip(places, missing, strict=True)
+        ]
+        return _by_clip(jnp.stack(padded, axis=2))
+
+    def reference(
+        self, policy: Tree, condition: MuLanCondition, sampled: SampledTokens, sampling: Sampling
+    ) -> tuple[jax.Array, ...]:
+        """Returns the log-distributions of each place k over its own codes, f32 [B, F, V_k]."""
+
+        def distributions(variables: Tree, block: FrameBlock) -> tuple[jax.Array, ...]:
+            return self._log_distributions(variables, block, sampling)
+
+        return self._map_frames(distributions, policy, condition, sampled, ())
+
+    def scores(
+        self,
+        policy: Tree,
+        reference: tuple[jax.Array, ...],
+        condition: MuLanCondition,
+        sampled: SampledTokens,
+        sampling: Sampling,
+    ) -> Scores:
+        """Returns the tokens' log-probs and KL, f32 [B, S].
+
+        With blocks of frames the gradient computes each again, and stores no distribution.
+        """
+
+        def score(variables: Tree, block: FrameBlock) -> Scores:
+            log_policy = self._log_distributions(variables, block, sampling)
+            places = jnp.moveaxis(block.tokens, 2, 0)
+            return _stack_places([*map(scores, log_policy, block.reference, places)], axis=2)
+
+        score = score if self.frame_block is None else jax.checkpoint(score)
+        result = self._map_frames(score, policy, condition, sampled, reference)
+        return Scores(*map(_by_clip, result))
+
+    def _map_frames(
+        self,
+        function: Callable[[Tree, "FrameBlock"], Tree],
+        policy: Tree,
+        condition: MuLanCondition,
+        sampled: SampledTokens,
+        reference: tuple[jax.Array, ...],
+    ) -> Tree:
+        """Returns function(variables, block) of all frames, [B, F, ...], block by block."""
+        variables, tokens = {"params": self._layers(policy)}, self._frames(sampled.tokens)
+        context = self._policy.apply(variables, tokens, condition.tokens, method=MusicLM.context)
+        clip = FrameBlock(context, tokens, self._allowed(sampled), reference)
+        frames = tokens.shape[1]
+        if frames <= (self.frame_block or frames):
+            return function(variables, clip)
+
+        # Blocks of equal length; the last frames may be zeros.
+        count = -(-frames // self.frame_block)
+        size = -(-frames // count)
+
+        def split(x: jax.Array) -> jax.Array:
+            padding = [(0, 0), (0, count * size - frames)] + [(0, 0)] * (x.ndim - 2)
+            blocks = jnp.pad(x, padding).reshape(len(x), count, size, *x.shape[2:])
+            return blocks.swapaxes(0, 1)
+
+        def join(x: jax.Array) -> jax.Array:
+            return x.swapaxes(0, 1).reshape(x.shape[1], -1, *x.shape[3:])[:, :frames]
+
+        blocks = jax.lax.map(lambda block: function(variables, block), jax.tree.map(split, clip))
+        return jax.tree.map(join, blocks)
+
+    def _log_distributions(
+        self, variables: Tree, block: "FrameBlock", sampling: Sampling
+    ) -> tuple[jax.Array, ...]:
+        """Returns the log-distributions of a block's places, f32 [B, F, V_k]."""
+        logits = self._policy.apply(
+            variables, block.context, block.tokens, method=MusicLM.frame_logits
+        )
+        return tuple(map(sampling.log_distribution, logits, block.allowed))
+
+    def _allowed(self, sampled: SampledTokens) -> tuple[jax.Array | None, ...]:
+        """Returns the allowed codes of each place, bool [B, F, V_k]; None if all are."""
+        if sampled.allowed is None:
+            return (None,) * self.frame_tokens
+        frames, sizes = self._frames(sampled.allowed), self.music.layout.sizes
+        return tuple(frames[:, :, place, :size] for place, size in enumerate(sizes))
+
+    def _padded(self, allowed: jax.Array | None, scores: jax.Array) -> jax.Array:
+        """Returns the allowed codes of a place of V_k codes, bool [B, V]; None stands for all."""
+        allowed = jnp.ones(scores.shape, bool) if allowed is None else allowed
+        return jnp.pad(allowed, ((0, 0), (0, self.music.layout.vocabulary - scores.shape[-1])))
 
     # --- values ---
 
@@ -331,8 +447,8 @@ class MusicLMSystem(MusicSystem):
     # --- shapes and layers ---
 
     def _frames(self, tokens: jax.Array) -> jax.Array:
-        """Splits tokens by frame, [B, S] -> [B, F, K]."""
-        return tokens.reshape(tokens.shape[0], -1, self.frame_tokens)
+        """Splits tokens by frame, [B, S, ...] -> [B, F, K, ...]."""
+        return tokens.reshape(tokens.shape[0], -1, self.frame_tokens, *tokens.shape[2:])
 
     def _layers(self, weights: Tree) -> Tree:
         """Separates stacked layers unless remat scans over them: a quarter faster on CPUs."""
@@ -345,6 +461,11 @@ class MusicLMSystem(MusicSystem):
 def _by_clip(x: jax.Array) -> jax.Array:
     """Joins frames, [B, F, K, ...] -> [B, S, ...]."""
     return x.reshape(x.shape[0], -1, *x.shape[3:])
+
+
+def _stack_places(places: Sequence[Tree], axis: int) -> Tree:
+    """Stacks the arrays of K places along an axis."""
+    return jax.tree.map(lambda *arrays: jnp.stack(arrays, axis), *places)
 
 
 def _split(keys: jax.Array) -> jax.Array:

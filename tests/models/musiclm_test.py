@@ -33,7 +33,8 @@ def clips():
 
 def value_and_gradient(module, params, clips):
     def loss(params):
-        return jnp.square(module.apply({"params": params}, *clips)[..., :5]).mean()
+        logits = module.apply({"params": params}, *clips)
+        return sum(jnp.square(place).mean() for place in logits) / len(logits)
 
     with jax.default_matmul_precision("highest"):
         return jax.jit(jax.value_and_grad(loss))(params)
@@ -63,8 +64,9 @@ def test_remat_recomputes_the_same_dropout(params, clips):
         apply({"params": params}, *clips, deterministic=deterministic, rngs=rngs)
         for deterministic in (False, False, True)
     )
-    np.testing.assert_array_equal(first, second)
-    assert np.abs(np.asarray(first - plain)[..., :5]).max() > 0.01
+    for place in range(DEPTH):
+        np.testing.assert_array_equal(first[place], second[place])
+        assert np.abs(np.asarray(first[place] - plain[place])).max() > 0.01
 
 
 @pytest.mark.parametrize("remat", [False, True])
@@ -81,6 +83,23 @@ def test_stacked_layers_have_the_same_gradient(params, clips, expected, remat):
     assert_close((loss, layers.unstacked(gradient)), expected)
     program = str(jax.make_jaxpr(lambda p: module.apply({"params": p}, *clips))(stacked))
     assert program.count("tanh") == 2  # of gelu: one temporal, one depth block
+
+
+def test_a_place_has_logits_of_its_own_codes_alone(params, clips):
+    logits = MODULE.apply({"params": params}, *clips)
+    assert [place.shape for place in logits] == [(BATCH, FRAMES, 5)] + [(BATCH, FRAMES, 7)] * 4
+
+
+def test_joined_weights_compute_the_same(params, clips, expected):
+    joined = layers.joined(params)
+    block = joined["trunk"]["depth"]["block_0"]
+    assert block["qkv"].shape == (16, 3, 2, 8) and block["gate_up"].shape == (16, 2, 24)
+    assert not {"query", "key", "value", "gate", "up"} & set(block)
+    assert_close(value_and_gradient(MODULE, joined, clips)[0], expected[0])
+    boxed = jax.eval_shape(MODULE.init, jax.random.key(0), *clips)["params"]
+    block = jax.eval_shape(layers.joined, boxed)["trunk"]["depth"]["block_0"]
+    assert block["qkv"].names == ("embed", None, "heads", "kv")
+    assert block["gate_up"].names == ("embed", None, "mlp")
 
 
 def test_stacked_layers_keep_the_names_of_their_axes(clips):
@@ -136,8 +155,8 @@ def test_joined_frames_and_blocks_of_queries_change_nothing(
     # Joined frames do not see each other: a code changed in the last leaves the others' logits.
     tokens = clips[0]
     changed = tokens.at[:, -1, 0].set((tokens[:, -1, 0] + 1) % 5)
-    before, after = (logits(x)[:, : FRAMES - 1] for x in (tokens, changed))
-    np.testing.assert_array_equal(before, after)
+    for before, after in zip(logits(tokens), logits(changed), strict=True):
+        np.testing.assert_array_equal(before[:, : FRAMES - 1], after[:, : FRAMES - 1])
 
 
 @pytest.mark.exactness(10)
@@ -148,8 +167,9 @@ def test_scoring_has_no_dropout(params, clips):
         return MODULE.apply(*arguments, rngs=rngs), MODULE.apply(*arguments, False, rngs=rngs)
 
     (scored, trained), (scored_again, trained_again) = (logits(jax.random.key(i)) for i in (0, 1))
-    np.testing.assert_array_equal(scored, scored_again)
-    assert np.abs(np.asarray(trained - trained_again)).max() > 1e-3
+    for place in range(DEPTH):
+        np.testing.assert_array_equal(scored[place], scored_again[place])
+        assert np.abs(np.asarray(trained[place] - trained_again[place])).max() > 1e-3
 
 
 def test_relative_buckets_are_t5s():

@@ -7,6 +7,7 @@ import pytest
 import tiny_musiclm
 from flax.core import meta
 from scipy.special import rel_entr
+from scipy.stats import kstest
 
 from musicrl_jax.core import sharding
 from musicrl_jax.core.keys import row_keys
@@ -111,6 +112,41 @@ def test_scored_log_probs_are_those_of_sampling(case, sampling):
         assert (sampled.allowed.sum(axis=-1) == sampling.top_k).all()
         chosen = np.take_along_axis(sampled.allowed, sampled.tokens[..., None], axis=-1)
         assert chosen.all()
+
+
+def quantiles(scores, tokens, rng):
+    """Returns each token's place in the cumulative distribution, uniform if it is sampled of it."""
+    probabilities = np.exp(scores.astype(np.float64))
+    ends = np.cumsum(probabilities, axis=-1)
+    end = np.take_along_axis(ends, tokens[..., None], axis=-1)[..., 0]
+    share = np.take_along_axis(probabilities, tokens[..., None], axis=-1)[..., 0]
+    return end - share * rng.random(tokens.shape)
+
+
+@pytest.mark.exactness(24)
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
+def test_tokens_of_every_place_have_the_scored_frequencies(case, sampling):
+    clips = 2048
+    condition = jax.tree.map(lambda x: np.repeat(x, clips // BATCH, axis=0), case.condition)
+    copy = case.system.compute_copy(Weights(case.policy, {}), "float32").policy
+    keys = row_keys(jax.random.key(3), clips)
+    sampled = jax.jit(case.system.sample, static_argnums=(3, 4))(
+        copy, condition, keys, case.length, sampling
+    )
+    scores = jax.jit(case.system.distributions, static_argnums=3)(
+        case.policy, condition, sampled, sampling
+    )
+    scores, tokens = np.asarray(scores), np.asarray(sampled.tokens)
+    rng = np.random.default_rng(4)
+
+    def p_values(scores):
+        return kstest(quantiles(scores, tokens, rng), "uniform", axis=0).pvalue
+
+    # The least of S values; then those of another temperature.
+    assert p_values(scores).min() > 0.01 / case.length
+    colder = np.where(np.isfinite(scores), 3 * scores, -np.inf)
+    colder -= np.logaddexp.reduce(colder, axis=-1, keepdims=True)
+    assert p_values(colder).min() < 1e-3 / case.length
 
 
 @pytest.mark.exactness(7)
