@@ -60,13 +60,14 @@ class ComputeCopy(NamedTuple):
     value: Tree
 
 
-class Batch(NamedTuple):
-    """A scored rollout; in microbatches, each array is [microbatches, b, ...]."""
+class Pass(NamedTuple):
+    """The outputs of a network for a rollout, and how a loss of them reaches its weights."""
 
-    rollout: Rollout
-    reference: Tree  # the anchor's scores, as the system keeps them
-    advantage: Advantage
-    reward: jax.Array
+    # [microbatches, b, S] each.
+    outputs: Tree
+    # Maps a loss of (outputs, other arrays) of a microbatch, and these arrays of all microbatches,
+    # to the mean gradient and the loss's metrics.
+    gradients: Callable[..., tuple[Tree, Metrics]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,23 +161,31 @@ class Learner:
         """
         # Score the rollout with the policy that sampled it, the anchor and the value function.
         # The same operations score policy and anchor, so with equal weights the KL is exactly 0.
-        # One exception: on jax 0.12, XLA at its default effort may fuse the gradient's forward pass
-        # differently from the anchor's. Tiny random models then start at 4e-8 nats a clip, trained
-        # ones still at 0.
+        # One exception: XLA may fuse the gradient's forward pass differently from the anchor's. The
+        # KL of some models and batches then starts at up to 1e-6 nats a clip.
         parts, rewards = jax.tree.map(self._split, (rollout, reward))
         reference = self._map(lambda part: self._reference(weights.anchor, part), parts)
-        advantages, metrics = self._advantage(state, weights, parts, reference, rollout, reward)
-        batch = Batch(parts, reference, jax.tree.map(self._split, advantages), rewards)
+
+        def run(weights: ComputeCopy) -> tuple[Pass, Pass | None]:
+            places = shardings or RLState(*[None] * 7)
+            actor = self._pass(self._scores, weights.policy, (parts, reference), places.policy)
+            if not self.learns_values:
+                return actor, None
+            return actor, self._pass(self._values, weights.value, (parts,), places.value)
+
+        passes = run(weights)
+        advantages, metrics = self._advantage(state, passes, rollout, reward)
+        advantages = jax.tree.map(self._split, advantages)
 
         # Update once, then again from compute copies of the moved weights.
-        after, last_metrics = self._update_once(state, weights, batch, shardings)
+        after, last_metrics = self._update_once(state, passes, advantages, rewards)
 
         def update_again(state: RLState, _: None) -> tuple[RLState, Metrics]:
             copy = self.compute_copy(state, ())
             if copy_shardings is not None:
                 places = copy_shardings._replace(anchor=())
                 copy = jax.lax.with_sharding_constraint(copy, places)
-            return self._update_once(state, copy, batch, shardings)
+            return self._update_once(state, run(copy), advantages, rewards)
 
         if self.config.updates > 1:
             after, history = jax.lax.scan(update_again, after, length=self.config.updates - 1)
@@ -196,17 +205,14 @@ class Learner:
     def _advantage(
         self,
         state: RLState,
-        weights: ComputeCopy,
-        parts: Rollout,
-        reference: Tree,
+        passes: tuple[Pass, Pass | None],
         rollout: Rollout,
         reward: jax.Array,
     ) -> tuple[Advantage, Metrics]:
         """Returns the advantages of all tokens, f32 [B, S], and metrics of the rollout."""
         # Advantages are of the whole batch: baselines may look at other clips.
-        scores = self._map(lambda *part: self._scores(weights.policy, *part), parts, reference)
-        values = self._map(lambda part: self._values(weights.value, part), parts)
-        scores, values = self._join(scores), self._join(values)
+        actor, critic = passes
+        scores, values = self._join(actor.outputs), critic and self._join(critic.outputs)
         strength = state.kl_strength
         advantages, metrics = advantage(self.config.gradient, scores, reward, values, strength)
         # How far the learner's log-probs are from the sampler's: rounding, or a bug.
@@ -222,24 +228,22 @@ class Learner:
     def _update_once(
         self,
         state: RLState,
-        weights: ComputeCopy,
-        batch: Batch,
-        shardings: RLState | None,
+        passes: tuple[Pass, Pass | None],
+        advantages: Advantage,
+        rewards: jax.Array,
     ) -> tuple[RLState, Metrics]:
         """Moves policy and value by the gradients of all microbatches."""
+        actor, critic = passes
 
-        def actor_loss(policy: Tree, part: Batch) -> tuple[jax.Array, Metrics]:
-            scores = self._scores(policy, part.rollout, part.reference)
-            return policy_loss(self.config.gradient, scores, part.advantage, state.kl_strength)
+        def actor_loss(scores: Scores, advantages: Advantage) -> tuple[jax.Array, Metrics]:
+            return policy_loss(self.config.gradient, scores, advantages, state.kl_strength)
 
-        def critic_loss(value: Tree, part: Batch) -> tuple[jax.Array, Metrics]:
-            loss, _ = value_loss(self._values(value, part.rollout), part.reward)
+        def critic_loss(values: jax.Array, rewards: jax.Array) -> tuple[jax.Array, Metrics]:
+            loss, _ = value_loss(values, rewards)
             return loss, {"value_loss": loss}
 
         # Update the policy.
-        gradients, metrics = self._gradients(
-            actor_loss, weights.policy, batch, shardings and shardings.policy
-        )
+        gradients, metrics = actor.gradients(actor_loss, advantages)
         metrics["policy_norm"] = norm = optax.tree.norm(gradients)
         policy, policy_opt = apply_gradients(
             self.policy_transform, gradients, state.policy_opt, state.policy
@@ -247,10 +251,8 @@ class Learner:
         after = state.replace(policy=policy, policy_opt=policy_opt)
 
         # Update the value function.
-        if self.learns_values:
-            gradients, value_metrics = self._gradients(
-                critic_loss, weights.value, batch, shardings and shardings.value
-            )
+        if critic is not None:
+            gradients, value_metrics = critic.gradients(critic_loss, rewards)
             value, value_opt = apply_gradients(
                 self.value_transform, gradients, state.value_opt, state.value
             )
@@ -261,7 +263,7 @@ class Learner:
 
         # Skip the update unless everything is finite.
         skipped = state.replace(skipped=state.skipped + 1)
-        finite = jnp.isfinite(norm) & jnp.isfinite(batch.reward).all()
+        finite = jnp.isfinite(norm) & jnp.isfinite(rewards).all()
         return jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, skipped), metrics
 
     # --- the system's functions on a microbatch ---
@@ -276,10 +278,8 @@ class Learner:
             policy, reference, part.condition, part.sampled, self.config.sampling
         )
 
-    def _values(self, value: Tree, part: Rollout) -> jax.Array | None:
-        """Returns the values of a microbatch, f32 [b, S]; None without a value function."""
-        if not self.learns_values:
-            return None
+    def _values(self, value: Tree, part: Rollout) -> jax.Array:
+        """Returns the values of a microbatch, f32 [b, S]."""
         return self.system.values(value, part.condition, part.sampled.tokens)
 
     # --- microbatches ---
@@ -298,37 +298,57 @@ class Learner:
             return jax.tree.map(lambda x: x[None], function(*_first(parts)))
         return jax.lax.map(lambda part: function(*part), parts)
 
-    def _gradients(
-        self,
-        loss: Callable[[Tree, Batch], tuple[jax.Array, Metrics]],
-        weights: Tree,
-        batch: Batch,
-        shardings: Tree | None,
-    ) -> tuple[Tree, Metrics]:
-        """Averages gradients and metrics of a loss over microbatches, in float32.
+    def _pass(
+        self, function: Callable[..., Tree], weights: Tree, parts: tuple[Tree, ...], places: Tree
+    ) -> Pass:
+        """Applies a network to all microbatches.
 
-        Holds the sum and one microbatch's gradients at a time.
+        The gradient of one microbatch shares this forward pass. With several ones, each runs again
+        when its gradient is needed, so that only one holds its activations at a time.
+
+        Args:
+          function: of the weights and a microbatch.
+          weights: of the network.
+          parts: all microbatches.
+          places: shardings of the gradient; None leaves them to XLA.
         """
 
+        def forward(part: tuple[Tree, ...]) -> tuple[Tree, Callable]:
+            return jax.vjp(lambda weights: function(weights, *part), weights)
+
         def constrain(gradients: Tree, metrics: Metrics) -> tuple[Tree, Metrics]:
-            if shardings is not None:
-                gradients = jax.lax.with_sharding_constraint(gradients, shardings)
+            if places is not None:
+                gradients = jax.lax.with_sharding_constraint(gradients, places)
             return jax.tree.map(at_least_float32, (gradients, metrics))
 
-        def part_gradients(part: Batch) -> tuple[Tree, Metrics]:
-            return constrain(*jax.grad(loss, has_aux=True)(weights, part))
+        def pull_back(
+            loss: Callable, outputs: Tree, backward: Callable, others: Tree
+        ) -> tuple[Tree, Metrics]:
+            cotangents, metrics = jax.grad(loss, has_aux=True)(outputs, others)
+            return constrain(*backward(cotangents), metrics)
 
+        # One microbatch: its gradient needs no second forward pass.
         if self.config.microbatches == 1:
-            return part_gradients(_first(batch))
+            outputs, backward = forward(_first(parts))
+            return Pass(
+                jax.tree.map(lambda x: x[None], outputs),
+                lambda loss, others: pull_back(loss, outputs, backward, _first(others)),
+            )
 
-        def add(total: tuple[Tree, Metrics], part: Batch) -> tuple[tuple[Tree, Metrics], None]:
-            return constrain(*jax.tree.map(jnp.add, total, part_gradients(part))), None
+        # Several ones: their gradients are summed, from zeros.
+        def gradients(loss: Callable, others: Tree) -> tuple[Tree, Metrics]:
+            def of_part(part: tuple[Tree, ...], others: Tree) -> tuple[Tree, Metrics]:
+                return pull_back(loss, *forward(part), others)
 
-        # The sum starts at zeros of the gradients' shapes.
-        shapes = jax.eval_shape(part_gradients, _first(batch))
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        total, _ = jax.lax.scan(add, constrain(*zeros), batch)
-        return jax.tree.map(lambda x: x / self.config.microbatches, total)
+            def add(total: Tree, both: tuple[Tree, Tree]) -> tuple[Tree, None]:
+                return constrain(*jax.tree.map(jnp.add, total, of_part(*both))), None
+
+            shapes = jax.eval_shape(of_part, _first(parts), _first(others))
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+            total, _ = jax.lax.scan(add, constrain(*zeros), (parts, others))
+            return jax.tree.map(lambda x: x / self.config.microbatches, total)
+
+        return Pass(self._map(lambda *part: function(weights, *part), *parts), gradients)
 
 
 def _first(parts: Tree) -> Tree:
