@@ -177,6 +177,33 @@ def by_row(x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(ROWS))
 
 
+def by_row_and_head(function: Callable[..., jax.Array], arrays: int) -> Callable[..., jax.Array]:
+    """Returns the function with every device computing its rows and heads, if a mesh is set.
+
+    XLA cannot divide a kernel over devices by itself. An axis that the mesh does not divide stays
+    whole: every device then computes all of it.
+
+    Args:
+      function: maps `arrays` arrays [B, H, ...], and weights [H, ...], to an array [B, H, ...].
+      arrays: number of arrays before the weights.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if set(AXES) - set(mesh.axis_names):
+        return function
+
+    def call(*arguments: jax.Array) -> jax.Array:
+        rows, heads = arguments[0].shape[:2]
+        row_axis = None if rows % _data_shards(mesh) else ROWS
+        head_axis = None if heads % mesh.shape["tensor"] else "tensor"
+        activations, weights = PartitionSpec(row_axis, head_axis), PartitionSpec(head_axis)
+        specs = tuple(activations if place < arrays else weights for place in range(len(arguments)))
+        return jax.shard_map(
+            function, mesh=mesh, in_specs=specs, out_specs=activations, check_vma=False
+        )(*arguments)
+
+    return call
+
+
 def rows_a_shard(mesh: Mesh, batch_size: int) -> int:
     """Returns the rows of a batch per shard. Raises ValueError if the shards do not divide it."""
     shards = _data_shards(mesh)
