@@ -9,8 +9,7 @@ change if all its inputs change by a constant. So that constant is subtracted ev
 blocks near the diagonal have a bias: a Toeplitz matrix, which the kernel makes from its diagonals.
 They also hold the causal mask, which hides what pads the last block, too.
 
-The kernel holds a head of a clip in on-chip memory: about 9,000 positions in float32, 14,000 in
-bfloat16.
+The kernel holds one head of a whole clip in on-chip memory, which limits the length.
 
 Legend: B rows, H heads, E width of a head, S positions, T positions of a block, n blocks of S,
 N distances between blocks at which there is a bias, D distances with a bias of their own, K
@@ -34,6 +33,8 @@ Ref = Any  # an array in on-chip memory, which a kernel reads and writes
 
 # Sizes of blocks T. Multiples of a TPU's 128 lanes; larger ones need more on-chip memory.
 BLOCKS = (128, 256)
+# Positions that fit into on-chip memory in float32, as the compiler for v5e says.
+MOST_POSITIONS = 7168
 
 # Cores may share the heads. A head's rows and blocks run in order: they share on-chip arrays.
 IN_ORDER = pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary", "arbitrary"))

@@ -15,6 +15,10 @@ from musicrl_jax.planning import hlo
 from musicrl_jax.planning.chips import Chip
 from musicrl_jax.planning.flops import Flops
 
+# Operations of a Pallas kernel in a cycle of a core. The compiler estimates no cycles for kernels.
+# Its instructions for our attention do 33,000 to 40,000 on v5e, v5p and v6e, and 66,000 in v6e's
+# gradient, by tests/benchmarks/attention.py. The second core of a v4 or v5p is left out.
+KERNEL_FLOPS_A_CYCLE = 35_000
 # How XLA says that a program does not fit.
 REFUSED = re.compile(r"(?:Used |HLO temporaries \()([\d.]+)([KMG])\)? (?:of|exceeds available HBM)")
 UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
@@ -35,7 +39,8 @@ class Estimate:
       between_slices: bytes sent to other slices.
       unknown_loops: loops whose number of rounds is unknown. They count once in all figures below.
       matrix_seconds, memory_seconds, network_seconds: time at the limit of each.
-      compiler_seconds: time of the cycles that the compiler scheduled, without communication.
+      compiler_seconds: time of the cycles that the compiler scheduled, without communication, and
+        of Pallas kernels at KERNEL_FLOPS_A_CYCLE.
     """
 
     arguments: int
@@ -104,6 +109,7 @@ def estimate(
     memory, program = compiled.memory_analysis(), hlo.read(compiled.as_text())
     wire, between_slices = hlo.sent_bytes(program)
     moved = hlo.memory_bytes(program)
+    cycles = hlo.scheduled_cycles(program) + hlo.kernel_flops(program) / KERNEL_FLOPS_A_CYCLE
     return Estimate(
         arguments=memory.argument_size_in_bytes,
         outputs=memory.output_size_in_bytes - memory.alias_size_in_bytes,
@@ -121,7 +127,7 @@ def estimate(
         memory_seconds=moved / chip.memory_bandwidth,
         network_seconds=sum(wire.values()) / chip.link_bandwidth
         + between_slices / chip.slices_bandwidth,
-        compiler_seconds=hlo.scheduled_cycles(program) / chip.clock,
+        compiler_seconds=cycles / chip.clock,
     )
 
 

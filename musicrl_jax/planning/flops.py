@@ -56,6 +56,8 @@ def flops(jaxpr: ClosedJaxpr) -> Flops:
     updates. Moves, comparisons, sorts and integers count nothing. Decompositions (eigh, svd,
     cholesky) are counted far too low.
 
+    A Pallas kernel counts what its author says (`cost_estimate`).
+
     A scan counts its body `length` times, a `cond` its most expensive branch, a shard_map its body
     for every device. A while loop counts once: its rounds depend on its data, since JAX makes a
     scan of a `fori_loop` whose bounds are constants.
@@ -129,6 +131,8 @@ def _equation_flops(equation: Any, used: list[bool]) -> Flops:
         case "shard_map":
             devices = math.prod(params["mesh"].shape[axis] for axis in params["newly_manual_axes"])
             return _inner(params["jaxpr"]).times(devices)
+        case "pallas_call" if (cost := params["cost_estimate"]) is not None:
+            return Flops(cost.flops, cost.transcendentals)
     if "dot" in name or "conv_" in name or name == "pallas_call":
         raise ValueError(f"the operations of {name} are not known here: {equation}")
 

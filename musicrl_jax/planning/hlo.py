@@ -27,6 +27,7 @@ _SCALAR = re.compile(r"(?:pred|[su]\d+)\[\]")
 _CALLEE = re.compile(r"\b(?:calls|to_apply)=%?([\w.\-]+)")
 _LOOP = re.compile(r"\b(body|condition)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"(?:branch_computations=\{([^}]*)\}|(?:true|false)_computation=([^,]*))")
+_KERNEL_FLOPS = re.compile(r'"tpu_custom_call".*"cost_estimate":\s*\{[^}]*"flops":\s*"?(\d+)')
 _CYCLES = re.compile(r'"estimated_cycles":\s*"?(\d+)')
 _ROUNDS = re.compile(r'"known_trip_count":\s*\{\s*"n":\s*"?(\d+)')
 _IOTA_GROUPS = re.compile(r"replica_groups=\[\d+,(\d+)\]<=")
@@ -199,6 +200,15 @@ def scheduled_cycles(program: Program) -> int:
     return sum(
         program.computations[name].cycles * times for name, times in program.executions.items()
     )
+
+
+def kernel_flops(program: Program) -> int:
+    """Returns the operations of Pallas kernels that say them; the compiler estimates no cycles."""
+    total = 0
+    for _, instruction, times in program.executed():
+        if match := _KERNEL_FLOPS.search(instruction.attributes):
+            total += int(match[1]) * times
+    return total
 
 
 def memory_bytes(program: Program) -> int:

@@ -11,6 +11,7 @@ from flax.core import meta
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from musicrl_jax.models.fused_attention import fused_attention
 from musicrl_jax.models.transformer import Transformer, TransformerConfig
 from musicrl_jax.planning.flops import Flops, flops
 
@@ -160,6 +161,16 @@ def test_a_shard_map_counts_every_device():
         lambda x, w: x @ w, mesh=mesh, in_specs=(P("data"), P()), out_specs=P("data")
     )
     assert count_of(product, (8, 5), (5, 7)).matmul == 2 * 8 * 5 * 7
+
+
+def test_a_kernel_counts_what_its_author_says():
+    """Of five positions in blocks of two, a product computes six blocks of scores."""
+    length, width, block, rows, heads = 5, 8, 2, 3, 2
+    arguments = [jax.ShapeDtypeStruct((rows, heads, length, width), jnp.float32)] * 3
+    diagonals = jax.ShapeDtypeStruct((heads, 1, 2 * block), jnp.float32)
+    loss = jax.grad(lambda *arrays: jnp.sum(fused_attention(*arrays)))
+    count = flops(jax.jit(loss).trace(*arguments, diagonals).jaxpr)
+    assert count.matmul == (2 + 5) * 2 * rows * heads * width * 6 * block**2
 
 
 # --- all other operations ---

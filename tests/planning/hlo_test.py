@@ -144,6 +144,18 @@ def test_a_conditional_counts_as_its_branch_of_most_cycles():
     assert hlo.scheduled_cycles(module) == 50
 
 
+def test_a_kernel_counts_the_operations_that_its_author_says():
+    cost = '"cost_estimate":{"flops":"70","transcendentals":"5"}'
+    kernel = f'backend_config={{"custom_call_config":{{"body":"TUz+/==",{cost}}}}}'
+    module = program(
+        f"%p = {MATRIX} parameter(0)",
+        f'%k = {MATRIX} custom-call(%p), custom_call_target="tpu_custom_call", {kernel}',
+        f'%t = {MATRIX} custom-call(%k), custom_call_target="TopK", {kernel}',
+    )
+    assert hlo.kernel_flops(module) == 70 and hlo.scheduled_cycles(module) == 0
+    assert hlo.memory_bytes(module) == 4 * IN_MATRIX
+
+
 # --- network ---
 
 
