@@ -60,11 +60,13 @@ class Trunk(nn.Module):
     Attributes:
       config: sizes.
       remat, lanes: as in `Transformer`.
+      fused: as in `Transformer`, for the temporal one; a frame is too short for it.
     """
 
     config: MusicLMConfig
     remat: bool = False
     lanes: int = 1
+    fused: bool = False
 
     def setup(self) -> None:
         """Creates parameters and submodules."""
@@ -80,7 +82,7 @@ class Trunk(nn.Module):
         place_table = named_init(normal, None, "embed")
         self.place = self.param("place", place_table, (c.layout.depth, depth))
         self.bridge = self.param("bridge", kernel_init("embed", None), (temporal, depth))
-        self.temporal = Transformer(c.temporal, self.remat, self.lanes)
+        self.temporal = Transformer(c.temporal, self.remat, self.lanes, self.fused)
         self.depth = Transformer(c.depth, self.remat, self.lanes)
 
     def embed_mulan(self, mulan: jax.Array) -> jax.Array:
@@ -196,17 +198,18 @@ class MusicLM(nn.Module):
 
     Attributes:
       config: sizes.
-      remat, lanes: as in `Transformer`.
+      remat, lanes, fused: as in `Trunk`.
     """
 
     config: MusicLMConfig
     remat: bool = False
     lanes: int = 1
+    fused: bool = False
 
     def setup(self) -> None:
         """Creates parameters and submodules."""
         layout, width = self.config.layout, self.config.depth.embed
-        self.trunk = Trunk(self.config, self.remat, self.lanes)
+        self.trunk = Trunk(self.config, self.remat, self.lanes, self.fused)
         normal = nn.initializers.normal(width**-0.5)
         self.semantic_head = self.param(
             "semantic_head", named_init(normal, "embed", "vocab"), (width, layout.semantic_codes)
@@ -304,16 +307,17 @@ class Value(nn.Module):
 
     Attributes:
       config: sizes.
-      remat, lanes: as in `Transformer`.
+      remat, lanes, fused: as in `Trunk`.
     """
 
     config: MusicLMConfig
     remat: bool = False
     lanes: int = 1
+    fused: bool = False
 
     def setup(self) -> None:
         """Creates parameters and submodules."""
-        self.trunk = Trunk(self.config, self.remat, self.lanes)
+        self.trunk = Trunk(self.config, self.remat, self.lanes, self.fused)
         zeros = nn.initializers.zeros
         self.head = self.param("head", named_init(zeros, "embed"), (self.config.depth.embed,))
         self.offset = self.param("offset", zeros, ())

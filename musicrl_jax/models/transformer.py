@@ -18,6 +18,7 @@ import numpy as np
 from musicrl_jax.core import sharding
 from musicrl_jax.core.precision import LAYERS, at_least_float32
 from musicrl_jax.models.attention import NEVER, attend
+from musicrl_jax.models.fused_attention import MOST_POSITIONS, bias_diagonals, fused_attention
 from musicrl_jax.models.layers import (
     BLOCK,
     GATE_UP,
@@ -177,6 +178,15 @@ def attend_packed(query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.
     return mixed.sum(axis=4).reshape(batch, heads, length, width).swapaxes(1, 2)
 
 
+def by_query_block(bias: jax.Array) -> tuple[jax.Array, ...]:
+    """Splits a causal bias [H, S, S] into those of `attend_in_blocks`."""
+    biases = []
+    for start in range(0, bias.shape[1], QUERY_BLOCK):
+        end = min(start + QUERY_BLOCK, bias.shape[1])
+        biases.append(bias[:, start:end, :end])
+    return tuple(biases)
+
+
 # --- modules ---
 
 
@@ -190,7 +200,7 @@ class Block(nn.Module):
     def __call__(
         self,
         x: jax.Array,
-        biases: tuple[jax.Array, ...],
+        biases: tuple[jax.Array, ...] | jax.Array,
         cache: LayerCache | None,
         start: jax.Array | int,
         deterministic: bool,
@@ -200,6 +210,7 @@ class Block(nn.Module):
         Args:
           x: [B, S, D].
           biases: one per block of queries, see `attend_in_blocks`; exactly one if there is a cache.
+            For the fused kernel an array, `fused_attention.bias_diagonals`.
           cache: keys and values of P positions, valid before `start`; or of fewer positions than
             the bias has, which the new ones follow. None for a whole clip.
           start: cache position of x[:, 0], int32 [].
@@ -228,6 +239,8 @@ class Block(nn.Module):
             )
         if cache is not None and self.pack > 1:
             mixed = attend_packed(query, key, value, *biases)
+        elif isinstance(biases, jax.Array):
+            mixed = fused_attention(query, key, value, biases)
         else:
             mixed = attend_in_blocks(query, key, value, biases)
         from_heads = kernel_init("heads", "kv", "embed", fan_in_axes=2)
@@ -265,11 +278,13 @@ class Transformer(nn.Module):
       remat: whether gradients recompute each block instead of storing its activations: a third
         more work, and the memory of one block instead of all.
       lanes: the cache packs as many heads, and `independent` as many sequences, as fill the lanes.
+      fused: whether `__call__` uses the kernel of `fused_attention`, which needs a TPU.
     """
 
     config: TransformerConfig
     remat: bool = False
     lanes: int = 1
+    fused: bool = False
 
     def setup(self) -> None:
         """Creates parameters and submodules."""
@@ -299,7 +314,14 @@ class Transformer(nn.Module):
 
     def __call__(self, x: jax.Array, deterministic: bool = True) -> jax.Array:
         """Transforms all positions at once: x [B, S, D] -> [B, S, D]."""
-        return self._apply_blocks(x, self.bias(x.shape[1]), deterministic)
+        c, length = self.config, x.shape[1]
+        if self.fused and length <= MOST_POSITIONS and not self.is_initializing():
+            distances = np.arange(c.relative_distance + 1)
+            buckets = relative_bucket(distances, c.relative_buckets, c.relative_distance)
+            biases = bias_diagonals(self.relative, buckets, length)
+        else:
+            biases = by_query_block(self.bias(length))
+        return self._apply_blocks(x, biases, deterministic)
 
     def independent(self, x: jax.Array, deterministic: bool = True) -> jax.Array:
         """Transforms N sequences a row, each by itself: x [B, N, S, D] -> [B, N, S, D]."""
@@ -315,25 +337,24 @@ class Transformer(nn.Module):
             same = np.eye(joined, dtype=bool)[None, :, None, :, None]
             bias = jnp.where(same, bias[:, None, :, None, :], NEVER)
             bias = bias.reshape(len(bias), joined * length, -1)
-        y = self._apply_blocks(x.reshape(-1, joined * length, width), bias, deterministic)
-        return y.reshape(x.shape)
+        x = x.reshape(-1, joined * length, width)
+        y = self._apply_blocks(x, by_query_block(bias), deterministic)
+        return y.reshape(-1, sequences, length, width)
 
-    def _apply_blocks(self, x: jax.Array, bias: jax.Array, deterministic: bool) -> jax.Array:
-        """Applies all blocks and the final norm to x [B, S, D], under a causal bias [H, S, S]."""
-        biases = []
-        for start in range(0, x.shape[1], QUERY_BLOCK):
-            end = min(start + QUERY_BLOCK, x.shape[1])
-            biases.append(bias[:, start:end, :end])
+    def _apply_blocks(
+        self, x: jax.Array, biases: tuple[jax.Array, ...] | jax.Array, deterministic: bool
+    ) -> jax.Array:
+        """Applies all blocks and the final norm to x [B, S, D]; biases are those of a `Block`."""
         stacked = self.has_variable("params", LAYERS)
         if stacked or (self.remat and not self.is_initializing()):
-            x = self._scan_blocks(x, tuple(biases), deterministic)
+            x = self._scan_blocks(x, biases, deterministic)
         else:
             for block in self.blocks:
-                x, _ = block(x, tuple(biases), None, 0, deterministic)
+                x, _ = block(x, biases, None, 0, deterministic)
         return rms_norm(x, self.final_norm)
 
     def _scan_blocks(
-        self, x: jax.Array, biases: tuple[jax.Array, ...], deterministic: bool
+        self, x: jax.Array, biases: tuple[jax.Array, ...] | jax.Array, deterministic: bool
     ) -> jax.Array:
         """Applies all blocks by one `scan`, which compiles in a fraction of the time."""
         c = self.config

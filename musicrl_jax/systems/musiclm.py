@@ -59,6 +59,7 @@ DATA_SIZES = (
 # holds the activations of so many frames, and computes them again. On a TPU this takes longer.
 FRAME_BLOCK = {"cpu": 32}
 LOOPED = ("tpu",)  # platforms on which frozen networks scan over stacked layers
+FUSED = ("tpu",)  # platforms of the kernel of `models.fused_attention`
 
 
 @flax.struct.dataclass
@@ -99,6 +100,7 @@ class MusicLMSystem(MusicSystem):
       vocabulary: content of MuLan's tokenizer file.
       lanes: lanes of a vector register; see `models.transformer.Transformer`.
       looped: whether frozen networks scan over stacked layers, which compiles faster.
+      fused: whether attention over whole clips is `models.fused_attention`.
       frame_block: frames whose codes are scored together, to save memory; None for whole clips.
       remat: whether gradients recompute activations, to save memory.
     """
@@ -122,6 +124,7 @@ class MusicLMSystem(MusicSystem):
     vocabulary: bytes = b""
     lanes: int = 1
     looped: bool = False
+    fused: bool = False
     frame_block: int | None = None
     remat: bool = False
 
@@ -150,11 +153,11 @@ class MusicLMSystem(MusicSystem):
 
     @property
     def _policy(self) -> MusicLM:
-        return MusicLM(self.music, self.remat, self.lanes)
+        return MusicLM(self.music, self.remat, self.lanes, self.fused)
 
     @property
     def _value(self) -> Value:
-        return Value(self.music, self.remat, self.lanes)
+        return Value(self.music, self.remat, self.lanes, self.fused)
 
     # --- weights ---
 
@@ -183,11 +186,12 @@ class MusicLMSystem(MusicSystem):
         return stacked(variables["params"])
 
     def tuned(self, platform: str, remat: bool = False) -> "MusicLMSystem":
-        """Returns the system with the fastest lanes, loops and blocks for a platform."""
+        """Returns the system with the fastest lanes, loops, attention and blocks."""
         return dataclasses.replace(
             self,
             lanes=LANES.get(platform, 1),
             looped=platform in LOOPED,
+            fused=platform in FUSED,
             frame_block=FRAME_BLOCK.get(platform),
             remat=remat,
         )

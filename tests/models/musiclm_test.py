@@ -9,7 +9,7 @@ from flax.linen import meta
 
 from musicrl_jax.core.precision import in_dtype
 from musicrl_jax.losses.optimiser import Optimiser, apply_gradients
-from musicrl_jax.models import layers, transformer
+from musicrl_jax.models import fused_attention, layers, transformer
 from musicrl_jax.models.musiclm import MusicLM
 from musicrl_jax.models.transformer import relative_bucket
 
@@ -157,6 +157,27 @@ def test_joined_frames_and_blocks_of_queries_change_nothing(
     changed = tokens.at[:, -1, 0].set((tokens[:, -1, 0] + 1) % 5)
     for before, after in zip(logits(tokens), logits(changed), strict=True):
         np.testing.assert_array_equal(before[:, : FRAMES - 1], after[:, : FRAMES - 1])
+
+
+def test_the_fused_kernel_changes_no_logits(params, clips, monkeypatch):
+    """As on TPUs, but emulated: 23 positions in blocks of 8, of which three have a bias."""
+    block, calls = 8, []
+
+    def emulate(*arguments):
+        calls.append([x.shape for x in arguments])
+        return fused_attention.fused_attention(*arguments, interpret=True)
+
+    monkeypatch.setattr(transformer, "fused_attention", emulate)
+    monkeypatch.setattr(fused_attention, "BLOCKS", (block,))
+    module = MusicLM(CONFIG, remat=True, fused=True)
+    with jax.default_matmul_precision("highest"):
+        logits, expected = (
+            jax.jit(each.apply)({"params": params}, *clips) for each in (module, MODULE)
+        )
+    assert_close(logits, expected)
+    # The temporal transformer uses it, all layers in one loop; a frame's five codes do not.
+    ((query, _, _, diagonals),) = calls
+    assert query[2] == 3 + FRAMES and diagonals[2] == 2 * block
 
 
 @pytest.mark.exactness(10)
