@@ -162,7 +162,13 @@ def schedule(config: SoundStormConfig, frames: int) -> Passes:
     return Passes(level.astype(np.int32), number.astype(np.int32), last, hidden.astype(np.int32))
 
 
-def fill_fine(model: SoundStorm, variables: Any, coarse: jax.Array, keys: jax.Array) -> jax.Array:
+def fill_fine(
+    model: SoundStorm,
+    variables: Any,
+    coarse: jax.Array,
+    keys: jax.Array,
+    past: jax.Array | None = None,
+) -> jax.Array:
     """Decodes all levels from the coarse ones by confidence (SoundStorm, section 3.3).
 
     Each pass samples codes for the hidden frames of a level and keeps the most confident, as many
@@ -171,42 +177,50 @@ def fill_fine(model: SoundStorm, variables: Any, coarse: jax.Array, keys: jax.Ar
 
     All passes are one `scan`, so more of them do not compile longer.
 
+    A stream decodes a clip in windows that overlap. Each continues from `past`, the P frames that
+    the window before decided: the network sees their codes as those of kept frames.
+
     Args:
       model: the module.
       variables: its variables.
       coarse: int32 [B, T, coarse_levels].
       keys: [B], one per clip.
+      past: int32 [B, P, Q], codes of the frames before those of `coarse`; by default P is 0.
 
     Returns:
       int32 [B, T, Q].
     """
     c = model.config
     batch, frames, _ = coarse.shape
+    codes = jnp.pad(coarse, ((0, 0), (0, 0), (0, c.levels - c.coarse_levels)))
+    undecided = jnp.ones((batch, frames), bool)
+    if past is not None:
+        codes = jnp.concatenate([past, codes], axis=1)
+        undecided = jnp.pad(undecided, ((0, 0), (past.shape[1], 0)))
+    window = codes.shape[1]  # P + T
 
     def sample(scores: jax.Array, step: Passes) -> jax.Array:
         number = step.level * c.first_passes + step.number
         step_keys = jax.vmap(lambda key: jax.random.fold_in(key, number))(keys)
-        uniforms = jax.vmap(lambda key: jax.random.uniform(key, (frames, 2)))(step_keys)
+        uniforms = jax.vmap(lambda key: jax.random.uniform(key, (window, 2)))(step_keys)
         return sample_codes(scores, uniforms)
 
     def decode(
         state: tuple[jax.Array, jax.Array], step: Passes
     ) -> tuple[tuple[jax.Array, jax.Array], None]:
-        codes, hidden = state  # [B, T, Q], [B, T]
+        codes, hidden = state  # [B, P + T, Q], [B, P + T]
 
-        # New codes for the hidden frames, [B, T].
+        # New codes for the hidden frames, [B, P + T].
         logits = model.apply(variables, codes, _masked(c.levels, step.level, hidden), step.level)
-        scores = jax.nn.log_softmax(logits, axis=-1)  # [B, T, C]
+        scores = jax.nn.log_softmax(logits, axis=-1)  # [B, P + T, C]
         new = jax.lax.cond(step.last, lambda: scores.argmax(axis=-1), lambda: sample(scores, step))
         replaced = (jnp.arange(c.levels)[None, None, :] == step.level) & hidden[:, :, None]
         codes = jnp.where(replaced, new[:, :, None].astype(codes.dtype), codes)
 
-        # The least confident stay hidden; the next level starts with all frames hidden.
+        # The least confident stay hidden; the next level starts with all T frames hidden.
         confidence = jnp.take_along_axis(scores, new[:, :, None], axis=-1)[:, :, 0]
         rank = _ranks(jnp.where(hidden, confidence, jnp.inf))
-        return (codes, (rank < step.hidden) | step.last), None
+        return (codes, (rank < step.hidden) | (step.last & undecided)), None
 
-    codes = jnp.pad(coarse, ((0, 0), (0, 0), (0, c.levels - c.coarse_levels)))
-    start = (codes, jnp.ones((batch, frames), bool))
     passes = jax.tree.map(jnp.asarray, schedule(c, frames))
-    return jax.lax.scan(decode, start, passes)[0][0]
+    return jax.lax.scan(decode, (codes, undecided), passes)[0][0][:, window - frames :]

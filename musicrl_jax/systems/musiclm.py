@@ -29,7 +29,7 @@ from musicrl_jax.models.musiclm import MusicLM, MusicLMConfig, Value
 from musicrl_jax.models.semantic import SemanticConfig, SemanticEncoder
 from musicrl_jax.models.soundstorm import SoundStorm, SoundStormConfig, fill_fine
 from musicrl_jax.models.soundstream import SoundStream, SoundStreamConfig
-from musicrl_jax.models.tokens import FRAMES_PER_SECOND, deinterleave
+from musicrl_jax.models.tokens import CODEC_FRAMES_PER_FRAME, FRAMES_PER_SECOND, deinterleave
 from musicrl_jax.models.transformer import LANES
 from musicrl_jax.systems.sampling import Beginning, SampledTokens, Sampling
 from musicrl_jax.systems.system import MusicSystem, Rollout, Text, Tree, Weights
@@ -119,6 +119,7 @@ class MusicLMSystem(MusicSystem):
         "codes": ("soundstorm",),
         "decode": ("soundstream",),
     }
+    STREAM_FRAMES: ClassVar[int] = FRAMES_PER_SECOND
 
     configs: Mapping[str, Any]
     vocabulary: bytes = b""
@@ -254,8 +255,31 @@ class MusicLMSystem(MusicSystem):
         are unrolled: each sees the ones before it alone. The random numbers of a row depend on its
         key and the frame alone.
         """
+        start = self._before_frames(policy, condition, length)
+        sample_frame = self._frame_sampler(policy, keys, length, sampling, beginning)
+        frames = jnp.arange(length // self.frame_tokens, dtype=jnp.int32)
+        _, sampled = jax.lax.scan(sample_frame, start, frames)
+        return jax.tree.map(lambda x: _by_clip(jnp.moveaxis(x, 0, 1)), sampled)
+
+    def _before_frames(self, policy: Tree, condition: MuLanCondition, length: int) -> Any:
+        """Returns the state before the first frame: (tokens of the frame before, cache)."""
+        model, variables, frames = self._policy, {"params": policy}, length // self.frame_tokens
+        bias = model.apply(variables, frames, method=MusicLM.temporal_bias)
+        prefix = condition.tokens
+        cache = model.apply(variables, prefix, frames, bias, method=MusicLM.start_clip)
+        return jnp.zeros((prefix.shape[0], self.frame_tokens), jnp.int32), cache
+
+    def _frame_sampler(
+        self,
+        policy: Tree,
+        keys: jax.Array,
+        length: int,
+        sampling: Sampling,
+        beginning: Beginning | None = None,
+    ) -> Callable:
+        """Returns the function that samples a frame: (state, frame) -> (state, SampledTokens)."""
         layout, frames = self.music.layout, length // self.frame_tokens
-        model, variables, batch = self._policy, {"params": policy}, condition.tokens.shape[0]
+        model, variables, batch = self._policy, {"params": policy}, keys.shape[0]
         keys = _split(keys)[:, 0]  # `codes` uses the other ones
 
         def apply(method: Callable, *arguments: Any) -> Any:
@@ -264,13 +288,14 @@ class MusicLMSystem(MusicSystem):
         temporal_bias = apply(MusicLM.temporal_bias, frames)
         depth_bias = apply(MusicLM.depth_bias)
 
-        def uniforms(key: jax.Array, frame: jax.Array) -> jax.Array:
-            return jax.random.uniform(jax.random.fold_in(key, frame), (layout.depth, 2))
-
-        def sample_frame(carry: Any, inputs: Any) -> Any:
+        def sample_frame(carry: Any, frame: jax.Array) -> Any:
             # The temporal model reads the previous frame, and gives the context of this one.
-            (previous, cache), (frame, uniforms) = carry, inputs
+            previous, cache = carry
             context, cache = apply(MusicLM.next_frame, previous, cache, frame, temporal_bias)
+
+            # Two random numbers for each code.
+            frame_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, frame)
+            uniforms = jax.vmap(lambda key: jax.random.uniform(key, (layout.depth, 2)))(frame_keys)
 
             # The depth model samples the codes, each given those before it in the frame.
             places, code, depth_cache = [], None, apply(MusicLM.empty_depth_cache, batch)
@@ -293,13 +318,7 @@ class MusicLMSystem(MusicSystem):
                 sampled = sampled.replace(tokens=tokens)
             return (sampled.tokens, cache), sampled
 
-        # Sample the frames, each given those before it.
-        cache = apply(MusicLM.start_clip, condition.tokens, frames, temporal_bias)
-        start = (jnp.zeros((batch, layout.depth), jnp.int32), cache)
-        index = jnp.arange(frames, dtype=jnp.int32)
-        by_frame = jax.vmap(jax.vmap(uniforms, (0, None)), (None, 0))(keys, index)  # [F, B, K, 2]
-        _, sampled = jax.lax.scan(sample_frame, start, (index, by_frame))
-        return jax.tree.map(lambda x: _by_clip(jnp.moveaxis(x, 0, 1)), sampled)
+        return sample_frame
 
     def distributions(
         self, policy: Tree, condition: MuLanCondition, sampled: SampledTokens, sampling: Sampling
@@ -429,6 +448,52 @@ class MusicLMSystem(MusicSystem):
         """Decodes codes with SoundStream, f32 [B, 1, N]."""
         codec = SoundStream(self.configs["soundstream"])
         return codec.apply(frozen["soundstream"], codes, method=SoundStream.decode)[:, None]
+
+    # --- streams ---
+
+    def start_stream(self, policy: Tree, condition: MuLanCondition, length: int) -> Tree:
+        """Returns the states of the three networks before the first frame."""
+        no_codes = condition.tokens.shape[0], 0, self.configs["soundstorm"].levels
+        return {
+            "policy": self._before_frames(policy, condition, length),
+            "past": jnp.zeros(no_codes, jnp.int32),
+            "codec": {},
+        }
+
+    def stream(
+        self,
+        weights: Weights,
+        state: Tree,
+        keys: jax.Array,
+        chunk: tuple[jax.Array, int],
+        length: int,
+        sampling: Sampling,
+    ) -> tuple[jax.Array, jax.Array, Tree]:
+        """Draws the next chunk.
+
+        Only SoundStorm would see later frames. In a stream it decodes windows that overlap: the
+        chunk after the last STREAM_FRAMES decided before it. The codec is causal, and continues.
+        """
+        # The policy's frames.
+        first, count = chunk
+        sample_frame = self._frame_sampler(weights.policy, keys, length, sampling)
+        frames = first + jnp.arange(count, dtype=jnp.int32)
+        policy, sampled = jax.lax.scan(sample_frame, state["policy"], frames)
+        tokens = _by_clip(jnp.moveaxis(sampled.tokens, 0, 1))
+
+        # The fine codes. Each window has noise of its own.
+        window_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(_split(keys)[:, 1], first)
+        storm, variables = SoundStorm(self.configs["soundstorm"]), weights.frozen["soundstorm"]
+        coarse = deinterleave(self._frames(tokens))[1]
+        codes = fill_fine(storm, variables, coarse, window_keys, state["past"])
+        past = jnp.concatenate([state["past"], codes], axis=1)
+        past = past[:, -CODEC_FRAMES_PER_FRAME * self.STREAM_FRAMES :]
+
+        # The sound.
+        variables = {**weights.frozen["soundstream"], **state["codec"]}
+        codec = SoundStream(self.configs["soundstream"])
+        wav, stream = codec.apply(variables, codes, method=SoundStream.decode, mutable=["stream"])
+        return tokens, wav[:, None], {"policy": policy, "past": past, "codec": stream}
 
     def encode(self, frozen: Mapping[str, Tree], wav: jax.Array) -> dict[str, jax.Array]:
         """Encodes wav f32 [B, N]: int32 semantic [B, F], acoustic [B, T, Q] and mulan [B, M]."""

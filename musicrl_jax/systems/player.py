@@ -4,7 +4,7 @@ Legend: B clips, S tokens of a clip.
 """
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -55,6 +55,7 @@ class Player:
       mesh: devices over which rows are sharded.
       rows: B of every batch.
       mixture: the rewards; None if clips are not scored.
+      length: S of every clip.
       jitted: the system's functions that take frozen parts, by name; see `MusicSystem.USES`.
       compute_copy: all-gathers weights before sampling. Otherwise each of the thousands of steps of
         sampling would all-gather them.
@@ -110,7 +111,23 @@ class Player:
                 by_clip = Sampling(temperatures[:, None], sampling.top_k)
             return system.sample(policy, condition, keys, length, by_clip, beginning)
 
-        self.sample = jit(sample)
+        # A chunk of streamed clips.
+        def stream(
+            weights: Weights,
+            state: Tree,
+            keys: jax.Array,
+            temperatures: jax.Array,
+            first: jax.Array,
+            frames: int,
+        ) -> tuple[jax.Array, jax.Array, Tree]:
+            by_clip = Sampling(temperatures[:, None], sampling.top_k)
+            return system.stream(weights, state, keys, (first, frames), length, by_clip)
+
+        self.length, self.sample = length, jit(sample)
+        self.start_stream = jit(
+            lambda policy, condition: system.start_stream(policy, condition, length)
+        )
+        self.stream = jit(stream, static_argnums=5)
         self.keys = jit(
             lambda seed, step, stream, first: row_keys(step_key(seed, step, stream), rows, first)
         )
@@ -206,6 +223,30 @@ class Player:
         text, seeds, candidates, temperatures, beginning = self.put(arrays)
         keys = _keys_by_seed(seeds, candidates)
         return roll_out(self, weights, text, keys, temperatures, beginning)
+
+    def stream_by_seed(
+        self,
+        weights: Weights,
+        text: Text,
+        seeds: np.ndarray,
+        candidates: np.ndarray,
+        temperatures: np.ndarray,
+    ) -> Iterator[tuple[jax.Array, jax.Array]]:
+        """Yields the chunks of clips: tokens int32 [B, s] and waveforms f32 [B, C, n].
+
+        The arguments are those of `draw_by_seed`. Raises ValueError if the system cannot stream.
+        """
+        chunks = self.system.stream_chunks(self.length // self.system.frame_tokens)
+        text, seeds, candidates, temperatures = self.put((text, seeds, candidates, temperatures))
+        keys = _keys_by_seed(seeds, candidates)
+        state = self.start_stream(weights.policy, self.condition(weights.frozen, text))
+        first = 0
+        for frames in chunks:
+            # The next chunk replaces the state.
+            position = np.int32(first)
+            tokens, wav, state = self.stream(weights, state, keys, temperatures, position, frames)
+            yield tokens, wav
+            first += frames
 
     def score(
         self, scorers: Mapping[str, Tree], rollout: Rollout, prompts: Sequence[str], units: Units

@@ -68,12 +68,14 @@ class MusicSystem(abc.ABC):
       frame_tokens: tokens of a frame.
       vocabulary: content of the vocabulary file, if `read` only calls `inputs.pieces.encode` with
         it; otherwise b'', and the system cannot be exported.
+      STREAM_FRAMES: frames of a chunk of a stream; 0 if the system cannot stream.
     """
 
     PARTS: ClassVar[Mapping[str, type]]
     PLAYING: ClassVar[tuple[str, ...]] = ("policy",)
     ENCODING: ClassVar[tuple[str, ...]] = ()
     USES: ClassVar[Mapping[str, tuple[str, ...]]] = {"condition": (), "codes": (), "decode": ()}
+    STREAM_FRAMES: ClassVar[int] = 0
 
     sample_rate_hz: int
     channels: int = 1
@@ -252,6 +254,53 @@ class MusicSystem(abc.ABC):
     def sound(self, frozen: Mapping[str, Tree], tokens: jax.Array, keys: jax.Array) -> jax.Array:
         """Returns the waveforms of tokens int32 [B, S], f32 [B, C, N]; keys as in `sample`."""
         return self.decode(frozen, self.codes(frozen, tokens, keys))
+
+    # --- streams: optional; the sound of a clip while its later tokens are not yet sampled ---
+
+    def stream_chunks(self, frames: int) -> list[int]:
+        """Returns the frames of each chunk of a clip; raises ValueError if it cannot stream.
+
+        All chunks but the first have STREAM_FRAMES, so that two compiled functions draw any clip.
+        """
+        chunk = self.STREAM_FRAMES
+        if not chunk:
+            raise ValueError(
+                f"{type(self).__name__} cannot stream: define STREAM_FRAMES, start_stream and "
+                "stream, or ask for whole clips"
+            )
+        later = max(0, frames // chunk - 1)
+        return [frames - later * chunk] + [chunk] * later
+
+    def start_stream(self, policy: Tree, condition: Tree, length: int) -> Tree:
+        """Returns the state before the first chunk of clips of `length` tokens: arrays [B, ...]."""
+        raise ValueError(f"{type(self).__name__} has STREAM_FRAMES, but no start_stream: define it")
+
+    def stream(
+        self,
+        weights: Weights,
+        state: Tree,
+        keys: jax.Array,
+        chunk: tuple[jax.Array, int],
+        length: int,
+        sampling: Sampling,
+    ) -> tuple[jax.Array, jax.Array, Tree]:
+        """Draws the next chunk of streamed clips.
+
+        The tokens of all chunks are those that `sample` samples with the same keys. The sound may
+        differ from `sound`, which sees whole clips; it depends on the arguments of `sample` alone.
+
+        Args:
+          weights: from `compute_copy`.
+          state: of `start_stream`, or of the chunk before.
+          keys: random keys [B], the same for all chunks.
+          chunk: (its first frame, int32 []; its number of frames).
+          length: S of the whole clips.
+          sampling: the distribution.
+
+        Returns:
+          The chunk's tokens, int32 [B, s], and waveforms, f32 [B, C, n]; and the next state.
+        """
+        raise ValueError(f"{type(self).__name__} has STREAM_FRAMES, but no stream: define it")
 
     def encode(self, frozen: Mapping[str, Tree], wav: jax.Array) -> dict[str, jax.Array]:
         """Returns the arrays of a token data set, int32 [B, ...] by name, from wav f32 [B, N].
