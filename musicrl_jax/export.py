@@ -15,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from musicrl_jax.systems.system import MusicSystem, Sampling
 
 PROMPTS = "upbeat jazz with a walking bass", "a slow sad piano piece"
 DEFAULT_SAMPLING = Sampling()
+CHUNKS = bundle.FIRST_CHUNK, bundle.NEXT_CHUNK  # functions that earlier versions do not read
 SHARD_BYTES = 2 << 30  # most bytes of a file of weights, unless it holds one larger array
 COPIED_MODULES = bundle.__file__, audio.__file__, manifest.__file__, pieces.__file__
 # Runs the program that its first argument names; modules in the second argument cannot be imported.
@@ -108,6 +110,7 @@ def export(
     golden = functions.draw_golden(text, sampling.temperature, system)
     tensors.save(partial / GOLDEN, golden.arrays)
     versions = _write_functions(partial, functions, golden, platforms)
+    streams = {name: versions.pop(name) for name in CHUNKS if name in versions}
     _write_weights(partial / WEIGHTS, stored)
     (partial / VOCABULARY).write_bytes(loaded.system.vocabulary)
     for file in COPIED_MODULES:
@@ -118,6 +121,7 @@ def export(
         **_describe(loaded, mixture, sampling, system),
         "platforms": list(platforms),
         "functions": versions,
+        "stream_functions": streams,
         "arguments": arguments,
         "outputs": list(golden.outputs),
         "chips": chips,
@@ -222,16 +226,17 @@ def _write_functions(
     folder: Path, functions: Functions, golden: Golden, platforms: Sequence[str]
 ) -> dict[str, dict[str, Any]]:
     """Writes the functions and returns the version of each one's calling convention."""
-    versions = {name: {} for name in functions.trees}
+    versions: dict[str, dict[str, Any]] = {}
     for platform in platforms:
         hosts.stop_point()
-        for name, exported in functions.exported(platform, golden):
+        streams = functions.exported_stream(platform, golden)
+        for name, exported in chain(functions.exported(platform, golden), streams):
             file = folder / "functions" / platform / f"{name}.stablehlo"
             file.parent.mkdir(parents=True, exist_ok=True)
             size = file.write_bytes(exported.serialize())
             print(f"{folder.stem}: {name} for {platform}, {size / 1e6:.1f} MB", flush=True)
             version = exported.calling_convention_version
-            versions[name][platform] = {"calling_convention": version}
+            versions.setdefault(name, {})[platform] = {"calling_convention": version}
     return versions
 
 

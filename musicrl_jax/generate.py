@@ -8,10 +8,11 @@ import dataclasses
 import hashlib
 import json
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import jax
 import numpy as np
@@ -21,11 +22,13 @@ from musicrl_jax.core import audio, hosts, lock
 from musicrl_jax.core.files import read_text
 from musicrl_jax.core.progress import Progress
 from musicrl_jax.serving import batcher, bundle
+from musicrl_jax.serving import stream as streams
 from musicrl_jax.serving.composition import NEXT_WINDOW, Piece, window_count
 from musicrl_jax.serving.system_player import ROWS, SystemPlayer
 from musicrl_jax.systems.system import Sampling
 
 LOUDNESS_LUFS = -16.0  # of the files; about as loud as streamed music
+STDOUT = "-"  # as `out` of a stream
 EVERY = "*"  # the name in `out` that stands for a folder of such files
 
 
@@ -56,6 +59,7 @@ def generate(
     seed: int = 0,
     candidates: int = 1,
     loudness_lufs: float | None = LOUDNESS_LUFS,
+    stream: bool = False,
 ) -> list[Path] | None:
     """Writes one file for each prompt and returns the paths; with a bundle, on the first host only.
 
@@ -80,6 +84,9 @@ def generate(
       candidates: clips to choose from by reward; more than 1 needs a bundle with rewards.
       loudness_lufs: integrated loudness of the files (ITU-R BS.1770-4), lower if peaks would clip;
         None leaves the samples as they are. Silence stays silent.
+      stream: whether to write the clip of one prompt while it is drawn: to a file that ends in
+        .wav, or with --out=- to standard output, for a player. Its tokens are those of the whole
+        clip. Its fine codes are decoded in windows, so samples differ. Needs loudness_lufs=None.
 
     Raises:
       ValueError: a prompt is empty, a setting is out of range, the models do not belong together or
@@ -90,6 +97,8 @@ def generate(
     """
     # Check everything before any work.
     prompts = _prompts(prompt, prompts_file)
+    if stream:
+        _check_stream(out, prompts, prompts_file, loudness_lufs)
     target = _target(out, single=len(prompts) == 1 and not prompts_file)
     seed = _whole("seed", seed, bundle.LARGEST_SEED)
     candidates = _whole("candidates", candidates, NEXT_WINDOW - 1)
@@ -102,6 +111,8 @@ def generate(
         )
     settings = clip_seconds, temperature, top_k, seed, candidates, loudness_lufs
     request = _Request(prompts, *target, *settings)
+    if stream:
+        return _stream(system, request)
 
     # A bundle uses the devices of one host. A command with a file of prompts takes long, so that it
     # may be started twice.
@@ -123,6 +134,12 @@ def _make(system: str, request: _Request) -> list[Path]:
             "export` it with rewards, and give the bundle"
         )
     seconds = _seconds(request.clip_seconds, model)
+    if (windows := window_count(seconds, model)) > 1:
+        print(
+            f"clip_seconds={seconds:g} is more than the {model['clip_seconds']:g} s of the model's "
+            f"clips: drawn in {windows} windows, each of which continues half of the one before",
+            flush=True,
+        )
     temperature = model["temperature"] if request.temperature is None else request.temperature
     sampling = Sampling(temperature, model["top_k"])
     texts = dict(zip(request.prompts, player.encode(request.prompts), strict=True))
@@ -159,6 +176,83 @@ def _make(system: str, request: _Request) -> list[Path]:
             clips.append((paths[prompt], wav, tags))
         hosts.first_alone(_save)(clips, request, model["sample_rate_hz"])
     return [paths[prompt] for prompt in request.prompts]
+
+
+# --- streams ---
+
+
+def _check_stream(
+    out: str, prompts: list[str], prompts_file: str, loudness_lufs: float | None
+) -> None:
+    """Raises ValueError if the arguments of `generate` do not fit a stream."""
+    if len(prompts) > 1 or prompts_file:
+        raise ValueError("stream=True writes one clip: give one prompt, and no prompts_file")
+    if out != STDOUT and (Path(out).suffix.lower() != ".wav" or Path(out).stem == EVERY):
+        raise ValueError(
+            f"out={out!r}: a stream is one wav file: give a name that ends in .wav, or {STDOUT} "
+            "for standard output"
+        )
+    if loudness_lufs is not None:
+        raise ValueError(
+            f"loudness_lufs={loudness_lufs:g}: a stream has no loudness before its end: give "
+            "--loudness_lufs=None, which leaves the samples as they are"
+        )
+    if jax.process_count() > 1:
+        raise ValueError("stream=True draws one clip on one host: start it on one host alone")
+
+
+def _stream(system: str, request: _Request) -> list[Path]:
+    """Writes a clip while it is drawn, and returns its path; [] for standard output."""
+    # Messages must not be among the samples.
+    to_stdout, output = request.file is None, sys.stdout
+    with contextlib.redirect_stdout(sys.stderr if to_stdout else output):
+        player, _ = _player(system, request.top_k)
+        model = player.manifest
+        seconds = _seconds(request.clip_seconds, model)
+        temperature = model["temperature"] if request.temperature is None else request.temperature
+        if why := streams.refusal(player, seconds, request.candidates, request.form):
+            raise ValueError(f"stream=True: {why}")
+        (prompt,) = request.prompts
+        tags = audio.provenance_tags(
+            prompt,
+            model=model["sha256"],
+            seed=request.seed,
+            seconds=seconds,
+            temperature=temperature,
+            top_k=model["top_k"],
+            stream=True,
+        )
+        row = player.encode([prompt])[0], request.seed, seconds, temperature
+        parts = streams.parts(player, *row, tags)
+
+        # The parts, each as soon as it is drawn.
+        if to_stdout:
+            _write_parts(output.buffer, parts, STDOUT)
+            return []
+        try:
+            request.folder.mkdir(parents=True, exist_ok=True)
+            with request.file.open("wb") as file:
+                _write_parts(file, parts, str(request.file))
+        except BaseException:
+            request.file.unlink(missing_ok=True)
+            raise
+        print(request.file)
+    return [request.file]
+
+
+def _write_parts(file: BinaryIO, parts: Iterator[bytes], name: str) -> None:
+    """Writes parts at once; OSError, with a remedy, if one cannot be written."""
+    try:
+        for part in parts:
+            file.write(part)
+            file.flush()
+    except FloatingPointError as error:
+        raise ValueError(f"the clip {error}") from error
+    except OSError as error:
+        raise OSError(
+            f"cannot write {name}: {error.strerror}; keep its reader open, free some space or "
+            "choose another out"
+        ) from error
 
 
 # --- models ---
@@ -264,7 +358,7 @@ def _whole(name: str, number: Any, most: int) -> int:
 
 
 def _seconds(clip_seconds: float | None, model: dict[str, Any]) -> float:
-    """Returns the length of the clips, and prints how many windows a long clip takes."""
+    """Returns the length of the clips; ValueError if it is out of range."""
     whole = model["clip_seconds"]
     if clip_seconds is None:
         return whole
@@ -272,12 +366,6 @@ def _seconds(clip_seconds: float | None, model: dict[str, Any]) -> float:
     if not isinstance(clip_seconds, int | float) or not least <= clip_seconds <= most:
         raise ValueError(
             f"clip_seconds={clip_seconds!r} must be from {least:g}, one frame, to {most:g}"
-        )
-    if (windows := window_count(clip_seconds, model)) > 1:
-        print(
-            f"clip_seconds={clip_seconds:g} is more than the {whole:g} s of the model's clips: "
-            f"drawn in {windows} windows, each of which continues half of the one before",
-            flush=True,
         )
     return clip_seconds
 

@@ -8,23 +8,24 @@ import dataclasses
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from typing import Annotated, Any, Literal
 
 import numpy as np
 import prometheus_client
 import pydantic
-from fastapi import Depends, FastAPI, HTTPException, Request, Response
+from fastapi import Depends, FastAPI, HTTPException, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from prometheus_client import Counter, Gauge, Histogram
 from pydantic import Field
 
 from musicrl_jax.core.audio import encode, provenance_tags
-from musicrl_jax.serving.batcher import Batcher, Closed, Full, Row
+from musicrl_jax.serving import stream as streams
+from musicrl_jax.serving.batcher import Batcher, Closed, Full, Row, Stream
 from musicrl_jax.serving.bundle import Bundle
 from musicrl_jax.serving.composition import Piece
 from musicrl_jax.serving.edge import MOST_BYTES, Edge
@@ -34,6 +35,7 @@ from musicrl_jax.serving.settings import Access
 MEDIA = {"wav": "audio/wav", "flac": "audio/flac", "ogg": "audio/ogg"}
 MOST_LETTERS = 1000  # of a prompt
 POLL_SECONDS = 0.2  # how often a waiting request checks that its client is connected
+STREAM = "Sends the clip while it is drawn, as a wav file."
 GONE = 499  # status of a client that left before its clip was ready; counted, never sent
 
 
@@ -173,11 +175,27 @@ class Studio:
             text = self.bundle.encode(manifest["golden"]["prompts"][:1])[0]
             first = Row(text, 0, 0, manifest["temperature"], scored=bool(manifest["rewards"]))
             await asyncio.wrap_future(self._queue.submit(first)[0])
+            if self.bundle.streams:
+                await self._warm_stream(text, manifest)
         except Exception as error:  # any error must stop the service and be printed
             self.problem = f"the first clip could not be drawn: {error}"
             self._give_up(error)
         else:
             self.problem = ""
+
+    async def _warm_stream(self, text: np.ndarray, manifest: dict[str, Any]) -> None:
+        """Draws a first stream, which compiles its functions."""
+        seconds, temperature = manifest["clip_seconds"], manifest["temperature"]
+        stream = self.open(streams.parts(self.bundle, text, 0, seconds, temperature, {}))
+        try:
+            while await asyncio.wrap_future(stream.next()):
+                pass
+        finally:
+            stream.close()
+
+    def open(self, parts: Iterator[bytes]) -> Stream:
+        """Opens a stream; raises as `Batcher.stream`."""
+        return self._queue.stream(parts)
 
     async def draw(self, piece: Piece) -> tuple[np.ndarray, int, dict[str, float]]:
         """Returns (wav f32 [N] or [C, N], candidate, rewards as means over windows)."""
@@ -237,7 +255,7 @@ def create(
     # The routes. A token always guards clips, and status unless it is public.
     guard = [Depends(_token_check(access))] if access.token else []
     _add_clips(app, studio, limits, guard)
-    _add_model(app, bundle.manifest, limits, access, [] if access.public_status else guard)
+    _add_model(app, bundle, limits, access, [] if access.public_status else guard)
     _add_status(app, studio, [] if access.public_status else guard)
     add_pages(app)
 
@@ -305,7 +323,11 @@ def _add_clips(app: FastAPI, studio: Studio, limits: Limits, guard: list[Any]) -
     responses = {200: SOUND, **CLIP_PROBLEMS, **(UNAUTHORIZED if guard else {})}
 
     @app.post("/v1/clips", response_class=Response, responses=responses, dependencies=guard)
-    async def clip(order: ClipRequest, request: Request) -> Response:
+    async def clip(
+        order: ClipRequest,
+        request: Request,
+        stream: Annotated[bool, Query(description=STREAM)] = False,
+    ) -> Response:
         """Draws a clip."""
         # Refusals.
         start = time.monotonic()
@@ -313,30 +335,28 @@ def _add_clips(app: FastAPI, studio: Studio, limits: Limits, guard: list[Any]) -
             raise HTTPException(503, studio.problem, {"Retry-After": "5"})
         if order.candidates > 1 and not manifest["rewards"]:
             raise HTTPException(422, "candidates: the bundle has no rewards to choose by: give 1")
+        if stream and (
+            why := streams.refusal(bundle, order.seconds, order.candidates, order.format)
+        ):
+            raise HTTPException(422, why)
         try:
             text = bundle.encode([order.prompt])[0]
         except ValueError as error:
             raise HTTPException(422, str(error).encode("utf-8", "replace").decode()) from error
 
-        # The clip, unless the client leaves.
+        # A stream, or the clip, unless the client leaves.
         seed = secrets.randbelow(2**32) if order.seed is None else order.seed
-        piece = Piece(manifest, text, seed, order.seconds, order.temperature, order.candidates)
-        work = asyncio.create_task(studio.draw(piece))
-        try:
-            with metrics.in_progress.track_inprogress():
-                while not (await asyncio.wait({work}, timeout=POLL_SECONDS))[0]:
-                    if await request.is_disconnected():
-                        return Response(status_code=GONE)
-            wav, candidate, rewards = work.result()
-        except Full as full:
-            retry_after = str(int(np.ceil(full.retry_after)))
-            raise HTTPException(429, str(full), {"Retry-After": retry_after}) from full
-        except Closed as closed:
-            raise HTTPException(503, str(closed), {"Retry-After": "5"}) from closed
-        except FloatingPointError as error:
-            raise HTTPException(500, str(error)) from error
-        finally:
-            work.cancel()
+        row = text, seed, order.seconds, order.temperature
+        if stream:
+            tags = provenance_tags(order.prompt, model=manifest["sha256"], seed=seed, stream=True)
+            parts = streams.parts(bundle, *row, tags)
+            return await _streamed(studio, parts, {"X-Seed": str(seed)}, request)
+        piece = Piece(manifest, *row, order.candidates)
+        with _problem_statuses():
+            best = await _unless_gone(studio.draw(piece), studio, request)
+        if best is None:
+            return Response(status_code=GONE)
+        wav, candidate, rewards = best
 
         # Its file. Encoding takes seconds for a long piece, so it runs on a thread.
         tags = provenance_tags(
@@ -353,10 +373,86 @@ def _add_clips(app: FastAPI, studio: Studio, limits: Limits, guard: list[Any]) -
         return Response(content, media_type=MEDIA[order.format], headers=headers)
 
 
+@contextmanager
+def _problem_statuses() -> Iterator[None]:
+    """Raises HTTPException, with the status for a client, if work of the queue fails."""
+    try:
+        yield
+    except Full as full:
+        retry_after = str(int(np.ceil(full.retry_after)))
+        raise HTTPException(429, str(full), {"Retry-After": retry_after}) from full
+    except Closed as closed:
+        raise HTTPException(503, str(closed), {"Retry-After": "5"}) from closed
+    except FloatingPointError as error:
+        raise HTTPException(500, str(error)) from error
+
+
+async def _unless_gone(work: Awaitable[Any], studio: Studio, request: Request) -> Any:
+    """Awaits work for a request; cancels it and returns None if the client leaves."""
+    task = asyncio.ensure_future(work)
+    try:
+        with studio.metrics.in_progress.track_inprogress():
+            while not (await asyncio.wait({task}, timeout=POLL_SECONDS))[0]:
+                if await request.is_disconnected():
+                    return None
+        return task.result()
+    finally:
+        task.cancel()
+
+
+# --- streams ---
+
+
+async def _streamed(
+    studio: Studio, parts: Iterator[bytes], headers: dict[str, str], request: Request
+) -> Response:
+    """Returns the answer that sends a stream, once its first part is drawn.
+
+    An error before then has its status. A later one closes the connection: the client has fewer
+    bytes than Content-Length says.
+    """
+    with _problem_statuses():
+        stream = studio.open(parts)
+        try:
+            first = await _unless_gone(asyncio.wrap_future(stream.next()), studio, request)
+        except BaseException:
+            stream.close()
+            raise
+    if first is None:
+        stream.close()
+        return Response(status_code=GONE)
+    headers["Content-Length"] = str(streams.file_bytes(first))
+    return StreamedClip(stream, first, headers)
+
+
+class StreamedClip(StreamingResponse):
+    """Sends a stream as it is drawn, and frees its place when it ends or the client leaves."""
+
+    def __init__(self, stream: Stream, first: bytes, headers: dict[str, str]):
+        """Stores the stream and its first part."""
+        self._stream = stream
+        super().__init__(self._parts(first), media_type=MEDIA[streams.FORM], headers=headers)
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Sends the answer."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._stream.close()
+
+    async def _parts(self, first: bytes) -> AsyncIterator[bytes]:
+        """Yields the parts; the next is drawn once the connection has room for it."""
+        part = first
+        while part:
+            yield part
+            part = await asyncio.wrap_future(self._stream.next())
+
+
 def _add_model(
-    app: FastAPI, manifest: dict[str, Any], limits: Limits, access: Access, guard: list[Any]
+    app: FastAPI, bundle: Bundle, limits: Limits, access: Access, guard: list[Any]
 ) -> None:
     """Adds /v1/model."""
+    manifest = bundle.manifest
     names = "sample_rate_hz", "clip_seconds", "temperature", "licence", "models"
 
     @app.get("/v1/model", responses=UNAUTHORIZED if guard else {}, dependencies=guard)
@@ -366,6 +462,7 @@ def _add_model(
             **{name: manifest[name] for name in names},
             "frame_seconds": _frame_seconds(manifest),
             "limits": dataclasses.asdict(limits),
+            "streams": bundle.streams,
             "token": bool(access.token),
             "rewards": sorted(manifest["rewards"]),
         }

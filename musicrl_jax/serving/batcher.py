@@ -7,7 +7,7 @@ import dataclasses
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -69,8 +69,32 @@ class Clip:
     scores: dict[str, float]
 
 
+class Stream:
+    """A clip that is drawn part by part. It has a place in the queue until it is closed."""
+
+    def __init__(self, batcher: "Batcher", parts: Iterator[bytes]):
+        """Stores the arguments of `Batcher.stream`."""
+        self._batcher, self._parts = batcher, parts
+        self._begun, self._pending = False, None
+
+    def next(self) -> "Future[bytes]":
+        """Queues the next part, in front if the stream has begun; b'' after the last.
+
+        Raises Closed if the batcher is closed.
+        """
+        self._pending = self._batcher.queue_part(self._parts, self._begun)
+        self._begun = True
+        return self._pending
+
+    def close(self) -> None:
+        """Gives the place back, and takes a part that waits out of the queue."""
+        if self._pending is not None:
+            self._pending.cancel()
+        self._batcher.end(self)
+
+
 class Batcher:
-    """Takes single clips and draws them together.
+    """Takes single clips and draws them together. Streams take turns with batches, each alone.
 
     Every batch is filled up to R rows. So there is one compiled function, and a clip does not
     depend on the others of its batch.
@@ -90,13 +114,15 @@ class Batcher:
           bundle: draws the clips.
           rows: R.
           window_seconds: time that a clip waits for others.
-          most_waiting: most clips that may wait, beside those that are being drawn.
+          most_waiting: most clips that may wait, beside those that are being drawn. An open stream
+            counts as one that waits.
           on_batch: is called after each batch but the first, which compiles, with its clips and
-            the seconds that it took.
+            the seconds that it took; a part of a stream is a batch of one clip.
         """
         self._bundle, self._rows, self._on_batch = bundle, rows, on_batch
         self._window_seconds, self._most_waiting = window_seconds, most_waiting
-        self._queue: deque[tuple[Row, Future[Clip]]] = deque()
+        self._queue: deque[tuple[Row | Iterator[bytes], Future[Any]]] = deque()
+        self._streams: set[Stream] = set()
         self._changed = threading.Condition()
         self._closed = self._compiled = False
         self._seconds = 1.0  # of the last batch; a guess until one is drawn
@@ -121,21 +147,52 @@ class Batcher:
           Closed: the batcher is closed.
         """
         with self._changed:
-            # Drop cancelled clips now, so that they take no room in the queue.
-            if self._closed:
-                raise Closed("the service stops")
-            self._queue = deque(each for each in self._queue if not each[1].cancelled())
-            over = len(self._queue) + len(rows) - self._most_waiting
-            if over > 0 and not begun:
-                raise Full(max(1.0, self._seconds * -(-over // self._rows)))
+            self._check_room(0 if begun else len(rows))
+            return self._add(rows, begun)
 
-            # What continues a piece goes in front, in its own order.
-            entries = [(row, Future()) for row in rows]
-            if begun:
-                self._queue.extendleft(reversed(entries))
-            else:
-                self._queue.extend(entries)
-            self._changed.notify_all()
+    def stream(self, parts: Iterator[bytes]) -> Stream:
+        """Opens a stream, whose parts are drawn when they are asked for; close it in the end.
+
+        Raises:
+          Full: there is no place for it.
+          Closed: the batcher is closed.
+        """
+        with self._changed:
+            self._check_room(1)
+            stream = Stream(self, parts)
+            self._streams.add(stream)
+        return stream
+
+    def queue_part(self, parts: Iterator[bytes], begun: bool) -> "Future[bytes]":
+        """Queues the next part of an open stream; raises Closed if the batcher is closed."""
+        with self._changed:
+            self._check_room(0)
+            return self._add([parts], begun)[0]
+
+    def end(self, stream: Stream) -> None:
+        """Frees the place of a stream."""
+        with self._changed:
+            self._streams.discard(stream)
+
+    def _check_room(self, clips: int) -> None:
+        """Raises Closed or, if there is no room for new clips, Full; locked by the caller."""
+        if self._closed:
+            raise Closed("the service stops")
+        # Drop cancelled clips now, so that they take no room in the queue.
+        self._queue = deque(each for each in self._queue if not each[1].cancelled())
+        rows = sum(isinstance(work, Row) for work, _ in self._queue)
+        over = rows + len(self._streams) + clips - self._most_waiting
+        if clips and over > 0:
+            raise Full(max(1.0, self._seconds * -(-over // self._rows)))
+
+    def _add(self, works: Sequence[Row | Iterator[bytes]], begun: bool) -> list["Future[Any]"]:
+        """Queues work; what continues a clip or piece goes in front, in its own order."""
+        entries = [(work, Future()) for work in works]
+        if begun:
+            self._queue.extendleft(reversed(entries))
+        else:
+            self._queue.extend(entries)
+        self._changed.notify_all()
         return [future for _, future in entries]
 
     def close(self) -> None:
@@ -148,6 +205,10 @@ class Batcher:
     def _run(self) -> None:
         while batch := self._next_batch():
             start = time.monotonic()
+            work, future = batch[0]
+            if not isinstance(work, Row):
+                self._draw_part(work, future, start)
+                continue
             try:
                 clips = draw(self._bundle, [row for row, _ in batch], self._rows)
             except Exception as error:  # each client of the batch must get an answer
@@ -164,25 +225,44 @@ class Batcher:
                 else:
                     future.set_result(dataclasses.replace(clip, wav=np.clip(clip.wav, -1.0, 1.0)))
 
-    def _next_batch(self) -> list[tuple[Row, "Future[Clip]"]]:
-        """Waits for clips, and returns up to R; [] once closed and empty."""
+    def _draw_part(self, parts: Iterator[bytes], future: "Future[bytes]", start: float) -> None:
+        """Draws the next part of a stream; an error goes to its client alone."""
+        try:
+            part = next(parts, b"")
+        except Exception as error:  # the client must get an answer
+            future.set_exception(error)
+        else:
+            if part and self._compiled:
+                self._on_batch(1, time.monotonic() - start)
+            future.set_result(part)
+
+    def _next_batch(self) -> list[tuple[Row | Iterator[bytes], "Future[Any]"]]:
+        """Waits for work, and returns up to R clips or one part; [] once closed and empty."""
         with self._changed:
             while True:
                 # Wait for a first clip, then for others that may join it.
                 while not self._queue and not self._closed:
                     self._changed.wait()
-                self._changed.wait_for(
-                    lambda: len(self._queue) >= self._rows or self._closed, self._window_seconds
-                )
+                self._changed.wait_for(self._is_ready, self._window_seconds)
 
-                # Take a batch, without clips that were cancelled.
+                # Take a batch, without clips that were cancelled. A part of a stream is alone.
                 batch = []
                 while self._queue and len(batch) < self._rows:
-                    row, future = self._queue.popleft()
+                    alone = not isinstance(self._queue[0][0], Row)
+                    if alone and batch:
+                        break
+                    work, future = self._queue.popleft()
                     if future.set_running_or_notify_cancel():
-                        batch.append((row, future))
+                        batch.append((work, future))
+                        if alone:
+                            break
                 if batch or (self._closed and not self._queue):
                     return batch
+
+    def _is_ready(self) -> bool:
+        """Returns whether a batch need not wait for more clips; locked by the caller."""
+        is_part = bool(self._queue) and not isinstance(self._queue[0][0], Row)
+        return is_part or len(self._queue) >= self._rows or self._closed
 
 
 def draw(bundle: Bundle, batch: Sequence[Row], rows: int) -> list[Clip | FloatingPointError]:

@@ -80,6 +80,7 @@ FORMAT = "musicrl-bundle 2"
 FIRST_FORMAT = "musicrl-bundle 1"
 FIRST_OUTPUTS = ["tokens", "acoustic", "mulan", "embedding", "wav"]
 DRAW, SCORE = "draw", "score"
+FIRST_CHUNK, NEXT_CHUNK = "first_chunk", "next_chunk"  # of a stream, with the weights of DRAW
 VOCABULARY, GOLDEN, WEIGHTS = "vocabulary", "golden.safetensors", "weights"
 # Folders of functions by jax backend.
 PLATFORMS = {"cpu": "cpu", "gpu": "cuda", "cuda": "cuda", "tpu": "tpu"}
@@ -94,6 +95,7 @@ FIELDS = {
     "jax": str,
     "platforms": [str],
     "functions": {str: {str: {"calling_convention": int}}},
+    "stream_functions?": {str: {str: {"calling_convention": int}}},
     "arguments": {str: {str: str}},
     "outputs": [str],
     "chips": int,
@@ -165,13 +167,23 @@ class Bundle:
         self._vocabulary = (self.folder / VOCABULARY).read_bytes()
         mesh = Mesh(np.array(devices[:chips]), ("tensor",))
         self._functions, shardings = {}, {}
-        for name in (DRAW, SCORE):
-            if name in self.manifest["functions"]:
+        for name in (DRAW, SCORE, FIRST_CHUNK, NEXT_CHUNK):
+            if name in self._versions:
                 exported = self._read_function(name)
                 self._functions[name] = jax.jit(exported.call)
                 in_shardings = exported.in_shardings_jax(mesh)
                 shardings[name] = jax.tree.unflatten(exported.in_tree, in_shardings)[0][0]
         self.weights = self._read_weights(shardings)
+
+    @property
+    def streams(self) -> bool:
+        """Whether it has the functions of a stream."""
+        return FIRST_CHUNK in self._versions
+
+    @property
+    def _versions(self) -> dict[str, dict[str, dict[str, int]]]:
+        """The calling convention of each function, by name and platform."""
+        return {**self.manifest["functions"], **self.manifest.get("stream_functions", {})}
 
     def encode(self, prompts: Sequence[str]) -> np.ndarray:
         """Returns prompts as pieces, int32 [B, L]; raises ValueError if one is empty."""
@@ -208,9 +220,6 @@ class Bundle:
             beginnings = np.zeros((rows, frames, self.manifest["places"]), np.int32)
         if temperatures is None:
             temperatures = [self.manifest["temperature"]] * rows
-        temperatures = np.asarray(temperatures)
-        if not (np.isfinite(temperatures).all() and (temperatures > 0).all()):
-            raise ValueError(f"temperatures={temperatures.tolist()} must be above 0 and finite")
 
         # Run the draw function; the manifest has the names of its outputs.
         arrays = self._functions[DRAW](
@@ -218,12 +227,47 @@ class Bundle:
             whole("text", text, 2**31 - 1).astype(np.int32),
             whole("seed", seeds).astype(np.uint32),
             whole("candidate", candidates).astype(np.uint32),
-            temperatures.astype(np.float32),
+            _temperatures(temperatures),
             whole("beginnings", beginnings, 2**31 - 1).astype(np.int32),
             whole("beginning_frames", beginning_frames, frames).astype(np.int32),
         )
         outputs = dict(zip(self.manifest["outputs"], arrays, strict=True))
         return Clips(outputs.pop("tokens"), outputs.pop("wav"), outputs)
+
+    def stream(
+        self, text: np.ndarray, seed: int, temperature: float | None = None
+    ) -> Iterator[Clips]:
+        """Draws a clip chunk by chunk: its tokens as `draw` does, its sound in windows.
+
+        Args:
+          text: int32 [L], a row of `encode`.
+          seed: of the clip; its candidate is number 0.
+          temperature: of the policy, above 0; by default the manifest's.
+
+        Returns:
+          An iterator over the chunks, each with B = 1: the next frames of the clip.
+
+        Raises:
+          ValueError: the bundle cannot stream, or a number is out of its range.
+        """
+        if not self.streams:
+            raise ValueError(f"{self.folder} cannot stream: export its system again")
+        temperature = self.manifest["temperature"] if temperature is None else temperature
+        seeds = whole("seed", [seed]).astype(np.uint32)
+        row = seeds, np.zeros(1, np.uint32), _temperatures([temperature])
+        return self._chunks(whole("text", text[None], 2**31 - 1).astype(np.int32), row)
+
+    def _chunks(self, text: np.ndarray, row: Sequence[np.ndarray]) -> Iterator[Clips]:
+        """Yields the chunks of `stream`. `row` is seeds, candidates and temperatures, [1] each."""
+        weights, first = self.weights[DRAW], 0
+        tokens, wav, state = self._functions[FIRST_CHUNK](weights, text, *row)
+        while True:
+            yield Clips(np.asarray(tokens), np.asarray(wav), {})
+            first += tokens.shape[1]
+            if first == self.manifest["frames"]:
+                return
+            position = np.int32(first)
+            tokens, wav, state = self._functions[NEXT_CHUNK](weights, state, position, *row)
 
     def score(self, clips: Clips) -> dict[str, Any]:
         """Returns each exported reward, f32 [B], and their weighted sum 'total'; {} without any."""
@@ -236,7 +280,7 @@ class Bundle:
     def _read_function(self, name: str) -> export.Exported:
         """Reads a function; raises ValueError if this jax cannot."""
         file = f"functions/{self.platform}/{name}.stablehlo"
-        version = self.manifest["functions"][name][self.platform]["calling_convention"]
+        version = self._versions[name][self.platform]["calling_convention"]
         low = export.minimum_supported_calling_convention_version
         high = export.maximum_supported_calling_convention_version
         written = f"{file} was written by jax {self.manifest['jax']}"
@@ -340,6 +384,14 @@ class Bundle:
         }
 
 
+def _temperatures(numbers: Any) -> np.ndarray:
+    """Returns temperatures as f32; raises ValueError if one is not above 0 and finite."""
+    temperatures = np.asarray(numbers)
+    if not (np.isfinite(temperatures).all() and (temperatures > 0).all()):
+        raise ValueError(f"temperatures={temperatures.tolist()} must be above 0 and finite")
+    return temperatures.astype(np.float32)
+
+
 def whole(name: str, numbers: Any, most: int = LARGEST_SEED) -> np.ndarray:
     """Returns an integer array; raises ValueError if a number is no integer from 0 to `most`."""
     array = np.asarray(numbers)
@@ -377,8 +429,8 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 
     # The functions and files that it names.
     functions = fields["functions"]
-    for name in functions:
-        if missing := sorted(set(fields["platforms"]) - set(functions[name])):
+    for name, versions in {**functions, **fields.get("stream_functions", {})}.items():
+        if missing := sorted(set(fields["platforms"]) - set(versions)):
             raise ValueError(f"{file} has no function {name!r} for {missing[0]}: export it again")
     if not (DRAW in functions and set(functions) <= set(fields["arguments"])):
         raise ValueError(f"{file} lacks {DRAW!r} or the arguments of a function: export it again")

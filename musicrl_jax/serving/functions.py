@@ -4,7 +4,7 @@ Legend: B clips, S tokens of a clip, F frames, K tokens of a frame, L text piece
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from musicrl_jax.core import sharding
 from musicrl_jax.core.precision import in_dtype
-from musicrl_jax.serving.bundle import DRAW, SCORE
+from musicrl_jax.serving.bundle import DRAW, FIRST_CHUNK, NEXT_CHUNK, SCORE
 from musicrl_jax.systems.folder import LoadedSystem
 from musicrl_jax.systems.player import Scorer, keys_by_seed, roll_out
 from musicrl_jax.systems.system import (
@@ -184,23 +184,70 @@ class Functions:
             outputs = dict(zip(golden.outputs, clips, strict=True))
             return self.score(golden.rollout, _tree(self.trees[SCORE], weights), outputs)
 
-        # Weights are named one by one; any number of rows b has the shapes of the golden clips.
+        # Any number of rows b has the shapes of the golden clips.
         calls = {DRAW: (draw, golden.arguments), SCORE: (score, golden.outputs.values())}
-        for name, tree in self.trees.items():
+        for name in self.trees:
             function, examples = calls[name]
-            leaves = named(tree).items()
-            weights = {path: jax.ShapeDtypeStruct(x.shape, x.dtype) for path, x in leaves}
-            by_leaf = jax.tree.broadcast(self.shardings[name], tree)
-            weight_shardings = dict(zip(weights, jax.tree.leaves(by_leaf), strict=True))
-            whole = self.shardings[SCORE]
-            jitted = jax.jit(
-                function,
-                in_shardings=(weight_shardings, *[whole] * len(examples)),
-                out_shardings=whole,
-            )
             (rows,) = export.symbolic_shape("b")
             arguments = [jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype) for x in examples]
-            yield name, export.export(jitted, platforms=[platform])(weights, *arguments)
+            yield name, self._export(function, name, arguments, platform)
+
+    def exported_stream(
+        self, platform: str, golden: Golden
+    ) -> Iterator[tuple[str, export.Exported]]:
+        """Yields the functions of a stream for a platform, of one row; none if it cannot stream."""
+        system = self.system.tuned(BACKENDS.get(platform, platform))
+        if not system.STREAM_FRAMES:
+            return
+        chunks, length = system.stream_chunks(self.frames), self.frames * system.frame_tokens
+
+        def chunk(
+            weights: Weights, state: Tree, row: tuple[jax.Array, ...], *position: Any
+        ) -> tuple[jax.Array, jax.Array, Tree]:
+            seeds, candidates, temperatures = row
+            keys = keys_by_seed(seeds, candidates)
+            sampling = Sampling(temperatures[:, None], self.top_k)
+            tokens, wav, state = system.stream(weights, state, keys, position, length, sampling)
+            tokens = tokens.reshape(1, -1, system.frame_tokens)
+            return tokens, wav[:, 0] if wav.shape[1] == 1 else wav, state
+
+        def first_chunk(by_name: Mapping[str, jax.Array], text: jax.Array, *row: jax.Array) -> Any:
+            weights = _tree(self.trees[DRAW], by_name)
+            condition = system.condition(weights.frozen, {self.text_name: text})
+            state = system.start_stream(weights.policy, condition, length)
+            return chunk(weights, state, row, jnp.int32(0), chunks[0])
+
+        # The first chunk.
+        row = [jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype) for x in golden.arguments[:4]]
+        exported = self._export(first_chunk, DRAW, row, platform)
+        yield FIRST_CHUNK, exported
+
+        # The next one takes the state of the one before.
+        def next_chunk(
+            by_name: Mapping[str, jax.Array], state: Tree, first: jax.Array, *row: jax.Array
+        ) -> Any:
+            return chunk(_tree(self.trees[DRAW], by_name), state, row, first, chunks[1])
+
+        if len(chunks) > 1:
+            shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in exported.out_avals]
+            _, _, state = jax.tree.unflatten(exported.out_tree, shapes)
+            first = jax.ShapeDtypeStruct((), jnp.int32)
+            yield NEXT_CHUNK, self._export(next_chunk, DRAW, [state, first, *row[1:]], platform)
+
+    def _export(
+        self, function: Callable, tree: str, arguments: Sequence[Any], platform: str
+    ) -> export.Exported:
+        """Exports a function of the weights of a tree, named one by one, and of arguments."""
+        leaves, whole = named(self.trees[tree]).items(), self.shardings[SCORE]
+        weights = {path: jax.ShapeDtypeStruct(x.shape, x.dtype) for path, x in leaves}
+        by_leaf = jax.tree.leaves(jax.tree.broadcast(self.shardings[tree], self.trees[tree]))
+        weight_shardings = dict(zip(weights, by_leaf, strict=True))
+        jitted = jax.jit(
+            function,
+            in_shardings=(weight_shardings, *[whole] * len(arguments)),
+            out_shardings=whole,
+        )
+        return export.export(jitted, platforms=[platform])(weights, *arguments)
 
 
 def _policy_sharding(system: MusicSystem, mesh: Mesh, policy: Tree, dtype: str) -> Tree:

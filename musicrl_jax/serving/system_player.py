@@ -3,7 +3,7 @@
 Legend: B clips, F frames of a clip, K tokens of a frame.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -61,6 +61,33 @@ class SystemPlayer:
         """Reads prompts, each as a row of its own; ValueError if one is empty."""
         text = self._player.system.read(prompts)
         return [{name: array[row] for name, array in text.items()} for row in range(len(prompts))]
+
+    @property
+    def streams(self) -> bool:
+        """Whether the system can draw a clip in chunks."""
+        return self._player.system.STREAM_FRAMES > 0
+
+    def stream(self, text: Text, seed: int, temperature: float) -> Iterator[Clips]:
+        """Yields the chunks of a clip as `Bundle.stream` does; on one host alone."""
+        # The rows of a batch are copies of one clip.
+        rows = jax.tree.map(lambda array: np.repeat(array[None], self.rows, axis=0), text)
+        seeds, temperatures = np.full(self.rows, seed, np.uint32), np.float32(temperature)
+        chunks = self._player.stream_by_seed(
+            self._weights,
+            rows,
+            seeds,
+            np.zeros_like(seeds),
+            np.full(self.rows, temperatures),
+        )
+        while True:
+            # The mesh is set for a chunk alone: other code runs between two.
+            with jax.set_mesh(self._player.mesh):
+                chunk = next(chunks, None)
+            if chunk is None:
+                return
+            tokens, wav = sharding.fetch(chunk)
+            tokens = tokens[:1].reshape(1, -1, self.manifest["places"])
+            yield Clips(tokens, wav[:1, 0] if wav.shape[1] == 1 else wav[:1], {})
 
     def draw(
         self,

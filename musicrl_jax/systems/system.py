@@ -272,7 +272,10 @@ class MusicSystem(abc.ABC):
         return [frames - later * chunk] + [chunk] * later
 
     def start_stream(self, policy: Tree, condition: Tree, length: int) -> Tree:
-        """Returns the state before the first chunk of clips of `length` tokens: arrays [B, ...]."""
+        """Returns the state before the first chunk of clips of `length` tokens.
+
+        It is arrays [B, ...] in dictionaries, lists and tuples, which a bundle can store.
+        """
         raise ValueError(f"{type(self).__name__} has STREAM_FRAMES, but no start_stream: define it")
 
     def stream(

@@ -130,6 +130,8 @@ def bundle(exported):
 class FakeBundle:
     """A bundle that cannot draw; its clips have one second."""
 
+    streams = False
+
     def __init__(self):
         self.manifest = {
             "version": "0",
