@@ -325,7 +325,7 @@ class Slow:
     """A bundle that draws only while `go` is set, and records the seeds of each batch."""
 
     def __init__(self, bundle):
-        self.manifest, self.encode = bundle.manifest, bundle.encode
+        self.manifest, self.encode, self.streams = bundle.manifest, bundle.encode, False
         self.go, self.batches, self._bundle = threading.Event(), [], bundle
 
     def score(self, clips):

@@ -34,6 +34,7 @@ from musicrl_jax.serving.app import Limits, create
 from musicrl_jax.serving.batcher import Clip
 from musicrl_jax.serving.bundle import Bundle
 from musicrl_jax.serving.settings import Access, ServiceLimits, listen
+from musicrl_jax.systems.musiclm import MusicLMSystem
 from musicrl_jax.systems.scorers import AcousticQuality, TextAdherence
 
 RATE, SECONDS = 8000, 0.4  # ten frames
@@ -117,7 +118,8 @@ def rewards(run):
 def exported(run, rewards, tmp_path_factory):
     """Returns (the bundle's folder, the output of `musicrl export`)."""
     output, folder = io.StringIO(), tmp_path_factory.mktemp("exported") / "bundle"
-    with contextlib.redirect_stdout(output):
+    with contextlib.redirect_stdout(output), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MusicLMSystem, "STREAM_FRAMES", 3)  # chunks of 4, 3 and 3 frames
         export.export(str(run / "policy"), str(folder), SECONDS, rewards, licence="CC0-1.0")
     return folder, output.getvalue()
 
