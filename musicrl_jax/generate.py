@@ -185,6 +185,7 @@ def _check_stream(
     out: str, prompts: list[str], prompts_file: str, loudness_lufs: float | None
 ) -> None:
     """Raises ValueError if the arguments of `generate` do not fit a stream."""
+    # One file, which is sound before its end.
     if len(prompts) > 1 or prompts_file:
         raise ValueError("stream=True writes one clip: give one prompt, and no prompts_file")
     if out != STDOUT and (Path(out).suffix.lower() != ".wav" or Path(out).stem == EVERY):
@@ -212,6 +213,7 @@ def _stream(system: str, request: _Request) -> list[Path]:
         temperature = model["temperature"] if request.temperature is None else request.temperature
         if why := streams.refusal(player, seconds, request.candidates, request.form):
             raise ValueError(f"stream=True: {why}")
+        # The file says how it was made, and that it is a stream.
         (prompt,) = request.prompts
         tags = audio.provenance_tags(
             prompt,
@@ -225,7 +227,7 @@ def _stream(system: str, request: _Request) -> list[Path]:
         row = player.encode([prompt])[0], request.seed, seconds, temperature
         parts = streams.parts(player, *row, tags)
 
-        # The parts, each as soon as it is drawn.
+        # The parts, each as soon as it is drawn. Half a file is no clip.
         if to_stdout:
             _write_parts(output.buffer, parts, STDOUT)
             return []

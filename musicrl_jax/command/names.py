@@ -144,6 +144,7 @@ VERBS = {
             'generate --system=runs/quickstart/ru --prompt="a slow waltz" --out=waltz.wav',
             "generate --system=runs/quickstart/ru --prompts_file=prompts.txt --out='clips/*.flac' "
             "--clip_seconds=20 --seed=3",
+            "generate --system=bundle --prompt=jazz --out=- --stream --loudness_lufs=None",
         ),
         on_all_hosts=True,
     ),

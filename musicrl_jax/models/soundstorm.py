@@ -192,6 +192,8 @@ def fill_fine(
     """
     c = model.config
     batch, frames, _ = coarse.shape
+
+    # The window: the past, whose codes stay, and the frames to decide.
     codes = jnp.pad(coarse, ((0, 0), (0, 0), (0, c.levels - c.coarse_levels)))
     undecided = jnp.ones((batch, frames), bool)
     if past is not None:

@@ -112,6 +112,9 @@ class Metrics:
         # Requests: their number, time and music.
         self.requests = Counter("musicrl_requests", "Answers, by status.", ["status"], **here)
         seconds = 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100
+        name = "musicrl_stream_start_seconds"
+        what = "From a request to the first sound of its stream."
+        self.stream_start = Histogram(name, what, buckets=seconds, **here)
         name = "musicrl_request_seconds"
         self.latency = Histogram(name, "From a request to its clip.", buckets=seconds, **here)
 
@@ -142,6 +145,7 @@ class Studio:
       bundle: draws the clips.
       metrics: of the service.
       problem: why no clip can be drawn yet; '' once the first is drawn.
+      stream_problem: why no stream can be drawn yet; '' once the first is drawn.
     """
 
     def __init__(
@@ -153,6 +157,7 @@ class Studio:
         """Stores the arguments of `create`."""
         self.bundle, self.metrics = bundle, Metrics()
         self.problem = "the service starts: its functions are being compiled"
+        self.stream_problem = "the functions of streams are being compiled"
         self._batcher, self._give_up = batcher, give_up
         self._queue: Batcher | None = None
 
@@ -175,23 +180,24 @@ class Studio:
             text = self.bundle.encode(manifest["golden"]["prompts"][:1])[0]
             first = Row(text, 0, 0, manifest["temperature"], scored=bool(manifest["rewards"]))
             await asyncio.wrap_future(self._queue.submit(first)[0])
-            if self.bundle.streams:
-                await self._warm_stream(text, manifest)
         except Exception as error:  # any error must stop the service and be printed
             self.problem = f"the first clip could not be drawn: {error}"
             self._give_up(error)
         else:
             self.problem = ""
+            await asyncio.to_thread(self._warm_stream, text)
 
-    async def _warm_stream(self, text: np.ndarray, manifest: dict[str, Any]) -> None:
-        """Draws a first stream, which compiles its functions."""
-        seconds, temperature = manifest["clip_seconds"], manifest["temperature"]
-        stream = self.open(streams.parts(self.bundle, text, 0, seconds, temperature, {}))
+    def _warm_stream(self, text: np.ndarray) -> None:
+        """Draws a first stream, which compiles its functions, beside the clips of the queue."""
+        if not self.bundle.streams:
+            return
         try:
-            while await asyncio.wrap_future(stream.next()):
+            for _ in self.bundle.stream(text, 0, self.bundle.manifest["temperature"]):
                 pass
-        finally:
-            stream.close()
+        except Exception as error:  # whole clips can be drawn all the same
+            self.stream_problem = f"the first stream could not be drawn: {error}"
+        else:
+            self.stream_problem = ""
 
     def open(self, parts: Iterator[bytes]) -> Stream:
         """Opens a stream; raises as `Batcher.stream`."""
@@ -335,10 +341,8 @@ def _add_clips(app: FastAPI, studio: Studio, limits: Limits, guard: list[Any]) -
             raise HTTPException(503, studio.problem, {"Retry-After": "5"})
         if order.candidates > 1 and not manifest["rewards"]:
             raise HTTPException(422, "candidates: the bundle has no rewards to choose by: give 1")
-        if stream and (
-            why := streams.refusal(bundle, order.seconds, order.candidates, order.format)
-        ):
-            raise HTTPException(422, why)
+        if stream:
+            _check_stream(studio, order.seconds, order.candidates, order.format)
         try:
             text = bundle.encode([order.prompt])[0]
         except ValueError as error:
@@ -350,7 +354,10 @@ def _add_clips(app: FastAPI, studio: Studio, limits: Limits, guard: list[Any]) -
         if stream:
             tags = provenance_tags(order.prompt, model=manifest["sha256"], seed=seed, stream=True)
             parts = streams.parts(bundle, *row, tags)
-            return await _streamed(studio, parts, {"X-Seed": str(seed)}, request)
+            headers = {"X-Seed": str(seed)}
+            answer = await _streamed(studio, parts, order.seconds, headers, request)
+            metrics.stream_start.observe(time.monotonic() - start)
+            return answer
         piece = Piece(manifest, *row, order.candidates)
         with _problem_statuses():
             best = await _unless_gone(studio.draw(piece), studio, request)
@@ -403,14 +410,27 @@ async def _unless_gone(work: Awaitable[Any], studio: Studio, request: Request) -
 # --- streams ---
 
 
+def _check_stream(studio: Studio, seconds: float, candidates: int, form: str) -> None:
+    """Raises HTTPException if a clip cannot be streamed, or not yet."""
+    if why := streams.refusal(studio.bundle, seconds, candidates, form):
+        raise HTTPException(422, why)
+    if studio.stream_problem:
+        raise HTTPException(503, studio.stream_problem, {"Retry-After": "5"})
+
+
 async def _streamed(
-    studio: Studio, parts: Iterator[bytes], headers: dict[str, str], request: Request
+    studio: Studio,
+    parts: Iterator[bytes],
+    seconds: float,
+    headers: dict[str, str],
+    request: Request,
 ) -> Response:
     """Returns the answer that sends a stream, once its first part is drawn.
 
     An error before then has its status. A later one closes the connection: the client has fewer
     bytes than Content-Length says.
     """
+    # Its place, and the first part.
     with _problem_statuses():
         stream = studio.open(parts)
         try:
@@ -421,31 +441,45 @@ async def _streamed(
     if first is None:
         stream.close()
         return Response(status_code=GONE)
+    # The first part has the header, which says how long the file is.
     headers["Content-Length"] = str(streams.file_bytes(first))
-    return StreamedClip(stream, first, headers)
+    return StreamedClip(stream, first, seconds, headers, studio.metrics)
 
 
 class StreamedClip(StreamingResponse):
     """Sends a stream as it is drawn, and frees its place when it ends or the client leaves."""
 
-    def __init__(self, stream: Stream, first: bytes, headers: dict[str, str]):
-        """Stores the stream and its first part."""
-        self._stream = stream
+    def __init__(
+        self,
+        stream: Stream,
+        first: bytes,
+        seconds: float,
+        headers: dict[str, str],
+        metrics: Metrics,
+    ):
+        """Stores the stream, its first part and its length."""
+        self._stream, self._seconds, self._metrics = stream, seconds, metrics
         super().__init__(self._parts(first), media_type=MEDIA[streams.FORM], headers=headers)
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Sends the answer."""
+        # A response that is cancelled, as its client left, ends here too.
         try:
-            await super().__call__(scope, receive, send)
+            with self._metrics.in_progress.track_inprogress():
+                await super().__call__(scope, receive, send)
         finally:
             self._stream.close()
 
     async def _parts(self, first: bytes) -> AsyncIterator[bytes]:
         """Yields the parts; the next is drawn once the connection has room for it."""
-        part = first
-        while part:
-            yield part
+        # Content-Length says when all is sent, so the end needs no turn in the queue.
+        part, missing = first, streams.file_bytes(first) - len(first)
+        yield part
+        while missing:
             part = await asyncio.wrap_future(self._stream.next())
+            missing -= len(part)
+            yield part
+        self._metrics.music.inc(self._seconds)
 
 
 def _add_model(

@@ -180,6 +180,7 @@ class Batcher:
             raise Closed("the service stops")
         # Drop cancelled clips now, so that they take no room in the queue.
         self._queue = deque(each for each in self._queue if not each[1].cancelled())
+        # Parts of streams are counted by their streams, whether or not one waits.
         rows = sum(isinstance(work, Row) for work, _ in self._queue)
         over = rows + len(self._streams) + clips - self._most_waiting
         if clips and over > 0:
@@ -205,6 +206,7 @@ class Batcher:
     def _run(self) -> None:
         while batch := self._next_batch():
             start = time.monotonic()
+            # A part of a stream comes alone.
             work, future = batch[0]
             if not isinstance(work, Row):
                 self._draw_part(work, future, start)

@@ -252,6 +252,7 @@ class Bundle:
         """
         if not self.streams:
             raise ValueError(f"{self.folder} cannot stream: export its system again")
+        # The arguments of `draw`, for one row.
         temperature = self.manifest["temperature"] if temperature is None else temperature
         seeds = whole("seed", [seed]).astype(np.uint32)
         row = seeds, np.zeros(1, np.uint32), _temperatures([temperature])
@@ -262,6 +263,7 @@ class Bundle:
         weights, first = self.weights[DRAW], 0
         tokens, wav, state = self._functions[FIRST_CHUNK](weights, text, *row)
         while True:
+            # The device may draw another clip before the next chunk.
             yield Clips(np.asarray(tokens), np.asarray(wav), {})
             first += tokens.shape[1]
             if first == self.manifest["frames"]:

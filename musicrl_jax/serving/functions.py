@@ -196,11 +196,13 @@ class Functions:
         self, platform: str, golden: Golden
     ) -> Iterator[tuple[str, export.Exported]]:
         """Yields the functions of a stream for a platform, of one row; none if it cannot stream."""
+        # A system need not stream.
         system = self.system.tuned(BACKENDS.get(platform, platform))
         if not system.STREAM_FRAMES:
             return
         chunks, length = system.stream_chunks(self.frames), self.frames * system.frame_tokens
 
+        # Any chunk of one clip.
         def chunk(
             weights: Weights, state: Tree, row: tuple[jax.Array, ...], *position: Any
         ) -> tuple[jax.Array, jax.Array, Tree]:
@@ -238,6 +240,7 @@ class Functions:
         self, function: Callable, tree: str, arguments: Sequence[Any], platform: str
     ) -> export.Exported:
         """Exports a function of the weights of a tree, named one by one, and of arguments."""
+        # The shape and the sharding of each weight; all else is replicated.
         leaves, whole = named(self.trees[tree]).items(), self.shardings[SCORE]
         weights = {path: jax.ShapeDtypeStruct(x.shape, x.dtype) for path, x in leaves}
         by_leaf = jax.tree.leaves(jax.tree.broadcast(self.shardings[tree], self.trees[tree]))

@@ -37,6 +37,7 @@ def refusal(player: Bundle | SystemPlayer, seconds: float, candidates: int, form
             "stream: this system cannot draw a clip in chunks, or its bundle was exported before "
             "bundles could; ask for the whole clip, or export the bundle again"
         )
+    # What would need the end of the clip first.
     if candidates > 1:
         return f"candidates={candidates}: a stream cannot wait for the best of several; give 1"
     if form != FORM:
@@ -70,6 +71,7 @@ def parts(
     Raises:
       FloatingPointError: samples are not finite.
     """
+    # Samples that are still to come; the last chunk may have more than are asked for.
     rate = player.manifest["sample_rate_hz"]
     missing, header = round(seconds * rate), True
     for clips in player.stream(text, seed, temperature):
@@ -77,6 +79,7 @@ def parts(
         if not np.isfinite(wav).all():
             raise FloatingPointError(NOT_FINITE)
         samples = _samples(np.clip(wav, -1.0, 1.0), rate)
+        # The header is that of as much silence.
         if header:
             silence = np.zeros((*wav.shape[:-1], missing), np.float32)
             whole = audio.encode(silence, rate, FORM, tags)

@@ -263,6 +263,7 @@ class MusicLMSystem(MusicSystem):
 
     def _before_frames(self, policy: Tree, condition: MuLanCondition, length: int) -> Any:
         """Returns the state before the first frame: (tokens of the frame before, cache)."""
+        # Frame 0 ignores the tokens before it; the cache has the prompt.
         model, variables, frames = self._policy, {"params": policy}, length // self.frame_tokens
         bias = model.apply(variables, frames, method=MusicLM.temporal_bias)
         prefix = condition.tokens
@@ -453,6 +454,7 @@ class MusicLMSystem(MusicSystem):
 
     def start_stream(self, policy: Tree, condition: MuLanCondition, length: int) -> Tree:
         """Returns the states of the three networks before the first frame."""
+        # SoundStorm has decided nothing yet, and the codec begins in silence.
         no_codes = condition.tokens.shape[0], 0, self.configs["soundstorm"].levels
         return {
             "policy": self._before_frames(policy, condition, length),

@@ -268,6 +268,7 @@ class MusicSystem(abc.ABC):
                 f"{type(self).__name__} cannot stream: define STREAM_FRAMES, start_stream and "
                 "stream, or ask for whole clips"
             )
+        # The first chunk has what remains, so that it has at least as many frames as the others.
         later = max(0, frames // chunk - 1)
         return [frames - later * chunk] + [chunk] * later
 

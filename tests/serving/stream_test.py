@@ -23,7 +23,6 @@ from musicrl_jax.serving.bundle import Bundle, Clips
 from musicrl_jax.serving.settings import Access
 from musicrl_jax.serving.stream import parts
 from musicrl_jax.serving.system_player import SystemPlayer
-from musicrl_jax.systems import folder as folders
 from musicrl_jax.systems.musiclm import MusicLMSystem
 
 RATE, SAMPLES = 8000, 3200
@@ -40,6 +39,13 @@ def until(condition):
     raise AssertionError("the condition does not hold after five minutes")
 
 
+def until_ready(client):
+    """Waits until a service can stream: until then it answers 503."""
+    if isinstance(client, str):
+        client = httpx.Client(base_url=client, timeout=60)
+    until(lambda: client.post(STREAM, json=ORDER).status_code == 200)
+
+
 def service(bundle, most_waiting=16):
     queue = partial(Batcher, bundle, 2, 0.0, most_waiting)
     return create(bundle, queue, Limits(1.6, 4), Access())
@@ -48,7 +54,7 @@ def service(bundle, most_waiting=16):
 @pytest.fixture(scope="module")
 def client(bundle):
     with TestClient(service(bundle), "http://localhost") as client:
-        until(lambda: client.get("/readyz").status_code == 200)
+        until_ready(client)
         yield client
 
 
@@ -187,7 +193,6 @@ def test_a_bundle_without_the_functions_says_so(exported, tmp_path):
         assert client.get("/v1/model").json()["streams"] is False
         answer = client.post(STREAM, json=ORDER)
         assert answer.status_code == 422 and "export the bundle again" in answer.json()["detail"]
-    assert folders.load  # the system's folder is not needed
 
 
 # --- the place of a stream ---
@@ -222,7 +227,7 @@ def test_a_client_that_leaves_frees_its_place(bundle, on_loopback, chunks_read):
     slow = Slow(bundle)
     with on_loopback(service(slow, most_waiting=1)) as address:
         url = f"http://{address[0]}:{address[1]}"
-        until(lambda: httpx.get(f"{url}/readyz").status_code == 200)
+        until_ready(url)
         slow.chunks, slow.seconds = 0, 0.1
         body = json.dumps(ORDER)
         head = f"POST {STREAM} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
@@ -250,7 +255,7 @@ def test_a_stream_that_is_not_finite_fails_visibly(bundle, on_loopback, good):
     broken = Slow(bundle)
     with on_loopback(service(broken, most_waiting=1)) as address:
         url = f"http://{address[0]}:{address[1]}"
-        until(lambda: httpx.get(f"{url}/readyz").status_code == 200)
+        until_ready(url)
         broken.stream = lambda *_: nan_after(good)
         if good:
             with pytest.raises(httpx.RemoteProtocolError):
