@@ -39,11 +39,9 @@ def until(condition):
     raise AssertionError("the condition does not hold after five minutes")
 
 
-def until_ready(client):
+def until_ready(client, url=""):
     """Waits until a service can stream: until then it answers 503."""
-    if isinstance(client, str):
-        client = httpx.Client(base_url=client, timeout=60)
-    until(lambda: client.post(STREAM, json=ORDER).status_code == 200)
+    until(lambda: client.post(url + STREAM, json=ORDER).status_code == 200)
 
 
 def service(bundle, most_waiting=16):
@@ -227,7 +225,7 @@ def test_a_client_that_leaves_frees_its_place(bundle, on_loopback, chunks_read):
     slow = Slow(bundle)
     with on_loopback(service(slow, most_waiting=1)) as address:
         url = f"http://{address[0]}:{address[1]}"
-        until_ready(url)
+        until_ready(httpx, url)
         slow.chunks, slow.seconds = 0, 0.1
         body = json.dumps(ORDER)
         head = f"POST {STREAM} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
@@ -255,7 +253,7 @@ def test_a_stream_that_is_not_finite_fails_visibly(bundle, on_loopback, good):
     broken = Slow(bundle)
     with on_loopback(service(broken, most_waiting=1)) as address:
         url = f"http://{address[0]}:{address[1]}"
-        until_ready(url)
+        until_ready(httpx, url)
         broken.stream = lambda *_: nan_after(good)
         if good:
             with pytest.raises(httpx.RemoteProtocolError):
