@@ -4,16 +4,17 @@
 
 1. Warm requests for one clip, streamed and whole in turns: time to the first second of sound, and
    to the end.
-2. Some clients at once, each of which asks for a stream again when its last one ends: time to the
-   first second, and the streams that would pause. A player starts when it has the first second.
+2. Some listeners at once. Each plays a stream from its first second to its end, and then asks for
+   the next: time to the first second, and the streams that would pause.
 """
 
 import argparse
 import http.client
 import json
+import random
 import threading
 import time
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
@@ -80,15 +81,19 @@ def cells(values: list[float]) -> str:
     return " | ".join(f"{x:.2f}" for x in (*np.percentile(values, (50, 99)), max(values)))
 
 
-def together(address: str, clients: int, requests: int, rate: int) -> list[Answer]:
-    """Returns the answers of clients that each send some requests, one after another."""
+def together(address: str, listeners: int, requests: int, model: dict[str, Any]) -> list[Answer]:
+    """Returns the answers to listeners who each play some streams, one after another."""
     answers: list[Answer] = []
+    clip_seconds, rate = model["clip_seconds"], model["sample_rate_hz"]
 
-    def send(client: int) -> None:
+    def play(listener: int) -> None:
+        time.sleep(clip_seconds * random.Random(listener).random())  # they start at any time
         for number in range(requests):
-            answers.append(request(address, 1000 * client + number, True, rate))
+            answer = request(address, 1000 * listener + number, True, rate)
+            answers.append(answer)
+            time.sleep(max(0.0, answer.first + clip_seconds - answer.end))
 
-    threads = [threading.Thread(target=send, args=(client,)) for client in range(clients)]
+    threads = [threading.Thread(target=play, args=(listener,)) for listener in range(listeners)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -102,11 +107,12 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--bundle", required=True)
-    parser.add_argument("--requests", type=int, default=30, help="of each kind and client")
-    parser.add_argument("--clients", type=int, nargs="*", default=[2, 4, 8])
+    parser.add_argument("--requests", type=int, default=30, help="of each kind")
+    parser.add_argument("--listeners", type=int, nargs="*", default=[2, 4, 8])
     flags = parser.parse_args()
     with open(f"{flags.bundle}/manifest.json") as file:
-        rate = json.load(file)["sample_rate_hz"]
+        model = json.load(file)
+    rate = model["sample_rate_hz"]
 
     # One clip at a time.
     with service(flags.bundle, "--rows=1") as (address, _):
@@ -124,13 +130,13 @@ def main() -> None:
         print(f"| a whole clip | {cells([x.end for x in answers[False]])} |\n", flush=True)
 
         # Several streams at once.
-        print("| clients | streams | first second: p50 s | p99 s | slowest s | paused |")
+        print("| listeners | streams | first second: p50 s | p99 s | slowest s | paused |")
         print("|---|---|---|---|---|---|")
-        for clients in flags.clients:
-            streams = together(address, clients, max(1, flags.requests // 3), rate)
+        for listeners in flags.listeners:
+            streams = together(address, listeners, max(1, flags.requests // 4), model)
             paused = sum(each.pause > 0 for each in streams)
             times = cells([each.first for each in streams])
-            print(f"| {clients} | {len(streams)} | {times} | {paused} |", flush=True)
+            print(f"| {listeners} | {len(streams)} | {times} | {paused} |", flush=True)
 
 
 if __name__ == "__main__":
