@@ -1,4 +1,4 @@
-"""A clip that is drawn chunk by chunk equals the whole clip."""
+"""A clip that is drawn chunk by chunk has the tokens and, to rounding, the sound of one pass."""
 
 import functools
 
@@ -95,7 +95,7 @@ def test_the_sound_is_one_decoding_of_codes_from_windows_that_overlap(
     whole = jax.jit(system.decode)(weights.frozen, codes)
     wav = np.concatenate([each for _, each in chunks], axis=2)
     assert np.abs(wav).max() > 1e-3
-    np.testing.assert_array_equal(wav, whole)
+    np.testing.assert_allclose(wav, whole, atol=1e-6)  # one wrong code is far more
 
 
 def test_chunks_share_a_length_but_for_the_first():
