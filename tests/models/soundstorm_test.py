@@ -134,14 +134,17 @@ def sample(scores, numbers):
     return 3 * half + int(np.sum(halves[half].cumsum() <= numbers[1] * halves[half].sum()))
 
 
-def decode(score, coarse, keys, mistake=""):
+def decode(score, coarse, keys, mistake="", past=None):
     """Decodes in loops as SoundStorm, section 3.3, or with one of the known mistakes."""
-    clips, frames, _ = coarse.shape
-    codes = np.concatenate([coarse, np.zeros((clips, frames, 3), np.int32)], axis=2)
+    clips, new, _ = coarse.shape
+    codes = np.concatenate([coarse, np.zeros((clips, new, 3), np.int32)], axis=2)
+    if past is not None:
+        codes = np.concatenate([past, codes], axis=1)
+    frames = codes.shape[1]
     for clip in range(clips):
         for level in range(2, 5):
             passes = 4 if level == 2 or mistake == "all passes over every level" else 1
-            hidden = list(range(frames))
+            hidden = list(range(frames - new, frames))
             for i in range(1, passes + 1):
                 # The network's scores.
                 masked = np.zeros((frames, 5), bool)
@@ -164,16 +167,16 @@ def decode(score, coarse, keys, mistake=""):
                             sure[frame] += luck[frame, 0]
                 # The least confident frames stay hidden.
                 number = i - (mistake == "one pass behind")
-                stay = int(frames * np.cos(np.pi / 2 * number / passes))
+                stay = int(new * np.cos(np.pi / 2 * number / passes))
                 if mistake == "a linear schedule":
-                    stay = int(frames * (1 - i / passes))
+                    stay = int(new * (1 - i / passes))
                 if mistake == "the least sure are kept":
                     sure = {f: -sure[f] if f in hidden else np.inf for f in sure}
                 order = sorted(range(frames), key=sure.get)
                 hidden = order[:stay]
                 if mistake == "sorted once":  # takes the place in the order for the rank
                     hidden = [frame for frame in range(frames) if order[frame] < stay]
-    return codes
+    return codes[:, frames - new :]
 
 
 MISTAKES = (
@@ -208,6 +211,14 @@ def test_decoding_is_the_papers_algorithm(decoded):
     score, keys, filled = decoded
     assert filled.dtype == np.int32
     np.testing.assert_array_equal(filled, decode(score, CODES[:, :, :2], keys))
+
+
+def test_a_window_continues_the_codes_of_its_past(variables, decoded):
+    score, keys, whole = decoded
+    past, coarse = CODES[:, :5], CODES[:, 5:, :2]
+    filled = jax.jit(fill_fine, static_argnums=0)(MODULE, variables, coarse, keys, past)
+    np.testing.assert_array_equal(filled, decode(score, coarse, keys, past=past))
+    assert filled.shape == (8, 7, 5) and (filled != whole[:, 5:]).any()
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
