@@ -152,10 +152,10 @@ def fastest(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> float:
     return min(seconds)
 
 
-def machine_limits(side: int) -> tuple[float, float]:
-    """Returns (FLOP/s of bfloat16 products, bytes/s read and written by a copy)."""
-    square = jax.random.normal(jax.random.key(0), (side, side), jnp.bfloat16)
-    tall = jax.random.normal(jax.random.key(0), (8 * side, side), jnp.bfloat16)
+def machine_limits(side: int, dtype: Any = jnp.bfloat16) -> tuple[float, float]:
+    """Returns (FLOP/s of products in a dtype, bytes/s read and written by a copy)."""
+    square = jax.random.normal(jax.random.key(0), (side, side), dtype)
+    tall = jax.random.normal(jax.random.key(0), (8 * side, side), dtype)
     product_seconds = fastest(jax.jit(lambda x: x @ x), square)
     copy_seconds = fastest(jax.jit(lambda x: -x), tall)
     return 2 * side**3 / product_seconds, 2 * tall.nbytes / copy_seconds

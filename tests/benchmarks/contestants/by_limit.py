@@ -1,0 +1,42 @@
+"""The limits of this machine on the rows of this checkout, as seconds.
+
+A stage takes no less than its matrix products, counted by `musicrl_jax.planning.flops`, take at the
+rate of large float32 products; a draw no less than reading the weights takes, those of the temporal
+model once a frame and those of the depth model once a code, at the rate of copying.
+"""
+
+import jax.numpy as jnp
+from contestants.by_systems import PIPELINES
+from contestants.pipeline import with_step
+from contestants.rows import Row
+from step import machine_limits
+
+from musicrl_jax.planning.flops import flops
+
+SIDE = 1024  # of the matrices whose product is timed
+
+
+class Limit:
+    """A row at the limits of the machine, measured anew in every call."""
+
+    compile_seconds = None
+
+    def __init__(self, row: Row):
+        """Counts the operations of the row's stages."""
+        pipeline = PIPELINES[row.kind](row)
+        self.weights, self.stages = pipeline.weights, pipeline.stages
+        self.products = [flops(traced.jaxpr).matmul for traced in pipeline.traced()]
+
+    def run(self) -> dict[str, float]:
+        """Measures the machine; returns the least seconds of each figure."""
+        product_rate, copy_rate = machine_limits(SIDE, jnp.float32)
+        seconds: dict[str, float] = {}
+        for stage, products in zip(self.stages, self.products, strict=True):
+            least = max(products / product_rate, stage.reads / copy_rate)
+            seconds[stage.figure] = seconds.get(stage.figure, 0.0) + least
+        return with_step(seconds)
+
+
+def work(row: Row) -> Limit:
+    """Traces the row."""
+    return Limit(row)
