@@ -24,6 +24,7 @@ PyTorch may have an environment of its own, which --torch_python names:
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -68,9 +69,14 @@ class Contestant:
             self.paths = [ROOT, HERE]
         else:
             check_revision(name)
-            root = checkout(name, scratch / f"root_{name.replace('/', '_')}")
+            root = checkout(name, scratch / f"root_{self.file_name}")
             self.name = THIS if root == ROOT else name
             self.kind, self.paths = kind_of(root), [root, HERE]
+
+    @property
+    def file_name(self) -> str:
+        """The name without separators."""
+        return re.sub(r"\W", "_", self.name)
 
     def environment(self, cache: Path) -> dict[str, str]:
         """Returns the environment of its process, without a cache of compiled functions."""
@@ -104,7 +110,7 @@ class Process:
     def __init__(self, contestant: Contestant, row: Row, scratch: Path):
         """Starts the process, and waits until it is ready."""
         self.contestant, self.row = contestant, row
-        self.errors = scratch / f"{contestant.kind}.txt"
+        self.errors = scratch / f"{contestant.file_name}.txt"
         with self.errors.open("wb") as errors:
             self.process = subprocess.Popen(
                 [contestant.python, "-m", "contestants.worker", contestant.kind, str(row)],
@@ -126,7 +132,7 @@ class Process:
     def _answer(self) -> dict[str, Any]:
         if line := self.process.stdout.readline():
             return json.loads(line)
-        self.process.wait()
+        self.end()
         output = self.errors.read_text(errors="replace")[-1500:]
         raise ContestantError(f"{self.contestant.name} failed on {self.row}:\n{output}")
 

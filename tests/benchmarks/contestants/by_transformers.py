@@ -47,6 +47,7 @@ MUSICGEN_CODEC = {
 }
 PEER_LEVELS, PEER_FRAMES_PER_SECOND = 8, 75  # of EnCodec, 24 kHz at 6 kbps
 TINY_FILTERS = 4
+SAMPLING = {"do_sample": True, "top_k": 0, "temperature": TEMPERATURE}
 
 
 # --- decoders ---
@@ -75,18 +76,16 @@ class Music:
         self.condition = torch.zeros(row.batch, CONDITIONS, width)
         self.begin = torch.full((row.batch * CODEBOOKS, 1), self.codes)
 
-    def sample(self) -> torch.Tensor:
-        """Returns sampled codes, int64 [B, K, T]."""
+    def sample(self, **changes: object) -> torch.Tensor:
+        """Returns sampled codes, int64 [B, K, T]; `changes` are of the library's arguments."""
         return self.model.generate(
             self.begin,
             encoder_hidden_states=self.condition,
             # Keys and values of the condition are computed once.
             past_key_values=EncoderDecoderCache(DynamicCache(), DynamicCache()),
             max_length=self.frames + CODEBOOKS,
-            do_sample=True,
-            top_k=0,
-            temperature=TEMPERATURE,
             num_return_sequences=1,  # transformers 5.23 fails without
+            **SAMPLING | changes,
         )
 
     def logits(self, model: torch.nn.Module, codes: torch.Tensor) -> torch.Tensor:
@@ -131,15 +130,13 @@ class Plain:
         )
         self.begin = torch.zeros(row.batch, 1, dtype=torch.int64)
 
-    def sample(self) -> torch.Tensor:
-        """Returns sampled codes, int64 [B, S]."""
+    def sample(self, **changes: object) -> torch.Tensor:
+        """Returns sampled codes, int64 [B, S]; `changes` are of the library's arguments."""
         ids = self.model.generate(
             self.begin,
             attention_mask=torch.ones_like(self.begin),
             max_new_tokens=self.length,
-            do_sample=True,
-            top_k=0,
-            temperature=TEMPERATURE,
+            **SAMPLING | changes,
         )
         return ids[:, 1:]
 
