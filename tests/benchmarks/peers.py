@@ -19,6 +19,9 @@ the process. Compile seconds are of all functions of the row, without a cache.
 PyTorch may have an environment of its own, which --torch_python names:
 
     python -m venv peers_env && peers_env/bin/pip install 'torch>=2.13' 'transformers>=5.23'
+
+Its threads spin while they wait. On a machine with other work that makes it many times slower; set
+OMP_WAIT_POLICY=passive there. The load average is printed below the table.
 """
 
 import argparse
@@ -38,6 +41,7 @@ from startup import ROOT, checkout, environment
 
 HERE = Path(__file__).resolve().parent
 THIS = "this build"  # name of the checkout that the script is in
+HUGE_PAGES = os.environ.get("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
 PATIENCE = 10  # seconds until a process that should end is killed
 
 Figures = dict[str, list[float]]  # values of each turn, by the name of the figure
@@ -79,9 +83,13 @@ class Contestant:
         return re.sub(r"\W", "_", self.name)
 
     def environment(self, cache: Path) -> dict[str, str]:
-        """Returns the environment of its process, without a cache of compiled functions."""
+        """Returns the environment of its process, without a cache of compiled functions.
+
+        Memory comes in huge pages, as launch/quickstart.sh has it.
+        """
         paths = os.pathsep.join(map(str, self.paths))
-        return environment(ROOT, cache) | {"PYTHONPATH": paths}
+        variables = {"PYTHONPATH": paths, "GLIBC_TUNABLES": HUGE_PAGES}
+        return environment(ROOT, cache) | variables
 
 
 def check_revision(name: str) -> None:
@@ -155,6 +163,7 @@ def processes(
     started: dict[str, Process] = {}
     try:
         for contestant in contestants:
+            print(f"{row}: {contestant.name} gets ready", file=sys.stderr, flush=True)
             started[contestant.name] = Process(contestant, row, scratch)
         yield started
     finally:
@@ -237,9 +246,13 @@ def report(
     ready: Mapping[Row, Mapping[str, Mapping[str, Any]]],
     repeats: int,
 ) -> None:
-    """Prints the table, and below it the versions and the weights."""
+    """Prints the table, and below it how it was measured, versions and weights."""
     print("\n".join(table(names, measured)))
-    print(f"\nThe least of {repeats} turns, float32, {len(os.sched_getaffinity(0))} cores.")
+    cores, policy = len(os.sched_getaffinity(0)), os.environ.get("OMP_WAIT_POLICY", "not set")
+    print(
+        f"\nThe least of {repeats} turns, float32, {cores} cores, OMP_WAIT_POLICY {policy}; load "
+        f"average of the last minutes {', '.join(f'{load:.1f}' for load in os.getloadavg())}."
+    )
     for name in names:
         versions = {version for each in ready.values() for version in each[name]["versions"]}
         weights = {str(row): f"{each[name]['weights'] / 1e6:.2f} M" for row, each in ready.items()}
