@@ -67,18 +67,17 @@ def reinforcing(row: Row) -> Pipeline:
 
     def update(state: Any, weights: Any, mulan: jax.Array, sampled: Any, reward: jax.Array) -> Any:
         rollout = Rollout((), (), mulan, *sampled, (), ())
-        state, metrics = learner.update(state, weights, rollout, reward)
-        # The next draw is by the new policy.
-        return state, state.policy, metrics
+        return learner.update(state, weights, rollout, reward)
 
     inputs = "state", "learner's weights", "mulan", "sampled", "reward"
     stages = [
-        *draw.stages,
+        Stage("draw", lambda state: unstacked(state.policy), ("state",), ("weights",)),
+        draw.stages[-1],
         Stage("update", copy, ("state", "anchor"), ("learner's weights",)),
-        Stage("update", update, inputs, ("state", "policy", "metrics"), donates=True),
+        Stage("update", update, inputs, ("state", "metrics"), donates=True),
     ]
-    values = {
-        **draw.values,
+    values = {name: value for name, value in draw.values.items() if name != "policy"}
+    values |= {
         "state": jax_models.first_rl_state(shapes, KL_STRENGTH),
         "anchor": draw.values["policy"],
         "reward": np.linspace(0.0, 1.0, row.batch, dtype=np.float32),

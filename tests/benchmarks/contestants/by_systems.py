@@ -158,23 +158,27 @@ def reinforcing(row: Row) -> Pipeline:
     learner = Learner(system, config)
     shapes = meta.unbox(jax.eval_shape(learner.create, jax.random.key(0)))
 
+    sampling_copy, sample = draw.stages
+
+    def copy_policy(state: Any, frozen: Any) -> Any:
+        return sampling_copy.function(state.policy, frozen)
+
     def copy(state: Any, anchor: Any) -> Any:
         # The update donates the state.
         return jax.tree.map(jnp.copy, learner.compute_copy(state, anchor))
 
     def update(state: Any, weights: Any, condition: Any, sampled: Any, reward: jax.Array) -> Any:
-        state, metrics = learner.update(state, weights, Rollout(condition, sampled, (), ()), reward)
-        # The next draw is by the new policy.
-        return state, state.policy, metrics
+        return learner.update(state, weights, Rollout(condition, sampled, (), ()), reward)
 
     inputs = "state", "learner's weights", "condition", "sampled", "reward"
     stages = [
-        *draw.stages,
+        dataclasses.replace(sampling_copy, function=copy_policy, inputs=("state", "frozen")),
+        sample,
         Stage("update", copy, ("state", "anchor"), ("learner's weights",)),
-        Stage("update", update, inputs, ("state", "policy", "metrics"), donates=True),
+        Stage("update", update, inputs, ("state", "metrics"), donates=True),
     ]
-    values = {
-        **draw.values,
+    values = {name: value for name, value in draw.values.items() if name != "policy"}
+    values |= {
         "state": jax_models.first_rl_state(shapes, KL_STRENGTH),
         "anchor": draw.values["policy"],
         "reward": np.linspace(0.0, 1.0, row.batch, dtype=np.float32),
