@@ -79,12 +79,15 @@ def test_the_peer_scores_what_it_samples(row):
     pytest.importorskip("torch", reason="pip install -e '.[parity]'")
     from contestants import by_transformers
 
-    # Greedy codes are the likeliest codes given those before them.
+    # Greedy codes are the likeliest codes given those before them. Larger weights make them differ.
     work = by_transformers.work(row)
     decoder = work.decoder
+    for model in (decoder.model, work.anchor):
+        for weights in model.parameters():
+            weights.data *= 8 if weights.ndim > 1 else 1
     codes = decoder.sample(do_sample=False, top_k=None, temperature=None)
     likeliest = decoder.logits(decoder.model, codes).argmax(-1)
-    assert (likeliest == codes).all()
+    assert (likeliest == codes).all() and len(codes.unique()) > 3
 
     # A policy that is its anchor has no KL; sampling differs from clip to clip.
     work.sampled = decoder.sample()

@@ -73,15 +73,17 @@ class Music:
             )
         )
         self.model.generation_config.decoder_start_token_id = self.codes
-        self.condition = torch.zeros(row.batch, CONDITIONS, width)
+        self.condition = torch.randn(row.batch, CONDITIONS, width)
         self.begin = torch.full((row.batch * CODEBOOKS, 1), self.codes)
 
     def sample(self, **changes: object) -> torch.Tensor:
         """Returns sampled codes, int64 [B, K, T]; `changes` are of the library's arguments."""
         return self.model.generate(
             self.begin,
+            # Without it, transformers 5.23 masks the first column, which is padding.
+            attention_mask=torch.ones(len(self.condition), 1, dtype=torch.int64),
             encoder_hidden_states=self.condition,
-            # Keys and values of the condition are computed once.
+            # Its default cache takes keys of the condition for keys of the past, once a column.
             past_key_values=EncoderDecoderCache(DynamicCache(), DynamicCache()),
             max_length=self.frames + CODEBOOKS,
             num_return_sequences=1,  # transformers 5.23 fails without
