@@ -55,6 +55,7 @@ DATA_SIZES = (
     ("mulan_levels", "mulan", "levels"),
     ("mulan_codes", "mulan", "codes"),
 )
+JOINED = ("cpu",)  # platforms on which sampling uses joined weights
 # Frames whose codes are scored together, by platform; others score whole clips. A gradient then
 # holds the activations of so many frames, and computes them again. On a TPU this takes longer.
 FRAME_BLOCK = {"cpu": 32}
@@ -100,6 +101,8 @@ class MusicLMSystem(MusicSystem):
       vocabulary: content of MuLan's tokenizer file.
       lanes: lanes of a vector register; see `models.transformer.Transformer`.
       looped: whether frozen networks scan over stacked layers, which compiles faster.
+      joined: whether sampling uses weights that are `layers.joined`. A tensor axis of the mesh cannot
+        divide their products, and on a TPU they are copied in each step.
       fused: whether attention over whole clips is `models.fused_attention`.
       frame_block: frames whose codes are scored together, to save memory; None for whole clips.
       remat: whether gradients recompute activations, to save memory.
@@ -125,6 +128,7 @@ class MusicLMSystem(MusicSystem):
     vocabulary: bytes = b""
     lanes: int = 1
     looped: bool = False
+    joined: bool = False
     fused: bool = False
     frame_block: int | None = None
     remat: bool = False
@@ -192,20 +196,22 @@ class MusicLMSystem(MusicSystem):
             self,
             lanes=LANES.get(platform, 1),
             looped=platform in LOOPED,
+            joined=platform in JOINED,
             fused=platform in FUSED,
             frame_block=FRAME_BLOCK.get(platform),
             remat=remat,
         )
 
     def compute_copy(self, weights: Weights, dtype: str) -> Weights:
-        """Separates the policy's layers and joins its weights for one-query products.
+        """Separates the policy's layers, and joins their weights if `joined`.
 
         Casts SoundStorm, and stacks frozen layers if looped.
         """
         frozen = dict(weights.frozen)
         if "soundstorm" in frozen:
             frozen["soundstorm"] = in_dtype(frozen["soundstorm"], dtype)
-        policy = joined(unstacked(weights.policy))
+        policy = unstacked(weights.policy)
+        policy = joined(policy) if self.joined else policy
         return Weights(policy, stacked(frozen) if self.looped else frozen)
 
     def data_layout(self) -> dict[str, int]:

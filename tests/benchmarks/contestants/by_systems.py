@@ -4,6 +4,8 @@ Legend: B clips, S tokens of a clip, V codes.
 """
 
 import dataclasses
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any, ClassVar
 
 import jax
@@ -25,8 +27,11 @@ from musicrl_jax.systems.sampling import SampledTokens, Sampling
 from musicrl_jax.systems.system import MusicSystem, Rollout, Weights
 
 SAMPLING = Sampling(TEMPERATURE)
-# Some checkouts join the weights of several products before sampling.
+# Some checkouts join the weights of several products before sampling, and have a sampler of codes.
 joined = getattr(layers, "joined", lambda weights: weights)
+categorical = find_spec("musicrl_jax.models.categorical") and import_module(
+    "musicrl_jax.models.categorical"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +83,7 @@ class PlainSystem(MusicSystem):
             allowed = sampling.allowed(logits)
             scores = sampling.log_distribution(logits, allowed)
             place_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, place)
-            code = jax.vmap(jax.random.categorical)(place_keys, scores).astype(jnp.int32)
+            code = sample_codes(place_keys, scores)
             sampled = SampledTokens(code, token_log_probs(scores, code), allowed)
             if beginning is not None:
                 code = jnp.where(place < beginning.length, beginning.tokens[:, place], code)
@@ -96,6 +101,13 @@ class PlainSystem(MusicSystem):
 
     def decode(self, frozen, codes):
         return jnp.zeros((len(codes), 1, 1))
+
+
+def sample_codes(keys: jax.Array, scores: jax.Array) -> jax.Array:
+    """Returns a code of each distribution f32 [B, V], int32 [B]."""
+    if not categorical:
+        return jax.vmap(jax.random.categorical)(keys, scores).astype(jnp.int32)
+    return categorical.sample_codes(scores, jax.vmap(lambda key: jax.random.uniform(key, 2))(keys))
 
 
 def system_of(row: Row, **parts: Any) -> MusicSystem:
