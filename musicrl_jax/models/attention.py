@@ -6,8 +6,6 @@ Legend: B rows, H heads, E width of a head, S queries, P keys.
 import jax
 import jax.numpy as jnp
 
-from musicrl_jax.core.precision import at_least_float32
-
 # A score that softmax turns into exactly 0 in float32.
 NEVER = -1e9
 
@@ -17,8 +15,8 @@ def attend(
 ) -> jax.Array:
     """Computes softmax(query key^T + bias) value.
 
-    The softmax is computed in float32. It divides the mixed values, which are fewer than the
-    weights: on a CPU that takes half the time.
+    Scores, softmax and sums are in float32. The softmax divides the mixed values, which are fewer
+    than the weights: on a CPU that takes half the time.
 
     Args:
       query: [B, H, S, E], scaled.
@@ -29,11 +27,12 @@ def attend(
     Returns:
       [B, S, H, E], in the dtype of `query`.
     """
-    scores = jnp.einsum("bhse,bhpe->bhsp", query, key)
+    wide = jnp.promote_types(query.dtype, jnp.float32)
+    scores = jnp.einsum("bhse,bhpe->bhsp", query, key, preferred_element_type=wide)
     if bias is not None:
-        scores = scores + bias.astype(scores.dtype)[None]
-    scores = at_least_float32(scores)
+        scores = scores + bias.astype(wide)[None]
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
-    mixed = jnp.einsum("bhsp,bhpe->bhse", weights.astype(value.dtype), value)
     total = weights.sum(axis=-1, keepdims=True)
-    return (at_least_float32(mixed) / total).astype(query.dtype).swapaxes(1, 2)
+    weights = weights.astype(value.dtype)
+    mixed = jnp.einsum("bhsp,bhpe->bhse", weights, value, preferred_element_type=wide)
+    return (mixed / total).astype(query.dtype).swapaxes(1, 2)

@@ -101,8 +101,8 @@ class MusicLMSystem(MusicSystem):
       vocabulary: content of MuLan's tokenizer file.
       lanes: lanes of a vector register; see `models.transformer.Transformer`.
       looped: whether frozen networks scan over stacked layers, which compiles faster.
-      joined: whether sampling uses weights that are `layers.joined`. A tensor axis of the mesh cannot
-        divide their products, and on a TPU they are copied in each step.
+      joined: whether sampling uses weights that are `layers.joined`. A mesh with a tensor axis
+        cannot divide their products, and on a TPU they are copied in each step.
       fused: whether attention over whole clips is `models.fused_attention`.
       frame_block: frames whose codes are scored together, to save memory; None for whole clips.
       remat: whether gradients recompute activations, to save memory.
