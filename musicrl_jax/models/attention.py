@@ -27,7 +27,7 @@ def attend(
     Returns:
       [B, S, H, E], in the dtype of `query`.
     """
-    wide = jnp.promote_types(query.dtype, jnp.float32)
+    wide = jnp.float64 if query.dtype == jnp.float64 else jnp.float32
     scores = jnp.einsum("bhse,bhpe->bhsp", query, key, preferred_element_type=wide)
     if bias is not None:
         scores = scores + bias.astype(wide)[None]

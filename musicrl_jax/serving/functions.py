@@ -78,8 +78,8 @@ class Functions:
           chips: devices that share the policy. Raises ValueError if they do not divide its axes.
           sizes: `text_name`, `frames` and `top_k`.
         """
-        # Any platform computes with the copy for a CPU.
-        plain = loaded.system.tuned("cpu")
+        # Any platform computes with the copy for a GPU: layers and their weights are separate.
+        plain = loaded.system.tuned("gpu")
         policy = Weights(in_dtype(loaded.policy, dtype), loaded.frozen)
         weights = plain.compute_copy(policy, dtype)
 

@@ -526,7 +526,7 @@ def test_chips_share_the_policy_and_draw_the_same(run, rewards, bundle, tmp_path
     for name, (one, *_) in pieces.items():
         if one.data.shape != shared.weights["draw"][name].shape:
             split.add(name)
-    shares = "qkv", "out", "gate_up", "down", "relative", "table", "head"
+    shares = "query", "key", "value", "out", "gate", "up", "down", "relative", "table", "head"
     policy = [name for name in pieces if name.startswith("policy/")]
     assert split == {name for name in policy if name.endswith(shares)}
     assert "split among 2 chips" in (folder / "README.md").read_text()
