@@ -195,6 +195,9 @@ class Block(nn.Module):
 
     config: TransformerConfig
     pack: int = 1  # heads in a pack of the cache, g
+    # Whether products are of matrices [B S, D]. XLA on a CPU then makes no transposed copies, but
+    # on a TPU it does.
+    flat: bool = False
 
     @nn.compact
     def __call__(
@@ -219,9 +222,10 @@ class Block(nn.Module):
         c = self.config
         ones = named_init(nn.initializers.ones, "embed")
 
-        # Attention. Rows of matrices [B S, D] need no transposed copies for the products.
+        # Attention.
         batch, length, _ = x.shape
-        x = sharding.by_row(x).reshape(batch * length, c.embed)
+        x = sharding.by_row(x)
+        x = x.reshape(batch * length, c.embed) if self.flat else x
         h = rms_norm(x, self.param("attention_norm", ones, (c.embed,)))
         to_heads = kernel_init("embed", "heads", "kv"), (c.embed, c.heads, c.head_width)
         query, key, value = (
@@ -245,13 +249,13 @@ class Block(nn.Module):
             mixed = attend_in_blocks(query, key, value, biases)
         from_heads = kernel_init("heads", "kv", "embed", fan_in_axes=2)
         out = self.param("out", from_heads, (c.heads, c.head_width, c.embed))
-        h = mixed.reshape(batch * length, c.embed) @ out.reshape(c.embed, c.embed)
+        h = jnp.tensordot(mixed.reshape(*x.shape[:-1], c.heads, c.head_width), out, axes=2)
         x = x + nn.Dropout(c.dropout)(h, deterministic=deterministic)
 
         # Gated feed-forward.
         h = rms_norm(x, self.param("mlp_norm", ones, (c.embed,)))
         to_mlp = kernel_init("embed", "mlp"), (c.embed, c.mlp)
-        gate, up = self._products(h, GATE_UP, *to_mlp)  # [B S, M] each
+        gate, up = self._products(h, GATE_UP, *to_mlp)  # [..., M] each
         down = self.param("down", kernel_init("mlp", "embed"), (c.mlp, c.embed))
         h = (jax.nn.gelu(gate) * up) @ down
         x = x + nn.Dropout(c.dropout)(h, deterministic=deterministic)
@@ -260,12 +264,13 @@ class Block(nn.Module):
     def _products(
         self, x: jax.Array, name: str, init: nn.initializers.Initializer, shape: tuple[int, ...]
     ) -> list[jax.Array]:
-        """Multiplies x [N, D] by several weights [D, ...], which may be joined: [N, ...] each."""
+        """Multiplies x [..., D] by several weights [D, ...], joined or not: [..., ...] each."""
         parts = JOINED[name]
         if self.has_variable("params", name):
-            weights = self.get_variable("params", name)
-            return jnp.split(x @ weights.reshape(len(weights), -1), len(parts), axis=1)
-        return [x @ self.param(part, init, shape).reshape(len(x.T), -1) for part in parts]
+            together = jnp.tensordot(x, self.get_variable("params", name), axes=1)
+            axis = x.ndim - 1
+            return [jnp.squeeze(y, axis) for y in jnp.split(together, len(parts), axis=axis)]
+        return [jnp.tensordot(x, self.param(part, init, shape), axes=1) for part in parts]
 
 
 class Transformer(nn.Module):
@@ -292,7 +297,8 @@ class Transformer(nn.Module):
         small = named_init(nn.initializers.normal(0.1), "heads", None)
         self.relative = self.param("relative", small, (c.heads, c.relative_buckets))
         pack = heads_per_pack(c, self.lanes)
-        self.blocks = [Block(c, pack, name=f"{BLOCK}{i}") for i in range(c.layers)]
+        flat = self.lanes == 1
+        self.blocks = [Block(c, pack, flat, name=f"{BLOCK}{i}") for i in range(c.layers)]
         ones = named_init(nn.initializers.ones, "embed")
         self.final_norm = self.param("final_norm", ones, (c.embed,))
 
@@ -358,7 +364,7 @@ class Transformer(nn.Module):
     ) -> jax.Array:
         """Applies all blocks by one `scan`, which compiles in a fraction of the time."""
         c = self.config
-        block = Block(c, parent=None)
+        block = Block(c, flat=self.lanes == 1, parent=None)
         if self.has_variable("params", LAYERS):
             weights = self.get_variable("params", LAYERS)
         else:
