@@ -1,20 +1,23 @@
 """Shared parts of the builders: configs of clips, and record files that are equal in any process.
 
-N is the number of samples of a clip.
+With Apache Beam the builders are pipelines, and without it generators of one machine. The examples
+and their order are the same. N is the number of samples of a clip.
 """
 
 import dataclasses
 import math
 import pathlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
 import tensorflow_datasets as tfds
+from etils import epath
 from tensorflow_datasets.core.naming import FilenameInfo
 
 from musicrl_jax.core import hosts
-from musicrl_jax.inputs import content
+from musicrl_jax.inputs import content, pipelines
 
 
 @dataclasses.dataclass(eq=False, kw_only=True)
@@ -41,6 +44,27 @@ class ClipConfig(tfds.core.BuilderConfig):
 class RepeatableWriter(tfds.core.writer.ExampleWriter):
     """Writes a record's features sorted by name. By default their order differs between processes.
 
+    Beam sends it to its processes.
+    """
+
+    def write(self, path, examples: Iterable[tuple[int, bytes]]):
+        """Writes a shard."""
+        return super().write(path, self._sorted(examples))
+
+    def _sorted(self, examples: Iterable[tuple[int, bytes]]) -> Iterator[tuple[int, bytes]]:
+        for key, record in examples:
+            hosts.stop_point()
+            example = tf.train.Example.FromString(record)
+            self._add(example)
+            yield key, example.SerializeToString(deterministic=True)
+
+    def _add(self, example: tf.train.Example) -> None:
+        """Takes note of an example, in the order in which they are written."""
+
+
+class HashingWriter(RepeatableWriter):
+    """Hashes a data set while this process alone writes it.
+
     Attributes:
         hashes: content hash of each split, over its shards in order.
     """
@@ -52,16 +76,11 @@ class RepeatableWriter(tfds.core.writer.ExampleWriter):
     def write(self, path, examples: Iterable[tuple[int, bytes]]):
         """Writes a shard. TFDS calls it for the shards of a split in order."""
         split = FilenameInfo.from_str(pathlib.Path(path).name).split
-        digest = self.hashes.setdefault(split, content.ContentHash())
+        self._digest = self.hashes.setdefault(split, content.ContentHash())
+        return super().write(path, examples)
 
-        def sorted_records() -> Iterator[tuple[int, bytes]]:
-            for key, record in examples:
-                hosts.stop_point()
-                example = tf.train.Example.FromString(record)
-                digest.add_example(example)
-                yield key, example.SerializeToString(deterministic=True)
-
-        return super().write(path, sorted_records())
+    def _add(self, example: tf.train.Example) -> None:
+        self._digest.add_example(example)
 
 
 class RepeatableBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -84,12 +103,34 @@ class RepeatableBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True)
             license=license,
         )
 
+    # --- the engine: Beam where it is installed ---
+
+    @property
+    def uses_beam(self) -> bool:
+        """Whether this build is a pipeline."""
+        return self._config.beam_options is not None or self._config.beam_runner is not None
+
+    @property
+    def beam_folder(self) -> epath.Path:
+        """Folder that all processes of this build share. It is gone from the finished data set."""
+        return self.data_path / "beam"
+
+    def mapped_by_beam(self, function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
+        """Yields function(item) for each item, in no order. Items and results are JSON."""
+        return pipelines.mapped(function, items, self.beam_folder, self._config)
+
     def _example_writer(self) -> RepeatableWriter:
-        self._writer = RepeatableWriter(self.info.file_format)
+        kind = RepeatableWriter if self.uses_beam else HashingWriter
+        self._writer = kind(self.info.file_format)
         return self._writer
 
     def _download_and_prepare(self, dl_manager, download_config) -> None:
-        super()._download_and_prepare(dl_manager, download_config)
+        self._config = pipelines.with_options(download_config)
+        super()._download_and_prepare(dl_manager, self._config)
         # TFDS renames its unfinished folder after this: a finished set always has its hashes.
-        hashes = {split: digest.hexdigest() for split, digest in self._writer.hashes.items()}
+        if self.uses_beam:
+            self.beam_folder.rmtree(missing_ok=True)
+            hashes = content.of_splits(self)
+        else:
+            hashes = {split: digest.hexdigest() for split, digest in self._writer.hashes.items()}
         content.write(self.data_path, hashes)

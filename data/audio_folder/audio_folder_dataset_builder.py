@@ -5,6 +5,7 @@ Read `Builder._split_generators` first. N is the number of samples of a clip.
 
 import collections
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -18,9 +19,10 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from musicrl_jax.core.progress import Progress
+from musicrl_jax.inputs import pipelines
 
 from ..records import ClipConfig, RepeatableBuilder
-from . import captions, recordings
+from . import captions, jobs, recordings
 from .streams import Unusable
 
 _AHEAD = 2**24  # samples of a file, 32 MiB, to read before its turn. The rest is read in its turn.
@@ -122,7 +124,14 @@ class Builder(RepeatableBuilder):
 
     @property
     def _folder(self) -> pathlib.Path:
-        return pathlib.Path(self.builder_config.folder).expanduser()
+        return self._settings.path()
+
+    @property
+    def _settings(self) -> jobs.Settings:
+        config = self.builder_config
+        return jobs.Settings(
+            config.folder, config.clip_seconds, config.sample_rate_hz, config.silence_share_limit
+        )
 
     @property
     def _table(self) -> pathlib.Path:
@@ -131,24 +140,27 @@ class Builder(RepeatableBuilder):
     def _generate_examples(
         self, split: str, rows: list[captions.Row], usable: dict[str, recordings.Recording]
     ):
-        config = self.builder_config
+        """Returns a split's examples: a transform of Beam, or a generator."""
+        if not self.uses_beam:
+            return self._generated(split, rows, usable)
+        from apache_beam import FlatMap
+
+        path = self.beam_folder / f"{split}.jsonl"
+        pairs = ([row, jobs.as_json(usable[row["file"]])] for row in rows)
+        pipelines.write_items(path, pairs)
+        cut = functools.partial(jobs.examples_of_pair, self._settings)
+        return pipelines.read_items(path) | "Cut" >> FlatMap(cut)
+
+    def _generated(
+        self, split: str, rows: list[captions.Row], usable: dict[str, recordings.Recording]
+    ) -> Iterator[jobs.Example]:
+        """Yields a split's examples, read by threads of this process."""
         clips_of_rows = _in_parallel(
             lambda row: self._clips(self._folder / row["file"], usable[row["file"]].peak), rows
         )
         pairs = zip(rows, clips_of_rows, strict=True)
         for row, clips in self._progress(pairs, f"{split} files", len(rows)):
-            for number, audio in enumerate(clips):
-                if usable[row["file"]].silence[number] > config.silence_share_limit:
-                    continue
-                name = f"{row['id']}-{number:04d}"
-                place = {"file": row["file"], "start_seconds": number * config.clip_seconds}
-                example = {
-                    "audio": audio,
-                    "caption": row["caption"],
-                    "id": name,
-                    "attributes": json.dumps(place),
-                }
-                yield name, example
+            yield from jobs.examples(self._settings, row, usable[row["file"]], clips)
 
     # --- checks before a build ---
 
@@ -192,25 +204,16 @@ class Builder(RepeatableBuilder):
     ) -> tuple[dict[str, recordings.Recording], dict[str, Unusable]]:
         """Returns the measurements of each usable file, and the fault of each other one."""
         usable, skipped = {}, {}
-        outcomes = _in_parallel(lambda file: self._examine(self._folder / file), files)
+        if self.uses_beam:
+            examine = functools.partial(jobs.examined_as_json, self._settings)
+            results = dict(self.mapped_by_beam(examine, files))
+            outcomes = (jobs.from_json(results[file]) for file in files)
+        else:
+            outcomes = _in_parallel(functools.partial(jobs.examined, self._settings), files)
         pairs = zip(files, outcomes, strict=True)
         for file, outcome in self._progress(pairs, "files checked", len(files)):
             (skipped if isinstance(outcome, Unusable) else usable)[file] = outcome
         return usable, skipped
-
-    def _examine(self, path: pathlib.Path) -> recordings.Recording | Unusable:
-        config = self.builder_config
-        try:
-            recording = recordings.examine(path, config.clip_seconds, config.sample_rate_hz)
-        except Unusable as unusable:
-            return unusable
-        if min(recording.silence) > config.silence_share_limit:
-            reason = (
-                f"more than {config.silence_share_limit:.0%} of each clip is silence or a "
-                "constant: record it again, or build with a greater silence_share_limit"
-            )
-            return Unusable(reason, f"{len(recording.silence)} clips")
-        return recording
 
     def _splits(self, usable: dict[str, recordings.Recording]) -> dict[str, str]:
         """Returns the split of each file. Copies of a recording share a split."""
@@ -265,18 +268,9 @@ class Builder(RepeatableBuilder):
 
     def _clips(self, path: pathlib.Path, peak: np.float32) -> Iterator[np.ndarray]:
         """Returns an iterator over a file's clips. Reads the first ones at once."""
-        clips = self._read(path, peak)
+        clips = jobs.read(self._settings, path, peak)
         count = max(1, _AHEAD // self.builder_config.samples)
         return itertools.chain(list(itertools.islice(clips, count)), clips)
-
-    def _read(self, path: pathlib.Path, peak: np.float32) -> Iterator[np.ndarray]:
-        config = self.builder_config
-        try:
-            yield from recordings.read_clips(path, config.clip_seconds, config.sample_rate_hz, peak)
-        except Unusable as unusable:
-            raise ValueError(
-                f"{path} changed since it was checked: {unusable}; build again"
-            ) from unusable
 
 
 def _in_parallel(function: Callable, items: Iterable) -> Iterator:

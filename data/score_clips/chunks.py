@@ -1,5 +1,10 @@
 """Jobs of the worker processes. Imports no TFDS, so that workers start quickly."""
 
+import dataclasses
+import json
+from collections.abc import Iterator
+from typing import Any
+
 import numpy as np
 
 from . import captions, clips, render, scores
@@ -28,3 +33,32 @@ def rendered(
         words = np.random.default_rng([seed, *split.encode(), index, _WORDS])
         results.append((clip, audio, captions.caption(clip.attributes, words)))
     return results
+
+
+def example(clip: clips.Clip, audio: np.ndarray, caption: str) -> tuple[str, dict[str, Any]]:
+    """Returns the key and the features of a rendered clip."""
+    features = {
+        "audio": audio,
+        "caption": caption,
+        "id": clip.id,
+        "attributes": json.dumps(clip.attributes),
+        "notes": json.dumps(clip.notes),
+    }
+    return clip.id, features
+
+
+# --- the same for Beam, whose processes pass on JSON ---
+
+
+def as_json(piece: scores.Piece, indices: list[int]) -> list[Any]:
+    """Returns an item of `examples`: clips of one piece, by their indices in the split."""
+    return [dataclasses.asdict(piece), indices]
+
+
+def examples(item: list[Any], *arguments) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields (key, features) for each clip of an item. `arguments` are those of `rendered`."""
+    fields, indices = item
+    piece = scores.Piece(**fields | {"notes": tuple(map(tuple, fields["notes"]))})
+    for index in indices:
+        for result in rendered([(index, piece)], *arguments):
+            yield example(*result)

@@ -15,6 +15,7 @@ import joblib
 import tensorflow_datasets as tfds
 
 from musicrl_jax.core.progress import Progress
+from musicrl_jax.inputs import pipelines
 
 from ..records import ClipConfig, RepeatableBuilder
 from . import chunks, scores
@@ -171,29 +172,31 @@ class Builder(RepeatableBuilder):
         return {split: self._generate_examples(split, pieces[split]) for split in SPLITS}
 
     def _generate_examples(self, split: str, pieces: list[scores.Piece]):
+        """Returns a split's examples: a transform of Beam, or a generator."""
         config = self.builder_config
-        # Clips take the pieces of the split in turn.
-        total = getattr(config, split)
-        jobs = [(index, pieces[index % len(pieces)]) for index in range(total)]
-        clips = self._in_parallel(
-            chunks.rendered,
-            jobs,
-            split,
-            config.seed,
-            config.clip_seconds,
-            config.sample_rate_hz,
+        settings = (
+            *(split, config.seed, config.clip_seconds, config.sample_rate_hz),
             config.instruments,
         )
-        label = f"score_clips/{config.name} {split} clips"
-        for clip, audio, caption in Progress(clips, label, total):
-            example = {
-                "audio": audio,
-                "caption": caption,
-                "id": clip.id,
-                "attributes": json.dumps(clip.attributes),
-                "notes": json.dumps(clip.notes),
-            }
-            yield clip.id, example
+        # Clips take the pieces of the split in turn.
+        total = getattr(config, split)
+        if not self.uses_beam:
+            jobs = [(index, pieces[index % len(pieces)]) for index in range(total)]
+            return self._generated(jobs, settings)
+        from apache_beam import FlatMap
+
+        path = self.beam_folder / f"{split}.jsonl"
+        pipelines.write_items(path, _items(pieces, total))
+        return pipelines.read_items(path) | "Render" >> FlatMap(chunks.examples, *settings)
+
+    def _generated(
+        self, jobs: list[tuple[int, scores.Piece]], settings: tuple
+    ) -> Iterator[tuple[str, dict]]:
+        """Yields a split's examples, rendered by processes of this machine."""
+        clips = self._in_parallel(chunks.rendered, jobs, *settings)
+        label = f"score_clips/{self.builder_config.name} {settings[0]} clips"
+        for result in Progress(clips, label, len(jobs)):
+            yield chunks.example(*result)
 
     # --- pieces and parallel work ---
 
@@ -243,6 +246,14 @@ class Builder(RepeatableBuilder):
         return itertools.chain.from_iterable(
             parallel(joblib.delayed(cached)(chunk, *arguments) for chunk in chunked)
         )
+
+
+def _items(pieces: list[scores.Piece], total: int) -> Iterator[list]:
+    """Yields items for Beam: at most _CHUNK clips of one piece each."""
+    for number, piece in enumerate(pieces):
+        indices = list(range(number, total, len(pieces)))
+        for at in range(0, len(indices), _CHUNK):
+            yield chunks.as_json(piece, indices[at : at + _CHUNK])
 
 
 def _check_space(folder, needed: int) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from musicrl_jax.core import extras, hosts, lock, shipped
 from musicrl_jax.core.files import remove_abandoned
-from musicrl_jax.inputs import content
+from musicrl_jax.inputs import content, pipelines
 
 if TYPE_CHECKING:
     import tensorflow_datasets as tfds
@@ -22,7 +22,12 @@ TYPES = {str: str, bool: bool, int: int, float: (int, float)}
 NEEDED_BY_BUILDERS = "joblib", "midirenderer", "music21", "pretty_midi", "soxr"  # of data/
 
 
-def prepare(builder: str, config: str | Mapping[str, Any], data_dir: str) -> str:
+def prepare(
+    builder: str,
+    config: str | Mapping[str, Any],
+    data_dir: str,
+    beam_pipeline_options: str = "",
+) -> str:
     """Builds a data set, unless it exists, and returns its name for `Clips.datasets`.
 
     A new set has a content.json with the hash of each split (`content.py`).
@@ -32,16 +37,22 @@ def prepare(builder: str, config: str | Mapping[str, Any], data_dir: str) -> str
       config: the name of one of the builder's own configs, or the fields of a new one:
         {'name': 'mine', 'folder': '~/music', ...}.
       data_dir: the folder of prepared sets.
+      beam_pipeline_options: options of Apache Beam, separated by commas, for the builders in data/:
+        'direct_num_workers=4', 'runner=FlinkRunner,flink_master=localhost:8081'. Without them, Beam
+        uses all cores of this machine; where Beam is not installed, the builder does.
 
     Raises:
       FileNotFoundError: if there is no such builder.
-      ValueError: if there is no such config or field.
+      ModuleNotFoundError: if Beam is not installed and has options.
+      ValueError: if there is no such config or field, or no build works on Beam's runner.
       OSError: if the disk is full. An unfinished set never counts as a finished one.
     """
     # Before the builder, which imports TensorFlow too.
     from musicrl_jax.inputs import tasks
+    from musicrl_jax.inputs.libraries import tensorflow_datasets as tfds
 
     module = _module(builder)
+    options = pipelines.options(beam_pipeline_options) if beam_pipeline_options else None
     try:
         tfds_builder = module.Builder(
             config=_config(module, config), data_dir=Path(data_dir).expanduser()
@@ -50,7 +61,10 @@ def prepare(builder: str, config: str | Mapping[str, Any], data_dir: str) -> str
         with lock.locked(folder.parent):
             remove_abandoned(folder.parent, "incomplete.*")
             is_new = not folder.exists()
-            tfds_builder.download_and_prepare(file_format="array_record")
+            tfds_builder.download_and_prepare(
+                file_format="array_record",
+                download_config=tfds.download.DownloadConfig(beam_options=options),
+            )
             # The builders in data/ hash while they write.
             if is_new and not content.read(folder):
                 content.write(folder, content.of_splits(tfds_builder))
