@@ -80,6 +80,9 @@ setup(
         # Tests compare our models with their codecs, BERT and conformer.
         "parity": ["torch>=2.13", "transformers>=5.23"],
         "benchmark": ["locust>=2.40", "soxr>=1.0", "visqol-python>=3.8"],
+        # Beam needs protobuf below 7. Later wheels of sentencepiece hold code for protobuf 7, which
+        # they do not declare. launch/setup.sh gives this extra an environment of its own.
+        "beam": ["apache-beam>=2.77", "sentencepiece<0.2.2"],
         "tpu": ["jax[tpu]>=0.10.2"],
         # libtpu has the TPU compiler. Set JAX_PLATFORMS=cpu on a machine without a TPU.
         "plan": ["jax[tpu]>=0.10.2"],

@@ -7,6 +7,9 @@
 
 Needs `uv` on PATH (`pip install uv`). A line without `extra ==` is always installed. A line with it
 is installed only for that extra: pip skips it otherwise.
+
+Also writes launch/requirements-beam-PYTHON.txt: what the extra `beam` adds or needs in another
+version.
 """
 
 import argparse
@@ -22,6 +25,7 @@ ROOT = Path(__file__).parents[1]
 PYTHONS = ("3.11", "3.12")
 ALWAYS = ("data", "listeners", "report", "serve", "test")
 OPTIONAL = ("benchmark", "cuda", "parity", "plan", "tpu", "wandb")
+APART = ("beam",)  # each needs other versions of packages, so an environment of its own
 TOOLS = ("pip", "setuptools")  # they install the rest and build the project
 # PyTorch has another wheel on each platform, and one of them brings 3 GB of CUDA. It is therefore
 # pinned without a hash, only for the Python whose tests need it. Its own requirements are pinned
@@ -44,6 +48,11 @@ def main() -> None:
         before = "" if flags.upgrade or not path.exists() else path.read_text()
         path.write_text(locked(python, before))
         print(f"{path.relative_to(ROOT)}: {len(pins(path.read_text()))} packages")
+        for extra in APART:
+            other = path.with_name(f"requirements-{extra}-{python}.txt")
+            before = "" if flags.upgrade or not other.exists() else other.read_text()
+            other.write_text(differing(python, extra, path.read_text(), before))
+            print(f"{other.relative_to(ROOT)}: {len(pins(other.read_text()))} packages")
 
 
 def pins(text: str) -> dict[str, str]:
@@ -63,14 +72,13 @@ def locked(python: str, before: str) -> str:
     always = pins(resolved(python, ALWAYS, new))
     by_extra = {extra: pins(resolved(python, [*ALWAYS, extra], new)) for extra in OPTIONAL}
 
-    # An entry is several lines: its version and marker, then its hashes.
     lines = [
         f"# Written by launch/lock.py for Python {python}.\n"
         "# `pip install --require-hashes -r` takes the lines without `extra ==`: the package and\n"
         f"# the extras {', '.join(ALWAYS)}.\n"
         "# `launch/setup.sh EXTRA` also takes the lines of that extra.\n"
     ]
-    for entry in filter(str.strip, re.split(r"(?m)^(?=[A-Za-z0-9])", everything)):
+    for entry in entries(everything):
         (name,) = pins(entry)
         extras = sorted(extra for extra, names in by_extra.items() if name in names)
         lines.append(entry if name in always else for_extras(entry, extras))
@@ -78,6 +86,31 @@ def locked(python: str, before: str) -> str:
         version = pins(before).get(TORCH) or latest_torch(python)
         lines.append(f"{TORCH}=={version} ; extra == 'parity-without-hash'\n")
     return "".join(lines)
+
+
+def differing(python: str, extra: str, base: str, before: str) -> str:
+    """Returns the entries of an extra that replace entries of a Python's file, or add to them.
+
+    Args:
+      python: a version, as "3.11".
+      extra: one of APART.
+      base: the Python's file.
+      before: an earlier result, or "".
+    """
+    old = {name: version for name, version in pins(base).items() if name != TORCH} | pins(before)
+    everything = resolved(python, [*ALWAYS, extra], old, "--generate-hashes")
+    lines = [
+        f"# Written by launch/lock.py for Python {python}: what the extra {extra} adds to\n"
+        f"# requirements-{python}.txt or needs in another version. `launch/setup.sh {extra}`\n"
+        "# merges both.\n"
+    ]
+    kept = set(entries(base))
+    return "".join([*lines, *(entry for entry in entries(everything) if entry not in kept)])
+
+
+def entries(text: str) -> list[str]:
+    """Returns the entries of a requirements file: several lines each, with version and hashes."""
+    return [entry for entry in re.split(r"(?m)^(?=[A-Za-z0-9])", text) if pins(entry)]
 
 
 def for_extras(entry: str, extras: list[str]) -> str:

@@ -3,13 +3,18 @@
 #   launch/test.sh         lint, and the tests of a change: a quarter of an hour on two cores
 #   launch/test.sh unit    lint, and the tests that compile no model: two minutes
 #   launch/test.sh all     the slow ones as well: several hosts, whole runs, a browser, the TPU's compiler
+#   launch/test.sh beam    those of Apache Beam, in .venv-beam: four minutes
 set -euo pipefail
 cd "$(dirname "$0")/.."
 which=${1:-change}
 case $which in
+  beam)
+    launch/setup.sh beam
+    exec env JAX_PLATFORMS=cpu .venv-beam/bin/python -m pytest --durations=20 tests/data/beam_test.py
+    ;;
   unit) tests=unit ;;
   change | all) tests="not slow" ;;
-  *) echo "test.sh: '$which' is none of unit, change and all" >&2 && exit 2 ;;
+  *) echo "test.sh: '$which' is none of unit, change, all and beam" >&2 && exit 2 ;;
 esac
 launch/setup.sh
 

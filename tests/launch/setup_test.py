@@ -14,7 +14,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[2]
 LOCK = runpy.run_path(str(ROOT / "launch/lock.py"))
-FILES = sorted((ROOT / "launch").glob("requirements-*.txt"))
+FILES = sorted((ROOT / "launch").glob("requirements-[0-9]*.txt"))
 HERE = ROOT / f"launch/requirements-{sys.version_info.major}.{sys.version_info.minor}.txt"
 UNHASHED = "torch"
 # A fake python3. It records its arguments and does nothing else.
@@ -22,7 +22,7 @@ PYTHON = """#!/usr/bin/env bash
 echo "$@" >> "$CALLS"
 case "$*" in
   *version_info[[]:2]*) echo 3.11 ;;
-  "-m venv --clear .venv") mkdir -p .venv/bin && cp "$0" .venv/bin/python ;;
+  "-m venv --clear "*) mkdir -p "$4/bin" && cp "$0" "$4/bin/python" ;;
   *"$FAILS"*) exit 3 ;;
 esac
 """
@@ -65,8 +65,11 @@ def test_every_requirement_of_every_extra_is_pinned_with_its_hashes(path):
     assert {name for name, (_, hashes) in pinned.items() if not hashes} <= {UNHASHED}
     assert not re.search(r"https?:|file:|--(extra-)?index|--find-links", path.read_text())
     extras = {"": arguments["install_requires"], **arguments["extras_require"]}
-    assert set(arguments["extras_require"]) == {*LOCK["ALWAYS"], *LOCK["OPTIONAL"]}
+    known = {*LOCK["ALWAYS"], *LOCK["OPTIONAL"], *LOCK["APART"]}
+    assert set(arguments["extras_require"]) == known
     for extra, requirements in extras.items():
+        if extra in LOCK["APART"]:
+            continue
         for text in [*requirements, *LOCK["TOOLS"]]:
             required = Requirement(text)
             name = canonicalize_name(required.name)
@@ -77,6 +80,22 @@ def test_every_requirement_of_every_extra_is_pinned_with_its_hashes(path):
             assert required.specifier.contains(version), (extra, text, version)
             condition = extra if extra in LOCK["OPTIONAL"] else ""
             assert applies(requirement, condition), f"{extra}: {text} is left out: {requirement}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_an_environment_of_its_own_fits_its_extra_and_the_package(path):
+    arguments = setup_arguments()
+    for extra in LOCK["APART"]:
+        own = path.with_name(path.name.replace("-", f"-{extra}-", 1))
+        assert all(hashes for _, hashes in entries(own).values())
+        assert not re.search(r"https?:|file:|--(extra-)?index|--find-links", own.read_text())
+        pinned = entries(path) | entries(own)
+        texts = arguments["install_requires"] + arguments["extras_require"][extra]
+        for required in map(Requirement, texts):
+            (version,) = (
+                each.version for each in pinned[canonicalize_name(required.name)][0].specifier
+            )
+            assert required.specifier.contains(version), (required, version)
 
 
 def test_requirements_of_pinned_packages_are_pinned():
@@ -129,6 +148,8 @@ def checkout(tmp_path, processes):
         shutil.copy(ROOT / name, folder / name)
     # The fake says that it is Python 3.11.
     shutil.copy(HERE, folder / "launch/requirements-3.11.txt")
+    beam = HERE.with_name(HERE.name.replace("-", "-beam-", 1))
+    shutil.copy(beam, folder / "launch/requirements-beam-3.11.txt")
     for name in ("python3", "apt-get", "chromedriver", "faketime"):
         path = tmp_path / "bin" / name
         path.parent.mkdir(exist_ok=True)
@@ -186,6 +207,32 @@ def test_setup_installs_pinned_packages_first_and_then_the_project_alone(checkou
     assert (status, calls) == (1, []) and "setup.py has no extra 'plans'" in error
 
 
+def test_beam_gets_an_environment_of_its_own_with_the_versions_it_needs(checkout):
+    folder, run = checkout
+    pinned = "-m pip install --quiet --require-hashes --no-build-isolation --requirement"
+    status, calls, error = run("launch/setup.sh", "beam")
+    assert (status, error) == (0, "") and not (folder / ".venv").exists()
+    assert calls[0] == "-m venv --clear .venv-beam"
+    assert calls[2:] == [
+        f"{pinned} .venv-beam/requirements.txt",
+        "-m pip install --quiet --no-deps --no-build-isolation --editable .",
+    ]
+    assert run("launch/setup.sh", "beam") == (0, [], "")
+    merged = entries(
+        folder / ".venv-beam/requirements.txt"
+    )  # raises for a name that is there twice
+    own = entries(folder / "launch/requirements-beam-3.11.txt")
+    others = entries(folder / "launch/requirements-3.11.txt")
+    assert {str(entry) for entry in merged.values()} == {
+        str(entry) for entry in (others | own).values()
+    }
+    # Another extra in the same environment has its versions.
+    (call,) = run("launch/setup.sh", "beam", "plan")[1]
+    assert call == f"{pinned} .venv-beam/requirements-plan.txt"
+    plan = entries(folder / ".venv-beam/requirements-plan.txt")
+    assert str(plan["protobuf"][0]) == str(own["protobuf"][0])
+
+
 def test_a_failed_setup_starts_again(checkout):
     _, run = checkout
     assert run("launch/setup.sh", fails="--require-hashes")[0] == 3
@@ -216,7 +263,9 @@ def test_the_tests_of_a_change_are_one_part(words, tests, checkout):
 def test_an_unknown_choice_of_tests_is_refused(checkout):
     _, run = checkout
     status, calls, error = run("launch/test.sh", "quick")
-    assert status == 2 and not calls and "'quick' is none of unit, change and all" in str(error)
+    assert (
+        status == 2 and not calls and "'quick' is none of unit, change, all and beam" in str(error)
+    )
 
 
 # --- licences ---
