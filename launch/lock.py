@@ -104,8 +104,8 @@ def differing(python: str, extra: str, base: str, before: str) -> str:
         f"# requirements-{python}.txt or needs in another version. `launch/setup.sh {extra}`\n"
         "# merges both.\n"
     ]
-    kept = set(entries(base))
-    return "".join([*lines, *(entry for entry in entries(everything) if entry not in kept)])
+    pinned = set(entries(base))
+    return "".join([*lines, *(entry for entry in entries(everything) if entry not in pinned)])
 
 
 def entries(text: str) -> list[str]:

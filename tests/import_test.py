@@ -39,6 +39,7 @@ HOMES = {
     "tensorflow": {"inputs"},
     "seqio": {"inputs"},
     "tensorflow_datasets": {"inputs"},
+    "apache_beam": {"inputs"},
     "sentencepiece": {"inputs"},
     "tokenizers": {"inputs"},
     "safetensors": {"core/tensors.py", "inputs", "pack.py", "serving"},

@@ -65,8 +65,8 @@ def test_every_requirement_of_every_extra_is_pinned_with_its_hashes(path):
     assert {name for name, (_, hashes) in pinned.items() if not hashes} <= {UNHASHED}
     assert not re.search(r"https?:|file:|--(extra-)?index|--find-links", path.read_text())
     extras = {"": arguments["install_requires"], **arguments["extras_require"]}
-    known = {*LOCK["ALWAYS"], *LOCK["OPTIONAL"], *LOCK["APART"]}
-    assert set(arguments["extras_require"]) == known
+    names = {*LOCK["ALWAYS"], *LOCK["OPTIONAL"], *LOCK["APART"]}
+    assert set(arguments["extras_require"]) == names
     for extra, requirements in extras.items():
         if extra in LOCK["APART"]:
             continue
