@@ -5,8 +5,11 @@ and their order are the same. N is the number of samples of a clip.
 """
 
 import dataclasses
+import functools
 import math
+import os
 import pathlib
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -14,6 +17,7 @@ import numpy as np
 import tensorflow as tf
 import tensorflow_datasets as tfds
 from etils import epath
+from tensorflow_datasets.core.example_serializer import ExampleSerializer
 from tensorflow_datasets.core.naming import FilenameInfo
 
 from musicrl_jax.core import hosts
@@ -41,6 +45,43 @@ class ClipConfig(tfds.core.BuilderConfig):
                 )
 
 
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """A record in a file of this build. Its length is the record's."""
+
+    path: str
+    start: int
+    size: int
+
+    def __len__(self) -> int:
+        return self.size
+
+    def read(self) -> bytes:
+        """Returns the record."""
+        with open(self.path, "rb") as file:
+            file.seek(self.start)
+            return file.read(self.size)
+
+
+class SpillingWriter(tfds.core.writer.BeamWriter):
+    """Passes the places of records from one of Beam's processes to another, not the records.
+
+    For runners on one machine: they hold all that they pass on in memory.
+    """
+
+    def __init__(self, folder: str, **settings):
+        super().__init__(**settings)
+        self._original_state["folder"] = folder  # all that BeamWriter sends to a process
+        self._path = os.path.join(folder, f"records-{uuid.uuid4().hex}")  # of this process alone
+
+    def _serialize_example(self, key_example: tuple[Any, Any]) -> tuple[Any, Place]:
+        key, record = super()._serialize_example(key_example)
+        with open(self._path, "ab") as file:
+            place = Place(self._path, file.tell(), len(record))
+            file.write(record)
+        return key, place
+
+
 class RepeatableWriter(tfds.core.writer.ExampleWriter):
     """Writes a record's features sorted by name. By default their order differs between processes.
 
@@ -51,10 +92,11 @@ class RepeatableWriter(tfds.core.writer.ExampleWriter):
         """Writes a shard."""
         return super().write(path, self._sorted(examples))
 
-    def _sorted(self, examples: Iterable[tuple[int, bytes]]) -> Iterator[tuple[int, bytes]]:
+    def _sorted(self, examples: Iterable[tuple[int, bytes | Place]]) -> Iterator[tuple[int, bytes]]:
         for key, record in examples:
             hosts.stop_point()
-            example = tf.train.Example.FromString(record)
+            serialized = record.read() if isinstance(record, Place) else record
+            example = tf.train.Example.FromString(serialized)
             self._add(example)
             yield key, example.SerializeToString(deterministic=True)
 
@@ -84,7 +126,10 @@ class HashingWriter(RepeatableWriter):
 
 
 class RepeatableBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """Builds clip sets with the same bytes in any process, and content.json with their hashes."""
+    """Builds clip sets with the same examples in any process, and content.json with their hashes.
+
+    Without Beam their files have the same bytes too.
+    """
 
     def clip_info(
         self, *texts: str, metadata: dict[str, object], license: str | None = None
@@ -124,6 +169,44 @@ class RepeatableBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True)
         self._writer = kind(self.info.file_format)
         return self._writer
 
+    def _generate_splits(self, dl_manager, download_config) -> Sequence[tfds.core.SplitInfo]:
+        """Writes the splits as TFDS does, with SpillingWriter where Beam runs on this machine."""
+        if not self.uses_beam or not pipelines.is_local(download_config):
+            return super()._generate_splits(dl_manager, download_config)
+        import apache_beam as beam
+
+        features, infos, writers = self.info.features, [], {}
+        serializer = ExampleSerializer(features.get_serialized_info())
+        transforms = self._split_generators(dl_manager)
+        self.beam_folder.mkdir(parents=True, exist_ok=True)
+        with pipelines.pipeline(download_config) as pipeline:
+            for split, transform in transforms.items():
+                writers[split] = writer = SpillingWriter(
+                    str(self.beam_folder),
+                    serializer=serializer,
+                    filename_template=self._get_filename_template(split_name=split),
+                    hash_salt=split,
+                    disable_shuffling=False,
+                    example_writer=self._example_writer(),
+                    shard_config=download_config.get_shard_config(),
+                )
+                encode = functools.partial(_encoded, features.encode_example)
+                encoded = pipeline | split >> transform | f"{split}_encode" >> beam.Map(encode)
+                # A composite of its own: the writer's steps have the same names in each split.
+                write = beam.ptransform_fn(writer.write_from_pcollection)
+                _ = encoded | f"{split}_write" >> write()
+
+        # What was written.
+        for split, writer in writers.items():
+            lengths, size = writer.finalize()
+            template = self._get_filename_template(split_name=split)
+            infos.append(
+                tfds.core.SplitInfo(
+                    name=split, shard_lengths=lengths, num_bytes=size, filename_template=template
+                )
+            )
+        return infos
+
     def _download_and_prepare(self, dl_manager, download_config) -> None:
         self._config = pipelines.with_options(download_config)
         super()._download_and_prepare(dl_manager, self._config)
@@ -134,3 +217,8 @@ class RepeatableBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True)
         else:
             hashes = {split: digest.hexdigest() for split, digest in self._writer.hashes.items()}
         content.write(self.data_path, hashes)
+
+
+def _encoded(encode: Callable[[Any], Any], key_example: tuple[str, Any]) -> tuple[str, Any]:
+    key, example = key_example
+    return key, encode(example)

@@ -58,7 +58,7 @@ class Builder(RepeatableBuilder):
     """Builds clips: `audio` (int16 [N]), `caption`, `id` ("<row id>-<clip>"), `attributes` (JSON).
 
     Needs a config: none is built in. Names unusable files on stderr and, by reason, in skipped.json
-    of the data set. The bytes depend on the recordings and the config alone.
+    of the data set. The examples depend on the recordings and the config alone.
     """
 
     VERSION = tfds.core.Version("1.0.0")

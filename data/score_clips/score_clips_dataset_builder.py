@@ -67,9 +67,9 @@ class ScoreClipsConfig(ClipConfig):
 class Builder(RepeatableBuilder):
     """Builds clips: `audio` (int16 [N]), `caption`, `id`, `attributes` (JSON) and `notes` (JSON).
 
-    `notes` are rows [onset s, duration s, MIDI pitch, part], without the drums. The bytes depend on
-    the config alone, not on the number of cores. Build with file_format="array_record" for random
-    access.
+    `notes` are rows [onset s, duration s, MIDI pitch, part], without the drums. The examples depend
+    on the config alone, not on the number of cores. Build with file_format="array_record" for
+    random access.
     """
 
     VERSION = tfds.core.Version("1.1.0")

@@ -5,7 +5,10 @@ Beam is an extra of its own. A builder runs without it in one process group on o
 
 import importlib.util
 import json
+import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from musicrl_jax.core import extras
@@ -23,7 +26,6 @@ LOCAL = (
     "--runner=FnApiRunner",
     "--direct_running_mode=multi_processing",
     "--direct_num_workers=0",
-    "--default_sdk_harness_log_level=ERROR",
 )
 
 
@@ -77,6 +79,41 @@ def with_options(config: "tfds.download.DownloadConfig") -> "tfds.download.Downl
     return config
 
 
+def is_local(config: "tfds.download.DownloadConfig") -> bool:
+    """Returns whether the options name a runner of this machine, and no runner is passed."""
+    from apache_beam.options.pipeline_options import StandardOptions
+
+    if config.beam_runner is not None:
+        return False
+    runner = config.beam_options.view_as(StandardOptions).runner
+    return runner in (None, "DirectRunner", "FnApiRunner")
+
+
+@contextmanager
+def pipeline(config: "tfds.download.DownloadConfig") -> Iterator["beam.Pipeline"]:
+    """Runs a pipeline at the end of the block, with runner and options of a download config.
+
+    Its processes on this machine import modules from where this process does.
+    """
+    import apache_beam as beam
+    from apache_beam.options.pipeline_options import TypeOptions
+
+    options = config.beam_options
+    if options is not None:
+        # As TFDS does: Beam expects outputs of one type.
+        options.view_as(TypeOptions).pipeline_type_check = False
+    path = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    try:
+        with beam.Pipeline(runner=config.beam_runner, options=options) as steps:
+            yield steps
+    finally:
+        if path is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = path
+
+
 # --- Many items, as lines of JSON. ---
 
 
@@ -115,9 +152,9 @@ def mapped(
     import apache_beam as beam
 
     write_items(folder / "items.jsonl", items)
-    with beam.Pipeline(runner=config.beam_runner, options=config.beam_options) as pipeline:
+    with pipeline(config) as steps:
         _ = (
-            pipeline
+            steps
             | read_items(folder / "items.jsonl")
             | "Map" >> beam.Map(function)
             | "Format" >> beam.Map(json.dumps)

@@ -45,26 +45,27 @@ SCORES = {
 }
 
 
-def _without_beam(monkeypatch):
-    monkeypatch.setattr("musicrl_jax.inputs.pipelines.is_installed", lambda: False)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("builder", ["audio_folder", "score_clips"])
 def test_examples_and_order_are_equal_for_1_2_and_4_processes_and_without_beam(
     builder, music, tmp_path, monkeypatch
 ):
+    # Beam's processes import the builders wherever the build starts.
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PYTHONPATH", raising=False)
     config, sets = music if builder == "audio_folder" else SCORES, {}
-    for processes in (1, 2, 4, None):
-        if processes is None:
-            _without_beam(monkeypatch)
-        options = f"direct_num_workers={processes}" if processes else ""
-        data_dir = tmp_path / str(processes)
-        name = build.prepare(f"data/{builder}", config, str(data_dir), options)
-        (sets[processes],) = (data_dir / name).iterdir()
-    hashes = {processes: content.read(folder) for processes, folder in sets.items()}
+    for way in (1, 2, 4, "cluster", "threads"):
+        options = f"direct_num_workers={way}" if isinstance(way, int) else ""
+        with monkeypatch.context() as patch:
+            if way == "cluster":  # its records pass through the runner
+                patch.setattr("musicrl_jax.inputs.pipelines.is_local", lambda config: False)
+            if way == "threads":
+                patch.setattr("musicrl_jax.inputs.pipelines.is_installed", lambda: False)
+            name = build.prepare(f"data/{builder}", config, str(tmp_path / str(way)), options)
+        (sets[way],) = (tmp_path / str(way) / name).iterdir()
+    hashes = {way: content.read(folder) for way, folder in sets.items()}
     assert set(hashes[1]) == {"train", "validation", "test"}
-    assert hashes[1] == hashes[2] == hashes[4] == hashes[None]
+    assert all(splits == hashes[1] for splits in hashes.values())
     names = {frozenset(path.name for path in folder.iterdir()) for folder in sets.values()}
     assert len(names) == 1
     if builder == "audio_folder":

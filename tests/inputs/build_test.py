@@ -11,7 +11,7 @@ import soundfile
 import tensorflow_datasets as tfds
 
 from musicrl_jax.core import extras
-from musicrl_jax.inputs import build
+from musicrl_jax.inputs import build, pipelines
 from musicrl_jax.inputs.clips import Clips
 
 
@@ -144,3 +144,11 @@ def test_a_missing_package_of_a_builder_is_named(monkeypatch, tmp_path):
         monkeypatch.setitem(sys.modules, missing, None)
         with pytest.raises(ModuleNotFoundError, match=message):
             build._module("mine/lacking")
+
+
+@pytest.mark.skipif(pipelines.is_installed(), reason="Beam is installed")
+def test_options_of_beam_need_its_extra(ramp_builder, tmp_path):
+    message = r"beam_pipeline_options needs apache_beam: pip install --editable '.\[beam\]'"
+    with pytest.raises(ModuleNotFoundError, match=message):
+        build.prepare(ramp_builder, "ten", str(tmp_path), "direct_num_workers=4")
+    assert not any(tmp_path.iterdir())
