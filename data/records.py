@@ -160,9 +160,12 @@ class RepeatableBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True)
         """Folder that all processes of this build share. It is gone from the finished data set."""
         return self.data_path / "beam"
 
-    def mapped_by_beam(self, function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
+    def mapped_by_beam(
+        self, function: Callable[[Any], Any], items: Sequence[Any], label: str
+    ) -> Iterator[Any]:
         """Yields function(item) for each item, in no order. Items and results are JSON."""
-        return pipelines.mapped(function, items, self.beam_folder, self._config)
+        label = f"{self.name}/{self.builder_config.name} {label}"
+        return pipelines.mapped(function, items, self.beam_folder, self._config, label)
 
     def _example_writer(self) -> RepeatableWriter:
         kind = RepeatableWriter if self.uses_beam else HashingWriter
@@ -179,7 +182,8 @@ class RepeatableBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True)
         serializer = ExampleSerializer(features.get_serialized_info())
         transforms = self._split_generators(dl_manager)
         self.beam_folder.mkdir(parents=True, exist_ok=True)
-        with pipelines.pipeline(download_config) as pipeline:
+        label = f"{self.name}/{self.builder_config.name} clips"
+        with pipelines.pipeline(download_config, label) as pipeline:
             for split, transform in transforms.items():
                 writers[split] = writer = SpillingWriter(
                     str(self.beam_folder),
@@ -209,7 +213,8 @@ class RepeatableBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True)
 
     def _download_and_prepare(self, dl_manager, download_config) -> None:
         self._config = pipelines.with_options(download_config)
-        super()._download_and_prepare(dl_manager, self._config)
+        with pipelines.shared_path():
+            super()._download_and_prepare(dl_manager, self._config)
         # TFDS renames its unfinished folder after this: a finished set always has its hashes.
         if self.uses_beam:
             self.beam_folder.rmtree(missing_ok=True)

@@ -206,7 +206,7 @@ class Builder(RepeatableBuilder):
         usable, skipped = {}, {}
         if self.uses_beam:
             examine = functools.partial(jobs.examined_as_json, self._settings)
-            results = dict(self.mapped_by_beam(examine, files))
+            results = dict(self.mapped_by_beam(examine, files, f"{len(files)} files"))
             outcomes = (jobs.from_json(results[file]) for file in files)
         else:
             outcomes = _in_parallel(functools.partial(jobs.examined, self._settings), files)

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -90,10 +91,10 @@ def is_local(config: "tfds.download.DownloadConfig") -> bool:
 
 
 @contextmanager
-def pipeline(config: "tfds.download.DownloadConfig") -> Iterator["beam.Pipeline"]:
+def pipeline(config: "tfds.download.DownloadConfig", label: str) -> Iterator["beam.Pipeline"]:
     """Runs a pipeline at the end of the block, with runner and options of a download config.
 
-    Its processes on this machine import modules from where this process does.
+    Prints a line when it starts and when it ends: Beam's runners count in ways of their own.
     """
     import apache_beam as beam
     from apache_beam.options.pipeline_options import TypeOptions
@@ -102,11 +103,20 @@ def pipeline(config: "tfds.download.DownloadConfig") -> Iterator["beam.Pipeline"
     if options is not None:
         # As TFDS does: Beam expects outputs of one type.
         options.view_as(TypeOptions).pipeline_type_check = False
+    print(f"{label}: Beam starts ...", flush=True)
+    start = time.monotonic()
+    with beam.Pipeline(runner=config.beam_runner, options=options) as steps:
+        yield steps
+    print(f"{label}: done, {time.monotonic() - start:.0f} s", flush=True)
+
+
+@contextmanager
+def shared_path() -> Iterator[None]:
+    """Lets Beam's processes on this machine import modules from where this process does."""
     path = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
     try:
-        with beam.Pipeline(runner=config.beam_runner, options=options) as steps:
-            yield steps
+        yield
     finally:
         if path is None:
             del os.environ["PYTHONPATH"]
@@ -144,6 +154,7 @@ def mapped(
     items: Sequence[Any],
     folder: "epath.Path",
     config: "tfds.download.DownloadConfig",
+    label: str,
 ) -> Iterator[Any]:
     """Yields function(item) for each item, in no order, computed by a pipeline of its own.
 
@@ -152,7 +163,7 @@ def mapped(
     import apache_beam as beam
 
     write_items(folder / "items.jsonl", items)
-    with pipeline(config) as steps:
+    with pipeline(config, label) as steps:
         _ = (
             steps
             | read_items(folder / "items.jsonl")
