@@ -249,7 +249,7 @@ class Block(nn.Module):
             mixed = attend_in_blocks(query, key, value, biases)
         from_heads = kernel_init("heads", "kv", "embed", fan_in_axes=2)
         out = self.param("out", from_heads, (c.heads, c.head_width, c.embed))
-        h = jnp.tensordot(mixed.reshape(*x.shape[:-1], c.heads, c.head_width), out, axes=2)
+        h = mixed.reshape(x.shape) @ out.reshape(c.embed, c.embed)
         x = x + nn.Dropout(c.dropout)(h, deterministic=deterministic)
 
         # Gated feed-forward.
@@ -267,9 +267,9 @@ class Block(nn.Module):
         """Multiplies x [..., D] by several weights [D, ...], joined or not: [..., ...] each."""
         parts = JOINED[name]
         if self.has_variable("params", name):
-            together = jnp.tensordot(x, self.get_variable("params", name), axes=1)
-            axis = x.ndim - 1
-            return [jnp.squeeze(y, axis) for y in jnp.split(together, len(parts), axis=axis)]
+            weights = self.get_variable("params", name)
+            together = x @ weights.reshape(len(weights), -1)
+            return jnp.split(together, len(parts), axis=-1)
         return [jnp.tensordot(x, self.param(part, init, shape), axes=1) for part in parts]
 
 
