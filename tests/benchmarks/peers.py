@@ -18,7 +18,7 @@ the process. Compile seconds are of all functions of the row, without a cache.
 
 PyTorch may have an environment of its own, which --torch_python names:
 
-    python -m venv peers_env && peers_env/bin/pip install 'torch>=2.13' 'transformers>=5.23'
+    python -m venv peers_env && peers_env/bin/pip install 'torch==2.13.*' 'transformers==5.23.*'
 
 Its threads spin while they wait. On a machine with other work that makes it many times slower; set
 OMP_WAIT_POLICY=passive there. The load average is printed below the table.
