@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Finetunes the shipped models with RL, in ten minutes on two cores. Writes a model and a page with
+# Finetunes the shipped models with RL, in six minutes on two cores. Writes a model and a page with
 # its audio.
 #   launch/quickstart.sh [more flags for `musicrl run`]
 #   launch/quickstart.sh --from_scratch [more flags]   first trains small models on real music
